@@ -1,0 +1,20 @@
+"""deepkern: kernels for FP8 matmul, latent attention and expert dispatch, as torch ops.
+
+Importing it registers `torch.ops.deepkern.*`. `deepkern.X` is the public function of op X
+(autograd included), `torch.ops.deepkern.X` the op under it, `deepkern.reference.X` its oracle.
+"""
+
+from .runtime import interpreter
+
+interpreter.install()  # does nothing unless TRITON_INTERPRET=1
+
+from . import reference  # noqa: E402
+from .attention import *  # noqa: E402, F403
+from .experts import *  # noqa: E402, F403
+from .matmul import *  # noqa: E402, F403
+from .quant import *  # noqa: E402, F403
+from .runtime.backends import BackendError, backend, explain  # noqa: E402
+from .runtime.op import OPS  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["BackendError", "backend", "explain", "reference", *OPS]

@@ -1,0 +1,70 @@
+"""FP8 e4m3 inside Triton kernels, on hardware that has the type and on hardware that has not.
+
+A kernel reads and writes FP8 through these functions, with `NATIVE_FP8` a compile-time fact of the
+target (`arch.native_fp8`). Where it is false, pointers are to uint8 (`as_bits` makes the view) and
+the conversion is integer arithmetic; the bits are the same either way: round to nearest even,
+saturate at +-448, NaN is 0x7f.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+FP8_MAX = 448.0
+AMAX_MIN = 1e-4  # an all-zero block gets the scale 1e-4/448
+BLOCK = 128  # one scale covers 128 values along K
+
+
+def as_bits(x: torch.Tensor, native_fp8: bool) -> torch.Tensor:
+    """`x` as a kernel takes it: FP8 as it is, or as uint8 where the target has no such type."""
+    return x if native_fp8 else x.view(torch.uint8)
+
+
+@triton.jit
+def block_scale(amax_bits, UE8M0: tl.constexpr):
+    """The scale of a block from the largest |x| as int32 bits (NaN and inf sort above numbers)."""
+    amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), 1e-4)
+    scale = tl.div_rn(amax, 448.0)
+    if UE8M0:
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(amax_bits >= 0x7F800000, float("nan"), scale)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| as int32 bits, which order as the numbers do, with inf and NaN on top."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def to_fp8(x, NATIVE_FP8: tl.constexpr):
+    """float32 -> e4m3, or its bits as uint8."""
+    if NATIVE_FP8:
+        return x.to(tl.float8e4nv)
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+    is_nan = magnitude > 0x7F800000
+    clamped = tl.minimum(magnitude, 0x43E00000)  # 448.0
+    # Normal numbers: keep 3 mantissa bits, ties to even, and move the exponent's bias 127 -> 7.
+    normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 the code counts units of 2^-9: adding 1.5 * 2^23 rounds to whole units.
+    units = clamped.to(tl.float32, bitcast=True) * 512.0 + 12582912.0
+    small = units.to(tl.int32, bitcast=True) & 0xFF
+    code = tl.where(clamped < 0x3C800000, small, normal)
+    return tl.where(is_nan, 0x7F, code | sign).to(tl.uint8)
+
+
+@triton.jit
+def from_fp8(q, NATIVE_FP8: tl.constexpr):
+    """e4m3, or its bits as uint8, -> float32, exactly."""
+    if NATIVE_FP8:
+        return q.to(tl.float32)
+    code = q.to(tl.int32)
+    # The 7 bits below the sign, read as a float32's, are the value times 2^-120.
+    magnitude = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    value = tl.where((code & 0x80) != 0, -magnitude, magnitude)
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)

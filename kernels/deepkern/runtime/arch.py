@@ -1,0 +1,98 @@
+"""Facts about the GPUs that kernels are written for, and which one a launch is for.
+
+The numbers are the vendors' public ones for the part named; they steer tile choice and the roofs
+in bench/, never correctness.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One GPU target. Rates are dense TFLOPS, bandwidth in GB/s, memories in bytes."""
+
+    name: str  # as design.md lists targets: "sm_90", "gfx942", ...
+    part: str  # the product the numbers below are of
+    backend: str  # triton's name: "cuda" or "hip"
+    target: int | str  # triton's arch: 90 or "gfx942"
+    warp: int  # threads in a warp or wavefront
+    units: int  # SMs or compute units
+    shared: int  # shared memory a block may use
+    l2: int
+    bandwidth: int
+    bf16_tflops: int
+    fp8_tflops: int  # 0: no FP8 arithmetic
+    fp8_type: str  # what the hardware calls e4m3: "e4m3fn", "e4m3fnuz" or "" (none)
+    tma: bool = False
+    wgmma: bool = False
+
+    @property
+    def native_fp8(self) -> bool:
+        """Whether e4m3fn, the FP8 of the checkpoints, is a type of the hardware."""
+        return self.fp8_type == "e4m3fn"
+
+
+_KB, _MB = 1 << 10, 1 << 20
+ARCHS = {
+    a.name: a
+    for a in (
+        Arch("sm_80", "A100 SXM 80GB", "cuda", 80, 32, 108, 163 * _KB, 40 * _MB, 2039, 312, 0, ""),
+        Arch("sm_89", "L40S", "cuda", 89, 32, 142, 99 * _KB, 96 * _MB, 864, 362, 733, "e4m3fn"),
+        Arch("sm_90", "H200 SXM", "cuda", 90, 32, 132, 227 * _KB, 50 * _MB, 4800, 989, 1979,
+             "e4m3fn", tma=True, wgmma=True),
+        Arch("sm_100", "B200", "cuda", 100, 32, 148, 227 * _KB, 126 * _MB, 8000, 2250, 4500,
+             "e4m3fn", tma=True),
+        Arch("sm_120", "RTX 5090", "cuda", 120, 32, 170, 99 * _KB, 96 * _MB, 1792, 209, 419,
+             "e4m3fn", tma=True),
+        Arch("gfx942", "MI300X", "hip", "gfx942", 64, 304, 64 * _KB, 4 * _MB, 5300, 1307, 2615,
+             "e4m3fnuz"),
+        Arch("gfx950", "MI355X", "hip", "gfx950", 64, 256, 160 * _KB, 4 * _MB, 8000, 2500, 5000,
+             "e4m3fn"),
+    )
+}  # fmt: skip
+
+_compiling_for: list[Arch] = []
+
+
+@contextlib.contextmanager
+def compile_for(target: Arch) -> Iterator[None]:
+    """Launches inside are for `target`, whatever the device: static inspection compiles so."""
+    _compiling_for.append(target)
+    try:
+        yield
+    finally:
+        _compiling_for.pop()
+
+
+def compiling_for() -> Arch | None:
+    """The target set by `compile_for`, if any."""
+    return _compiling_for[-1] if _compiling_for else None
+
+
+def of(device: torch.device) -> Arch:
+    """The facts for `device`. CPU tensors, which only the interpreter takes, count as sm_90."""
+    if _compiling_for:
+        return _compiling_for[-1]
+    return _of_gpu(device.index or 0) if device.type == "cuda" else ARCHS["sm_90"]
+
+
+@functools.cache
+def _of_gpu(index: int) -> Arch:
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(index)
+        # sm_86 and sm_87 run sm_80's kernels, sm_103 sm_100's, sm_121 sm_120's.
+        name = {(8, 6): "sm_80", (8, 7): "sm_80", (10, 3): "sm_100", (12, 1): "sm_120"}.get(
+            (major, minor), f"sm_{major}{minor}"
+        )
+    if name not in ARCHS:
+        raise RuntimeError(f"deepkern knows no GPU {name}; it knows {', '.join(ARCHS)}")
+    return ARCHS[name]

@@ -1,0 +1,139 @@
+"""Which backend serves an op: `cuda`, `triton`, `cpu` or `torch` (the reference).
+
+`auto`, the default, takes the fastest that can serve the device. `DEEPKERN_BACKEND=triton` or
+`with deepkern.backend("triton"):` force one, and then it is an error if that one cannot serve.
+The choice is process-wide, as torch.backends' switches are, so that backward passes, which torch
+runs on threads of its own, see it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import arch, native
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+# Fastest first. Interpreted Triton is a check, not a way to compute: auto never takes it.
+_AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+_forced: list[str] = []
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot serve the call."""
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces a backend (`cuda`, `triton`, `cpu`, `torch`) or `auto` inside the `with` block."""
+    _forced.append(_known(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _known(name: str) -> str:
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend: expected one of {(*BACKENDS, 'auto')}, got {name!r}")
+    return name
+
+
+def requested() -> str:
+    """The backend asked for: the innermost `with backend(...)`, then DEEPKERN_BACKEND, or auto."""
+    return _forced[-1] if _forced else _known(os.environ.get("DEEPKERN_BACKEND") or "auto")
+
+
+def choose(op, device: torch.device) -> str:
+    """The backend for a call of `op` on `device`; BackendError if the forced one cannot serve."""
+    name = requested()
+    if name == "auto":
+        candidates = _AUTO.get(device.type, ("torch",))
+        return next(c for c in candidates if why_not(op, c, device) is None)
+    reason = why_not(op, name, device)
+    if reason is not None:
+        raise BackendError(f"{op.name}: backend {name!r} was asked for but cannot serve: {reason}")
+    return name
+
+
+def why_not(op, name: str, device: torch.device) -> str | None:
+    """Why backend `name` cannot serve `op` on `device`, or None if it can."""
+    if name == "torch":
+        return None
+    if name == "triton":
+        if "triton" not in op.launchers:
+            return "it has no Triton kernel"
+        if device.type == "cuda" or (device.type == "cpu" and arch.compiling_for() is not None):
+            return None
+        if device.type == "cpu":
+            return None if interpreting() else "CPU tensors need TRITON_INTERPRET=1 set before import"
+        return f"Triton does not reach {device.type} tensors"
+    wanted = "cpu" if name == "cpu" else "cuda"
+    if device.type != wanted:
+        return f"it takes {wanted} tensors, not {device.type}"
+    if name == "cuda":
+        return "the package holds no CUDA kernel of this op"
+    return native.why_absent() or (
+        None if native.native_op(op.name) else "the package holds no native CPU kernel of this op"
+    )
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter (decided when Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def find(op_name: str, name: str) -> Callable:
+    """The launcher that is found by the op's name: the reference or the native op."""
+    if name == "torch":
+        return getattr(importlib.import_module("deepkern.reference"), op_name)
+    return native.native_op(op_name)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would run and why; `str()` of it is a readable page."""
+
+    op: str
+    backend: str
+    reasons: dict[str, str]  # per backend: "serves" or why not
+    arch: str
+    tile: object | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend} on {self.arch}"]
+        for name, reason in self.reasons.items():
+            lines.append(f"  {'->' if name == self.backend else '  '} {name:7}{reason}")
+        if self.tile is not None:
+            lines.append(f"     tile   {self.tile}")
+        return "\n".join(lines)
+
+
+def explain(op, *args, **kwargs) -> Explanation:
+    """Says what a call would run: the backend, why not the others, and the tile.
+
+    `op` is a public function (`deepkern.fp8_gemm_nt`) or its name; the rest are its arguments.
+    Raises what the call itself would raise for bad arguments or a forced backend that cannot serve.
+    """
+    from .op import OPS
+
+    name = op if isinstance(op, str) else op.__name__
+    if name not in OPS:
+        raise ValueError(f"explain: no op {name!r}; there are {', '.join(sorted(OPS))}")
+    described = OPS[name]
+    args = described.positional(args, kwargs)
+    device = described.device(args)
+    described.check(*args)
+    chosen = choose(described, device)
+    reasons = {}
+    for name in BACKENDS:
+        reason = why_not(described, name, device)
+        slower = "serves" if requested() != "auto" or name == chosen else "serves, but slower"
+        reasons[name] = reason or slower
+    tile = described.tile(*args) if described.tile and chosen in ("cuda", "triton") else None
+    return Explanation(described.name, chosen, reasons, arch.of(device).name, tile)

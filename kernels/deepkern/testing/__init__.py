@@ -1,0 +1,1 @@
+"""Inputs, comparison and timing: what tests/ and bench/ share."""

@@ -1,0 +1,5 @@
+"""Inputs of the matmul ops."""
+
+from __future__ import annotations
+
+SIZES = {}

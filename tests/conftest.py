@@ -1,0 +1,66 @@
+"""Seeds, poison and the choice between a GPU and the interpreter, for all tests."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Must be set before deepkern imports Triton: without a GPU its kernels run interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+import deepkern  # noqa: E402
+from deepkern.testing import compare  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where tests put their tensors."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """A fresh seed per test, printed when the test fails; DEEPKERN_SEED=n repeats one."""
+    value = int(os.environ.get("DEEPKERN_SEED") or torch.seed() % 2**31)
+    request.node.user_properties.append(("seed", value))
+    return value
+
+
+@pytest.fixture
+def generator(seed: int, device: torch.device) -> torch.Generator:
+    """A generator on the test's device, from the test's seed."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    seeds = [v for k, v in item.user_properties if k == "seed"]
+    if report.failed and seeds:
+        report.sections.append(("seed", f"repeat with DEEPKERN_SEED={seeds[0]}"))
+    return report
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> str:
+    """Forces each backend in turn around the test."""
+    with deepkern.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty and the like give NaN, so that an element left unwritten shows."""
+    with compare.poison():
+        yield

@@ -1,0 +1,84 @@
+"""cast_per_token: every bf16 value, blocks at the edge, NaN and inf kept in their block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deepkern
+from deepkern.testing import compare
+from deepkern.testing.inputs import quant
+
+
+@pytest.fixture(params=["torch", "triton", "cpu"])
+def backend(request, device):
+    """Forces each backend in turn; `cpu` is left out where there is no CPU tensor to give it."""
+    if request.param == "cpu" and device.type != "cpu":
+        pytest.skip("cpu takes CPU tensors")
+    with deepkern.backend(request.param):
+        yield request.param
+
+
+def test_dequantised_value_is_near(backend, generator):
+    x = quant.values(generator, 64, 384)
+    q, scale = deepkern.cast_per_token(x)
+    back = q.double() * scale.double().repeat_interleave(128, dim=1)
+    # Half a unit in the last place of e4m3 (3 mantissa bits), or of its subnormals.
+    bound = torch.maximum(x.double().abs() * 2**-4, scale.double().amax() * 2**-10) * 1.001
+    assert ((back - x.double()).abs() <= bound).all()
+
+
+def test_scale_is_amax_over_448(backend, generator):
+    x = quant.values(generator, 8, 256, dtype=torch.float32)
+    _, scale = deepkern.cast_per_token(x)
+    assert torch.equal(scale, x.unflatten(1, (2, 128)).abs().amax(-1) / 448)
+
+
+def test_ue8m0_scales_are_powers_of_two_and_large_enough(backend, generator):
+    x = quant.values(generator, 32, 200, dtype=torch.float32)
+    _, plain = deepkern.cast_per_token(x)
+    _, scale = deepkern.cast_per_token(x, scale_format="ue8m0")
+    assert (torch.frexp(scale).mantissa == 0.5).all()
+    assert ((scale >= plain) & (scale < 2 * plain)).all()
+
+
+def test_every_bf16_value(backend, device):
+    x = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16)
+    x = x.reshape(-1, 128)
+    for scale_format in ("fp32", "ue8m0"):
+        got = deepkern.cast_per_token(x, scale_format)
+        compare.assert_matches("cast_per_token", got, deepkern.reference.cast_per_token(x, scale_format))
+
+
+def test_zero_block(backend, device):
+    q, scale = deepkern.cast_per_token(torch.zeros(3, 256, device=device))
+    assert (q.view(torch.uint8) == 0).all()
+    assert (scale == torch.tensor(1e-4) / 448).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_spoil_their_block_only(backend, bad, generator):
+    x = quant.values(generator, 4, 384)
+    good_q, good_scale = deepkern.cast_per_token(x)
+    x[1, 130] = bad
+    q, scale = deepkern.cast_per_token(x)
+    assert q[1, 128:256].float().isnan().all() and scale[1, 1].isnan()
+    q[1, 128:256], scale[1, 1] = good_q[1, 128:256], good_scale[1, 1]
+    compare.assert_bitwise(q, good_q)
+    compare.assert_bitwise(scale, good_scale)
+
+
+def test_strided_rows_and_leading_dimensions(backend, generator):
+    wide = quant.values(generator, 6, 5, 512)
+    view = wide[:, 1:4, 100:333]
+    got = deepkern.cast_per_token(view)
+    compare.assert_matches("cast_per_token", got, deepkern.reference.cast_per_token(view.clone()))
+
+
+def test_rows_do_not_see_each_other(backend, generator):
+    x = quant.values(generator, 37, 256)
+    q, scale = deepkern.cast_per_token(x)
+    for row in (0, 17, 36):
+        q_row, scale_row = deepkern.cast_per_token(x[row : row + 1])
+        compare.assert_bitwise(q_row[0], q[row])
+        compare.assert_bitwise(scale_row[0], scale[row])

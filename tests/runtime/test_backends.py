@@ -1,0 +1,131 @@
+"""Backend choice: forced means forced, auto means the fastest, and explain tells the truth."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import deepkern
+from deepkern.runtime import arch, backends
+from deepkern.runtime.op import OPS
+
+OP = OPS["cast_per_token"]
+
+
+@pytest.fixture
+def x(device) -> torch.Tensor:
+    return torch.ones(2, 128, device=device)
+
+
+def record(monkeypatch, name: str) -> list:
+    """Replaces a backend's launcher by one that notes its calls."""
+    calls, launch = [], OP.launcher(name)
+
+    def noting(*args):
+        calls.append(name)
+        return launch(*args)
+
+    monkeypatch.setitem(OP.launchers, name, noting)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_the_forced_backend_is_the_one_that_runs(name, x, monkeypatch):
+    calls = record(monkeypatch, name)
+    with deepkern.backend(name):
+        deepkern.cast_per_token(x)
+    assert calls == [name]
+    monkeypatch.setenv("DEEPKERN_BACKEND", name)
+    deepkern.cast_per_token(x)
+    assert calls == [name, name]
+
+
+def test_the_innermost_backend_wins_and_is_undone(x, monkeypatch):
+    calls = record(monkeypatch, "torch")
+    with deepkern.backend("triton"):
+        with pytest.raises(ZeroDivisionError), deepkern.backend("torch"):
+            deepkern.cast_per_token(x)
+            raise ZeroDivisionError
+        assert backends.requested() == "triton"
+    assert calls == ["torch"] and backends.requested() == "auto"
+
+
+def test_a_forced_backend_that_cannot_serve_is_an_error(x):
+    wrong = "cuda" if x.device.type == "cpu" else "cpu"
+    with deepkern.backend(wrong), pytest.raises(deepkern.BackendError) as caught:
+        deepkern.cast_per_token(x)
+    assert "cast_per_token" in str(caught.value) and wrong in str(caught.value)
+
+
+def test_an_unknown_backend_is_an_error(x, monkeypatch):
+    with pytest.raises(ValueError, match="expected one of"), deepkern.backend("tpu"):
+        pass
+    monkeypatch.setenv("DEEPKERN_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="expected one of"):
+        deepkern.cast_per_token(x)
+
+
+def test_triton_on_cpu_tensors_needs_the_interpreter():
+    script = (
+        "import torch, deepkern\n"
+        "with deepkern.backend('triton'):\n"
+        "    try: deepkern.cast_per_token(torch.ones(1, 128))\n"
+        "    except deepkern.BackendError as error: print(error)\n"
+    )
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert "TRITON_INTERPRET=1" in done.stdout, done.stderr
+
+
+def test_auto_never_computes_in_the_interpreter():
+    assert backends.choose(OP, torch.device("cpu")) in ("cpu", "torch")
+
+
+def test_explain_names_the_backend_that_runs(x, monkeypatch):
+    for name in ("torch", "triton"):
+        with deepkern.backend(name):
+            explanation = deepkern.explain(deepkern.cast_per_token, x)
+        assert explanation.backend == name and explanation.reasons[name] == "serves"
+    chosen = deepkern.explain("cast_per_token", x)
+    calls = record(monkeypatch, chosen.backend)
+    deepkern.cast_per_token(x)
+    assert calls == [chosen.backend]
+    assert set(chosen.reasons) == set(backends.BACKENDS)
+    assert chosen.op in str(chosen) and chosen.arch in arch.ARCHS
+
+
+def test_explain_refuses_what_the_call_refuses(x):
+    with pytest.raises(TypeError, match="cast_per_token: x: expected dtype"):
+        deepkern.explain("cast_per_token", x.double())
+    with pytest.raises(ValueError, match="no op"):
+        deepkern.explain("cast_per_tokem", x)
+
+
+def test_arguments_are_named_in_errors(x):
+    with pytest.raises(TypeError, match="unexpected"):
+        OP.positional((x, "fp32", 3))
+    with pytest.raises(TypeError, match="missing"):
+        OP.positional(())
+    assert OP.positional((), {"x": x}) == (x, "fp32")
+
+
+def test_debug_checks_contents(x, monkeypatch):
+    def refuse(*args):
+        raise ValueError("cast_per_token: x: contents")
+
+    monkeypatch.setattr(OP, "check_contents", refuse)
+    deepkern.cast_per_token(x)
+    monkeypatch.setenv("DEEPKERN_DEBUG", "1")
+    with pytest.raises(ValueError, match="contents"):
+        deepkern.cast_per_token(x)
+
+
+def test_compile_for_sets_the_target():
+    assert arch.of(torch.device("cpu")).name == "sm_90"
+    with arch.compile_for(arch.ARCHS["sm_80"]):
+        assert arch.of(torch.device("cpu")).name == "sm_80"
+        assert not arch.of(torch.device("cpu")).native_fp8
+    assert arch.compiling_for() is None

@@ -1,0 +1,149 @@
+"""What holds for every op, by walking the registry: twins, errors, opcheck, compile, repetition."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepkern
+from deepkern.runtime.contract import DTYPES
+from deepkern.testing import compare, inputs
+
+ROOT = Path(__file__).parent.parent
+OPS = sorted(deepkern.OPS)
+FORWARD = [name for name in OPS if not name.endswith("_backward")]
+BACKENDS = ["torch", "triton"]
+
+
+def small(name: str, generator: torch.Generator, index: int = 0) -> tuple:
+    return inputs.make(name, generator, **inputs.sizes(name).small[index])
+
+
+def call(name: str, args: tuple):
+    """The op on a copy of its tensors, and then all it returned or wrote."""
+    args = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+    got = getattr(torch.ops.deepkern, name)(*args)
+    return args if got is None else got
+
+
+def oracle(name: str, args: tuple):
+    args = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+    got = getattr(deepkern.reference, name)(*args)
+    return args if got is None else got
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_twins(name):
+    family = inspect.getmodule(deepkern.OPS[name].__wrapped__).__name__.split(".")[1]
+    assert (ROOT / f"kernels/deepkern/{family}/{name}.py").exists()
+    assert (ROOT / f"tests/{family}/test_{name}.py").exists()
+    assert hasattr(importlib.import_module(f"deepkern.reference.{family}"), name)
+    assert callable(getattr(deepkern, name))
+    assert name in inputs.family(name).SIZES
+    assert inspect.getdoc(deepkern.OPS[name]), "no docstring"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_reference_takes_the_same_arguments(name):
+    reference = inspect.signature(getattr(deepkern.reference, name)).parameters
+    assert [(p.name, p.default) for p in reference.values()] == list(deepkern.OPS[name].parameters)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_matches_oracle(name, backend, generator):
+    for index in range(len(inputs.sizes(name).small)):
+        args = small(name, generator, index)
+        with deepkern.backend(backend):
+            got = call(name, args)
+        compare.assert_matches(name, got, oracle(name, args))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_same_bits_twice(name, backend, generator):
+    args = small(name, generator)
+    with deepkern.backend(backend):
+        first, second = compare._as_tuple(call(name, args)), compare._as_tuple(call(name, args))
+    for a, b in zip(first, second, strict=True):
+        if isinstance(a, torch.Tensor):
+            compare.assert_bitwise(a, b, name)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, generator):
+    args = small(name, generator)
+    torch.library.opcheck(getattr(torch.ops.deepkern, name).default, args)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compile_fullgraph(name, generator):
+    args = small(name, generator)
+    compiled = torch.compile(getattr(torch.ops.deepkern, name), fullgraph=True, backend="aot_eager")
+    args_copy = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+    got = compiled(*args_copy)
+    compare.assert_matches(name, args_copy if got is None else got, oracle(name, args))
+
+
+# One broken variant of a tensor per kind of error, in the order in which they are reported.
+BREAK = {
+    "device": lambda x: x.to("meta"),
+    "dtype": lambda x: torch.zeros(x.shape, dtype=torch.complex64, device=x.device),
+    "rank": lambda x: x.new_empty(()) if x.dim() else x.new_empty((2, 2)),
+    "shape": lambda x: x.new_zeros((*x.shape[:-1], x.shape[-1] + 1)),
+    "stride": lambda x: x.new_zeros((*x.shape, 2))[..., 0],
+}
+ERRORS = [
+    (name, argument, kind)
+    for name in OPS
+    for argument in deepkern.OPS[name].contract.rules
+    for kind in BREAK
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "kind"), ERRORS)
+def test_bad_tensor(name, argument, kind, generator):
+    described = deepkern.OPS[name]
+    position = [p for p, _ in described.parameters].index(argument)
+    for size in inputs.sizes(name).small:  # the first size at which the argument is given
+        args = list(inputs.make(name, generator, **size))
+        if isinstance(args[position], torch.Tensor):
+            break
+    else:
+        pytest.fail(f"no small size of {name} gives {argument}")
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    rule = described.contract.rules[argument]
+    free = not rule.dims or rule.dims[-1] == "_"
+    if kind == "device" and len(tensors) == 1:
+        return  # a lone tensor is nowhere else than itself
+    if kind == "rank" and rule.leading and not rule.dims:
+        return
+    if kind == "stride" and rule.layout == "strided":
+        return
+    broken = BREAK[kind](args[position])
+    if kind == "shape" and (free or not _is_bound(described, argument, tensors)):
+        return  # the dimension is this argument's own to choose
+    args[position] = broken
+    error = TypeError if kind == "dtype" else ValueError
+    with pytest.raises(error) as caught:
+        getattr(torch.ops.deepkern, name)(*args)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: ") and "expected" in message and "got" in message, message
+
+
+def _is_bound(described, argument: str, tensors) -> bool:
+    """Whether the last dimension of `argument` is also stated by another argument or a number."""
+    last = described.contract.rules[argument].dims[-1]
+    stem = last.split("/")[0].split("+")[0]
+    others = [d for n, r in described.contract.rules.items() if n != argument for d in r.dims]
+    return len(tensors) > 1 and (last.isdigit() or any(d.split("/")[0] == stem for d in others))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_contract_names_known_dtypes(name):
+    for rule in deepkern.OPS[name].contract.rules.values():
+        assert set(rule.dtypes) <= set(sum(DTYPES.values(), ()))
