@@ -1,0 +1,43 @@
+"""The compiled parts of the package, which may be absent: deepkern._C and deepkern._host.
+
+Absence is not an error until somebody asks for what is absent; the reason is kept for then.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    """The extension module, or None and the reason."""
+    try:
+        return importlib.import_module(f"deepkern.{name}"), None
+    except ModuleNotFoundError:
+        return None, f"deepkern.{name} was not built: install g++, then `pip install` deepkern again"
+    except ImportError as error:  # built for another torch, a missing library, ...
+        return None, f"deepkern.{name} does not load with torch {torch.__version__}: {error}"
+
+
+def why_absent() -> str | None:
+    """Why there are no native ops at all, or None."""
+    return _load("_C")[1]
+
+
+def native_op(name: str):
+    """The native overload of op `name`, or None."""
+    if _load("_C")[0] is None or not hasattr(torch.ops.deepkern_native, name):
+        return None
+    return getattr(torch.ops.deepkern_native, name).default
+
+
+def host() -> ModuleType:
+    """deepkern._host; ImportError with the reason if it is absent."""
+    module, reason = _load("_host")
+    if module is None:
+        raise ImportError(reason)
+    return module
