@@ -47,7 +47,9 @@ def test_every_bf16_value(backend, device):
     x = x.reshape(-1, 128)
     for scale_format in ("fp32", "ue8m0"):
         got = deepkern.cast_per_token(x, scale_format)
-        compare.assert_matches("cast_per_token", got, deepkern.reference.cast_per_token(x, scale_format))
+        compare.assert_matches(
+            "cast_per_token", got, deepkern.reference.cast_per_token(x, scale_format)
+        )
 
 
 def test_zero_block(backend, device):

@@ -33,7 +33,12 @@ def test_accepts_what_it_states():
     ("argument", "value", "error", "words"),
     [
         ("scale", torch.zeros(3, 3, device="meta"), ValueError, "device cpu"),
-        ("a", torch.zeros(3, 300, dtype=torch.float64), TypeError, "bfloat16 or float16 or float32"),
+        (
+            "a",
+            torch.zeros(3, 300, dtype=torch.float64),
+            TypeError,
+            "bfloat16 or float16 or float32",
+        ),
         ("a", torch.zeros(300), ValueError, "rank 2"),
         ("scale", torch.zeros(3, 4), ValueError, "K/128 = 3"),
         ("scale", torch.zeros(4, 3), ValueError, "M = 3"),
@@ -51,7 +56,11 @@ def test_refuses(argument, value, error, words):
 
 def test_the_most_basic_error_comes_first():
     """Every argument's device is looked at before any dtype, dtypes before ranks, and so on."""
-    tensors = {**good(), "a": torch.zeros(3, dtype=torch.int64), "scale": torch.zeros(1, device="meta")}
+    tensors = {
+        **good(),
+        "a": torch.zeros(3, dtype=torch.int64),
+        "scale": torch.zeros(1, device="meta"),
+    }
     with pytest.raises(ValueError, match="scale: expected device"):
         CONTRACT.check(tensors)
     tensors["scale"] = torch.zeros(1)

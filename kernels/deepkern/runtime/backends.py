@@ -71,7 +71,9 @@ def why_not(op, name: str, device: torch.device) -> str | None:
         if device.type == "cuda" or (device.type == "cpu" and arch.compiling_for() is not None):
             return None
         if device.type == "cpu":
-            return None if interpreting() else "CPU tensors need TRITON_INTERPRET=1 set before import"
+            return (
+                None if interpreting() else "CPU tensors need TRITON_INTERPRET=1 set before import"
+            )
         return f"Triton does not reach {device.type} tensors"
     wanted = "cpu" if name == "cpu" else "cuda"
     if device.type != wanted:

@@ -28,7 +28,9 @@ DTYPES = {
     "int64": (torch.int64,),
     "uint8": (torch.uint8,),
 }
-_PATTERN = re.compile(r"(?P<dtypes>[\w|]+) \[(?P<dims>[^\]]*)\](?: (?P<layout>strided|contiguous))?")
+_PATTERN = re.compile(
+    r"(?P<dtypes>[\w|]+) \[(?P<dims>[^\]]*)\](?: (?P<layout>strided|contiguous))?"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class Contract:
         present = [(n, t, self.rules[n]) for n, t in tensors.items() if t is not None]
         for name, tensor, _ in present:
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{self.op}: {name}: expected a Tensor, got {type(tensor).__name__}")
+                raise TypeError(
+                    f"{self.op}: {name}: expected a Tensor, got {type(tensor).__name__}"
+                )
         first, device = present[0][0], present[0][1].device
         for name, tensor, _ in present:
             if tensor.device != device:

@@ -79,7 +79,9 @@ class Op:
         missing = [n for (n, _), v in zip(self.parameters[len(args) :], rest, strict=False)
                    if v is inspect.Parameter.empty]  # fmt: skip
         if missing or kwargs or len(args) > len(self.parameters):
-            problem = f"missing {missing}" if missing else f"unexpected {sorted(kwargs) or 'arguments'}"
+            problem = (
+                f"missing {missing}" if missing else f"unexpected {sorted(kwargs) or 'arguments'}"
+            )
             raise TypeError(f"{self.name}: {problem}; it takes {[n for n, _ in self.parameters]}")
         return (*args, *rest)
 

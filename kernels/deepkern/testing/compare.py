@@ -1,4 +1,4 @@
-"""How a result is held against the oracle: bit for bit, or by an error bound that design.md sets."""
+"""How a result is held against the oracle: bit for bit, or within a bound of design.md."""
 
 from __future__ import annotations
 
