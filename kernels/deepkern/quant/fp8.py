@@ -39,23 +39,24 @@ def magnitude_bits(x):
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
+# Each of these is an if-else, never an early return: Triton would compile what follows one, too.
 @triton.jit
 def to_fp8(x, NATIVE_FP8: tl.constexpr):
     """float32 -> e4m3, or its bits as uint8."""
     if NATIVE_FP8:
         return x.to(tl.float8e4nv)
-    bits = x.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    magnitude = bits & 0x7FFFFFFF
-    is_nan = magnitude > 0x7F800000
-    clamped = tl.minimum(magnitude, 0x43E00000)  # 448.0
-    # Normal numbers: keep 3 mantissa bits, ties to even, and move the exponent's bias 127 -> 7.
-    normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 the code counts units of 2^-9: adding 1.5 * 2^23 rounds to whole units.
-    units = clamped.to(tl.float32, bitcast=True) * 512.0 + 12582912.0
-    small = units.to(tl.int32, bitcast=True) & 0xFF
-    code = tl.where(clamped < 0x3C800000, small, normal)
-    return tl.where(is_nan, 0x7F, code | sign).to(tl.uint8)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        sign = (bits >> 24) & 0x80
+        magnitude = bits & 0x7FFFFFFF
+        clamped = tl.minimum(magnitude, 0x43E00000)  # 448.0
+        # Normal numbers: keep 3 mantissa bits, ties to even, and move the exponent's bias 127 -> 7.
+        normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - (120 << 3)
+        # Below 2^-6 the code counts units of 2^-9: adding 1.5 * 2^23 rounds to whole units.
+        units = clamped.to(tl.float32, bitcast=True) * 512.0 + 12582912.0
+        small = units.to(tl.int32, bitcast=True) & 0xFF
+        code = tl.where(clamped < 0x3C800000, small, normal)
+        return tl.where(magnitude > 0x7F800000, 0x7F, code | sign).to(tl.uint8)
 
 
 @triton.jit
@@ -63,8 +64,26 @@ def from_fp8(q, NATIVE_FP8: tl.constexpr):
     """e4m3, or its bits as uint8, -> float32, exactly."""
     if NATIVE_FP8:
         return q.to(tl.float32)
-    code = q.to(tl.int32)
-    # The 7 bits below the sign, read as a float32's, are the value times 2^-120.
-    magnitude = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    value = tl.where((code & 0x80) != 0, -magnitude, magnitude)
-    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+    else:
+        return widen(q).to(tl.float32)
+
+
+@triton.jit
+def matrix_operand(q, NATIVE_FP8: tl.constexpr):
+    """e4m3 as the matrix unit takes it: as it is, or from its bits as uint8 to bfloat16, exactly."""
+    if NATIVE_FP8:
+        return q
+    else:
+        return widen(q)
+
+
+@triton.jit
+def widen(code):
+    """The bits of e4m3 as uint8 -> float16, exactly: in 16-bit operations, which GPUs do in pairs."""
+    code = code.to(tl.int8, bitcast=True).to(tl.int16)  # the sign fills the upper byte, too
+    # Sign and the 7 bits below it, read as a float16's, are the value times 2^-8.
+    x = ((code << 7) & -0x4080).to(tl.float16, bitcast=True) * 256.0
+    # 0x7f, which is NaN, would be 480: it alone overflows here to -inf, and -inf * 0 is NaN.
+    zero = tl.zeros(x.shape, tl.float16)
+    huge = tl.fma(tl.abs(x), zero - 128.0, zero - 4096.0)
+    return tl.fma(huge, zero, x)  # huge * 0 is -0, which leaves every x as it is

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cast_per_token"]
+__all__ = ["cast_back", "cast_per_block", "cast_per_token"]
 
 FP8_MAX = 448.0
 BLOCK = 128
@@ -25,9 +27,29 @@ def block_scale(amax: Tensor, scale_format: str) -> Tensor:
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
+def spread(scale: Tensor, block: Sequence[int], N: int, K: int) -> Tensor:
+    """Each value's scale: [..., N, K] from one scale per block of (rows, cols)."""
+    row = torch.arange(N, device=scale.device) // block[0]
+    column = torch.arange(K, device=scale.device) // block[1]
+    return scale[..., row, :][..., column]
+
+
 def cast_per_token(x: Tensor, scale_format: str = "fp32") -> tuple[Tensor, Tensor]:
     K = x.shape[-1]
     blocks = F.pad(x.float(), (0, -K % BLOCK)).unflatten(-1, (-1, BLOCK))  # [..., K/128, 128]
     scale = block_scale(blocks.abs().amax(-1), scale_format)  # [..., K/128]
     q = to_e4m3(blocks * (1.0 / scale)[..., None]).flatten(-2)[..., :K]
     return q.contiguous(), scale
+
+
+def cast_per_block(x: Tensor, scale_format: str = "fp32") -> tuple[Tensor, Tensor]:
+    N, K = x.shape[-2:]
+    padded = F.pad(x.float(), (0, -K % BLOCK, 0, -N % BLOCK))
+    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    scale = block_scale(blocks.abs().amax((-3, -1)), scale_format)  # [..., N/128, K/128]
+    q = to_e4m3(x.float() * spread(1.0 / scale, (BLOCK, BLOCK), N, K))
+    return q.contiguous(), scale
+
+
+def cast_back(q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.dtype) -> Tensor:
+    return (q.float() * spread(scale, block, *q.shape[-2:])).to(out_dtype).contiguous()

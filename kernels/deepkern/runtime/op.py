@@ -46,11 +46,14 @@ class Op:
         self.contract = Contract(self.name, **rules)
         parameters = inspect.signature(describe).parameters.values()
         self.parameters = tuple((p.name, p.default) for p in parameters)
+        self.names = tuple(name for name, _ in self.parameters)
         self.tensors = tuple((i, n) for i, (n, _) in enumerate(self.parameters) if n in rules)
         self.launchers: dict[str, Callable] = {}
         self.autograd: type[torch.autograd.Function] | None = None
         self.tile: Callable | None = None  # (*args) -> the tile a launch would use, for explain()
         self.check_contents: Callable | None = None  # run under DEEPKERN_DEBUG=1
+        # (i, argument): output i is None where that argument is; the op itself returns it empty.
+        self.optional_output: tuple[int, str] | None = None
         schema = torch.library.infer_schema(describe, mutates_args=mutates)
         LIBRARY.define(self.name + schema, tags=(torch.Tag.needs_exact_strides,))
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
@@ -60,8 +63,13 @@ class Op:
 
     def __call__(self, *args, **kwargs):
         if self.autograd is None or not torch.is_grad_enabled():
-            return self.overload(*args, **kwargs)
-        return self.autograd.apply(*self.positional(args, kwargs))
+            outputs = self.overload(*args, **kwargs)
+        else:
+            outputs = self.autograd.apply(*self.positional(args, kwargs))
+        if self.optional_output is None:
+            return outputs
+        (i, name), given = self.optional_output, dict(zip(self.names, args, strict=False)) | kwargs
+        return outputs if given.get(name) is not None else (*outputs[:i], None, *outputs[i + 1 :])
 
     def backend(self, name: str) -> Callable[[Callable], Callable]:
         """Decorates the launcher of one backend; it gets every argument, by position."""
@@ -119,8 +127,11 @@ class Op:
         """For backends that allocate for themselves: `allocate` is called for its checks only."""
 
         def checked(*args):
-            self.allocate(*args)
-            return launch(*args)
+            outputs = self.allocate(*args)
+            got = launch(*args)
+            if self.optional_output is None:
+                return got
+            return tuple(o if g is None else g for g, o in zip(got, outputs, strict=True))
 
         return checked
 

@@ -83,9 +83,9 @@ def assert_matches(op_name: str, got, want) -> float:
     largest = 0.0
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         label = f"{op_name} output {i}"
-        if (g is None) != (w is None):
-            raise Mismatch(f"{label}: got {g}, want {w}")
-        if g is None:
+        if w is None:  # an output left out; the op under the public function has it empty
+            if g is not None and g.numel():
+                raise Mismatch(f"{label}: got {g}, want nothing")
             continue
         if op_name in BITWISE or g.dtype not in TOLERANCE:
             assert_bitwise(g, w, label)

@@ -2,4 +2,157 @@
 
 from __future__ import annotations
 
-SIZES = {}
+import torch
+from torch import Generator, Tensor
+
+from deepkern import reference
+
+from . import Sizes
+
+BF16 = torch.bfloat16
+FP8_BYTES = torch.uint8
+ABSENT = 2147480000  # what stands in unused entries of a block table
+
+
+def empty_cache(
+    generator: Generator, blocks: int, page: int, R: int, D: int, dtype: torch.dtype = BF16
+) -> Tensor:
+    """A cache in which every token is NaN, its pages one token apart in memory."""
+    width = R + 4 * -(-R // 128) + 2 * D if dtype == FP8_BYTES else R + D
+    fill = 0xFF if dtype == FP8_BYTES else torch.nan  # bytes of ones are NaN in each of its types
+    cache = torch.full((blocks, page + 1, 1, width), fill, dtype=dtype, device=generator.device)
+    return cache[:, :page]
+
+
+def rope_table(positions: int, D: int, device: torch.device) -> Tensor:
+    """fp32 [positions, D] = [cos | sin] of the usual D/2 frequencies."""
+    exponent = torch.arange(0, D, 2, device=device, dtype=torch.float64) / max(D, 1)
+    angles = torch.arange(positions, device=device)[:, None] * 10000.0**-exponent
+    return torch.cat((angles.cos(), angles.sin()), dim=1).float()
+
+
+def mla_cache_append(
+    generator: Generator,
+    T: int,
+    R: int = 512,
+    D: int = 64,
+    page: int = 64,
+    dtype: torch.dtype = BF16,
+    cache_dtype: torch.dtype = BF16,
+    norm: bool = True,
+    rope: bool = True,
+) -> tuple:
+    device = generator.device
+    scale = torch.exp2(torch.randn(T, 1, generator=generator, device=device).mul_(2))
+    latent = (torch.randn(T, R, generator=generator, device=device) * scale).to(dtype)
+    k_rope = torch.randn(T, D, generator=generator, device=device).to(dtype)
+    blocks = -(-T // page) + 1
+    cache = empty_cache(generator, blocks, page, R, D, cache_dtype)
+    slot = torch.randperm(blocks * page, generator=generator, device=device)[:T]
+    slot[1::7] = -1
+    weight = 1 + 0.1 * torch.randn(R, generator=generator, device=device)
+    positions = torch.randint(0, 4 * T + 1, (T,), generator=generator, device=device)
+    table = rope_table(4 * T + 1, D, device) if rope else None
+    return (
+        latent,
+        k_rope,
+        cache,
+        slot,
+        weight.to(dtype) if norm else None,
+        positions if rope else None,
+        table,
+    )
+
+
+def paged(
+    generator: Generator,
+    lengths: Tensor,
+    page: int,
+    R: int,
+    D: int,
+    dtype: torch.dtype = BF16,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A cache that holds `lengths` random tokens in shuffled pages, NaN elsewhere, and its table."""
+    device = generator.device
+    pages = (lengths.long() + page - 1) // page
+    total, P = int(pages.sum()), max(int(pages.max()) if len(pages) else 0, width or 1)
+    cache = empty_cache(generator, total + 1, page, R, D, dtype)
+    order = torch.randperm(total + 1, generator=generator, device=device).int()[:total]
+    table = torch.full((len(lengths), P), ABSENT, dtype=torch.int32, device=device)
+    table[torch.arange(P, device=device) < pages[:, None]] = order
+    token = torch.arange(P * page, device=device)
+    slot = table.repeat_interleave(page, dim=1).long() * page + token % page
+    slot = slot[token < lengths[:, None]]
+    n = slot.numel()
+    latent = torch.randn(n, R, generator=generator, device=device)
+    k_rope = torch.randn(n, D, generator=generator, device=device)
+    reference.mla_cache_append(latent, k_rope, cache, slot)
+    return cache, table
+
+
+def mla_decode(
+    generator: Generator,
+    lengths: tuple[int, ...] | list[int],
+    Sq: int = 1,
+    H: int = 16,
+    R: int = 512,
+    D: int = 64,
+    page: int = 64,
+    dtype: torch.dtype = BF16,
+    cache_dtype: torch.dtype = BF16,
+    causal: bool = True,
+    width: int | None = None,
+) -> tuple:
+    device = generator.device
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    cache, table = paged(generator, seqlens, page, R, D, cache_dtype, width)
+    q = torch.randn(len(lengths), Sq, H, R + D, generator=generator, device=device).to(dtype)
+    return q, cache, table, seqlens, (R + D) ** -0.5, causal, R
+
+
+FP32 = {"dtype": torch.float32, "cache_dtype": torch.float32}
+FP8 = {"cache_dtype": FP8_BYTES}
+
+SIZES = {
+    "mla_cache_append": Sizes(
+        small=[
+            {"T": 11},
+            {"T": 9, **FP8},
+            {"T": 5, "R": 130, "D": 6, "page": 3, **FP8, "dtype": torch.float32},
+            {"T": 6, "R": 48, "D": 16, "page": 1, **FP32},
+            {"T": 3, "norm": False, "rope": False, "dtype": torch.float16},
+            {"T": 0},
+        ],
+        cpu=[{"T": 512}, {"T": 512, **FP8}],
+        gpu=[{"T": 128}, {"T": 8192}, {"T": 8192, **FP8}],
+        inspect=[{"T": 8192}, {"T": 8192, **FP8}],
+    ),
+    "mla_decode": Sizes(
+        small=[
+            {"lengths": (37, 0, 1), "Sq": 2, "H": 3, "R": 64, "D": 16, "page": 16},
+            {"lengths": (700, 90), "H": 2, "R": 32, "D": 16, "page": 53, **FP32},
+            {"lengths": (70,), "Sq": 1, "H": 16},
+            {"lengths": (65,), "Sq": 1, "H": 9, **FP8},
+            {"lengths": (3, 20), "Sq": 4, "H": 5, "R": 130, "D": 6, "page": 2, **FP8},
+            {"lengths": (5,), "H": 1, "R": 16, "D": 0, "page": 1, "causal": False},
+            {"lengths": ()},
+            {"lengths": (4,), "H": 0},
+            {"lengths": (0, 0), "H": 2, "R": 32, "D": 16},
+        ],
+        cpu=[{"lengths": (1024,) * 4, "H": 16}],
+        gpu=[
+            {"lengths": (4096,) * 128, "H": 16},
+            {"lengths": (4096,) * 128, "H": 128},
+            {"lengths": (8192,), "H": 128},
+            {"lengths": (4096,) * 128, "H": 16, **FP8},
+        ],
+        inspect=[
+            {"lengths": (4096,), "H": 16},
+            {"lengths": (4096,), "H": 128},
+            {"lengths": (4096,), "H": 16, **FP8},
+            {"lengths": (4096,), "H": 128, **FP8},
+            {"lengths": (4096,), "H": 16, **FP32},
+        ],
+    ),
+}

@@ -2,4 +2,207 @@
 
 from __future__ import annotations
 
-SIZES = {}
+import torch
+from torch import Generator, Tensor
+
+from . import Sizes
+from .quant import values
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+V2 = {"score": "softmax", "group_score": "max", "normalize": False, "scale": 16.0}
+V3 = {"topk": 8, "num_groups": 8, "topk_groups": 4, "scale": 2.5}
+
+
+def route_topk(
+    generator: Generator,
+    T: int,
+    E: int,
+    topk: int = 8,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    score: str = "sigmoid",
+    group_score: str = "top2",
+    normalize: bool = True,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    biased: bool = True,
+) -> tuple:
+    """Logits in steps of 1/8, so that a token has equal scores to choose between."""
+    device = generator.device
+    logits = torch.randn(T, E, generator=generator, device=device) * 3
+    logits = (logits * 8).round() / 8
+    bias = torch.randn(E, generator=generator, device=device) * 0.1 if biased else None
+    rule = topk, num_groups, topk_groups, score, group_score, normalize, scale
+    return logits.to(dtype), bias, *rule
+
+
+def route_topk_backward(generator: Generator, T: int, E: int, topk: int = 8, **rule) -> tuple:
+    """Some indices are none of the experts'."""
+    logits, _, topk, _, _, score, _, normalize, scale = route_topk(generator, T, E, topk, **rule)
+    grad_weights = torch.randn(T, topk, generator=generator, device=generator.device)
+    idx = torch.rand(T, E, generator=generator, device=generator.device).argsort(1)[:, :topk]
+    idx = torch.where(idx == 0, -1, idx)
+    return grad_weights, logits, idx.contiguous(), score, normalize, scale
+
+
+def indices(generator: Generator, T: int, E: int, topk: int, none: float = 0.1) -> Tensor:
+    """int64 [T, topk]: experts of unequal popularity, a part `none` of them out of range."""
+    device = generator.device
+    draw = torch.rand(T, topk, generator=generator, device=device)
+    idx = (draw * draw * E).long().clamp(max=E - 1)
+    out = torch.tensor([-1, E, -(2**63), 2**63 - 1, 2**32], device=device)
+    wrong = out[torch.randint(len(out), (T, topk), generator=generator, device=device)]
+    return torch.where(torch.rand(T, topk, generator=generator, device=device) < none, wrong, idx)
+
+
+def expert_dispatch(
+    generator: Generator,
+    T: int,
+    E: int,
+    topk: int,
+    K: int,
+    alignment: int = 1,
+    dtype: torch.dtype = BF16,
+    scaled: bool | None = None,
+    none: float = 0.1,
+) -> tuple[Tensor, Tensor, int, Tensor | None, int]:
+    """Every row of `x` starts with its own number, so that no two rows are alike."""
+    x = values(generator, T, K, dtype=torch.float32)
+    if K:
+        x[:, 0] = torch.arange(T, device=x.device) % 256
+    scale = torch.rand(T, -(-K // 128), generator=generator, device=x.device)
+    scale = scale if (dtype == FP8 if scaled is None else scaled) else None
+    x = x.clamp(-448, 448).to(dtype)
+    return x, indices(generator, T, E, topk, none), E, scale, alignment
+
+
+def rows_and_handle(
+    generator: Generator, T: int, topk: int, K: int, dtype: torch.dtype, none: float
+) -> tuple[Tensor, Tensor]:
+    """y [T·topk, K] and a handle into it that names each row at most once."""
+    device = generator.device
+    y = values(generator, T * topk, K, dtype=dtype)
+    handle = torch.rand(T * topk, generator=generator, device=device).argsort().view(T, topk)
+    out = torch.tensor([-1, T * topk, -(2**31), 2**31 - 1], device=device)
+    wrong = out[torch.randint(len(out), (T, topk), generator=generator, device=device)]
+    unused = torch.rand(T, topk, generator=generator, device=device) < none
+    return y, torch.where(unused, wrong, handle).int()
+
+
+def expert_dispatch_backward(
+    generator: Generator, T: int, topk: int, K: int, dtype: torch.dtype = BF16, none: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    return rows_and_handle(generator, T, topk, K, dtype, none)
+
+
+def expert_combine(
+    generator: Generator, T: int, topk: int, K: int, dtype: torch.dtype = BF16, none: float = 0.1
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, handle = rows_and_handle(generator, T, topk, K, dtype, none)
+    return y, torch.rand(T, topk, generator=generator, device=y.device), handle
+
+
+def expert_combine_backward(
+    generator: Generator, T: int, topk: int, K: int, dtype: torch.dtype = BF16, none: float = 0.1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad = values(generator, T, K, dtype=dtype)
+    return grad, *expert_combine(generator, T, topk, K, dtype, none)
+
+
+SIZES = {
+    "route_topk": Sizes(
+        small=[
+            {"T": 9, "E": 256, **V3},
+            {"T": 70, "E": 10, "topk": 3, "num_groups": 5, "topk_groups": 2, **V2, "dtype": BF16},
+            {"T": 5, "E": 160, "topk": 6, "num_groups": 8, "topk_groups": 3, "score": "softmax"},
+            {"T": 33, "E": 64, "topk": 6, "score": "sqrtsoftplus", "biased": False},
+            {"T": 3, "E": 1, "topk": 1, "dtype": torch.float16},
+            {"T": 0, "E": 8, "topk": 2},
+        ],
+        cpu=[{"T": 512, "E": 256, **V3}],
+        gpu=[{"T": 4096, "E": 256, **V3}, {"T": 128, "E": 256, **V3}],
+        inspect=[
+            {"T": 4096, "E": 256, **V3},
+            {"T": 4096, "E": 160, "topk": 6, "num_groups": 8, "topk_groups": 3, **V2},
+            {"T": 4096, "E": 384, "topk": 6, "score": "sqrtsoftplus", "scale": 1.5},
+            {"T": 4096, "E": 64, "topk": 6, **V2, "biased": False},
+        ],
+    ),
+    "route_topk_backward": Sizes(
+        small=[
+            {"T": 9, "E": 256, "scale": 2.5},
+            {"T": 20, "E": 10, "topk": 3, **V2, "dtype": BF16},
+            {"T": 4, "E": 100, "topk": 6, "score": "softmax"},
+            {"T": 6, "E": 64, "topk": 6, "score": "sqrtsoftplus", "dtype": torch.float16},
+            {"T": 0, "E": 8, "topk": 2},
+        ],
+        cpu=[{"T": 512, "E": 256, "scale": 2.5}],
+        gpu=[{"T": 4096, "E": 256, "scale": 2.5}],
+        inspect=[
+            {"T": 4096, "E": 256, "scale": 2.5},
+            {"T": 4096, "E": 160, "topk": 6, **V2},
+            {"T": 4096, "E": 384, "topk": 6, "score": "sqrtsoftplus"},
+        ],
+    ),
+    "expert_dispatch": Sizes(
+        small=[
+            {"T": 20, "E": 10, "topk": 3, "K": 256, "alignment": 2, "scaled": True},
+            {"T": 37, "E": 10, "topk": 3, "K": 300, "alignment": 4, "dtype": FP8},
+            {"T": 200, "E": 40, "topk": 2, "K": 64},
+            {"T": 5, "E": 1, "topk": 1, "K": 1, "dtype": torch.float32, "scaled": True},
+            {"T": 3, "E": 256, "topk": 8, "K": 1100, "alignment": 2, "dtype": torch.float16},
+            {"T": 0, "E": 8, "topk": 2, "K": 128},
+            {"T": 4, "E": 8, "topk": 2, "K": 0, "dtype": FP8},
+            {"T": 4, "E": 8, "topk": 0, "K": 16},
+        ],
+        cpu=[{"T": 512, "E": 256, "topk": 8, "K": 7168, "dtype": FP8, "none": 0.0}],
+        gpu=[
+            {"T": 4096, "E": 256, "topk": 8, "K": 7168, "dtype": FP8, "none": 0.0},
+            {"T": 128, "E": 256, "topk": 8, "K": 7168, "none": 0.0},
+            {"T": 4096, "E": 256, "topk": 8, "K": 7168, "alignment": 128, "none": 0.5},
+        ],
+        inspect=[
+            {"T": 4096, "E": 256, "topk": 8, "K": 7168, "dtype": FP8},
+            {"T": 4096, "E": 64, "topk": 6, "K": 2048},
+        ],
+    ),
+    "expert_dispatch_backward": Sizes(
+        small=[
+            {"T": 11, "topk": 3, "K": 300},
+            {"T": 5, "topk": 9, "K": 1030, "dtype": torch.float32},
+            {"T": 0, "topk": 2, "K": 16},
+            {"T": 2, "topk": 0, "K": 16},
+        ],
+        cpu=[{"T": 512, "topk": 8, "K": 7168, "none": 0.0}],
+        gpu=[{"T": 4096, "topk": 8, "K": 7168, "none": 0.0}],
+        inspect=[{"T": 4096, "topk": 8, "K": 7168}],
+    ),
+    "expert_combine": Sizes(
+        small=[
+            {"T": 11, "topk": 3, "K": 300},
+            {"T": 5, "topk": 9, "K": 1030, "dtype": torch.float32},
+            {"T": 9, "topk": 1, "K": 7, "dtype": torch.float16, "none": 0.5},
+            {"T": 0, "topk": 2, "K": 16},
+            {"T": 3, "topk": 2, "K": 0},
+            {"T": 2, "topk": 0, "K": 16},
+        ],
+        cpu=[{"T": 512, "topk": 8, "K": 7168, "none": 0.0}],
+        gpu=[
+            {"T": 4096, "topk": 8, "K": 7168, "none": 0.0},
+            {"T": 128, "topk": 8, "K": 7168, "none": 0.0},
+        ],
+        inspect=[{"T": 4096, "topk": 8, "K": 7168}, {"T": 4096, "topk": 6, "K": 2048}],
+    ),
+    "expert_combine_backward": Sizes(
+        small=[
+            {"T": 11, "topk": 3, "K": 300},
+            {"T": 5, "topk": 9, "K": 1030, "dtype": torch.float32},
+            {"T": 0, "topk": 2, "K": 16},
+            {"T": 3, "topk": 2, "K": 0},
+            {"T": 2, "topk": 0, "K": 16},
+        ],
+        cpu=[{"T": 512, "topk": 8, "K": 7168, "none": 0.0}],
+        gpu=[{"T": 4096, "topk": 8, "K": 7168, "none": 0.0}],
+        inspect=[{"T": 4096, "topk": 8, "K": 7168}],
+    ),
+}

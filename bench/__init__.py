@@ -1,0 +1,1 @@
+"""`python -m bench`: checks, timings, the model and static inspection (see docs/inspection.md)."""

@@ -1,0 +1,84 @@
+"""The command line: `python -m bench [ops [NAME] | model | inspect [OP]]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import typer
+
+if "inspect" not in sys.argv[1:2] and not torch.cuda.is_available():
+    # Decided when deepkern imports Triton: without a GPU its kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
+
+
+def known_ops(name: str | None) -> list[str]:
+    """All ops, or the one named; a message and exit 2 if there is none of that name."""
+    import deepkern
+
+    if name is not None and name not in deepkern.OPS:
+        raise typer.BadParameter(f"no op {name!r}; there are {', '.join(sorted(deepkern.OPS))}")
+    return [name] if name else sorted(deepkern.OPS)
+
+
+_KEEP = typer.Option(False, help="name the results so that git takes a CPU's")
+_SECONDS = typer.Option(0.3, help="time each op for about this long")
+
+_TARGET = typer.Option([], help="a GPU target such as sm_90, repeatable; all if left out")
+
+
+@app.callback(invoke_without_command=True)
+def main(context: typer.Context, keep: bool = _KEEP, seconds: float = _SECONDS) -> None:
+    """Checks and times every op here, then runs the model: the main job, `make run`."""
+    if context.invoked_subcommand is None:
+        from . import job
+
+        raise typer.Exit(job.run(seconds=seconds, keep=keep))
+
+
+@app.command()
+def ops(
+    name: str = typer.Argument(None, help="one op; all if left out"),
+    keep: bool = _KEEP,
+    seconds: float = _SECONDS,
+) -> None:
+    """Checks and times ops, without the model."""
+    chosen = known_ops(name)
+    from . import job
+
+    raise typer.Exit(job.run(chosen, model=False, seconds=seconds, keep=keep))
+
+
+@app.command()
+def model(keep: bool = _KEEP) -> None:
+    """Runs the model, without checking ops one by one."""
+    from . import job
+
+    raise typer.Exit(job.run([], keep=keep))
+
+
+@app.command()
+def inspect(
+    op: str = typer.Argument(None, help="one op; all if left out"),
+    target: list[str] = _TARGET,
+    check: bool = typer.Option(False, help="compare with the committed budgets"),
+    write_budgets: bool = typer.Option(False, help="rewrite the committed budgets"),
+    processes: int = typer.Option(2, help="compile in this many processes"),
+) -> None:
+    """Compiles Triton kernels for every GPU target and says what they need. Takes no GPU."""
+    from deepkern.runtime.arch import ARCHS
+
+    from . import inspect as inspection
+
+    unknown = [name for name in target if name not in ARCHS]
+    if unknown:
+        raise typer.BadParameter(f"no target {unknown[0]!r}; there are {', '.join(ARCHS)}")
+    ops = known_ops(op)
+    raise typer.Exit(inspection.run(ops, target or list(ARCHS), check, write_budgets, processes))
+
+
+if __name__ == "__main__":
+    app()

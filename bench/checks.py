@@ -1,0 +1,146 @@
+"""Is every op right, on every backend that this machine has?
+
+`cuda`, `triton` and `cpu` are held against the oracle by design.md's bounds. The `torch` backend is
+the oracle, so comparing it with itself would say nothing: it is held, more loosely, against the
+plain PyTorch formula that bench/baselines.py has for the op. Without one it counts as not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+import deepkern
+from deepkern.runtime import backends
+from deepkern.testing import compare, inputs
+
+from . import baselines, machine
+
+# Plain PyTorch rounds at other places than the oracle: diffs up to 8e-6 were seen. A relative error
+# of 1 % in all values is a diff of 5e-5.
+PLAIN_TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One op at one size on one backend. `ok` is None when there was nothing to hold it against."""
+
+    op: str
+    backend: str
+    size: str
+    against: str  # "oracle" or "plain PyTorch"
+    ok: bool | None
+    error: float | None  # the largest diff over the outputs; 0 where bits are equal
+    tolerance: float  # of `error`; 0 where bits must be equal
+    note: str = ""
+
+    def record(self) -> dict:
+        return {"kind": "check", **asdict(self)}
+
+
+def plan(ops: list[str]) -> list[tuple[str, str]]:
+    """(op, backend) for all that can be checked here."""
+    return [(op, name) for op in ops for name in backends.BACKENDS
+            if machine.served(deepkern.OPS[op], name)]  # fmt: skip
+
+
+def check(op: str, backend: str, device: torch.device, seed: int = 0) -> Iterator[Check]:
+    """Checks `op` on `backend` at each of its small sizes."""
+    for size in inputs.sizes(op).small:
+        generator = torch.Generator(device).manual_seed(seed)
+        try:
+            args = deepkern.OPS[op].positional(inputs.make(op, generator, **size))
+            yield _check(op, backend, text(size), args)
+        except Exception as error:
+            note = f"{type(error).__name__}: {error}"[:300]
+            yield Check(op, backend, text(size), "oracle", False, None, 0.0, note)
+
+
+def _check(op: str, backend: str, size: str, args: tuple) -> Check:
+    with torch.no_grad(), deepkern.backend(backend), compare.poison():
+        got = outputs(deepkern.OPS[op], args)
+    if backend == "torch":
+        plain = baselines.BASELINES.get(op)
+        if plain is None:
+            note = "the torch backend is the oracle, and there is no other formula"
+            return Check(op, backend, size, "plain PyTorch", None, None, PLAIN_TOLERANCE, note)
+        ok, error, note = roughly(op, args, got, outputs(plain, args))
+        return Check(op, backend, size, "plain PyTorch", ok, error, PLAIN_TOLERANCE, note)
+    want = outputs(getattr(deepkern.reference, op), args)
+    bound = tolerance(op, want)
+    try:
+        error = compare.assert_matches(op, got, want)
+    except compare.Mismatch as mismatch:
+        return Check(op, backend, size, "oracle", False, largest(got, want), bound, str(mismatch))
+    return Check(op, backend, size, "oracle", True, error, bound)
+
+
+def outputs(call: Callable, args: tuple) -> tuple:
+    """What `call` gives on copies of its tensors; what it made of them if it gives nothing."""
+    args = tuple(copy(x) if isinstance(x, Tensor) else x for x in args)
+    got = call(*args)
+    got = tuple(x for x in args if isinstance(x, Tensor)) if got is None else got
+    return tuple(got) if isinstance(got, (tuple, list)) else (got,)
+
+
+def copy(x: Tensor) -> Tensor:
+    """A copy with the same strides and the same memory between its elements."""
+    memory = x.untyped_storage().clone()
+    return x.new_empty(0).set_(memory, x.storage_offset(), x.shape, x.stride())
+
+
+def tolerance(op: str, want: tuple) -> float:
+    """The widest bound that applies to an output of `op`; 0 if all are held bit for bit."""
+    if op in compare.BITWISE:
+        return 0.0
+    dtypes = [x.dtype for x in want if isinstance(x, Tensor)]
+    return max((compare.TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+
+
+def largest(got: tuple, want: tuple) -> float | None:
+    """The largest diff of outputs that can be compared, for the record of a failure."""
+    pairs = [
+        (g.double(), w.double())
+        for g, w in zip(got, want, strict=False)
+        if isinstance(g, Tensor) and isinstance(w, Tensor) and g.shape == w.shape
+    ]
+    diffs = [compare.diff(g.nan_to_num(0, 0, 0), w.nan_to_num(0, 0, 0)) for g, w in pairs]
+    return max(diffs, default=None)
+
+
+def roughly(op: str, args: tuple, got: tuple, want: tuple) -> tuple[bool | None, float | None, str]:
+    """(agreed, largest diff, why not) against plain PyTorch; None of its outputs: nothing agreed.
+
+    Integers must be equal; floating-point values, FP8 included, within PLAIN_TOLERANCE, with NaN
+    and inf at the same places. An output that the plain formula leaves out (None) is passed over.
+    """
+    compared, worst = 0, 0.0
+    for number, (g, w) in enumerate(zip(got, want, strict=True)):
+        if not isinstance(w, Tensor):
+            continue
+        g, w = (baselines.readable(op, args, x) for x in (g, w))
+        compared += 1
+        if g.shape != w.shape:
+            return False, None, f"output {number}: {tuple(g.shape)}, plain {tuple(w.shape)}"
+        if not w.is_floating_point():
+            if not torch.equal(g.to(w.dtype), w):
+                return False, largest((g,), (w,)), f"output {number} differs from plain PyTorch"
+            continue
+        g, w = g.double(), w.double()
+        if not torch.equal(g.isfinite(), w.isfinite()):
+            return False, None, f"output {number}: NaN or inf at other places than plain PyTorch"
+        finite = w.isfinite()
+        worst = max(worst, compare.diff(g[finite], w[finite]))
+    if not compared:
+        return None, None, "the plain formula gives nothing to compare"
+    if worst > PLAIN_TOLERANCE:
+        return False, worst, f"diff to plain PyTorch {worst:.3g} > {PLAIN_TOLERANCE:.0e}"
+    return True, worst, ""
+
+
+def text(size: dict) -> str:
+    """A size as words: 'M=33 K=300 dtype=float32'."""
+    return " ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in size.items())

@@ -1,0 +1,63 @@
+"""What a call costs at least: the bytes that have to move and the operations that have to be done.
+
+Bytes are every tensor in and out once, unless the op touches only part of one; then a function here
+says how much. Operations are the multiplications and additions of matrix products; an op without
+any has no entry and no TFLOPS.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+def tensor_bytes(*values) -> int:
+    """Bytes of all the tensors in `values`."""
+    return sum(x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
+def _cached_tokens(args: tuple) -> int:
+    """Tokens that an mla_decode call reads, all sequences together."""
+    _, cache, block_table, cache_seqlens = args[:4]
+    capacity = block_table.shape[1] * cache.shape[1]
+    return int(cache_seqlens.clamp(0, capacity).sum())
+
+
+def _mla_decode_bytes(args: tuple, out) -> int:
+    q, cache = args[:2]
+    token = cache.shape[-1] * cache.element_size()
+    return _cached_tokens(args) * token + tensor_bytes(q, args[2], args[3], out)
+
+
+def _mla_decode_flops(args: tuple, out) -> int:
+    q, v_head_dim = args[0], args[6]
+    per_token = 2 * q.shape[1] * q.shape[2] * (q.shape[3] + v_head_dim)
+    return _cached_tokens(args) * per_token
+
+
+def _mla_cache_append_bytes(args: tuple, out) -> int:
+    latent, k_rope, cache, slots = args[:4]
+    written = int((slots >= 0).sum()) * cache.shape[-1] * cache.element_size()
+    return tensor_bytes(latent, k_rope, slots) + written
+
+
+def _gemm_nt_flops(args: tuple, out) -> int:
+    a, b = args[0], args[2]
+    return 2 * a.shape[0] * a.shape[1] * b.shape[0]
+
+
+BYTES = {
+    "mla_decode": _mla_decode_bytes,
+    "mla_cache_append": _mla_cache_append_bytes,
+}
+FLOPS = {
+    "fp8_gemm_nt": _gemm_nt_flops,
+    "mla_decode": _mla_decode_flops,
+}
+FP8_PRODUCTS = {"fp8_gemm_nt"}  # whose roof is the FP8 rate of the tensor cores
+
+
+def cost(op_name: str, args: tuple, out) -> tuple[int, int]:
+    """(bytes, operations) of one call."""
+    count = BYTES.get(op_name, lambda args, out: tensor_bytes(args, out))
+    return count(args, out), FLOPS.get(op_name, lambda args, out: 0)(args, out)

@@ -1,0 +1,153 @@
+"""`python -m bench inspect`: every kernel, compiled for every GPU, without one.
+
+The work is done by `bench.compiling` in processes of its own; here are the crew that runs them, the
+table, and the verdict against the committed budgets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from . import budgets
+from .progress import bar, screen
+
+ROOT = Path(__file__).parent.parent
+
+
+class Worker:
+    """A `python -m bench.compiling` process, started again if a compiler takes it down."""
+
+    def __init__(self):
+        self.process: subprocess.Popen | None = None
+
+    def inspect(self, op: str, target: str) -> list[dict]:
+        if self.process is None or self.process.poll() is not None:
+            self.process = self._start()
+        self.process.stdin.write(f"{op} {target}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if answer:
+            return json.loads(answer)
+        code = self.process.wait()
+        error = f"the compiling process died with exit code {code}"
+        return [
+            {"op": op, "target": target, "size": 0, "kernel": "?", "config": "", "error": error}
+        ]
+
+    def _start(self) -> subprocess.Popen:
+        paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        env.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        env.pop("TRITON_INTERPRET", None)  # interpreted kernels do not compile
+        command = [sys.executable, "-m", "bench.compiling"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdin=pipe, stdout=pipe,
+                                stderr=subprocess.DEVNULL)  # fmt: skip
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def compile_all(
+    ops: Sequence[str],
+    targets: Sequence[str],
+    processes: int = 2,
+    done: Callable[[str, str], object] = lambda op, target: None,
+) -> list[dict]:
+    """Records of every kernel of `ops` on `targets`, in that order; see bench/assembly.py."""
+    jobs = [(op, target) for op in ops for target in targets]
+    crew = threading.local()
+    workers: list[Worker] = []
+
+    def enlist():
+        crew.worker = Worker()
+        workers.append(crew.worker)
+
+    records = {}
+    with ThreadPoolExecutor(processes, initializer=enlist) as pool:
+        running = {pool.submit(lambda job: crew.worker.inspect(*job), job): job for job in jobs}
+        for future in as_completed(running):
+            records[running[future]] = future.result()
+            done(*running[future])
+    for worker in workers:
+        worker.close()
+    return [record for job in jobs for record in records[job]]
+
+
+def table(records: list[dict]) -> Table:
+    """What was found, a row for every kernel, tile config and target that compiles."""
+    view = Table(title="Kernels as compiled", title_justify="left", header_style="bold")
+    for name in ("kernel", "tile config", "target"):
+        view.add_column(name, overflow="fold")
+    for name in ("regs", "spill B", "shared KiB", "blocks/SM"):
+        view.add_column(name, justify="right")
+    for name in ("matrix instructions", "TMA", "async"):
+        view.add_column(name, overflow="fold")
+    before = None
+    compiled = [r for r in budgets.worst(records).values() if "error" not in r]
+    for record in sorted(compiled, key=lambda r: (r["op"], r["kernel"], r["config"])):
+        label = (f"{record['op']}\n  {record['kernel']}", record["config"])
+        first = label != before
+        if first and before is not None:
+            view.add_section()
+        before = label
+        view.add_row(*(label if first else ("", "")), record["target"], *_cells(record))
+    return view
+
+
+def _cells(record: dict) -> list[str]:
+    matrix = " ".join(f"{name} {n}" for name, n in record["matrix"].items())
+    if record["dots"] and not matrix:
+        matrix = "[red]none"
+    spill = f"[red]{record['spill_bytes']}" if record["spill_bytes"] else "0"
+    shared = f"{record['shared'] / 1024:.1f}"
+    blocks = f"{record['blocks']} ({record['limit']})"
+    tma, copies = (str(record[name] or "") for name in ("tma", "async_copy"))
+    return [str(record["registers"]), spill, shared, blocks, matrix, tma, copies]
+
+
+def verdict(problems: dict[tuple, list[str]]) -> list[str]:
+    """The problems as lines, one for all targets on which a kernel has the same one."""
+    targets: dict[tuple, list[str]] = {}
+    for (op, kernel, config, target), texts in problems.items():
+        for text in texts:
+            targets.setdefault((f"{op} {kernel} [{config}]", text), []).append(target)
+    return [f"{where} on {' '.join(on)}: {text}" for (where, text), on in targets.items()]
+
+
+def run(
+    ops: Sequence[str],
+    targets: Sequence[str],
+    check: bool = False,
+    write: bool = False,
+    processes: int = 2,
+    console: Console | None = None,
+) -> int:
+    """The command: compile, print, and with `check` or `write` compare or rewrite the budgets."""
+    console = console or screen()
+    with bar(console, "compiling", len(ops) * len(targets)) as step:
+        records = compile_all(ops, targets, processes, lambda op, target: step(f"{op} {target}"))
+    committed = budgets.load()
+    problems = budgets.problems(records, committed if check else None, ops, targets)
+    console.print(table(records))
+    for line in verdict(problems):
+        console.print(line, style="red", markup=False, soft_wrap=True)
+    kernels = len({(r["op"], r["kernel"]) for r in records if "error" not in r})
+    console.print(f"{kernels} kernels in {len(budgets.worst(records))} forms over {len(targets)} "
+                  f"targets, {len(problems)} with problems")  # fmt: skip
+    if write:
+        budgets.write(budgets.merged(committed, records, ops, targets))
+        console.print(f"budgets written to {budgets.FILE}")
+    return 1 if problems else 0

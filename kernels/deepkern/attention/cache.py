@@ -1,0 +1,86 @@
+"""The latent cache: its formats, and how a kernel gets at one.
+
+A cache is [blocks, page, 1, width]: `blocks` pages of `page` tokens, of which the flat slot
+`block * page + offset` names one. A token is R latents and D RoPE values, in one of two formats:
+
+    real dtype    width R + D      latents, RoPE values, all in that dtype
+    uint8 (FP8)   width in bytes   R e4m3 latents, ceil(R/128) fp32 scales (one per 128 latents),
+                                   D bf16 RoPE values: 656 = 512 + 16 + 128 for R = 512, D = 64
+
+A kernel gets the three parts as three tensors of their own dtypes (`parts`), each with its
+strides, so that both formats look alike to it. In widths where the parts are not aligned to their
+dtypes (R % 4, D % 2), scales and RoPE values are handed over as bytes, and `load` and `store` put
+them together.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..quant.fp8 import BLOCK, as_bits
+from ..runtime.contract import FP8, check_that
+
+
+def width(dtype: torch.dtype, R: int, D: int) -> int:
+    """The last dimension of a cache of `dtype`."""
+    return R + 4 * -(-R // BLOCK) + 2 * D if dtype == torch.uint8 else R + D
+
+
+def check_width(op: str, cache: Tensor, R: int, D: int) -> None:
+    """Raises ValueError unless the last dimension of `cache` holds R latents and D RoPE values."""
+    expected = width(cache.dtype, R, D)
+    kind = "FP8 format" if cache.dtype == torch.uint8 else "latents and RoPE values"
+    check_that(op, "cache", cache.shape[-1] == expected,
+               f"last dimension {expected} ({kind} of {R} + {D})", f"shape {tuple(cache.shape)}")  # fmt: skip
+
+
+def parts(cache: Tensor, R: int, native_fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the latents, scales and RoPE values; the scales of a real cache are a stand-in."""
+    if cache.dtype != torch.uint8:
+        return cache[..., :R], cache, cache[..., R:]
+    R_scale = R + 4 * -(-R // BLOCK)
+    latent, scale, rope = cache[..., :R], cache[..., R:R_scale], cache[..., R_scale:]
+    if all(n % 4 == 0 for n in (cache.storage_offset(), *cache.stride()[:3], R)):
+        scale, rope = scale.view(torch.float32), rope.view(torch.bfloat16)
+    return as_bits(latent.view(FP8), native_fp8), scale, rope
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """What the kernels take of each part: elements from block to block, from token to token."""
+    return [t.stride(i) for t in tensors for i in (0, 1)]
+
+
+@triton.jit
+def load(row_ptr, index, mask, DTYPE: tl.constexpr):
+    """Values of DTYPE at `index` from `row_ptr`, which may point to bytes; 0 where masked."""
+    if row_ptr.dtype.element_ty == DTYPE:
+        value = tl.load(row_ptr + index, mask=mask, other=0.0)
+    else:
+        SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+        bits = tl.load(row_ptr + index * SIZE, mask=mask, other=0).to(tl.int32)
+        for i in tl.static_range(1, SIZE):
+            byte = tl.load(row_ptr + index * SIZE + i, mask=mask, other=0).to(tl.int32)
+            bits |= byte << (8 * i)
+        if SIZE == 2:
+            bits = bits.to(tl.int16)
+        value = bits.to(DTYPE, bitcast=True)
+    return value
+
+
+@triton.jit
+def store(row_ptr, index, value, mask):
+    """Writes `value` at `index` from `row_ptr`, which may point to bytes."""
+    if row_ptr.dtype.element_ty == value.dtype:
+        tl.store(row_ptr + index, value, mask=mask)
+    else:
+        SIZE: tl.constexpr = value.dtype.primitive_bitwidth // 8
+        if SIZE == 2:
+            bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+        else:
+            bits = value.to(tl.int32, bitcast=True)
+        for i in tl.static_range(SIZE):
+            byte = (bits >> (8 * i)) & 0xFF
+            tl.store(row_ptr + index * SIZE + i, byte.to(tl.uint8), mask=mask)

@@ -1,0 +1,335 @@
+"""Attention of a few new queries per sequence over the paged latent cache, weights absorbed.
+
+A cached token is one key for all heads, and its first R values are its value too:
+
+    score[s, h, n] = softmax_scale * q[s, h] . cache[n]          over R + D
+    out[s, h]      = softmax over the seen n of score . cache[n, :R]
+
+Cut: the Sq * H queries of a sequence, which all read the same tokens, are rows of a tile; the
+tokens are cut into splits, and a program takes one tile of rows over one split, reading each token
+once for both products. Partial results are then combined in the order of the splits (`combine`).
+Where the cuts fall depends on the sequence's own length alone, which a program reads for itself:
+neither the batch nor the width of the block table can change a bit, and nothing is read back.
+
+Up to about a hundred rows the speed is that of reading the cache, beyond that of the matrix units.
+
+Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; splitting as in Flash-Decoding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..quant.fp8 import from_fp8
+from ..runtime import arch
+from ..runtime.contract import check_that
+from ..runtime.op import op
+from .cache import check_width, load, parts, strides
+
+MIN_SPLIT = 512  # tokens: a split's partial result costs as much traffic as 3.6 tokens a row
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@op(
+    q="real [B, Sq, H, W]",
+    cache="real|uint8 [blocks, page, 1, _]",
+    block_table="int32 [B, P]",
+    cache_seqlens="int32 [B]",
+)
+def mla_decode(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    causal: bool = True,
+    v_head_dim: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """Attends Sq new queries of each sequence to its tokens in the paged latent cache.
+
+    Args:
+        q: bf16, fp16 or fp32 [B, Sq, H, R + D]; the latent part has the key's up-projection
+            absorbed. Any H and Sq, any strides but a contiguous last dimension.
+        cache: as `mla_cache_append` writes it: [blocks, page, 1, R + D] bf16, fp16 or fp32, or
+            the FP8 format uint8 [blocks, page, 1, R + 4 * ceil(R / 128) + 2 * D].
+        block_table: int32 [B, P], the pages of each sequence, in order. The tokens of a page
+            that is not in [0, blocks) count as absent.
+        cache_seqlens: int32 [B], tokens of each sequence, the Sq new ones included; taken as 0
+            if negative, as P * page if larger.
+        softmax_scale: multiplies the scores.
+        causal: query s sees the first `cache_seqlens - (Sq - 1 - s)` tokens; otherwise all do.
+        v_head_dim: R, how many of a token's values are its value.
+
+    Returns:
+        out: [B, Sq, H, R] in q's dtype; 0 where there is nothing to attend to.
+        lse: fp32 [B, H, Sq], natural log of the sum of exponentials; -inf in that case.
+
+    Accumulates in fp32. Tokens are multiplied in q's dtype if the cache has the same one, or if
+    q is bf16 and the cache FP8; in fp32 otherwise, which is slow and exact.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; with DEEPKERN_DEBUG=1 also for lengths
+            and page numbers out of range.
+    """
+    B, Sq, H, W = q.shape
+    check_that("mla_decode", "v_head_dim", 0 <= v_head_dim <= W,
+               f"a part of q's last dimension {W}", v_head_dim)  # fmt: skip
+    check_width("mla_decode", cache, v_head_dim, W - v_head_dim)
+    check_that("mla_decode", "block_table", block_table.shape[1] * cache.shape[1] < 2**31,
+               "fewer than 2**31 tokens a sequence",
+               f"{block_table.shape[1]} pages of {cache.shape[1]}")  # fmt: skip
+    out = q.new_empty(B, Sq, H, v_head_dim)
+    return out, q.new_empty(B, H, Sq, dtype=torch.float32)
+
+
+class Tile(NamedTuple):
+    """How a launch is cut: rows and keys of a tile, latents multiplied at a time, and so on."""
+
+    rows: int
+    keys: int
+    wide: int
+    warps: int
+    stages: int
+    max_splits: int
+
+
+def tile(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim) -> Tile:
+    """The tile for these shapes; neither B nor the width of the table may decide it."""
+    rows = 16
+    return Tile(rows, 64, 128, 4, 2, 32)
+
+
+def dot_dtype(q: Tensor, cache: Tensor) -> torch.dtype:
+    """What the products are taken in: the dtype of both operands, or one that holds both."""
+    cached = rope_dtype(cache)
+    return cached if q.dtype == cached else torch.float32
+
+
+def rope_dtype(cache: Tensor) -> torch.dtype:
+    return torch.bfloat16 if cache.dtype == torch.uint8 else cache.dtype
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@mla_decode.backend("triton")
+def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim):
+    args = q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim
+    out, lse = mla_decode.allocate(*args)
+    if lse.numel() == 0:
+        return out, lse
+    (B, Sq, H, W), R = q.shape, v_head_dim
+    blocks, page = cache.shape[:2]
+    capacity = block_table.shape[1] * page
+    target = arch.of(q.device)
+    t = tile(*args)
+    splits = max(min(triton.cdiv(capacity, MIN_SPLIT), t.max_splits), 1)
+    partial = partial_lse = None
+    if splits > 1:
+        partial = q.new_empty(B, splits, Sq * H, R, dtype=torch.float32)
+        partial_lse = q.new_empty(B, splits, Sq * H, dtype=torch.float32)
+    cached = parts(cache, R, target.native_fp8)
+    kernel[(B * triton.cdiv(Sq * H, t.rows), splits)](
+        q, *cached, block_table, cache_seqlens, out, lse, partial, partial_lse,
+        softmax_scale * LOG2_E, Sq, H, R, W - R, capacity, blocks, page,
+        q.stride(0), q.stride(1), q.stride(2), block_table.stride(0), *strides(*cached),
+        CAUSAL=causal, FP8=cache.dtype == torch.uint8, NATIVE_FP8=target.native_fp8,
+        DOT=triton_dtype(dot_dtype(q, cache)), ROPE=triton_dtype(rope_dtype(cache)),
+        PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
+        ROWS=t.rows, KEYS=t.keys, WIDE=t.wide, BLOCKS=triton.cdiv(R, t.wide),
+        D_TILE=max(triton.next_power_of_2(W - R), 16),
+        MIN_SPLIT=MIN_SPLIT, MAX_SPLITS=t.max_splits,
+        num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    if splits > 1:
+        ROWS = 4
+        combine[(B * triton.cdiv(Sq * H, ROWS),)](
+            partial, partial_lse, cache_seqlens, out, lse, Sq, H, R, capacity, splits,
+            ROWS=ROWS, R_TILE=triton.next_power_of_2(R), KEYS=t.keys,
+            MIN_SPLIT=MIN_SPLIT, MAX_SPLITS=t.max_splits, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+@triton.jit
+def split_length_of(length, KEYS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Tokens in each split (but the last) of a sequence: a function of its own length alone."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, MAX_SPLITS), KEYS) * KEYS, MIN_SPLIT)
+
+
+@triton.jit
+def kernel(
+    q_ptr, latent_ptr, scale_ptr, rope_ptr, table_ptr, length_ptr, out_ptr, lse_ptr,
+    partial_ptr, partial_lse_ptr,
+    score_scale, Sq, H, R, D, capacity, blocks, page,
+    q_batch, q_query, q_head, table_stride,
+    latent_block, latent_slot, scale_block, scale_slot, rope_block, rope_slot,
+    CAUSAL: tl.constexpr, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    DOT: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr,
+    D_TILE: tl.constexpr,
+    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(Sq * H, ROWS)
+    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    length = tl.minimum(tl.maximum(tl.load(length_ptr + sequence), 0), capacity)
+    split_length = split_length_of(length, KEYS, MIN_SPLIT, MAX_SPLITS)
+    begin = split * split_length
+    if (begin >= length) & (split > 0):
+        return
+    end = tl.minimum(begin + split_length, length)
+
+    column = tl.arange(0, WIDE)[None, :]
+    rope_column = tl.arange(0, D_TILE)[None, :]
+    known = (row < Sq * H)[:, None]
+    query, head = (row // H).to(tl.int64), row % H
+    q_row = q_ptr + sequence * q_batch + (query * q_query + head * q_head)[:, None]
+    q_rope = tl.load(q_row + R + rope_column, mask=known & (rope_column < D), other=0.0)
+    q_rope = q_rope.to(DOT)  # [ROWS, D_TILE]
+    q_latent, acc, unit = (), (), ()  # BLOCKS of [ROWS, WIDE], of [ROWS, WIDE] and of [ROWS]
+    for j in tl.static_range(BLOCKS):
+        at = j * WIDE + column
+        q_block = tl.load(q_row + at, mask=known & (at < R), other=0.0)
+        q_latent = q_latent + (q_block.to(DOT),)
+        acc = acc + (tl.zeros((ROWS, WIDE), tl.float32),)
+        unit = unit + (tl.full((ROWS,), 1.0, tl.float32),)
+    limit = length - (Sq - 1 - row // H) if CAUSAL else tl.zeros_like(row) + length  # [ROWS]
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(begin, end, KEYS):
+        key = start + tl.arange(0, KEYS)
+        block = tl.load(table_ptr + sequence * table_stride + key // page, mask=key < end, other=-1)
+        # What is absent is read as 0, so that it cannot spoil the products whatever stands there.
+        present = (block >= 0) & (block < blocks)  # [KEYS]
+        block, offset = block.to(tl.int64), key % page
+        latent_row = latent_ptr + (block * latent_block + offset * latent_slot)[:, None]
+        scale_row = scale_ptr + block * scale_block + offset * scale_slot
+        rope_row = rope_ptr + (block * rope_block + offset * rope_slot)[:, None]
+
+        inside = present[:, None] & (rope_column < D)
+        rope = load(rope_row, rope_column, inside, ROPE).to(DOT)  # [KEYS, D_TILE]
+        scores = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
+        latent, scale = (), ()
+        for j in tl.static_range(BLOCKS):
+            at = j * WIDE + column
+            values = tl.load(latent_row + at, mask=present[:, None] & (at < R), other=0.0)
+            if FP8:
+                # The scale is applied outside the product, where nothing rounds it.
+                values = from_fp8(values, NATIVE_FP8).to(DOT)
+                scale = scale + (load(scale_row, j, present, tl.float32)[None, :],)
+                product = tl.dot(q_latent[j], tl.trans(values), input_precision=PRECISION)
+                scores += product * scale[j]
+            else:
+                values = values.to(DOT)  # [KEYS, WIDE]
+                scores = tl.dot(q_latent[j], tl.trans(values), scores, input_precision=PRECISION)
+            latent = latent + (values,)
+        seen = present[None, :] & (key[None, :] < limit[:, None])
+        scores = tl.where(seen, scores * score_scale, float("-inf"))  # [ROWS, KEYS]
+
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        zero = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: weights are 0
+        weights = tl.exp2(scores - zero[:, None])
+        shrink = tl.exp2(top - zero)
+        total = total * shrink + tl.sum(weights, 1)
+        old_acc, old_unit = acc, unit
+        acc, unit = (), ()
+        for j in tl.static_range(BLOCKS):
+            if FP8:
+                # Weights times scales are rounded to DOT in units of the scale of the heaviest
+                # token, so that its own weight stays exact.
+                heaviest = tl.max(tl.where(scores == new_top[:, None], scale[j], 0.0), 1)
+                unit = unit + (tl.where(new_top > top, heaviest, old_unit[j]),)
+                scaled = weights * scale[j] * (1.0 / unit[j])[:, None]
+                shrunk = old_acc[j] * (shrink * (old_unit[j] / unit[j]))[:, None]
+            else:
+                unit = unit + (old_unit[j],)
+                scaled = weights
+                shrunk = old_acc[j] * shrink[:, None]
+            scaled = scaled.to(DOT)
+            acc = acc + (tl.dot(scaled, latent[j], shrunk, input_precision=PRECISION),)
+        top = new_top
+
+    norm = tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
+    out_row = sequence * Sq * H + row
+    if split_length >= length:  # the only split
+        tl.store(lse_ptr + (sequence * H + head) * Sq + query, lse * LN_2, mask=row < Sq * H)
+        for j in tl.static_range(BLOCKS):
+            at = j * WIDE + column
+            result = (acc[j] * (unit[j][:, None] / norm)).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + out_row[:, None] * R + at, result, mask=known & (at < R))
+    elif partial_ptr is not None:
+        partial_row = (sequence * tl.num_programs(1) + split) * Sq * H + row
+        tl.store(partial_lse_ptr + partial_row, lse, mask=row < Sq * H)
+        for j in tl.static_range(BLOCKS):
+            at = j * WIDE + column
+            to = partial_ptr + partial_row[:, None] * R + at
+            tl.store(to, acc[j] * (unit[j][:, None] / norm), mask=known & (at < R))
+
+
+@triton.jit
+def combine(
+    partial_ptr, partial_lse_ptr, length_ptr, out_ptr, lse_ptr, Sq, H, R, capacity, splits,
+    ROWS: tl.constexpr, R_TILE: tl.constexpr, KEYS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Adds up the splits of ROWS rows, each weighted with its share of the sum of exponentials."""
+    tiles = tl.cdiv(Sq * H, ROWS)
+    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    length = tl.minimum(tl.maximum(tl.load(length_ptr + sequence), 0), capacity)
+    split_length = split_length_of(length, KEYS, MIN_SPLIT, MAX_SPLITS)
+    if split_length >= length:
+        return
+    known = row < Sq * H
+    count = tl.cdiv(length, split_length)
+    first = sequence * splits * Sq * H + row  # [ROWS], of split 0
+    split = tl.arange(0, MAX_SPLITS)[None, :]
+    used = known[:, None] & (split < count)
+    all_lse = partial_lse_ptr + first[:, None] + split * (Sq * H)
+    top = tl.max(tl.load(all_lse, mask=used, other=float("-inf")), 1)
+    zero = tl.where(top == float("-inf"), 0.0, top)  # [ROWS]
+
+    column = tl.arange(0, R_TILE)[None, :]
+    inside = known[:, None] & (column < R)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, R_TILE), tl.float32)
+    for i in range(0, count):
+        at = first + i * (Sq * H)
+        weight = tl.exp2(tl.load(partial_lse_ptr + at, mask=known, other=float("-inf")) - zero)
+        total += weight
+        result = tl.load(partial_ptr + at[:, None] * R + column, mask=inside, other=0.0)
+        acc += weight[:, None] * result
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
+    out = out_ptr + (sequence * Sq * H + row)[:, None] * R + column
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=inside)
+    query, head = row // H, row % H
+    tl.store(lse_ptr + (sequence * H + head) * Sq + query, lse * LN_2, mask=known)
+
+
+def check_contents(q, cache, block_table, cache_seqlens, *_) -> None:
+    blocks, page = cache.shape[:2]
+    P = block_table.shape[1]
+    wrong = cache_seqlens[(cache_seqlens < 0) | (cache_seqlens > P * page)]
+    check_that("mla_decode", "cache_seqlens", wrong.numel() == 0,
+               f"lengths in [0, {P * page}]", wrong[:1].tolist())  # fmt: skip
+    first_token = torch.arange(P, device=q.device) * page
+    used = block_table[first_token < cache_seqlens[:, None]]
+    wrong = used[(used < 0) | (used >= blocks)]
+    check_that("mla_decode", "block_table", wrong.numel() == 0,
+               f"pages in [0, {blocks})", wrong[:1].tolist())  # fmt: skip
+
+
+mla_decode.tile = tile
+mla_decode.check_contents = check_contents

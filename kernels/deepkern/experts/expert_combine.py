@@ -1,0 +1,229 @@
+"""Combine: a token's rows back from its experts, weighted and summed.
+
+    out[t] = Σ_j topk_weights[t, j] · y[handle[t, j]]
+
+in fp32, slot after slot, with one rounding at the end, so that a token's bits depend on nothing but
+its own rows. Cut: a program takes TOKENS tokens by BLOCK_K columns, and loads up to SLOTS rows of
+each before it waits for one. (topk + 1) rows are moved for a token, at the speed of memory.
+
+The backward pass goes the other way: program (slot, tokens) writes w · grad to the slot's rows of y's
+gradient and sums <grad, y> over all columns. Other programs clear the rows that no slot names.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..runtime.contract import check_that
+from ..runtime.op import op
+from .rows import BLOCK_K, SLOTS, TOKENS, ZERO_ROWS, zero_rows
+
+
+@op(y="real [rows, K]", topk_weights="real [T, topk]", handle="int32 [T, topk]")
+def expert_combine(y: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
+    """Sums each token's rows of `y` with its weights.
+
+    Args:
+        y: bf16, fp16 or fp32 [rows, K], what the experts made of `expert_dispatch`'s rows.
+        topk_weights: real [T, topk]; rows may be strided.
+        handle: int32 [T, topk] from `expert_dispatch`. A row outside [0, rows) (-1 by convention)
+            contributes nothing, whatever its weight is.
+
+    Returns:
+        [T, K] in the dtype of `y`; 0 for a token without rows.
+
+    The gradient goes to `y` and `topk_weights`. That of `y` takes each row to be named at most once,
+    as `expert_dispatch` does: of several slots that name a row, only the last one counts.
+    DEEPKERN_DEBUG=1 raises for a row outside [-1, rows) and, going back, for one named twice.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    return y.new_empty((handle.shape[0], y.shape[1]))
+
+
+@expert_combine.backend("triton")
+def launch(y: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
+    return sum_rows(y, topk_weights, handle, expert_combine.allocate(y, topk_weights, handle))
+
+
+def sum_rows(y: Tensor, weights: Tensor | None, handle: Tensor, out: Tensor) -> Tensor:
+    """Writes Σ_j weights[t, j] · y[handle[t, j]] to out; without weights they are 1."""
+    (T, topk), (rows, K) = handle.shape, y.shape
+    if out.numel() == 0:
+        return out
+    kernel[(triton.cdiv(T, TOKENS), triton.cdiv(K, BLOCK_K))](
+        y, weights, handle, out, T, topk, rows, K, y.stride(0),
+        0 if weights is None else weights.stride(0), handle.stride(0),
+        TOKENS=TOKENS, BLOCK_K=BLOCK_K, SLOTS=min(SLOTS, triton.next_power_of_2(max(topk, 1))),
+        num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def check_contents(y: Tensor, topk_weights: Tensor, handle: Tensor) -> None:
+    """For DEEPKERN_DEBUG=1: every entry of the handle is a row or -1."""
+    _check_rows("expert_combine", handle, y.shape[0])
+
+
+def check_contents_backward(
+    grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor
+) -> None:
+    """For DEEPKERN_DEBUG=1: so, and no row is named twice."""
+    _check_rows("expert_combine_backward", handle, y.shape[0])
+    named, times = handle[handle >= 0].unique(return_counts=True)
+    twice = named[times > 1].tolist()
+    expected = "each row named at most once"
+    check_that("expert_combine_backward", "handle", not twice, expected, f"rows {twice[:8]} again")
+
+
+def _check_rows(name: str, handle: Tensor, rows: int) -> None:
+    wrong = ((handle < -1) | (handle >= rows)).nonzero().tolist()
+    got = f"{handle[tuple(wrong[0])].item()} at {tuple(wrong[0])}" if wrong else None
+    check_that(name, "handle", not wrong, f"values in [-1, {rows})", got)
+
+
+expert_combine.check_contents = check_contents
+
+
+@triton.jit
+def kernel(
+    y_ptr, weights_ptr, handle_ptr, out_ptr, T, topk, rows, K, y_row, weights_row, handle_row,
+    TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    inside = (token < T) & (column < K)
+    sum = tl.zeros((TOKENS, BLOCK_K), tl.float32)
+    for first in range(0, topk, SLOTS):
+        for j in tl.static_range(SLOTS):
+            slot = first + j
+            has_slot = (token < T) & (slot < topk)
+            row = tl.load(handle_ptr + token * handle_row + slot, mask=has_slot, other=-1)
+            there = (row >= 0) & (row < rows)  # [TOKENS, 1]
+            y_tile = y_ptr + row.to(tl.int64) * y_row + column
+            y = tl.load(y_tile, mask=inside & there, other=0.0).to(tl.float32)
+            if weights_ptr is None:
+                sum += y
+            else:
+                w = tl.load(weights_ptr + token * weights_row + slot, mask=there, other=0.0)
+                w = tl.broadcast_to(w.to(tl.float32), (TOKENS, BLOCK_K))
+                sum = tl.fma(w, y, sum)
+    tl.store(out_ptr + token * K + column, sum.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@op(
+    grad="real [T, K]",
+    y="real [rows, K]",
+    topk_weights="real [T, topk]",
+    handle="int32 [T, topk]",
+)
+def expert_combine_backward(
+    grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `expert_combine` with respect to `y` and `topk_weights`.
+
+    Args:
+        grad: real [T, K], of the output.
+        y, topk_weights, handle: as in the forward pass; each row named at most once.
+
+    Returns:
+        grad_y: [rows, K] in the dtype of `y`: topk_weights[t, j] · grad[t] in the row that
+            handle[t, j] names, 0 in rows that none does.
+        grad_weights: fp32 [T, topk]: <grad[t], y[handle[t, j]]>, 0 where there is no row.
+    """
+    return y.new_empty(y.shape), y.new_empty(handle.shape, dtype=torch.float32)
+
+
+expert_combine_backward.check_contents = check_contents_backward
+
+
+@expert_combine_backward.backend("triton")
+def launch_backward(
+    grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_y, grad_weights = expert_combine_backward.allocate(grad, y, topk_weights, handle)
+    (T, topk), (rows, K) = handle.shape, y.shape
+    owner = torch.full((rows,), -1, dtype=torch.int32, device=y.device)  # the slot that names a row
+    if handle.numel() and rows:
+        own_kernel[(triton.cdiv(T * topk, 1024),)](
+            handle, owner, T * topk, topk, rows, handle.stride(0), BLOCK=1024
+        )  # fmt: skip
+    slots = triton.cdiv(T, TOKENS) * topk
+    programs = slots + triton.cdiv(rows, ZERO_ROWS)
+    if programs:
+        backward_kernel[(programs,)](
+            grad, y, topk_weights, handle, owner, grad_y, grad_weights, T, topk, rows, K, slots,
+            grad.stride(0), y.stride(0), topk_weights.stride(0), handle.stride(0),
+            TOKENS=TOKENS, BLOCK_K=BLOCK_K, ZERO_ROWS=ZERO_ROWS, num_warps=8,
+        )  # fmt: skip
+    return grad_y, grad_weights
+
+
+@triton.jit
+def own_kernel(handle_ptr, owner_ptr, count, topk, rows, handle_row, BLOCK: tl.constexpr):
+    """owner[row] = the last of the slots that name it; a maximum does not ask in which order."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    handle_tile = handle_ptr + (i // topk).to(tl.int64) * handle_row + i % topk
+    row = tl.load(handle_tile, mask=i < count, other=-1)
+    there = (row >= 0) & (row < rows)
+    tl.atomic_max(owner_ptr + row, i, mask=there, sem="relaxed")
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr, y_ptr, weights_ptr, handle_ptr, owner_ptr, grad_y_ptr, grad_weights_ptr,
+    T, topk, rows, K, slots, grad_row, y_row, weights_row, handle_row,
+    TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, ZERO_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The first `slots` programs take one slot of TOKENS tokens each, the others clear rows."""
+    column = tl.arange(0, BLOCK_K)
+    if tl.program_id(0) >= slots:
+        first = (tl.program_id(0) - slots) * ZERO_ROWS
+        for start in range(0, K, BLOCK_K):
+            zero_rows(
+                grad_y_ptr, None, owner_ptr, rows, K, 0, first, start + column, ZERO_ROWS, BLOCK_K
+            )
+    else:
+        # The slots of a token run side by side, so that its gradient is read from memory once.
+        slot = tl.program_id(0) % topk
+        token = (tl.program_id(0) // topk * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+        row = tl.load(handle_ptr + token * handle_row + slot, mask=token < T, other=-1)
+        there = (row >= 0) & (row < rows)  # [TOKENS, 1]
+        owner = tl.load(owner_ptr + row, mask=there, other=-1)
+        owns = there & (owner == token * topk + slot)
+        w = tl.load(weights_ptr + token * weights_row + slot, mask=there, other=0.0).to(tl.float32)
+        row = row.to(tl.int64)
+        dot = tl.zeros((TOKENS, BLOCK_K), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = (start + column)[None, :]
+            inside = there & (k < K)
+            grad = tl.load(grad_ptr + token * grad_row + k, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + row * y_row + k, mask=inside, other=0.0).to(tl.float32)
+            dot = tl.fma(grad, y, dot)
+            grad_y = (w * grad).to(grad_y_ptr.dtype.element_ty)
+            tl.store(grad_y_ptr + row * K + k, grad_y, mask=owns & (k < K))
+        out = grad_weights_ptr + token * topk + slot
+        tl.store(out, tl.sum(dot, 1, keep_dims=True), mask=token < T)
+
+
+class ExpertCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, topk_weights, handle):
+        ctx.save_for_backward(y, topk_weights, handle)
+        return expert_combine.overload(y, topk_weights, handle)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, topk_weights, handle = ctx.saved_tensors
+        grad_y, grad_weights = expert_combine_backward.overload(
+            grad.contiguous(), y, topk_weights, handle
+        )
+        return grad_y, grad_weights.to(topk_weights.dtype), None
+
+
+expert_combine.autograd = ExpertCombine

@@ -1,0 +1,96 @@
+"""Router scores inside Triton kernels, the same bits on every machine.
+
+Which expert a token goes to must not depend on whose exp computed its score. So exp and log1p are
+spelled out here as IEEE additions, multiplications and divisions, each rounded to nearest even,
+and kernels that use them are launched with `enable_fp_fusion=False` (no a * b + c in one
+rounding). `deepkern/reference/experts.py` has the same formulas, operation for operation, in
+PyTorch. They are as near to float64 as torch's own, 2.5 units in the last place (test_score.py).
+
+A sum must not depend on how a kernel lays out its tile either: the denominator of the softmax is
+added up in integers, which is exact, and the scores of a token's experts pair by pair.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exp(x):
+    """e^x for x <= 0: with x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r (Cephes'), times 2^n."""
+    x = tl.where(x < -104.0, -104.0, x)  # where e^x rounds to 0; NaN stays
+    # Adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits.
+    shifted = x * 1.44269502 + 12582912.0
+    n = shifted - 12582912.0
+    r = (x - n * 0.693359375) - n * -2.12194442e-4  # ln 2 in two parts: n times the first is exact
+    p = r * 1.98756912e-4 + 1.39819994e-3
+    p = p * r + 8.33345205e-3
+    p = p * r + 4.16657962e-2
+    p = p * r + 0.166666657
+    p = p * r + 0.5
+    value = (p * (r * r) + r) + 1.0
+    # Times 2^n in two steps, so that a subnormal result is rounded once, by the second.
+    exponent = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    half = exponent >> 1
+    value *= ((half + 127) << 23).to(tl.float32, bitcast=True)
+    return value * ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log1p(u):
+    """ln(1 + u) for 0 <= u <= 1, as 2 artanh(t) with t = u / (2 + u): nothing cancels."""
+    t = tl.div_rn(u, u + 2.0)
+    z = t * t
+    p = z * 0.116121642 + 0.108532876
+    p = p * z + 0.142961785
+    p = p * z + 0.199998528
+    p = p * z + 0.333333343
+    t += t
+    return p * z * t + t
+
+
+@triton.jit
+def sigmoid(x):
+    e = exp(-tl.abs(x))
+    return tl.div_rn(tl.where(x >= 0.0, 1.0, e), e + 1.0)
+
+
+@triton.jit
+def sqrtsoftplus(x):
+    return tl.sqrt_rn(tl.where(x > 0.0, x, 0.0) + log1p(exp(-tl.abs(x))))
+
+
+@triton.jit
+def softmax_sums(x):
+    """The largest of each row of `x` and the sum of e^(x - largest), both [M, 1].
+
+    The sum is in units of 2^-40, so it is exact and has no order. It is NaN where a term is (which
+    an inf in the row makes, too, and a row that is all -inf).
+    """
+    largest = tl.max(x, 1, keep_dims=True)
+    e = exp(x - largest)
+    is_nan = tl.max((e != e).to(tl.int32), 1, keep_dims=True) != 0
+    units = tl.where(e == e, e, 0.0) * 1099511627776.0
+    total = tl.sum(units.to(tl.int64), 1, keep_dims=True).to(tl.float32) * 9.094947017729282e-13
+    return largest, tl.where(is_nan, float("nan"), total)
+
+
+@triton.jit
+def scores(x, largest, total, SCORE: tl.constexpr):
+    """The scores of logits `x`; only softmax asks for the `softmax_sums` of their row."""
+    if SCORE == "sigmoid":
+        s = sigmoid(x)
+    elif SCORE == "sqrtsoftplus":
+        s = sqrtsoftplus(x)
+    else:
+        s = tl.div_rn(exp(x - largest), total)
+    return s
+
+
+@triton.jit
+def sum_pairs(x, LEVELS: tl.constexpr):
+    """Sum of each row of [M, 2^LEVELS], as [M, 1]: pairs of neighbours, then pairs of pairs, ..."""
+    for level in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, (x.shape[0], 1 << (LEVELS - 1 - level), 2)), 2)
+    return x

@@ -1,0 +1,119 @@
+"""Latent attention and its cache, in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .quant import BLOCK, cast_per_token
+
+__all__ = ["mla_cache_append", "mla_decode"]
+
+
+def mla_cache_append(
+    latent: Tensor,
+    k_rope: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    norm_weight: Tensor | None = None,
+    positions: Tensor | None = None,
+    cos_sin: Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    blocks, page = cache.shape[:2]
+    kept = (slot_mapping >= 0) & (slot_mapping < blocks * page)
+    if positions is not None:
+        kept &= (positions >= 0) & (positions < cos_sin.shape[0])
+    latent, k_rope, slot = latent[kept].float(), k_rope[kept].float(), slot_mapping[kept]
+    if norm_weight is not None:
+        latent = rms_norm(latent, norm_weight.float(), eps)
+    if positions is not None:
+        k_rope = rotate(k_rope, cos_sin[positions[kept]])
+    cache[slot // page, slot % page, 0] = pack(latent, k_rope, cache.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """fp32 throughout, each step rounded: squares summed pairwise, neighbours first."""
+    R = x.shape[-1]
+    total = F.pad(x * x, (0, (1 << max(R - 1, 0).bit_length()) - R))
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+    # Tensors, not Python numbers: torch would divide by a number as it multiplies by its inverse.
+    mean = total / torch.full_like(total, R)
+    # float64 and a cast round as IEEE has it; torch's own fp32 sqrt is an ulp off on some CPUs.
+    root = (mean + torch.full_like(mean, eps)).double().sqrt().float()
+    return (x * (torch.ones_like(root) / root)) * weight
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotates the pairs (2i, 2i + 1) of fp32 `x` by the angles of `cos_sin` = [cos | sin]."""
+    cos, sin = cos_sin.chunk(2, dim=-1)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def pack(latent: Tensor, k_rope: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 [n, R] and [n, D] as the cache's entries: [n, R + D], or bytes for the FP8 format."""
+    if dtype != torch.uint8:
+        return torch.cat((latent.to(dtype), k_rope.to(dtype)), dim=-1)
+    q, scale = cast_per_token(latent)
+    parts = q, scale, k_rope.bfloat16()
+    return torch.cat([p.contiguous().view(torch.uint8) for p in parts], dim=-1)
+
+
+def unpack(entries: Tensor, R: int) -> Tensor:
+    """Entries of the cache, [n, width], in float64 [n, R + D]."""
+    if entries.dtype != torch.uint8:
+        return entries.double()
+    q, scale, k_rope = entries.split((R, 4 * -(-R // BLOCK), entries.shape[1] - R - 4 * -(-R // BLOCK)), 1)
+    scale = scale.contiguous().view(torch.float32).double()
+    latent = q.contiguous().view(torch.float8_e4m3fn).double()
+    latent = latent * scale.repeat_interleave(BLOCK, dim=1)[:, :R]
+    return torch.cat((latent, k_rope.contiguous().view(torch.bfloat16).double()), dim=1)
+
+
+def mla_decode(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    causal: bool = True,
+    v_head_dim: int = 512,
+) -> tuple[Tensor, Tensor]:
+    B, Sq, H, _ = q.shape
+    blocks, page = cache.shape[:2]
+    capacity = block_table.shape[1] * page
+    out = q.new_zeros(B, Sq, H, v_head_dim)
+    lse = q.new_full((B, H, Sq), -math.inf, dtype=torch.float32)
+    for b, length in enumerate(cache_seqlens.clamp(0, capacity).tolist()):
+        key = torch.arange(length, device=q.device)
+        block = block_table[b, key // page].long()
+        present = (block >= 0) & (block < blocks)
+        key, block = key[present], block[present]
+        if key.numel() == 0:
+            continue
+        keys = unpack(cache[block, key % page, 0], v_head_dim)  # [n, R + D]
+        limit = torch.full((Sq,), length, device=q.device)
+        if causal:
+            limit -= Sq - 1 - torch.arange(Sq, device=q.device)
+        out_b, lse_b = attend(q[b].double(), keys, key < limit[:, None], softmax_scale, v_head_dim)
+        out[b], lse[b] = out_b, lse_b.T
+    return out, lse
+
+
+def attend(
+    q: Tensor, keys: Tensor, seen: Tensor, softmax_scale: float, v_head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """One sequence in float64: q [Sq, H, R + D], keys [n, R + D], seen [Sq, n]."""
+    scores = (q @ keys.T).mul_(softmax_scale)  # [Sq, H, n]
+    scores.masked_fill_(~seen[:, None], -math.inf)
+    top = scores.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)  # nothing to attend to: all weights are 0
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ keys[:, :v_head_dim]) / total.masked_fill(total == 0, 1.0)
+    return out, (top + total.log())[..., 0]

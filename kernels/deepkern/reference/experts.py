@@ -1,0 +1,216 @@
+"""Routing, dispatch and combine, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "expert_combine",
+    "expert_combine_backward",
+    "expert_dispatch",
+    "expert_dispatch_backward",
+    "route_topk",
+    "route_topk_backward",
+]
+
+
+# Scores. The kernels' formulas (experts/score.py) operation for operation, each rounded to float32:
+# torch.exp and torch.log1p differ from one machine to the next in the last place.
+
+
+def exp(x: Tensor) -> Tensor:
+    """e^x for x <= 0 in float32: x = n ln 2 + r, a polynomial in r, times 2^n."""
+    x = torch.where(x < -104.0, -104.0, x)
+    shifted = x * 1.44269502 + 12582912.0
+    n = shifted - 12582912.0
+    r = (x - n * 0.693359375) - n * -2.12194442e-4
+    p = r * 1.98756912e-4 + 1.39819994e-3
+    p = p * r + 8.33345205e-3
+    p = p * r + 4.16657962e-2
+    p = p * r + 0.166666657
+    p = p * r + 0.5
+    value = (p * (r * r) + r) + 1.0
+    exponent = shifted.view(torch.int32) - 0x4B400000
+    half = exponent >> 1
+    value = value * ((half + 127) << 23).view(torch.float32)
+    return value * ((exponent - half + 127) << 23).view(torch.float32)
+
+
+def log1p(u: Tensor) -> Tensor:
+    """ln(1 + u) for 0 <= u <= 1 in float32: 2 artanh(u / (2 + u))."""
+    t = u / (u + 2.0)
+    z = t * t
+    p = z * 0.116121642 + 0.108532876
+    p = p * z + 0.142961785
+    p = p * z + 0.199998528
+    p = p * z + 0.333333343
+    t = t + t
+    return p * z * t + t
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    e = exp(-x.abs())
+    return torch.where(x >= 0, 1.0, e) / (e + 1.0)
+
+
+def sqrtsoftplus(x: Tensor) -> Tensor:
+    softplus = torch.where(x > 0, x, 0.0) + log1p(exp(-x.abs()))
+    # torch.sqrt on a CPU is not always rounded to nearest in float32; by way of float64 it is.
+    return softplus.double().sqrt().float()
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Along the last dimension; the denominator is exact, in units of 2^-40."""
+    e = exp(x - x.amax(-1, keepdim=True))
+    units = (e.nan_to_num() * 2.0**40).to(torch.int64)
+    total = units.sum(-1, keepdim=True).float() * 2.0**-40
+    return e / torch.where(e.isnan().any(-1, keepdim=True), torch.nan, total)
+
+
+SCORES = {"sigmoid": sigmoid, "softmax": softmax, "sqrtsoftplus": sqrtsoftplus}
+
+
+def sum_pairs(x: Tensor) -> Tensor:
+    """Sum of [T, n], kept as a dimension: pairs of neighbours, then pairs of pairs, and so on."""
+    x = F.pad(x, (0, (1 << (x.shape[1] - 1).bit_length()) - x.shape[1]))
+    while x.shape[1] > 1:
+        x = x[:, 0::2] + x[:, 1::2]
+    return x
+
+
+def route_topk(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    topk: int = 8,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    score: str = "sigmoid",
+    group_score: str = "top2",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    s = SCORES[score](logits.float())  # [T, E]
+    biased = s if bias is None else s + bias.float()
+    invalid = biased.isnan()
+    choice = torch.where(invalid, -torch.inf, biased) + 0.0  # -0 becomes 0
+
+    groups = choice.unflatten(1, (num_groups, -1))  # [T, G, E/G]
+    best = 2 if group_score == "top2" and groups.shape[2] > 1 else 1
+    of_group = groups.topk(best, 2).values.sum(2).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    masked = torch.ones_like(of_group, dtype=torch.bool)  # [T, G]
+    masked.scatter_(1, descending(of_group)[:, :topk_groups], False)
+    masked = masked.repeat_interleave(groups.shape[2], 1)  # [T, E]
+
+    # Best first; a masked expert comes after all others, even after those at -inf.
+    order = descending(choice)
+    last = masked.gather(1, order).int().sort(dim=1, stable=True).indices
+    idx = order.gather(1, last)[:, :topk].contiguous()
+
+    weights = s.gather(1, idx)
+    if normalize:
+        weights = weights / (sum_pairs(weights) + 1e-20)
+    return torch.where(invalid.any(1, keepdim=True), torch.nan, weights * scale), idx
+
+
+def descending(x: Tensor) -> Tensor:
+    """The order of each row from large to small, equal values in the order of their indices."""
+    return x.sort(dim=1, descending=True, stable=True).indices
+
+
+def route_topk_backward(
+    grad_weights: Tensor,
+    logits: Tensor,
+    idx: Tensor,
+    score: str = "sigmoid",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    x = logits.double()
+    s = {
+        "sigmoid": torch.sigmoid,
+        "softmax": lambda x: x.softmax(1),
+        "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
+    }[score](x)
+    valid = (idx >= 0) & (idx < x.shape[1])
+    expert = torch.where(valid, idx, 0)
+    # w = scale * c / (Σ c + 1e-20) for the chosen scores c, or scale * c
+    grad = torch.where(valid, grad_weights.double(), 0.0) * scale
+    if normalize:
+        chosen = torch.where(valid, s.gather(1, expert), 0.0)
+        total = chosen.sum(1, keepdim=True) + 1e-20
+        mean = (grad * chosen).sum(1, keepdim=True) / total
+        grad = torch.where(valid, (grad - mean) / total, 0.0)
+    grad_s = torch.zeros_like(x).scatter_add_(1, expert, grad)  # [T, E]
+    if score == "softmax":
+        grad_x = s * (grad_s - (grad_s * s).sum(1, keepdim=True))
+    elif score == "sigmoid":
+        grad_x = grad_s * s * torch.sigmoid(-x)
+    else:
+        grad_x = torch.where(s > 0, grad_s * torch.sigmoid(x) / (2 * s), 0.0)
+    return grad_x.to(logits.dtype)
+
+
+def expert_dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    num_experts: int,
+    x_scale: Tensor | None = None,
+    alignment: int = 1,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    (T, topk), E = topk_idx.shape, num_experts
+    flat = topk_idx.reshape(-1).long()
+    expert = torch.where((flat >= 0) & (flat < E), flat, E)  # E: to none
+    counts = expert.bincount(minlength=E + 1)[:E]
+    padded = -(-counts // alignment) * alignment
+    start = padded.cumsum(0) - padded  # the first row of each expert
+    rows = (T * topk + min(E, T * topk) * (alignment - 1)) // alignment * alignment
+
+    order = expert.argsort(stable=True)[: int(counts.sum())]  # by expert, then token, then slot
+    rank = torch.arange(len(order), device=x.device) - (counts.cumsum(0) - counts)[expert[order]]
+    row = start[expert[order]] + rank
+    group_index = torch.full((rows,), -1, dtype=torch.int32, device=x.device)
+    group_index[row] = expert[order].int()
+    handle = torch.full((T * topk,), -1, dtype=torch.int32, device=x.device)
+    handle[order] = row.int()
+
+    def sort(values: Tensor) -> Tensor:
+        bits = values.view(torch.uint8) if values.element_size() == 1 else values
+        out = bits.new_zeros((rows, values.shape[1]))
+        out[row] = bits[order // max(topk, 1)]
+        return out.view(values.dtype)
+
+    scale = None if x_scale is None else sort(x_scale)
+    return sort(x), scale, group_index, counts.int(), handle.view(T, topk)
+
+
+def expert_dispatch_backward(grad: Tensor, handle: Tensor) -> Tensor:
+    return expert_combine(grad, torch.ones_like(handle, dtype=torch.float32), handle)
+
+
+def expert_combine(y: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
+    T, topk = handle.shape
+    out = torch.zeros(T, y.shape[1], dtype=torch.float64, device=y.device)
+    for j in range(topk):
+        valid, row = inside(handle[:, j], y.shape[0])
+        out[valid] += topk_weights[valid, j, None].double() * y[row].double()
+    return out.to(y.dtype)
+
+
+def expert_combine_backward(
+    grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_y = torch.zeros(y.shape, dtype=torch.float64, device=y.device)
+    grad_weights = torch.zeros(handle.shape, dtype=torch.float64, device=y.device)
+    for j in range(handle.shape[1]):
+        valid, row = inside(handle[:, j], y.shape[0])
+        grad_y.index_add_(0, row, topk_weights[valid, j, None].double() * grad[valid].double())
+        grad_weights[valid, j] = (grad[valid].double() * y[row].double()).sum(1)
+    return grad_y.to(y.dtype), grad_weights.float()
+
+
+def inside(row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Which entries of `row` name one of `rows` rows, and those entries."""
+    valid = (row >= 0) & (row < rows)
+    return valid, row[valid].long()

@@ -1,0 +1,152 @@
+"""Writes a trained model into a directory: FP8 weights in the Hugging Face layout, with its record.
+
+Linear weights become e4m3 with one fp32 scale per 128x128 block, edge blocks partial, as in the
+released DeepSeek-V3 weights; embedding, head, gate, norms and the prediction layer's eh_proj stay
+bf16 and the selection bias fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.blocks import dequantise_blocks, quantise_blocks
+from model.checkpoint import directory_replaced_at_once, write_checkpoint
+from model.config import FP8_QUANTIZATION
+from model.evaluate import bits_per_byte
+from model.plain import PlainModel
+
+PROMPT_FILE = "heldout.txt"
+
+
+def is_quantised(name: str) -> bool:
+    """Whether DeepSeek stores this tensor in FP8."""
+    kept = ("embed_tokens", "lm_head", "shared_head", "norm", "mlp.gate.", "eh_proj")
+    return name.endswith(".weight") and not any(part in name for part in kept)
+
+
+def stored_tensors(model: PlainModel) -> dict[str, Tensor]:
+    """Checkpoint tensors by name, FP8 where DeepSeek has FP8."""
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if is_quantised(name):
+            tensors[name], tensors[name + "_scale_inv"] = quantise_blocks(value)
+        elif name.endswith("e_score_correction_bias"):
+            tensors[name] = value.float()
+        else:
+            tensors[name] = value.bfloat16()
+    return tensors
+
+
+def restored(model: PlainModel, tensors: dict[str, Tensor]) -> PlainModel:
+    """A copy of `model` with the weights that `tensors` hold."""
+    values = {}
+    for name, value in tensors.items():
+        if name.endswith("_scale_inv"):
+            continue
+        scale = tensors.get(name + "_scale_inv")
+        values[name] = value.float() if scale is None else dequantise_blocks(value, scale)
+    copy = PlainModel(model.config)
+    copy.load_state_dict(values)
+    return copy.eval()
+
+
+def export(
+    model: PlainModel,
+    out: Path,
+    heldout: bytes,
+    notes: dict[str, Any],
+    log: list[dict[str, Any]],
+    window: int = 512,
+) -> dict[str, Any]:
+    """Writes `out`, whole or not at all, and returns the measurements it put in metrics.json."""
+    tensors = stored_tensors(model)
+    start = time.monotonic()
+    metrics = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "stored_parameters": sum(t.numel() for n, t in tensors.items() if "_scale_inv" not in n),
+        "held_out_bytes": len(heldout),
+        "window": window,
+        "held_out_bits_per_byte_fp32": bits_per_byte(model.eval(), heldout, window),
+        "held_out_bits_per_byte_fp8": bits_per_byte(restored(model, tensors), heldout, window),
+        "evaluation_seconds": round(time.monotonic() - start, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **notes,
+    }
+    config = type(model.config)(**vars(model.config))
+    config.quantization_config = FP8_QUANTIZATION
+    with directory_replaced_at_once(out) as folder:
+        write_checkpoint(folder, config, tensors, shard_bytes=3_500_000)
+        (folder / PROMPT_FILE).write_bytes(heldout)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        (folder / "loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        plot(log, metrics, folder / "loss.png")
+        (folder / "README.md").write_text(readme(metrics))
+    return metrics
+
+
+def plot(log: list[dict[str, Any]], metrics: dict[str, Any], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    trained = [row for row in log if "main" in row]
+    smooth, value = [], None
+    for row in trained:
+        value = row["main"] if value is None else 0.9 * value + 0.1 * row["main"]
+        smooth.append(value / 0.6931)
+    millions = [row["tokens"] / 1e6 for row in trained]
+    axes.plot(millions, [row["main"] / 0.6931 for row in trained], lw=0.4, color="0.7")
+    axes.plot(millions, smooth, label="training, smoothed")
+    checked = [row for row in log if "held_out_bpb" in row]
+    points = ([row["tokens"] / 1e6 for row in checked], [row["held_out_bpb"] for row in checked])
+    axes.plot(*points, "o-", ms=3, label="held out (first 16 KiB)")
+    final = metrics["held_out_bits_per_byte_fp8"]
+    axes.axhline(final, ls=":", color="k", label=f"held out, all, FP8: {final:.3f}")
+    axes.set(xlabel="million bytes seen", ylabel="bits per byte", ylim=(1, 5))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+README = """# stdlib-bytes
+
+A {parameters:,}-parameter DeepSeek-V3-shaped model over bytes: latent attention with a q_lora, one
+dense and three expert layers (16 routed experts in 4 groups, 4 active, 1 shared, sigmoid scores with
+a selection bias), one multi-token-prediction layer. Few of its sizes are multiples of 128, so the
+FP8 scales have partial edge blocks.
+
+| | |
+|---|---|
+| trained on | {training_bytes:,} bytes: the `.py` files of Python {python}'s standard library without tests, `encodings` and `pydoc_data`; about 3 % of the files, chosen by hash of the path, held out |
+| seen in training | {tokens_seen:,} bytes in {steps:,} steps |
+| training time | {training_minutes} minutes, {training_threads} thread of a shared 2-core CPU machine without GPU, torch {torch} |
+| held-out bits per byte, fp32 weights | {held_out_bits_per_byte_fp32:.4f} |
+| held-out bits per byte, FP8 weights as stored | {held_out_bits_per_byte_fp8:.4f} |
+
+Bits per byte are over `heldout.txt` in windows of {window} bytes (`model/evaluate.py`). `metrics.json`
+has the same numbers and the recipe; `loss.jsonl` and `loss.png` the loss curve.
+
+Made by `python -m model.train`. Linear weights are e4m3 with one fp32 scale per 128x128 block
+(`weight_scale_inv`); embedding, head, gate, norms and `eh_proj` are bf16.
+
+`heldout.txt` is {held_out_bytes:,} bytes of held-out files of the standard library, joined by form
+feeds: {files}. Copyright © 2001 Python Software Foundation; All Rights Reserved; under the Python
+Software Foundation License Version 2 (https://docs.python.org/3/license.html). The weights were
+trained on source under that licence.
+"""  # noqa: E501
+
+
+def readme(metrics: dict[str, Any]) -> str:
+    files = ", ".join(f"`{path}`" for path in metrics["held_out_files"])
+    return README.format(files=files, **metrics)

@@ -1,0 +1,255 @@
+"""The model in plain PyTorch: the definition that the deepkern model is compared to.
+
+Nothing here is clever: keys and values are expanded to every head, attention is a softmax over the
+whole sequence, experts run one after another.  Modules are named so that `state_dict()` has the
+names of the Hugging Face checkpoint, multi-token-prediction layer included.  Training uses this
+model too, hence the losses of the DeepSeek-V3 report: next token, multi-token prediction
+(section 2.2) and the sequence-wise balance loss; experts are kept balanced by a selection bias that
+no gradient reaches (section 2.1.2).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.blocks import dequantise_blocks
+from model.checkpoint import Checkpoint
+from model.config import Config
+from model.rope import rope, rope_table
+
+LATENT_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention, un-absorbed: q, k, v are made for every head."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, c = config, config
+        if c.q_lora_rank:
+            self.q_a_proj = linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_EPS)
+            self.q_b_proj = linear(c.q_lora_rank, c.num_attention_heads * c.qk_head_dim)
+        else:
+            self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.qk_head_dim)
+        self.kv_a_proj_with_mqa = linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
+        per_head = c.qk_nope_head_dim + c.v_head_dim
+        self.kv_b_proj = linear(c.kv_lora_rank, c.num_attention_heads * per_head)
+        self.o_proj = linear(c.num_attention_heads * c.v_head_dim, c.hidden_size)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        c, heads = self.config, self.config.num_attention_heads
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
+        q = q.unflatten(-1, (heads, -1))  # [B, S, H, nope + rope]
+        q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (heads, -1))
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        k_rope = rope(k_rope[:, :, None], table, c.rope_interleave).expand(-1, -1, heads, -1)
+        q = torch.cat([q_nope, rope(q_rope, table, c.rope_interleave)], -1)
+        k = torch.cat([k_nope, k_rope], -1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=c.softmax_scale)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = linear(size, inner), linear(size, inner)
+        self.down_proj = linear(inner, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Gate(nn.Module):
+    """Chooses each token's experts; the bias takes part in the choice, not in the weights."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
+        if config.topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden] -> weights fp32 [T, topk], experts [T, topk], scores fp32 [T, E]."""
+        c = self.config
+        logits = F.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
+        biased = scores.detach()
+        if c.topk_method == "noaux_tc":
+            biased = biased + self.e_score_correction_bias
+        if c.n_group > 1:
+            groups = biased.unflatten(-1, (c.n_group, -1))
+            best = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
+            group_score = best if c.topk_method == "noaux_tc" else groups.amax(-1)
+            kept = group_score.topk(c.topk_group, -1).indices
+            dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, kept, False)
+            biased = groups.masked_fill(dropped[..., None], -math.inf).flatten(1)
+        experts = biased.topk(c.num_experts_per_tok, -1).indices
+        weights = scores.gather(1, experts)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * c.routed_scaling_factor, experts, scores
+
+
+class MoE(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, c = config, config
+        self.gate = Gate(c)
+        self.experts = nn.ModuleList(
+            MLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts)
+        )
+        if c.n_shared_experts:
+            inner = c.moe_intermediate_size * c.n_shared_experts
+            self.shared_experts = MLP(c.hidden_size, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, sequences = x.shape, x.shape[0]
+        x = x.flatten(0, 1)
+        weights, experts, scores = self.gate(x)
+        order = experts.flatten().argsort(stable=True)  # (token, slot) pairs by expert
+        counts = experts.flatten().bincount(minlength=len(self.experts))
+        token = order // experts.shape[1]
+        parts = [
+            expert(rows)
+            for expert, rows in zip(self.experts, x[token].split(counts.tolist()), strict=True)
+            if len(rows)
+        ]
+        weighted = torch.cat(parts) * weights.flatten()[order, None].to(x.dtype)
+        out = torch.zeros_like(x).index_add(0, token, weighted)
+        if self.training:
+            self.load = counts
+            self.balance = balance_loss(experts, scores, sequences)
+        if self.config.n_shared_experts:
+            out = out + self.shared_experts(x)
+        return out.view(shape)
+
+
+def balance_loss(experts: Tensor, scores: Tensor, sequences: int) -> Tensor:
+    """Sequence-wise balance loss Σ_e f_e·P_e, mean over sequences (1 when perfectly even).
+
+    f_e is the share of the sequence's choices that went to expert e, P_e the mean normalised score.
+    """
+    count, topk = scores.shape[-1], experts.shape[-1]
+    chosen = torch.zeros_like(scores).scatter_(1, experts, 1.0).view(sequences, -1, count)
+    share = chosen.mean(1) * count / topk
+    probability = (scores / scores.sum(-1, keepdim=True)).view(sequences, -1, count).mean(1)
+    return (share * probability).sum(-1).mean()
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__()
+        c = config
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MoE(c) if c.is_moe(index) else MLP(c.hidden_size, c.intermediate_size)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), table)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class PredictionLayer(Layer):
+    """Multi-token prediction: from the hidden state at i and token i+1, predicts token i+2."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__(config, index)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.enorm, self.hnorm = RMSNorm(size, eps), RMSNorm(size, eps)
+        self.eh_proj = linear(2 * size, size)
+        self.shared_head = nn.ModuleDict(
+            {"norm": RMSNorm(size, eps), "head": linear(size, config.vocab_size)}
+        )
+
+    def predict(self, hidden: Tensor, next_tokens: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [B, S, hidden] after the final norm -> logits [B, S, vocab], its own hidden."""
+        both = torch.cat([self.enorm(self.embed_tokens(next_tokens)), self.hnorm(hidden)], -1)
+        hidden = self.shared_head["norm"](self(self.eh_proj(both), table))
+        return self.shared_head["head"](hidden), hidden
+
+
+class PlainModel(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, c = config, config
+        layers = [Layer(c, i) for i in range(c.num_hidden_layers)]
+        for depth in range(c.num_nextn_predict_layers):
+            layers.append(PredictionLayer(c, c.num_hidden_layers + depth))
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+                "layers": nn.ModuleList(layers),
+                "norm": RMSNorm(c.hidden_size, c.rms_norm_eps),
+            }
+        )
+        self.lm_head = linear(c.hidden_size, c.vocab_size)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> PlainModel:
+        """A checkpoint directory in fp32, dequantised here rather than by deepkern."""
+        checkpoint = Checkpoint.open(path)
+        model = cls(checkpoint.check())
+        weights = {}
+        for name in model.state_dict():
+            if name in checkpoint:
+                stored, scale = checkpoint.read(name)
+                block = checkpoint.block
+                real = stored if scale is None else dequantise_blocks(stored, scale, block)
+                weights[name] = real.float()
+        embedding = weights["model.embed_tokens.weight"]
+        if model.config.tie_word_embeddings:
+            weights["lm_head.weight"] = embedding
+        head = weights["lm_head.weight"]
+        for name in model.state_dict().keys() - weights.keys():  # copies that were left out
+            weights[name] = embedding if name.endswith("embed_tokens.weight") else head
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """int64 [B, S] -> hidden states after the final norm [B, S, hidden]."""
+        table = rope_table(self.config, tokens.shape[1]).to(tokens.device)
+        x = self.model["embed_tokens"](tokens)
+        for layer in self.model["layers"][: self.config.num_hidden_layers]:
+            x = layer(x, table)
+        return self.model["norm"](x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [B, S] -> logits [B, S, vocab]."""
+        return self.lm_head(self.hidden(tokens))
+
+    def mtp_logits(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Logits [B, S - 1, vocab] of the first prediction layer: row i is about token i + 2."""
+        hidden = self.hidden(tokens) if hidden is None else hidden
+        table = rope_table(self.config, tokens.shape[1] - 1).to(tokens.device)
+        layer = self.model["layers"][self.config.num_hidden_layers]
+        return layer.predict(hidden[:, :-1], tokens[:, 1:], table)[0]

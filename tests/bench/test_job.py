@@ -1,0 +1,184 @@
+"""The main job: it notices what is wrong, times nothing that is, and leaves whole files behind."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+import deepkern
+from bench import baselines, checks, job, machine, report, results, timings
+from deepkern.testing import inputs
+
+OP = "cast_per_token"
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Timed sizes as small as the checked ones: the pieces are tested here, not the speed."""
+    sizes = inputs.sizes(OP)
+    few = [{"M": 4, "K": 256}]
+    tiny = inputs.Sizes(small=sizes.small[:2], cpu=few, gpu=few)
+    monkeypatch.setitem(inputs.family(OP).SIZES, OP, tiny)
+
+
+def run(folder, **options) -> tuple[int, list[dict], str]:
+    """The job on one op: exit code, the records it wrote, what it printed."""
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    code = job.run([OP], model=False, seconds=0.01, folder=folder, console=console, **options)
+    (file,) = folder.glob("*.jsonl")
+    return code, [json.loads(line) for line in file.read_text().splitlines()], said.getvalue()
+
+
+def of_kind(records: list[dict], kind: str) -> list[dict]:
+    return [record for record in records if record["kind"] == kind]
+
+
+def break_launcher(monkeypatch, backend: str) -> None:
+    """Makes one backend give scales that are 2 % off."""
+    described = deepkern.OPS[OP]
+    launch = described.launcher(backend)
+
+    def wrong(*args):
+        q, scale = launch(*args)
+        return q, scale * 1.02
+
+    monkeypatch.setitem(described.launchers, backend, wrong)
+
+
+def test_everything_right(small_sizes, tmp_path):
+    code, records, said = run(tmp_path)
+    assert code == 0
+    assert "Everything that was checked agrees" in said
+    (facts,) = of_kind(records, "machine")
+    assert facts["torch"] == torch.__version__ and facts["cores"] >= 1 and facts["cpu"]
+    served = {name for name in deepkern.runtime.backends.BACKENDS
+              if machine.served(deepkern.OPS[OP], name)}  # fmt: skip
+    assert "triton" in served and "torch" in served
+    found = of_kind(records, "check")
+    sizes = {checks.text(size) for size in inputs.sizes(OP).small}
+    for name in served:
+        assert {c["size"] for c in found if c["backend"] == name} == sizes
+    for c in found:
+        assert c["ok"] is True and c["error"] <= c["tolerance"]
+        assert c["against"] == ("plain PyTorch" if c["backend"] == "torch" else "oracle")
+    for s in of_kind(records, "speed"):
+        assert s["microseconds"] > 0 and s["baseline_microseconds"] > 0 and s["gb_per_s"] > 0
+        assert s["ratio"] == pytest.approx(s["baseline_microseconds"] / s["microseconds"])
+    assert records[-1]["kind"] == "verdict" and records[-1]["disagreements"] == 0
+
+
+def test_plot_is_written(small_sizes, tmp_path):
+    run(tmp_path)
+    (picture,) = tmp_path.glob("*.png")
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    assert not list(tmp_path.glob(".*")), "a half-written file was left"
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "cpu"])
+def test_a_backend_that_disagrees(backend, small_sizes, monkeypatch, tmp_path):
+    if not machine.served(deepkern.OPS[OP], backend):
+        pytest.skip(f"{backend} cannot serve here")
+    break_launcher(monkeypatch, backend)
+    code, records, said = run(tmp_path)
+    assert code == 1
+    assert "disagreements" in said and f"{OP} {backend}" in said
+    for c in of_kind(records, "check"):
+        assert c["ok"] is (c["backend"] != backend)
+    timed = of_kind(records, "speed")
+    assert timed
+    for s in timed:
+        if s["backend"] == backend:
+            assert s["ok"] is False and s["microseconds"] is None and s["ratio"] is None
+        else:
+            assert s["ok"] and s["microseconds"] > 0
+
+
+def test_a_launcher_that_raises(small_sizes, monkeypatch, tmp_path):
+    def broken(*args):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(deepkern.OPS[OP].launchers, "triton", broken)
+    code, records, _ = run(tmp_path)
+    failed = [c for c in of_kind(records, "check") if c["ok"] is False]
+    assert code == 1 and failed
+    assert all(c["backend"] == "triton" and "no such kernel" in c["note"] for c in failed)
+
+
+def test_wrong_at_the_timed_size_only(small_sizes, monkeypatch, tmp_path):
+    described = deepkern.OPS[OP]
+    (backend,) = timings.timed_backends(OP, machine.device())[:1]
+    launch = described.launcher(backend)
+
+    def wrong(x, *rest):
+        q, scale = launch(x, *rest)
+        return q, scale * (1.02 if x.shape == (4, 256) else 1)
+
+    monkeypatch.setitem(described.launchers, backend, wrong)
+    code, records, _ = run(tmp_path)
+    assert code == 1
+    assert all(c["ok"] for c in of_kind(records, "check"))
+    slow = [s for s in of_kind(records, "speed") if s["backend"] == backend]
+    assert slow and all(s["microseconds"] is None and "not timed" in s["note"] for s in slow)
+
+
+def test_the_reference_is_not_compared_with_itself(small_sizes, monkeypatch, tmp_path):
+    monkeypatch.delitem(baselines.BASELINES, OP)
+    code, records, said = run(tmp_path)
+    against_itself = [c for c in of_kind(records, "check") if c["backend"] == "torch"]
+    assert against_itself and all(c["ok"] is None and c["error"] is None for c in against_itself)
+    assert f"not checked: {OP} on torch" in said
+    assert code == 0, "nothing disagreed"
+
+
+def test_a_formula_that_gives_nothing_checks_nothing():
+    ok, error, why = checks.roughly(OP, (), (torch.ones(2),), (None,))
+    assert ok is None and error is None and why
+
+
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1])),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")])),
+        (torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])),
+        (torch.tensor([1, 2]), torch.tensor([1, 3])),
+        (torch.zeros(2), torch.zeros(3)),
+    ],
+)
+def test_roughly_tells_apart(got, want):
+    assert checks.roughly(OP, (), (got,), (want,))[0] is False
+    assert checks.roughly(OP, (), (want,), (want.clone(),))[0] is True
+
+
+def test_results_are_whole_or_absent(tmp_path):
+    file = tmp_path / "run.jsonl"
+    results.write([{"kind": "machine", "value": float("nan")}], file)
+    assert json.loads(file.read_text()) == {"kind": "machine", "value": "nan"}
+    with pytest.raises(TypeError):
+        results.write([{"kind": "machine"}, {"bad": object()}], file)
+    assert json.loads(file.read_text())["value"] == "nan", "the old file stays"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_names_of_result_files(tmp_path):
+    facts = {"time": "2026-11-23T12:52:39+00:00", "gpu": None}
+    assert results.path(facts, False, tmp_path).name == "2026-11-23T12-52-39-cpu.jsonl"
+    assert results.path(facts, True, tmp_path).name == "2026-11-23T12-52-39-cpu-kept.jsonl"
+    facts["gpu"] = {"name": "NVIDIA H200"}
+    assert results.path(facts, False, tmp_path).name == "2026-11-23T12-52-39-nvidia-h200.jsonl"
+
+
+def test_every_failure_is_listed():
+    records = [
+        {"kind": "check", "ok": False, "op": "a", "backend": "triton", "size": "M=1", "note": "x"},
+        {"kind": "check", "ok": None, "op": "b"},
+        {"kind": "model", "ok": False, "name": "logits", "note": "far off"},
+        {"kind": "speed", "ok": True, "op": "c"},
+    ]
+    assert report.failures(records) == ["a triton M=1 x", "logits far off"]

@@ -1,0 +1,118 @@
+"""Random small checkpoints, in which no weight is trivially one or zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint, write_checkpoint
+from model.config import Config
+from model.deepseek import DeepSeek
+from model.layers import Precision
+from model.plain import PlainModel
+
+YARN = {
+    "type": "yarn",
+    "factor": 8.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def small_config(**changes: Any) -> Config:
+    """V3-shaped, three layers, one dense and two of experts; sizes off the 128 grid."""
+    values = {
+        "vocab_size": 101,
+        "hidden_size": 72,
+        "intermediate_size": 130,
+        "moe_intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 3,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 40,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "max_position_embeddings": 128,
+    }
+    return Config(**{**values, **changes})
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    """Weights that keep activations near one, norms around one, selection biases around zero."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.uniform_(0.5, 1.5)
+        else:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2)
+
+
+def plain_model(config: Config) -> PlainModel:
+    model = PlainModel(config)
+    randomise(model)
+    return model.eval()
+
+
+@pytest.fixture
+def make_config() -> Callable[..., Config]:
+    return small_config
+
+
+@pytest.fixture
+def make_plain() -> Callable[[Config], PlainModel]:
+    return plain_model
+
+
+@pytest.fixture
+def fill() -> Callable[[torch.nn.Module], None]:
+    return randomise
+
+
+@pytest.fixture
+def deepkern_model() -> Callable[..., DeepSeek]:
+    """The deepkern model with a plain model's weights, through memory."""
+
+    def build(plain: PlainModel, *precision: Any, **options: Any) -> DeepSeek:
+        checkpoint = Checkpoint.of(plain.config, plain.state_dict())
+        return DeepSeek.from_checkpoint(checkpoint, Precision(*precision, **options))
+
+    return build
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a plain model as a checkpoint directory."""
+
+    def save(plain: PlainModel, name: str = "checkpoint", shard_bytes: int = 5 << 30) -> Path:
+        folder = tmp_path / name
+        write_checkpoint(folder, plain.config, plain.state_dict(), shard_bytes)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def yarn() -> dict[str, Any]:
+    return dict(YARN)
