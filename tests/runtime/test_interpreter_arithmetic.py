@@ -383,3 +383,30 @@ def test_atomic_add(dtype):
     atomic_kernel[(1,)](x, index, out, old, 8)
     assert out.tolist() == [256.0 if dtype == torch.bfloat16 else 258.0, 9.5]
     assert old.tolist()[:2] == [0.0, 256.0] and old.tolist()[3:7] == [0.0, 0.5, 2.5, 5.5]
+
+
+@triton.jit
+def dot_scaled_kernel(a, a_scale, b, b_scale, out, M: tl.constexpr, K: tl.constexpr):
+    i, k, s = tl.arange(0, M), tl.arange(0, K), tl.arange(0, K // 32)
+    x = tl.load(a + i[:, None] * K + k[None, :])
+    y = tl.load(b + i[None, :] * K + k[:, None])
+    x_scale = tl.load(a_scale + i[:, None] * (K // 32) + s[None, :])
+    y_scale = tl.load(b_scale + i[:, None] * (K // 32) + s[None, :])
+    tile = tl.dot_scaled(x, x_scale, "e4m3", y, y_scale, "e4m3")
+    tl.store(out + i[:, None] * M + i[None, :], tile)
+
+
+def test_dot_scaled_is_right_or_refused():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 16, 64, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.randint(120, 135, (2, 16, 2), generator=generator, dtype=torch.uint8)
+    out = torch.empty(16, 16)
+    launch = dot_scaled_kernel[(1,)]
+    if not hasattr(triton.runtime.interpreter.InterpreterBuilder, "create_dot_scaled"):
+        with pytest.raises(Exception, match="has no tl.dot_scaled"):
+            launch(a, scales[0], b, scales[1], out, 16, 64)
+        return
+    launch(a, scales[0], b, scales[1], out, 16, 64)
+    powers = 2.0 ** (scales.double() - 127).repeat_interleave(32, -1)
+    exact = (a.double() * powers[0]) @ (b.double() * powers[1]).T
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)

@@ -189,7 +189,12 @@ def _patch_language(stock, tl):
                 return getattr(builder, missing[self.name])()
             return interpreted_to_ir(self, builder)
 
+        def dot_scaled(*_, **__):
+            raise NotImplementedError("the interpreter of this Triton has no tl.dot_scaled")
+
         scope.set_attr(tl.dtype, "to_ir", to_ir)
+        if not hasattr(stock.InterpreterBuilder, "create_dot_scaled"):
+            scope.set_attr(tl, "dot_scaled", dot_scaled)
         new = {(id(obj), name): vars(obj)[name] for obj, name, _ in scope._changes}
         changes.extend((*change, new[id(change[0]), change[1]]) for change in scope._changes)
 

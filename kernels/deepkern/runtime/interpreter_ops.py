@@ -181,15 +181,10 @@ class Builder:
         shown = [v if hex else _readable(v) for v in values]
         _STOCK["create_print"](self, prefix, hex, shown, *rest)
 
-    def create_dot_scaled(self, *args):
-        if "create_dot_scaled" in _STOCK:
-            return _STOCK["create_dot_scaled"](self, *args)
-        raise NotImplementedError("this version of Triton cannot interpret tl.dot_scaled")
-
 
 METHODS = {name: method for name, method in vars(Builder).items() if not name.startswith("_")}
 _STOCK = {k: v for k, v in vars(stock.InterpreterBuilder).items() if k in METHODS}
-ADDED = {"get_bf16", "create_dot_scaled"}  # lacking in some versions, wanted in all
+ADDED = {"get_bf16"}  # lacking in some versions, wanted in all
 
 
 def _plain(mask, shape):

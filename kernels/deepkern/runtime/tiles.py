@@ -31,7 +31,7 @@ MAX_STAGES = 8
 _WARP_TILES = ((16, 32, 4), (16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 128, 8))
 _WARPGROUP_TILES = ((64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))
 GEMM_TILES = {
-    "sm_80": _WARP_TILES,
+    "sm_80": (*_WARP_TILES[:-1], (128, 64, 8)),  # widened operands leave no room for 128x128
     "sm_89": _WARP_TILES,
     "sm_90": _WARPGROUP_TILES,
     "sm_100": _WARPGROUP_TILES,
@@ -76,11 +76,13 @@ class GemmTile:
 
 
 @functools.cache
-def gemm_tiles(arch: Arch) -> tuple[GemmTile, ...]:
-    """The tiles that a GEMM may take on `arch`, stages filled in."""
+def gemm_tiles(arch: Arch, b_rows: int) -> tuple[GemmTile, ...]:
+    """The tiles that a GEMM may take on `arch` when a scale of B covers `b_rows` rows, 128 or 1."""
     if arch.name not in GEMM_TILES:
         raise LookupError(f"no GEMM tiles are listed for {arch.name}")
-    return tuple(_with_stages(arch, *tile) for tile in GEMM_TILES[arch.name])
+    tiles = (_with_stages(arch, *tile) for tile in GEMM_TILES[arch.name])
+    # A scale per row of B is a vector in registers, for which 128x128 has none to spare.
+    return tuple(t for t in tiles if b_rows > 1 or t.BLOCK_M * t.BLOCK_N < 128 * 128)
 
 
 def _with_stages(arch: Arch, block_m: int, block_n: int, warps: int) -> GemmTile:
@@ -92,9 +94,9 @@ def _with_stages(arch: Arch, block_m: int, block_n: int, warps: int) -> GemmTile
 
 
 @functools.lru_cache(4096)
-def gemm_tile(arch: Arch, M: int, N: int, K: int) -> GemmTile:
+def gemm_tile(arch: Arch, M: int, N: int, K: int, b_rows: int = 128) -> GemmTile:
     """The tile of an [M, N] product over K on `arch`: the one with the lowest estimate."""
-    return min(gemm_tiles(arch), key=lambda tile: seconds(arch, tile, M, N, K))
+    return min(gemm_tiles(arch, b_rows), key=lambda tile: seconds(arch, tile, M, N, K))
 
 
 def seconds(arch: Arch, tile: GemmTile, M: int, N: int, K: int) -> tuple[float, float]:
