@@ -102,7 +102,7 @@ def plot(log: list[dict[str, Any]], metrics: dict[str, Any], file: Path) -> None
     trained = [row for row in log if "main" in row]
     smooth, value = [], None
     for row in trained:
-        value = row["main"] if value is None else 0.9 * value + 0.1 * row["main"]
+        value = row["main"] if value is None else 0.75 * value + 0.25 * row["main"]
         smooth.append(value / 0.6931)
     millions = [row["tokens"] / 1e6 for row in trained]
     axes.plot(millions, [row["main"] / 0.6931 for row in trained], lw=0.4, color="0.7")
@@ -137,16 +137,25 @@ FP8 scales have partial edge blocks.
 Bits per byte are over `heldout.txt` in windows of {window} bytes (`model/evaluate.py`). `metrics.json`
 has the same numbers and the recipe; `loss.jsonl` and `loss.png` the loss curve.
 
-Made by `python -m model.train`. Linear weights are e4m3 with one fp32 scale per 128x128 block
-(`weight_scale_inv`); embedding, head, gate, norms and `eh_proj` are bf16.
+Made by `python -m model.train --minutes {recipe[minutes]:g}`: AdamW on {recipe[batch]} windows of
+{recipe[window]} bytes a step, learning rate {recipe[learning_rate]:g} with warm-up and a cosine over
+the clock; loss of the prediction layer times {recipe[mtp_weight]:g}, sequence-wise balance loss times
+{recipe[balance_weight]:g}, bias step {recipe[bias_step]:g}.
+
+Linear weights are e4m3 with one fp32 scale per 128x128 block (`weight_scale_inv`); embedding, head,
+gate, norms and `eh_proj` are bf16, the selection bias fp32.
 
 `heldout.txt` is {held_out_bytes:,} bytes of held-out files of the standard library, joined by form
-feeds: {files}. Copyright © 2001 Python Software Foundation; All Rights Reserved; under the Python
-Software Foundation License Version 2 (https://docs.python.org/3/license.html). The weights were
-trained on source under that licence.
+feeds:
+
+{files}
+
+They are copyright © 2001 Python Software Foundation, all rights reserved, under the Python Software
+Foundation License Version 2 (https://docs.python.org/3/license.html), as is the source that the
+weights were trained on.
 """  # noqa: E501
 
 
 def readme(metrics: dict[str, Any]) -> str:
-    files = ", ".join(f"`{path}`" for path in metrics["held_out_files"])
+    files = "\n".join(f"- `{path}`" for path in metrics["held_out_files"])
     return README.format(files=files, **metrics)

@@ -1,0 +1,166 @@
+"""expert_combine: against the plain sum in float64; what no slot names, order, both gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deepkern
+from deepkern.testing import compare, inputs
+
+
+def plain(y: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
+    """The sum in float64 by indexing, with a row of zeros for handles that name none."""
+    y = torch.cat([y.double(), y.new_zeros(1, y.shape[1], dtype=torch.float64)])
+    named = (handle >= 0) & (handle < len(y) - 1)
+    rows = y[torch.where(named, handle, len(y) - 1).long()]  # [T, topk, K]
+    return (torch.where(named, weights.double(), 0.0)[:, :, None] * rows).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("topk", "K"), [(1, 5), (3, 1030), (8, 128), (11, 17)])
+def test_plain_sum(backend, dtype, topk, K, generator):
+    y, weights, handle = inputs.make("expert_combine", generator, T=9, topk=topk, K=K, dtype=dtype)
+    got = deepkern.expert_combine(y, weights, handle)
+    assert got.dtype == dtype
+    compare.assert_close(got, plain(y, weights, handle), dtype=dtype)
+
+
+def test_rounds_once(backend, generator):
+    """bf16 in and out, but no bf16 in between: within half a unit of the exact sum."""
+    y, weights, handle = inputs.make("expert_combine", generator, T=40, topk=8, K=64, none=0.0)
+    got = deepkern.expert_combine(y.abs(), weights, handle)  # nothing cancels
+    exact = plain(y.abs(), weights, handle)
+    assert ((got.double() - exact).abs() <= exact * 2**-8 * 0.501 * 2).all()
+    nearest = exact.float().bfloat16()
+    assert (got != nearest).sum() <= got.numel() // 200  # only ties of fp32 sums may differ
+
+
+def test_sums_in_the_order_of_the_slots(backend, device):
+    """In fp32, 2^24 + 1 is 2^24: whether ones come first shows. The reference sums exactly."""
+    y = torch.tensor([[2.0**24], [1.0], [1.0]], device=device)
+    ones = torch.ones(2, 3, device=device)
+    handle = torch.tensor([[0, 1, 2], [1, 2, 0]], dtype=torch.int32, device=device)
+    got = deepkern.expert_combine(y, ones, handle)[:, 0].tolist()
+    exact = 2.0**24 + 2
+    assert got == ([exact, exact] if backend == "torch" else [2.0**24, exact])
+
+
+def test_slots_without_a_row_count_for_nothing(backend, device):
+    y = torch.tensor([[1.0, 2.0], [torch.nan, torch.inf]], device=device)
+    weights = torch.tensor([[2.0, torch.nan, torch.inf], [torch.nan] * 3], device=device)
+    handle = torch.tensor([[0, -1, 2], [-(2**31), 2**31 - 1, -7]], dtype=torch.int32, device=device)
+    got = deepkern.expert_combine(y, weights, handle)
+    assert got.tolist() == [[2.0, 4.0], [0.0, 0.0]]
+
+
+def test_a_row_may_be_named_again(backend, device):
+    y = torch.tensor([[1.0], [10.0]], device=device)
+    handle = torch.tensor([[1, 1], [1, 0]], dtype=torch.int32, device=device)
+    got = deepkern.expert_combine(y, torch.ones(2, 2, device=device), handle)
+    assert got.tolist() == [[20.0], [11.0]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "T", "topk", "K"), [(0, 3, 2, 4), (5, 0, 2, 4), (5, 3, 0, 4), (5, 3, 2, 0)]
+)
+def test_nothing_to_combine(backend, rows, T, topk, K, device):
+    y = torch.ones(rows, K, device=device, requires_grad=True)
+    weights = torch.ones(T, topk, device=device, requires_grad=True)
+    handle = torch.zeros(T, topk, dtype=torch.int32, device=device)
+    got = deepkern.expert_combine(y, weights, handle)
+    assert got.shape == (T, K) and (rows * topk or (got == 0).all())
+    got.sum().backward()
+    assert y.grad.shape == y.shape and (weights.grad == (4 if K and rows else 0)).all()
+
+
+def test_strided_arguments(backend, generator):
+    device = generator.device
+    y = torch.randn(12, 40, generator=generator, device=device)[:, 3:30]
+    weights = torch.rand(6, 9, generator=generator, device=device).bfloat16()[:, 1:3]
+    handle = torch.arange(54, dtype=torch.int32, device=device).view(6, 9)[:, 4:6]
+    got = deepkern.expert_combine(y, weights, handle)
+    compare.assert_close(got, plain(y, weights, handle))
+    assert (got[:1] != 0).all() and (got[2:] == 0).all()
+
+
+def test_tokens_do_not_see_each_other(backend, generator):
+    y, weights, handle = inputs.make("expert_combine", generator, T=13, topk=5, K=70)
+    out = deepkern.expert_combine(y, weights, handle)
+    for t in (0, 6, 12):
+        one = deepkern.expert_combine(y, weights[t : t + 1], handle[t : t + 1])
+        compare.assert_bitwise(one[0], out[t])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("topk", "K"), [(3, 1030), (8, 20)])
+def test_gradients(backend, topk, K, dtype, generator):
+    y, weights, handle = inputs.make(
+        "expert_combine", generator, T=9, topk=topk, K=K, dtype=dtype, none=0.3
+    )
+    weights = weights.to(dtype)
+    y, weights = y.requires_grad_(), weights.requires_grad_()
+    out = deepkern.expert_combine(y, weights, handle)
+    towards = torch.randn(out.shape, generator=generator, device=out.device).to(dtype)
+    got = torch.autograd.grad(out, (y, weights), towards)
+    exact = [t.detach().double().requires_grad_() for t in (y, weights)]
+    want = torch.autograd.grad(plain(*exact, handle), exact, towards.double())
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == dtype
+        compare.assert_close(g, w)
+    named = handle[(handle >= 0) & (handle < len(y))].long()
+    unnamed = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    unnamed[named] = False
+    assert unnamed.any() and (got[0][unnamed] == 0).all()
+
+
+def test_gradient_that_is_expanded(backend, generator):
+    y, weights, handle = inputs.make("expert_combine", generator, T=4, topk=2, K=6, none=0.0)
+    weights.requires_grad_()
+    deepkern.expert_combine(y, weights, handle).sum().backward()
+    want = y.double().sum(1)[handle.long()]
+    compare.assert_close(weights.grad, want)
+
+
+def test_gradient_of_a_row_named_twice_is_that_of_the_last(device):
+    """Always the same, whichever program comes last; the gradient of the weights is right."""
+    y = torch.tensor([[3.0]], device=device)
+    weights = torch.tensor([[2.0, 5.0], [7.0, 11.0]], device=device)
+    handle = torch.tensor([[0, 0], [0, -1]], dtype=torch.int32, device=device)
+    with deepkern.backend("triton"):
+        grad_y, grad_weights = torch.ops.deepkern.expert_combine_backward(
+            torch.ones(2, 1, device=device), y, weights, handle
+        )
+    assert grad_y.tolist() == [[7.0]] and grad_weights.tolist() == [[3.0, 3.0], [3.0, 0.0]]
+
+
+@pytest.mark.parametrize("order", ["reverse", "random:5"])
+def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
+    monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", order)
+    name = "expert_combine_backward"
+    args = inputs.make(name, generator, T=30, topk=3, K=40, none=0.4)
+    with deepkern.backend("triton"):
+        got = torch.ops.deepkern.expert_combine_backward(*args)
+    compare.assert_matches(name, got, deepkern.reference.expert_combine_backward(*args))
+
+
+def test_debug_names_the_row(backend, device, monkeypatch):
+    monkeypatch.setenv("DEEPKERN_DEBUG", "1")
+    y = torch.ones(3, 2, device=device, requires_grad=True)
+    weights, handle = (
+        torch.ones(2, 1, device=device),
+        torch.tensor([[3], [-1]], device=device).int(),
+    )
+    with pytest.raises(ValueError, match=r"expert_combine: handle: .* got 3 at \(0, 0\)"):
+        deepkern.expert_combine(y, weights, handle)
+    out = deepkern.expert_combine(y, weights, torch.ones_like(handle))
+    with pytest.raises(ValueError, match="expert_combine_backward: handle: .*at most once"):
+        out.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", inputs.sizes("expert_combine").gpu, ids=str)
+def test_gpu_sizes(backend, size, generator):
+    args = inputs.make("expert_combine", generator, **size)
+    got = deepkern.expert_combine(*args)
+    compare.assert_matches("expert_combine", got, deepkern.reference.expert_combine(*args))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -52,9 +53,14 @@ def test_training_learns_resumes_and_exports(make_config, toy_run, tmp_path):
     assert bits_per_byte(again.model.eval(), DATA[:512], 48) == trained
 
     notes = {
-        "recipe": {}, "training_bytes": len(DATA), "held_out_files": ["x.py"], "steps": 1,
-        "tokens_seen": 1, "training_minutes": 0.1, "training_threads": 1,
-    }  # fmt: skip
+        "recipe": asdict(Recipe(**RECIPE)),
+        "training_bytes": len(DATA),
+        "held_out_files": ["x.py"],
+        "steps": 1,
+        "tokens_seen": 1,
+        "training_minutes": 0.1,
+        "training_threads": 1,
+    }
     metrics = export(again.model, tmp_path / "out", DATA[:512], notes, again.log, window=48)
     assert metrics["held_out_bits_per_byte_fp32"] == trained
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
