@@ -1,0 +1,210 @@
+"""mla_decode: FlashMLA's grid and poison at a size that an interpreter takes, and its invariances.
+
+Every cache here is NaN where no token stands, and every unused table entry is 2147480000.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import deepkern
+from deepkern.runtime import arch
+from deepkern.testing import compare
+from deepkern.testing.inputs import attention
+
+FP32 = {"dtype": torch.float32, "cache_dtype": torch.float32}
+FP8 = {"cache_dtype": torch.uint8}
+SMALL = {"R": 64, "D": 16}
+FAR = 2**31 - 1
+
+
+def check(args: tuple) -> tuple:
+    got = deepkern.mla_decode(*args)
+    compare.assert_matches("mla_decode", got, deepkern.reference.mla_decode(*args))
+    return got
+
+
+def naive(args: tuple, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence b by torch's own softmax in float64 over a cache gathered token by token."""
+    q, cache, table, seqlens, scale, causal, R = args
+    page, length = cache.shape[1], int(seqlens[b])
+    keys = torch.stack([cache[table[b, n // page], n % page, 0] for n in range(length)]).double()
+    scores = torch.einsum("shw,nw->hsn", q[b].double(), keys) * scale
+    if causal:
+        Sq = q.shape[1]
+        ahead = torch.ones(Sq, length, device=q.device).triu(length - Sq + 1).bool()
+        scores.masked_fill_(ahead, -math.inf)
+    out = torch.einsum("hsn,nr->shr", scores.softmax(-1), keys[:, :R])
+    return out, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_against_torchs_softmax(backend, causal, generator):
+    args = attention.mla_decode(generator, (40, 7), Sq=3, H=5, page=16, causal=causal, **SMALL, **FP32)
+    out, lse = deepkern.mla_decode(*args)
+    for b in range(2):
+        want_out, want_lse = naive(args, b)
+        compare.assert_close(out[b], want_out)
+        compare.assert_close(lse[b], want_lse)
+
+
+@pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
+def test_any_number_of_heads(backend, H, generator):
+    check(attention.mla_decode(generator, (70, 0, 20), H=H, page=64, **SMALL))
+
+
+@pytest.mark.parametrize("Sq", [1, 2, 4])
+@pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
+def test_any_page_and_several_new_tokens(backend, page, Sq, generator):
+    check(attention.mla_decode(generator, (0, 20, 140), Sq=Sq, H=3, page=page, **SMALL))
+
+
+@pytest.mark.parametrize("kind", [{}, FP8, FP32, {**FP32, "cache_dtype": torch.bfloat16}])
+def test_v3_widths(backend, kind, generator):
+    check(attention.mla_decode(generator, (33, 100), Sq=1, H=4, **kind))
+
+
+@pytest.mark.parametrize("length", [511, 512, 513, 1024, 1300])
+def test_split_boundaries(backend, length, generator):
+    check(attention.mla_decode(generator, (length,), H=2, R=32, D=16, **FP32))
+
+
+def test_more_new_tokens_than_there_are(backend, generator):
+    """The first queries of a sequence shorter than Sq see nothing: out 0, lse -inf."""
+    args = attention.mla_decode(generator, (2, 0), Sq=4, H=3, page=16, **SMALL)
+    out, lse = check(args)
+    assert (out[0, :2] == 0).all() and (lse[0, :, :2] == -math.inf).all()
+    assert (out[0, 2:] != 0).any() and lse[0, :, 2:].isfinite().all()
+    assert (out[1] == 0).all() and (lse[1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("kind", [{}, FP8])
+def test_a_sequence_does_not_see_the_batch(backend, kind, generator):
+    """Alone, in a batch, or with a wider table, which has more splits: the same bits."""
+    lengths = (600, 3, 77)
+    args = attention.mla_decode(generator, lengths, Sq=2, H=3, page=64, **SMALL, **kind)
+    q, cache, table, seqlens, *rest = args
+    out, lse = deepkern.mla_decode(*args)
+    wide = torch.full((3, 40), attention.ABSENT, dtype=torch.int32, device=q.device)
+    wide[:, : table.shape[1]] = table
+    compare.assert_bitwise(deepkern.mla_decode(q, cache, wide, seqlens, *rest)[0], out)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone, alone_lse = deepkern.mla_decode(q[one], cache, table[one], seqlens[one], *rest)
+        compare.assert_bitwise(alone[0], out[b])
+        compare.assert_bitwise(alone_lse[0], lse[b])
+    narrow = table[2:, :2]
+    alone, _ = deepkern.mla_decode(q[2:], cache, narrow, seqlens[2:], *rest)
+    compare.assert_bitwise(alone[0], out[2])
+
+
+@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", attention.ABSENT])
+def test_hostile_pages_count_as_absent(backend, hostile, generator):
+    """The tokens of a page that does not exist are left out, the others attended to."""
+    args = attention.mla_decode(generator, (60,), H=2, page=16, causal=False, **SMALL, **FP32)
+    q, cache, table, seqlens, *rest = args
+    broken = table.clone()
+    broken[0, 1] = cache.shape[0] if hostile == "blocks" else hostile
+    out, lse = check((q, cache, broken, seqlens, *rest))
+    without = torch.cat((table[:, :1], table[:, 2:]), 1)
+    want, want_lse = deepkern.reference.mla_decode(q, cache, without, seqlens - 16, *rest)
+    compare.assert_close(out, want)
+    compare.assert_close(lse, want_lse)
+    nothing = torch.full_like(table, -1)
+    out, lse = deepkern.mla_decode(q, cache, nothing, seqlens, *rest)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_hostile_lengths_are_clamped(backend, generator):
+    q, cache, table, seqlens, *rest = attention.mla_decode(
+        generator, (32, 32, 32), H=2, page=16, **SMALL
+    )
+    lengths = torch.tensor([-5, FAR, -FAR - 1], dtype=torch.int32, device=q.device)
+    out, lse = deepkern.mla_decode(q, cache, table, lengths, *rest)
+    clamped = torch.tensor([0, 32, 0], dtype=torch.int32, device=q.device)
+    want, want_lse = deepkern.mla_decode(q, cache, table, clamped, *rest)
+    compare.assert_bitwise(out, want)
+    compare.assert_bitwise(lse, want_lse)
+
+
+def test_no_worse_than_twice_plain_pytorch(backend, generator):
+    args = attention.mla_decode(generator, (150,), H=8, **SMALL)
+    exact, _ = naive(args, 0)
+    q, cache, table, seqlens, scale, _, R = args
+    keys = torch.cat([cache[i] for i in table[0]])[:150, 0]
+    scores = (q[0, 0].float() @ keys.float().T * scale).softmax(-1)
+    plain = (scores.bfloat16() @ keys[:, :R])[None]
+    got = deepkern.mla_decode(*args)[0][0]
+    assert compare.diff(got, exact) <= 2 * compare.diff(plain, exact) + 1e-6
+
+
+@pytest.mark.parametrize("kind", [{}, FP8])
+def test_targets_without_e4m3_agree(kind, generator):
+    args = attention.mla_decode(generator, (70,), H=3, page=16, R=128, D=16, **kind)
+    for target in ("sm_80", "gfx942"):
+        with arch.compile_for(arch.ARCHS[target]), deepkern.backend("triton"):
+            check(args)
+
+
+def test_append_then_decode_is_attention_with_keys_and_values(backend, generator):
+    """Absorbed attention over the cache equals the naive form with up-projected keys and values."""
+    T, H, R, D, nope, v = 21, 3, 32, 8, 24, 20
+    device = generator.device
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    latent, k_rope, up_k, up_v = randn(T, R), randn(T, D), randn(H, nope, R), randn(H, v, R)
+    q_nope, q_rope = randn(1, 2, H, nope), randn(1, 2, H, D)
+    cache = attention.empty_cache(generator, 8, 4, R, D, torch.float32)
+    table = torch.randperm(8, generator=generator, device=device).int()[None, :6]
+    token = torch.arange(T, device=device)
+    slots = table[0].long()[token // 4] * 4 + token % 4
+    deepkern.mla_cache_append(latent, k_rope, cache, slots)
+    q = torch.cat((torch.einsum("bshd,hdr->bshr", q_nope, up_k), q_rope), -1)
+    seqlens = torch.tensor([T], dtype=torch.int32, device=device)
+    out, _ = deepkern.mla_decode(q, cache, table, seqlens, 0.2, v_head_dim=R)
+    got = torch.einsum("bshr,hdr->bshd", out, up_v)
+
+    x = latent.double()
+    k = torch.cat(
+        (torch.einsum("tr,hdr->htd", x, up_k.double()), k_rope.double().expand(H, T, D)), -1
+    )
+    values = torch.einsum("tr,hdr->htd", x, up_v.double())
+    query = torch.cat((q_nope, q_rope), -1)[0].transpose(0, 1).double()  # [H, 2, nope + D]
+    mask = torch.ones(2, T, device=device).tril(T - 2).bool()
+    want = torch.nn.functional.scaled_dot_product_attention(
+        query, k, values, attn_mask=mask, scale=0.2
+    )
+    compare.assert_close(got[0], want.transpose(0, 1))
+
+
+def test_debug_names_what_is_wrong(generator, monkeypatch):
+    q, cache, table, seqlens, *rest = attention.mla_decode(generator, (30,), H=1, page=16, **SMALL)
+    monkeypatch.setenv("DEEPKERN_DEBUG", "1")
+    with pytest.raises(ValueError, match="mla_decode: cache_seqlens: expected lengths in"):
+        deepkern.mla_decode(q, cache, table, seqlens + 16, *rest)
+    with pytest.raises(ValueError, match="mla_decode: block_table: expected pages in"):
+        deepkern.mla_decode(q, cache, table - 100, seqlens, *rest)
+
+
+def test_refuses(generator):
+    q, cache, table, seqlens, scale, causal, R = attention.mla_decode(generator, (5,), H=1, **SMALL)
+    with pytest.raises(ValueError, match="mla_decode: v_head_dim: expected a part of"):
+        deepkern.mla_decode(q, cache, table, seqlens, scale, causal, 81)
+    with pytest.raises(ValueError, match="mla_decode: cache: expected last dimension 80"):
+        deepkern.mla_decode(q, cache[..., :-1], table, seqlens, scale, causal, R)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [{}, FP8])
+@pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
+@pytest.mark.parametrize("Sq", [1, 2, 4])
+@pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
+def test_flashmla_grid_in_full(H, Sq, page, kind, generator):
+    lengths = [n * (i % 2) for n in (20, 140, 4096) for i in range(4)]
+    with deepkern.backend("triton"):
+        check(attention.mla_decode(generator, lengths, Sq=Sq, H=H, page=page, **kind))
