@@ -7,13 +7,14 @@ JOBS ?= 2
 
 ifeq ($(VENV),0)
   PY := $(PYTHON)
-  STAMP := build/setup-at-hand.stamp
+  STAMP := build/setup-$(shell $(PYTHON) -c "import sys; print(sys.implementation.cache_tag)").stamp
 else
   PY := $(VENV)/bin/python
   STAMP := $(VENV)/setup.stamp
 endif
 
-SOURCES := setup.py pyproject.toml requirements.lock $(shell find csrc -type f 2>/dev/null)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+PIP := $(PY) -m pip --disable-pip-version-check
 # Without an installed package (VENV=0), `kernels` must be on the path; it does no harm otherwise.
 export PYTHONPATH := $(CURDIR)/kernels:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # xdist and the timeout are used where they are installed: a machine at hand may lack them.
@@ -31,19 +32,25 @@ help:
 
 setup: $(STAMP)
 
-$(VENV)/setup.stamp: $(SOURCES)
-	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install python3 (3.10 or newer)"; exit 1; }
+$(VENV)/dependencies.stamp: requirements.lock
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
+	  echo "$(PYTHON) is missing or too old: install Python 3.10 or newer, or name one with PYTHON=..."; \
+	  exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
 	  echo "could not make $(VENV): on Debian, apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	@echo "== dependencies (requirements.lock)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PIP) install -r requirements.lock
+	@touch $@
+
+$(VENV)/setup.stamp: $(VENV)/dependencies.stamp $(SOURCES)
 	@echo "== deepkern and its C++ parts"
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@$(PY) -m deepkern
 	@touch $@
 
-build/setup-at-hand.stamp: $(SOURCES)
-	$(PY) setup.py --quiet build_ext --inplace
+# --force: the compiler's flags may have changed, and setuptools looks at the sources alone.
+build/setup-%.stamp: $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace --force
 	@$(PY) -m deepkern
 	@mkdir -p build && touch $@
 
@@ -54,18 +61,22 @@ test: setup
 	$(PYTEST)
 
 check: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not gpu"
 
 lint: setup
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+	@if [ "$(VENV)" = 0 ] && ! $(PY) -c "import ruff" 2>/dev/null; then \
+	  echo "$(PY) has no ruff: nothing is linted"; \
+	else set -ex; $(PY) -m ruff check .; $(PY) -m ruff format --check .; fi
 
 format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
+# build/lib may hold files that the package has no more; setuptools would pack them.
 wheel: setup
-	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --quiet --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
 
 clean:
 	rm -rf build dist kernels/*.egg-info kernels/deepkern/*.so .venv

@@ -1,39 +1,48 @@
 """Builds the package's C++ parts; everything else stands in pyproject.toml.
 
-deepkern._C (native ops on torch's stable ABI) and deepkern._host (pybind11) are built when there is
-a C++ compiler. Without one the package is built without them and says so, here and at run time:
-its other backends work. DEEPKERN_REQUIRE_NATIVE=1 makes a missing compiler an error.
+deepkern._C (native ops on torch's stable ABI) needs a C++ compiler; deepkern._host (pybind11) needs
+Python's headers too. What cannot be built is left out, and the package says so, here and at run
+time: its other backends work. DEEPKERN_REQUIRE_NATIVE=1 makes it an error.
 """
 
+import importlib.util
 import os
 import shlex
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 
-WARN = ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]
-# -ffp-contract=off: a fused multiply-add would change bits that are promised to be the same.
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", *WARN]
+# Bits are promised to be the same everywhere: no fused multiply-add. Nobody reads floating-point
+# exception flags, and as long as they count GCC does not vectorise a choice between two sums.
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-trapping-math"]
+FLAGS += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
 
 
 def sources(folder: str) -> list[str]:
     return sorted(str(p) for p in Path("csrc", folder).glob("*.cpp"))
 
 
-def stable_abi_extension() -> Extension:
+def foreign_headers(folder: str) -> list[str]:
+    """Flags to include from a folder of this machine, whose warnings and name stay out of here."""
+    return ["-isystem", folder, f"-ffile-prefix-map={folder}/="]
+
+
+def native_ops() -> Extension:
     import torch
 
     root = Path(torch.__file__).parent
     return Extension(
         "deepkern._C",
         ["csrc/ops.cpp", *sources("cpu")],
-        depends=[str(p) for p in Path("csrc").rglob("*.h")],
+        depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
         include_dirs=["csrc"],
         # torch 2.11's stable ABI: the oldest that the package supports.
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-        extra_compile_args=[*FLAGS, "-isystem", str(root / "include")],
+        extra_compile_args=[*FLAGS, *foreign_headers(str(root / "include"))],
+        # No rpath: the package imports torch before this, and with it these libraries.
         library_dirs=[str(root / "lib")],
         libraries=["torch", "torch_cpu", "c10"],
         language="c++",
@@ -41,31 +50,51 @@ def stable_abi_extension() -> Extension:
     )
 
 
-def host_extension() -> Extension:
+def host_planners() -> Extension:
     import pybind11
 
-    include = ["-isystem", pybind11.get_include()]
     return Extension(
         "deepkern._host",
         sources("host"),
-        extra_compile_args=[*FLAGS, *include],
+        extra_compile_args=[*FLAGS, *foreign_headers(pybind11.get_include())],
         language="c++",
     )
 
 
-def extensions() -> list[Extension]:
-    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
-    if shutil.which(compiler):
-        return [stable_abi_extension(), host_extension()]
-    message = (
-        f"deepkern: no C++ compiler ({compiler} is not on PATH), so deepkern._C and deepkern._host "
-        "are not built. The cpu backend and the host planners will be absent; triton and torch "
-        "work. To have them: apt-get install g++, or set CXX, and install again."
-    )
+def leave_out(what: str, lost: str, remedy: str) -> None:
+    message = f"deepkern: {what}, so {lost}. To have that: {remedy}, then install deepkern again."
     if os.environ.get("DEEPKERN_REQUIRE_NATIVE") == "1":
         sys.exit(message)
-    print(message, file=sys.stderr)
-    return []
+    # pip runs this file three times; twice only for what the package is called and needs.
+    if not {"egg_info", "dist_info"} & set(sys.argv):
+        print(message, file=sys.stderr)
+
+
+def extensions() -> list[Extension]:
+    named = os.environ.get("CXX")
+    known = [named] if named else [sysconfig.get_config_var("CXX"), "g++", "c++", "clang++"]
+    tried = [c for c in known if c]
+    compiler = next((c for c in tried if shutil.which(shlex.split(c)[0])), None)
+    if compiler is None:
+        leave_out(
+            f"no C++ compiler ({', '.join(dict.fromkeys(tried))} not found)",
+            "deepkern._C and deepkern._host are not built: the cpu backend and the host planners "
+            "will be absent; triton and torch work",
+            "apt-get install g++, or set CXX",
+        )
+        return []
+    os.environ["CXX"] = compiler
+
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    planners = "deepkern._host is not built: the host planners will be absent"
+    if not headers.exists():
+        remedy = f"apt-get install python{sysconfig.get_python_version()}-dev"
+        leave_out(f"no {headers}", planners, remedy)
+        return [native_ops()]
+    if importlib.util.find_spec("pybind11") is None:
+        leave_out("no pybind11", planners, "pip install pybind11")
+        return [native_ops()]
+    return [native_ops(), host_planners()]
 
 
 setup(ext_modules=extensions())

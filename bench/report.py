@@ -105,7 +105,7 @@ def model(records: Iterable[dict]) -> Group:
         if r["unit"] == "text":
             texts.append(Panel(Text(r["value"]), title=r["name"], title_align="left"))
             continue
-        value = _number(r["value"]) if r["unit"] == "tokens/s" else f"{r['value']:.4g}"
+        value = _number(r["value"]) if r["unit"] == "tokens/s" else f"{r['value']:.5g}"
         style = {True: "green", False: "red", None: "none"}[r["ok"]]
         view.add_row(r["name"], Text(f"{value} {r['unit']}".strip(), style=style), r["note"])
     return Group(*texts, view)

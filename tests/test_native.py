@@ -5,21 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import deepkern
 from deepkern.runtime import native
 from deepkern.testing import compare
 from deepkern.testing.inputs import quant
 
-pytestmark = pytest.mark.skipif(
-    native.why_absent() is not None, reason=f"no native code: {native.why_absent()}"
-)
-ISAS = ["portable", "avx2", "avx512"]
+
+def needs(module: str) -> pytest.MarkDecorator:
+    reason = native._load(module)[1]
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
-@pytest.fixture(params=ISAS)
+needs_ops, needs_host = needs("_C"), needs("_host")
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request, monkeypatch):
     monkeypatch.setenv("DEEPKERN_CPU_ISA", request.param)
     try:
@@ -30,31 +31,88 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def check(x: torch.Tensor, scale_format: str = "fp32") -> None:
-    with deepkern.backend("cpu"):
-        got = deepkern.cast_per_token(x, scale_format)
-    want = deepkern.reference.cast_per_token(x, scale_format)
-    compare.assert_matches("cast_per_token", got, want)
+def by_definition(x: torch.Tensor, scale_format: str) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (as uint8) and scales of [M, K], from what e4m3 is: no cast, no bit tricks."""
+    M, K = x.shape
+    width = min(K, 128)
+    values = np.zeros((M, -(-K // width), width), np.float32)
+    values.reshape(M, -1)[:, :K] = x.float().numpy()
+    with np.errstate(all="ignore"):
+        scale = np.maximum(np.abs(values).max(-1), np.float32(1e-4)) / np.float32(448)
+        if scale_format == "ue8m0":
+            fraction, exponent = np.frexp(scale)  # scale = fraction * 2^exponent, fraction >= 1/2
+            scale = np.where(
+                np.isfinite(scale), np.ldexp(np.float32(1), exponent - (fraction == 0.5)), scale
+            )
+        scale[~np.isfinite(values).all(-1)] = np.nan
+        scaled = values * (np.float32(1) / scale)[..., None]
+
+    code = np.arange(127)  # the finite magnitudes, in order
+    magnitude = np.where(code < 8, code * 2.0**-9, (8 + code % 8) * 2.0 ** (code // 8 - 10))
+    middle = (magnitude[1:] + magnitude[:-1]) / 2
+    distance = np.abs(scaled.astype(np.float64))
+    lower = np.searchsorted(middle, distance)  # the lower neighbour on a tie
+    tie = np.append(middle, np.inf)[lower] == distance
+    q = lower + (tie & (lower % 2 == 1)) + 128 * np.signbit(scaled)
+    q = np.where(np.isnan(scaled), 0x7F, q).astype(np.uint8)
+    return q.reshape(M, -1)[:, :K], scale
 
 
-def test_every_16_bit_value(isa):
-    codes = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
-    for dtype in (torch.bfloat16, torch.float16):
-        x = codes.view(dtype).reshape(-1, 128)
-        check(x)
-        # One value to a block, so that inf and NaN spoil nothing else and every scale occurs.
-        check(torch.nn.functional.pad(codes.view(dtype)[::7, None], (0, 2)), "ue8m0")
+def check(x: torch.Tensor) -> None:
+    """The native op against the definition and against the reference, for both scale formats."""
+    for scale_format in ("fp32", "ue8m0"):
+        q, scale = native.native_op("cast_per_token")(x, scale_format)
+        rows = x.reshape(-1, x.shape[-1])
+        codes, scales = by_definition(rows, scale_format)
+        np.testing.assert_array_equal(q.view(torch.uint8).reshape(rows.shape).numpy(), codes)
+        np.testing.assert_array_equal(scale.reshape(scales.shape).numpy(), scales)
+        with deepkern.backend("cpu"):
+            got = deepkern.cast_per_token(x, scale_format)
+        want = deepkern.reference.cast_per_token(x, scale_format)
+        compare.assert_matches("cast_per_token", got, want)
 
 
+@needs_ops
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value(isa, dtype):
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    check(x.reshape(-1, 128))
+    # One value to a block, so that inf and NaN spoil nothing else and every scale occurs.
+    check(x[:, None])
+    # Rounded as they stand: 448 beside each makes the scale 1.
+    small = torch.where(x.abs() <= 448, x, 0)
+    check(torch.stack([small, torch.full_like(small, 448)], 1))
+
+
+@needs_ops
+def test_random_float32_bits(isa, seed):
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**31), 2**31, (2000, 64), generator=generator).to(torch.int32)
+    check(bits.view(torch.float32)[:, :1])
+    # One exponent a row, so that the block's scale does not flush the rest to zero.
+    bits = bits & ~0x7F800000 | torch.randint(0, 254, (2000, 1), generator=generator).int() << 23
+    check(bits.view(torch.float32))
+
+
+@needs_ops
 @pytest.mark.parametrize("K", [1, 127, 128, 129, 1000])
-def test_partial_blocks_and_strided_rows(isa, K):
-    generator = torch.Generator().manual_seed(K)
-    x = quant.values(generator, 9, K + 40, dtype=torch.float32)[:, 17 : 17 + K]
+def test_partial_blocks_and_strided_rows(isa, K, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        check(quant.values(generator, 9, K + 40, dtype=dtype)[:, 17 : 17 + K])
+        check(quant.values(generator, 3, 5, K, dtype=dtype).transpose(0, 1))
+
+
+@needs_ops
+def test_special_values_spoil_their_block_alone(isa):
+    x = torch.ones(4, 300)
+    x[0, 5], x[1, 130], x[2, 299] = float("inf"), float("nan"), float("-inf")
+    x[3] = -0.0
     check(x)
-    check(quant.values(generator, 3, 5, K).transpose(0, 1))
 
 
-def test_ties_saturation_and_subnormals(isa):
+@needs_ops
+def test_ties_and_subnormals(isa):
     # An amax of 448 makes the scale 1, so these are rounded as they stand.
     ties = torch.arange(0, 448, 0.5) / 2
     small = torch.arange(0, 64) * 2.0**-11
@@ -63,36 +121,74 @@ def test_ties_saturation_and_subnormals(isa):
     check(torch.cat([x, torch.full((len(x), 1), 448.0)], dim=1))
 
 
+@needs_ops
+def test_many_rows_over_threads(seed):
+    check(quant.values(torch.Generator().manual_seed(seed), 5000, 130))
+
+
+@needs_ops
+@pytest.mark.parametrize(
+    ("x", "scale_format", "words"),
+    [
+        (torch.ones(2, 2), "fp16", "scale_format: expected fp32 or ue8m0, got fp16"),
+        (torch.ones(()), "fp32", "x: expected rank 1 or more"),
+        (torch.ones(2, 2, dtype=torch.int32), "fp32", "x: expected dtype"),
+        (torch.ones(3, 2).t(), "fp32", "x: expected stride 1 in the last dimension, got 2"),
+    ],
+)
+def test_native_cast_refuses(x, scale_format, words):
+    with pytest.raises(RuntimeError, match=f"cast_per_token: {words}"):
+        native.native_op("cast_per_token")(x, scale_format)
+
+
+@needs_ops
 def test_unknown_isa_is_an_error(monkeypatch):
     monkeypatch.setenv("DEEPKERN_CPU_ISA", "neon")
     with pytest.raises(RuntimeError, match="instruction set"):
         native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
 
 
-def test_many_rows_over_threads(generator):
-    check(quant.values(torch.Generator().manual_seed(generator.initial_seed()), 5000, 130))
+def test_an_absent_op_is_none():
+    assert native.native_op("no_such_op") is None
 
 
-@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 33))
-def test_tile_schedule_against_a_loop(counts, block_m):
-    want, row = [], 0
-    for g, count in enumerate(counts):
-        want += [(g, row + m) for m in range(0, count, block_m)]
-        row += count
-    group, first_row = native.host().grouped_tile_schedule(np.array(counts, np.int64), block_m)
-    assert list(zip(group.tolist(), first_row.tolist(), strict=True)) == want
-    assert group.dtype == first_row.dtype == np.int32
+@needs_host
+def test_tile_schedule_against_a_loop():
+    hypothesis = pytest.importorskip("hypothesis")
+    counts_of_groups = hypothesis.strategies.lists(
+        hypothesis.strategies.integers(0, 40), max_size=12
+    )
+
+    @hypothesis.given(counts_of_groups, hypothesis.strategies.integers(1, 50))
+    def check(counts, block_m):
+        want, row = [], 0
+        for g, count in enumerate(counts):
+            want += [(g, row + m) for m in range(0, count, block_m)]
+            row += count
+        group, first_row = native.host().grouped_tile_schedule(np.array(counts, np.int32), block_m)
+        assert list(zip(group.tolist(), first_row.tolist(), strict=True)) == want
+        assert group.dtype == first_row.dtype == np.int32
+
+    check()
 
 
+@needs_host
 @pytest.mark.parametrize(
     ("counts", "block_m", "words"),
     [
         (np.array([[1]]), 16, "rank 1"),
         (np.array([3, -1]), 16, r"tokens_per_group\[1\]"),
         (np.array([2**31 - 1, 1]), 2**20, "2\\^31"),
+        (np.array([1, 2**63 - 1]), 2**63 - 1, r"tokens_per_group\[1\].*2\^31"),
         (np.array([3]), 0, "block_m"),
     ],
 )
 def test_tile_schedule_refuses(counts, block_m, words):
     with pytest.raises(ValueError, match=words):
         native.host().grouped_tile_schedule(counts, block_m)
+
+
+@needs_host
+def test_tile_schedule_takes_whole_numbers_only():
+    with pytest.raises(TypeError):
+        native.host().grouped_tile_schedule(np.array([1.5]), 16)

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,24 +24,33 @@ std::pair<Tiles, Tiles> grouped_tile_schedule(const Counts& tokens_per_group, in
     throw py::value_error("grouped_tile_schedule: block_m: expected at least 1, got " +
                           std::to_string(block_m));
   }
-  const int64_t* counts = tokens_per_group.data();
-  const int64_t groups = tokens_per_group.shape(0);
-  std::vector<int32_t> group, first_row;
-  int64_t row = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    if (counts[g] < 0 || row + counts[g] > INT32_MAX) {
+  // A copy, so that nobody changes a count between sizing the result and filling it.
+  const std::vector<int64_t> counts(tokens_per_group.data(),
+                                    tokens_per_group.data() + tokens_per_group.size());
+  int64_t rows = 0, tiles = 0;
+  for (size_t g = 0; g < counts.size(); ++g) {
+    if (counts[g] < 0 || counts[g] > INT32_MAX - rows) {
       throw py::value_error("grouped_tile_schedule: tokens_per_group[" + std::to_string(g) +
                             "]: expected counts >= 0 with a sum below 2^31, got " +
                             std::to_string(counts[g]));
     }
-    for (int64_t m = 0; m < counts[g]; m += block_m) {
-      group.push_back(static_cast<int32_t>(g));
-      first_row.push_back(static_cast<int32_t>(row + m));
-    }
-    row += counts[g];
+    rows += counts[g];
+    tiles += counts[g] / block_m + (counts[g] % block_m != 0);
   }
-  const auto tiles = static_cast<py::ssize_t>(group.size());
-  return {Tiles(tiles, group.data()), Tiles(tiles, first_row.data())};
+  Tiles group(tiles), first_row(tiles);
+  int32_t* group_out = group.mutable_data();
+  int32_t* first_row_out = first_row.mutable_data();
+  {
+    py::gil_scoped_release others_may_run;
+    int64_t row = 0;
+    for (size_t g = 0; g < counts.size(); row += counts[g++]) {
+      for (int64_t m = 0; m < counts[g]; m += block_m) {
+        *group_out++ = static_cast<int32_t>(g);
+        *first_row_out++ = static_cast<int32_t>(row + m);
+      }
+    }
+  }
+  return {std::move(group), std::move(first_row)};
 }
 
 }  // namespace

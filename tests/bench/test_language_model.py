@@ -46,7 +46,8 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "checkpoint"
     write_checkpoint(folder, config, stored_tensors(plain))
     (folder / "heldout.txt").write_bytes(b"def one():\n    return 1\n" * 40)
-    for name, value in {"SCORED_BYTES": 200, "WINDOW": 96, "NEW_TOKENS": 4}.items():
+    few = {"SCORED_BYTES": 200, "WINDOW": 96, "NEW_TOKENS": 4, "TIMED_TOKENS": 2, "REPEATS": 1}
+    for name, value in few.items():
         monkeypatch.setattr(language_model, name, value)
     # Random weights are not a text model: what rounding costs them says nothing.
     monkeypatch.setattr(language_model, "BITS_LOST", 0.5)

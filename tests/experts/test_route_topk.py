@@ -137,13 +137,6 @@ def test_equal_scores_go_to_the_lowest_indices(backend, num_groups, device):
     assert (weights == 0.125).all()
 
 
-def test_negative_zero_ties_with_zero(backend, device):
-    logits = torch.full((1, 4), -200.0, device=device)  # scores 0
-    bias = torch.tensor([-0.0, 0.0, -0.0, 0.0], device=device)
-    weights, idx = deepkern.route_topk(logits, bias, topk=3)
-    assert idx.tolist() == [[0, 1, 2]] and (weights == 0).all()
-
-
 def test_groups_by_their_two_best_or_by_their_best(backend, device):
     logits = torch.tensor([[3.0, -3.0, -3.0, 1.0, 1.0, -3.0]], device=device)
     one = {"topk": 1, "num_groups": 2, "topk_groups": 1}

@@ -15,7 +15,7 @@ from model.plain import PlainModel
 FOLDER = Path(__file__).parents[2] / "model" / "checkpoints" / "stdlib-bytes"
 METRICS = json.loads((FOLDER / "metrics.json").read_text())
 HELD_OUT = (FOLDER / "heldout.txt").read_bytes()
-PART = 8 * 512 + 1  # a few windows: the whole text takes half a minute
+PART = 4 * 512 + 1  # a few windows: the whole text takes a while
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
@@ -129,3 +130,20 @@ def test_compile_for_sets_the_target():
         assert arch.of(torch.device("cpu")).name == "sm_80"
         assert not arch.of(torch.device("cpu")).native_fp8
     assert arch.compiling_for() is None
+
+
+def test_launches_happen_on_the_device_of_the_tensors(x, monkeypatch):
+    """No machine with two GPUs is needed to see that the right one is made current."""
+    seen = []
+
+    @contextlib.contextmanager
+    def current(device):
+        seen.append(device)
+        yield
+
+    monkeypatch.setattr(OP, "device", lambda args: torch.device("cuda", 1))
+    monkeypatch.setattr(backends, "choose", lambda op, device: "torch")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    OP.run(x)
+    assert seen == [torch.device("cuda", 1)]

@@ -15,6 +15,8 @@ them together.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -51,6 +53,15 @@ def parts(cache: Tensor, R: int, native_fp8: bool) -> tuple[Tensor, Tensor, Tens
 def strides(*tensors: Tensor) -> list[int]:
     """What the kernels take of each part: elements from block to block, from token to token."""
     return [t.stride(i) for t in tensors for i in (0, 1)]
+
+
+def alignment(part: Tensor) -> int:
+    """How many elements (1, 2, 4 or 8) every token of `part` is a multiple of away from its start.
+
+    Triton sees by itself only what is divisible by 16, and 328, the bf16 elements from token to
+    token of a 656-byte cache, is not.
+    """
+    return math.gcd(8, *part.stride()[:2])
 
 
 @triton.jit

@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quant.fp8 import from_fp8
+from ..quant.fp8 import matrix_operand
 from ..runtime import arch
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .cache import check_width, load, parts, strides
+from .cache import alignment, check_width, load, parts, strides
 
 MIN_SPLIT = 512  # tokens: a split's partial result costs as much traffic as 3.6 tokens a row
 LOG2_E = 1.4426950408889634
@@ -142,8 +142,8 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
         q.stride(0), q.stride(1), q.stride(2), block_table.stride(0), *strides(*cached),
         CAUSAL=causal, FP8=cache.dtype == torch.uint8, NATIVE_FP8=target.native_fp8,
         DOT=triton_dtype(dot_dtype(q, cache)), ROPE=triton_dtype(rope_dtype(cache)),
-        PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
-        ROWS=t.rows, KEYS=t.keys, WIDE=t.wide, BLOCKS=triton.cdiv(R, t.wide),
+        ROPE_ALIGN=alignment(cached[2]), PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
+        ROWS=t.rows, KEYS=t.keys, WIDE=t.wide, BLOCKS=triton.cdiv(R, t.wide), EVEN=R % t.wide == 0,
         D_TILE=max(triton.next_power_of_2(W - R), 16),
         MIN_SPLIT=MIN_SPLIT, MAX_SPLITS=t.max_splits,
         num_warps=t.warps, num_stages=t.stages,
@@ -172,8 +172,8 @@ def kernel(
     q_batch, q_query, q_head, table_stride,
     latent_block, latent_slot, scale_block, scale_slot, rope_block, rope_slot,
     CAUSAL: tl.constexpr, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    DOT: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr,
+    DOT: tl.constexpr, ROPE: tl.constexpr, ROPE_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
     D_TILE: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -195,13 +195,15 @@ def kernel(
     q_row = q_ptr + sequence * q_batch + (query * q_query + head * q_head)[:, None]
     q_rope = tl.load(q_row + R + rope_column, mask=known & (rope_column < D), other=0.0)
     q_rope = q_rope.to(DOT)  # [ROWS, D_TILE]
-    q_latent, acc, unit = (), (), ()  # BLOCKS of [ROWS, WIDE], of [ROWS, WIDE] and of [ROWS]
+    q_latent, acc = (), ()  # BLOCKS of [ROWS, WIDE] each
+    used = ()  # FP8: BLOCKS of [ROWS, KEYS], the weights that went into acc
     for j in tl.static_range(BLOCKS):
         at = j * WIDE + column
-        q_block = tl.load(q_row + at, mask=known & (at < R), other=0.0)
+        q_block = tl.load(q_row + at, mask=known & ((at < R) | EVEN), other=0.0)
         q_latent = q_latent + (q_block.to(DOT),)
         acc = acc + (tl.zeros((ROWS, WIDE), tl.float32),)
-        unit = unit + (tl.full((ROWS,), 1.0, tl.float32),)
+        if FP8:
+            used = used + (tl.zeros((ROWS, KEYS), tl.float32),)
     limit = length - (Sq - 1 - row // H) if CAUSAL else tl.zeros_like(row) + length  # [ROWS]
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -214,7 +216,8 @@ def kernel(
         block, offset = block.to(tl.int64), key % page
         latent_row = latent_ptr + (block * latent_block + offset * latent_slot)[:, None]
         scale_row = scale_ptr + block * scale_block + offset * scale_slot
-        rope_row = rope_ptr + (block * rope_block + offset * rope_slot)[:, None]
+        rope_at = tl.multiple_of(block * rope_block + offset * rope_slot, ROPE_ALIGN)
+        rope_row = rope_ptr + rope_at[:, None]
 
         inside = present[:, None] & (rope_column < D)
         rope = load(rope_row, rope_column, inside, ROPE).to(DOT)  # [KEYS, D_TILE]
@@ -222,11 +225,11 @@ def kernel(
         latent, scale = (), ()
         for j in tl.static_range(BLOCKS):
             at = j * WIDE + column
-            values = tl.load(latent_row + at, mask=present[:, None] & (at < R), other=0.0)
+            values = tl.load(latent_row + at, mask=present[:, None] & ((at < R) | EVEN), other=0.0)
             if FP8:
                 # The scale is applied outside the product, where nothing rounds it.
-                values = from_fp8(values, NATIVE_FP8).to(DOT)
-                scale = scale + (load(scale_row, j, present, tl.float32)[None, :],)
+                values = matrix_operand(values, NATIVE_FP8).to(DOT)
+                scale = scale + (load(scale_row, j * WIDE // 128, present, tl.float32)[None, :],)
                 product = tl.dot(q_latent[j], tl.trans(values), input_precision=PRECISION)
                 scores += product * scale[j]
             else:
@@ -241,40 +244,40 @@ def kernel(
         weights = tl.exp2(scores - zero[:, None])
         shrink = tl.exp2(top - zero)
         total = total * shrink + tl.sum(weights, 1)
-        old_acc, old_unit = acc, unit
-        acc, unit = (), ()
+        top = new_top
+        old_acc, old_used = acc, used
+        acc, used = (), ()
         for j in tl.static_range(BLOCKS):
             if FP8:
-                # Weights times scales are rounded to DOT in units of the scale of the heaviest
-                # token, so that its own weight stays exact.
-                heaviest = tl.max(tl.where(scores == new_top[:, None], scale[j], 0.0), 1)
-                unit = unit + (tl.where(new_top > top, heaviest, old_unit[j]),)
-                scaled = weights * scale[j] * (1.0 / unit[j])[:, None]
-                shrunk = old_acc[j] * (shrink * (old_unit[j] / unit[j]))[:, None]
+                # What rounding to DOT makes of a weight times its scale is counted as the weight,
+                # so that it cancels where one token outweighs the others.
+                scaled = (weights * scale[j]).to(DOT)
+                back = scaled.to(tl.float32) * (1.0 / scale[j])
+                back = tl.where(tl.abs(scale[j]) < 1e-30, weights, back)
+                used = used + (old_used[j] * shrink[:, None] + back,)
             else:
-                unit = unit + (old_unit[j],)
-                scaled = weights
-                shrunk = old_acc[j] * shrink[:, None]
-            scaled = scaled.to(DOT)
+                scaled = weights.to(DOT)
+            shrunk = old_acc[j] * shrink[:, None]
             acc = acc + (tl.dot(scaled, latent[j], shrunk, input_precision=PRECISION),)
-        top = new_top
 
-    norm = tl.where(total == 0.0, 1.0, total)[:, None]
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
     out_row = sequence * Sq * H + row
-    if split_length >= length:  # the only split
+    partial_row = (sequence * tl.num_programs(1) + split) * Sq * H + row
+    whole = split_length >= length  # the only split
+    if whole:
         tl.store(lse_ptr + (sequence * H + head) * Sq + query, lse * LN_2, mask=row < Sq * H)
-        for j in tl.static_range(BLOCKS):
-            at = j * WIDE + column
-            result = (acc[j] * (unit[j][:, None] / norm)).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + out_row[:, None] * R + at, result, mask=known & (at < R))
     elif partial_ptr is not None:
-        partial_row = (sequence * tl.num_programs(1) + split) * Sq * H + row
         tl.store(partial_lse_ptr + partial_row, lse, mask=row < Sq * H)
-        for j in tl.static_range(BLOCKS):
-            at = j * WIDE + column
-            to = partial_ptr + partial_row[:, None] * R + at
-            tl.store(to, acc[j] * (unit[j][:, None] / norm), mask=known & (at < R))
+    for j in tl.static_range(BLOCKS):
+        at = j * WIDE + column
+        inside = known & ((at < R) | EVEN)
+        norm = tl.sum(used[j], 1) if FP8 else total
+        result = acc[j] / tl.where(total == 0.0, 1.0, norm)[:, None]
+        if whole:
+            cast = result.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + out_row[:, None] * R + at, cast, mask=inside)
+        elif partial_ptr is not None:
+            tl.store(partial_ptr + partial_row[:, None] * R + at, result, mask=inside)
 
 
 @triton.jit

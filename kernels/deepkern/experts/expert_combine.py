@@ -6,8 +6,8 @@ in fp32, slot after slot, with one rounding at the end, so that a token's bits d
 its own rows. Cut: a program takes TOKENS tokens by BLOCK_K columns, and loads up to SLOTS rows of
 each before it waits for one. (topk + 1) rows are moved for a token, at the speed of memory.
 
-The backward pass goes the other way: program (slot, tokens) writes w · grad to the slot's rows of y's
-gradient and sums <grad, y> over all columns. Other programs clear the rows that no slot names.
+The backward pass goes the other way: a program takes one slot of TOKENS tokens, writes w · grad to
+the slot's rows of y's gradient and sums <grad, y>. The other programs clear the rows of no slot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .rows import BLOCK_K, SLOTS, TOKENS, ZERO_ROWS, zero_rows
+from .rows import BLOCK_K, TOKENS, ZERO_ROWS, slots_in_flight, zero_rows
 
 
 @op(y="real [rows, K]", topk_weights="real [T, topk]", handle="int32 [T, topk]")
@@ -35,8 +35,8 @@ def expert_combine(y: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
     Returns:
         [T, K] in the dtype of `y`; 0 for a token without rows.
 
-    The gradient goes to `y` and `topk_weights`. That of `y` takes each row to be named at most once,
-    as `expert_dispatch` does: of several slots that name a row, only the last one counts.
+    The gradient goes to `y` and `topk_weights`. That of `y` takes each row to be named at most
+    once, as in `expert_dispatch`'s handles: of several slots that name a row one counts, the last.
     DEEPKERN_DEBUG=1 raises for a row outside [-1, rows) and, going back, for one named twice.
 
     Raises:
@@ -58,8 +58,7 @@ def sum_rows(y: Tensor, weights: Tensor | None, handle: Tensor, out: Tensor) -> 
     kernel[(triton.cdiv(T, TOKENS), triton.cdiv(K, BLOCK_K))](
         y, weights, handle, out, T, topk, rows, K, y.stride(0),
         0 if weights is None else weights.stride(0), handle.stride(0),
-        TOKENS=TOKENS, BLOCK_K=BLOCK_K, SLOTS=min(SLOTS, triton.next_power_of_2(max(topk, 1))),
-        num_warps=8,
+        TOKENS=TOKENS, BLOCK_K=BLOCK_K, SLOTS=slots_in_flight(topk), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -69,9 +68,7 @@ def check_contents(y: Tensor, topk_weights: Tensor, handle: Tensor) -> None:
     _check_rows("expert_combine", handle, y.shape[0])
 
 
-def check_contents_backward(
-    grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor
-) -> None:
+def check_contents_backward(grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor) -> None:
     """For DEEPKERN_DEBUG=1: so, and no row is named twice."""
     _check_rows("expert_combine_backward", handle, y.shape[0])
     named, times = handle[handle >= 0].unique(return_counts=True)
@@ -89,7 +86,7 @@ def _check_rows(name: str, handle: Tensor, rows: int) -> None:
 expert_combine.check_contents = check_contents
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows"])
 def kernel(
     y_ptr, weights_ptr, handle_ptr, out_ptr, T, topk, rows, K, y_row, weights_row, handle_row,
     TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr,
@@ -163,7 +160,7 @@ def launch_backward(
     return grad_y, grad_weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "rows"])
 def own_kernel(handle_ptr, owner_ptr, count, topk, rows, handle_row, BLOCK: tl.constexpr):
     """owner[row] = the last of the slots that name it; a maximum does not ask in which order."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -173,7 +170,7 @@ def own_kernel(handle_ptr, owner_ptr, count, topk, rows, handle_row, BLOCK: tl.c
     tl.atomic_max(owner_ptr + row, i, mask=there, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows", "slots"])
 def backward_kernel(
     grad_ptr, y_ptr, weights_ptr, handle_ptr, owner_ptr, grad_y_ptr, grad_weights_ptr,
     T, topk, rows, K, slots, grad_row, y_row, weights_row, handle_row,
@@ -184,9 +181,7 @@ def backward_kernel(
     if tl.program_id(0) >= slots:
         first = (tl.program_id(0) - slots) * ZERO_ROWS
         for start in range(0, K, BLOCK_K):
-            zero_rows(
-                grad_y_ptr, None, owner_ptr, rows, K, 0, first, start + column, ZERO_ROWS, BLOCK_K
-            )
+            zero_rows(grad_y_ptr, owner_ptr, rows, K, first, start + column, ZERO_ROWS, BLOCK_K)
     else:
         # The slots of a token run side by side, so that its gradient is read from memory once.
         slot = tl.program_id(0) % topk

@@ -1,13 +1,13 @@
 """Dispatch: every token's row, once for each of its experts, in the order of the experts.
 
-    row     = start[e] + (how many assignments before (t, j) go to expert e)    for e = topk_idx[t, j]
+    row      = start[e] + how many assignments before (t, j) go to e      for e = topk_idx[t, j]
     out[row] = x[t];  group_index[row] = e;  handle[t, j] = row
-    start[e] = Σ_{i<e} tokens_per_expert[i] rounded up to a multiple of `alignment`
+    start[e] = Σ_{i<e} tokens_per_expert[i], each rounded up to a multiple of `alignment`
 
-Cut: four launches, none of which waits for the host. `count_kernel` counts the assignments to each
-expert in chunks of 256; `scan_kernel` turns the counts into sums over the chunks before;
-`place_kernel` adds to that the rank within the chunk, which gives the handle, and finds the expert of
-each row; `copy_kernel` reads each token once and writes its rows, and clears the rows of no token.
+Cut: four launches, none of which waits for the host. `count_kernel` counts the assignments to
+each expert in chunks of 256; `scan_kernel` turns the counts into sums over the chunks before;
+`place_kernel` adds the rank within the chunk, which gives the handle, and finds the expert of each
+row; `copy_kernel` reads each token once and writes its rows, and clears the rows of no token.
 Ranks are counted, not drawn from atomics, so the order is always the same. The copy is nearly all
 of the time: (1 + topk) rows moved for a token, at the speed of memory.
 """
@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.contract import check_that
+from ..runtime.contract import FP8, check_that
 from ..runtime.op import op
 from .expert_combine import sum_rows
-from .rows import BLOCK_K, SLOTS, TOKENS, ZERO_ROWS, as_integers, zero_rows
+from .rows import BLOCK_K, TOKENS, ZERO_ROWS, as_integers, slots_in_flight, zero_rows
 
 CHUNK = 256  # assignments (and rows) that one program counts and places
 EXPERTS = 16  # experts that it looks at together
@@ -95,11 +95,9 @@ def launch(
     idx = topk_idx, T * topk, topk, topk_idx.stride(0), E
     chunks = triton.cdiv(T * topk, CHUNK)
     counts = x.new_empty((chunks, E), dtype=torch.int32)
-    count_kernel[(chunks,)](
-        *idx, counts, CHUNK=CHUNK, BINS=triton.next_power_of_2(E)
-    )  # fmt: skip
+    count_kernel[(chunks,)](*idx, counts, CHUNK=CHUNK, BINS=triton.next_power_of_2(E))
     scan_kernel[(triton.cdiv(E, EXPERTS),)](
-        counts, tokens_per_expert, chunks, E, CHUNKS=64, EXPERTS=EXPERTS
+        counts, tokens_per_expert, chunks, E, CHUNKS=64, EXPERTS=EXPERTS,
     )  # fmt: skip
     place_kernel[(triton.cdiv(rows, CHUNK),)](
         *idx, counts, tokens_per_expert, group_index, handle, rows, alignment,
@@ -113,8 +111,8 @@ def launch(
     copy_kernel[(copies + triton.cdiv(rows, ZERO_ROWS), triton.cdiv(K, BLOCK_K))](
         as_integers(x), x_scale, as_integers(out), None if x_scale is None else scale,
         group_index, handle, T, topk, rows, K, blocks, copies, x.stride(0), x_scale_row,
-        x_scale_block, TOKENS=TOKENS, BLOCK_K=BLOCK_K, ZERO_ROWS=ZERO_ROWS, SLOTS=SLOTS,
-        num_warps=8,
+        x_scale_block, TOKENS=TOKENS, BLOCK_K=BLOCK_K, ZERO_ROWS=ZERO_ROWS,
+        SLOTS=slots_in_flight(topk), num_warps=8,
     )  # fmt: skip
     return outputs
 
@@ -132,11 +130,13 @@ expert_dispatch.check_contents = check_contents
 @triton.jit
 def expert_of(idx_ptr, i, count, topk, idx_row, E):
     """The expert of assignment `i` (token i // topk, slot i % topk); -1 for none."""
-    expert = tl.load(idx_ptr + (i // topk).to(tl.int64) * idx_row + i % topk, mask=i < count, other=-1)
+    expert = tl.load(
+        idx_ptr + (i // topk).to(tl.int64) * idx_row + i % topk, mask=i < count, other=-1
+    )
     return tl.where((expert >= 0) & (expert < E), expert, -1).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def count_kernel(
     idx_ptr, count, topk, idx_row, E, counts_ptr, CHUNK: tl.constexpr, BINS: tl.constexpr
 ):
@@ -147,7 +147,7 @@ def count_kernel(
     tl.store(counts_ptr + chunk.to(tl.int64) * E + bin, counts, mask=bin < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def scan_kernel(counts_ptr, total_ptr, chunks, E, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr):
     """counts[c, e] becomes the sum over the chunks before c; total[e] is the sum over all."""
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
@@ -162,7 +162,7 @@ def scan_kernel(counts_ptr, total_ptr, chunks, E, CHUNKS: tl.constexpr, EXPERTS:
     tl.store(total_ptr + expert, before, mask=expert < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "rows"])
 def place_kernel(
     idx_ptr, count, topk, idx_row, E, before_ptr, total_ptr, group_index_ptr, handle_ptr,
     rows, alignment, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
@@ -173,7 +173,8 @@ def place_kernel(
     i = chunk * CHUNK + place  # assignments, and also rows
     mine = expert_of(idx_ptr, i, count, topk, idx_row, E)
 
-    # Rows before the expert's first, and the expert of row i.
+    # Tiles are [EXPERTS, CHUNK], so that a thread holds whole columns and sums without the others.
+    # The expert's first row, and the expert that row i belongs to.
     start = tl.zeros((CHUNK,), tl.int32)
     group = tl.full((CHUNK,), -1, tl.int32)
     begin = 0
@@ -183,42 +184,43 @@ def place_kernel(
         padded = tl.cdiv(total, alignment) * alignment
         starts = begin + tl.cumsum(padded, 0) - padded  # [EXPERTS]
         begin += tl.sum(padded, 0)
-        start += tl.sum(tl.where(mine[:, None] == expert[None, :], starts[None, :], 0), 1)
-        owns = (i[:, None] >= starts[None, :]) & (i[:, None] < (starts + total)[None, :])
-        group = tl.maximum(group, tl.max(tl.where(owns, expert[None, :], -1), 1))
+        start += tl.sum(tl.where(expert[:, None] == mine[None, :], starts[:, None], 0), 0)
+        owns = (i[None, :] >= starts[:, None]) & (i[None, :] < (starts + total)[:, None])
+        group = tl.maximum(group, tl.max(tl.where(owns, expert[:, None], -1), 0))
 
-    # Assignments to the same expert that come before, in this chunk and in the chunks before it.
+    # Assignments to the same expert that come before: in earlier chunks, then in this one.
     rank = tl.load(before_ptr + chunk.to(tl.int64) * E + mine, mask=mine >= 0, other=0)
     for first in range(0, CHUNK, EXPERTS):
         other = first + tl.arange(0, EXPERTS)
         theirs = expert_of(idx_ptr, chunk * CHUNK + other, count, topk, idx_row, E)
-        same = (theirs[None, :] == mine[:, None]) & (other[None, :] < place[:, None])
-        rank += tl.sum(same.to(tl.int32), 1)
+        same = (theirs[:, None] == mine[None, :]) & (other[:, None] < place[None, :])
+        rank += tl.sum(same.to(tl.int32), 0)
 
     tl.store(handle_ptr + i, tl.where(mine >= 0, start + rank, -1), mask=i < count)
     tl.store(group_index_ptr + i, group, mask=i < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows", "copies"])
 def copy_kernel(
     x_ptr, x_scale_ptr, out_ptr, scale_ptr, group_index_ptr, handle_ptr,
     T, topk, rows, K, blocks, copies, x_row, x_scale_row, x_scale_block,
     TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, ZERO_ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The first `copies` programs write the rows of TOKENS tokens each, the others clear rows."""
+    BLOCKS: tl.constexpr = BLOCK_K // 128
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     if tl.program_id(0) >= copies:
         first = (tl.program_id(0) - copies) * ZERO_ROWS
-        zero_rows(
-            out_ptr, scale_ptr, group_index_ptr, rows, K, blocks, first, column, ZERO_ROWS, BLOCK_K
-        )
+        zero_rows(out_ptr, group_index_ptr, rows, K, first, column, ZERO_ROWS, BLOCK_K)
+        if scale_ptr is not None:
+            zero_rows(scale_ptr, group_index_ptr, rows, blocks, first, block, ZERO_ROWS, BLOCKS)
     else:
         token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         token64 = token.to(tl.int64)[:, None]
         inside = (token < T)[:, None] & (column < K)[None, :]
         x = tl.load(x_ptr + token64 * x_row + column[None, :], mask=inside)  # [TOKENS, BLOCK_K]
         if scale_ptr is not None:
-            block = tl.program_id(1) * (BLOCK_K // 128) + tl.arange(0, BLOCK_K // 128)
             has_scale = (token < T)[:, None] & (block < blocks)[None, :]
             scale_tile = x_scale_ptr + token64 * x_scale_row + block[None, :] * x_scale_block
             scale = tl.load(scale_tile, mask=has_scale)
@@ -258,7 +260,8 @@ class ExpertDispatch(torch.autograd.Function):
     def forward(ctx, x, topk_idx, num_experts, x_scale, alignment):
         outputs = expert_dispatch.overload(x, topk_idx, num_experts, x_scale, alignment)
         ctx.save_for_backward(outputs[4])
-        ctx.mark_non_differentiable(*outputs[1:])
+        has_gradient = ctx.needs_input_grad[0] and x.dtype != FP8
+        ctx.mark_non_differentiable(*outputs[1 if has_gradient else 0 :])
         return outputs
 
     @staticmethod

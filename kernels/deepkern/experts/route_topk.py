@@ -109,7 +109,7 @@ def launch(
     ROWS = max(1, TILE // (GROUPS * SIZE))
     kernel[(triton.cdiv(T, ROWS),)](
         logits, bias, weights, idx, T, E, logits.stride(0), scale, topk_groups, topk,
-        SCORE=score, TOP2=group_score == "top2" and E > num_groups, NORMALIZE=normalize,
+        SCORE=score, TOP2=group_score == "top2" and num_groups < E, NORMALIZE=normalize,
         NUM_GROUPS=num_groups, GROUPS=GROUPS, SIZE=SIZE, SLOT_LEVELS=(topk - 1).bit_length(),
         ROWS=ROWS, num_warps=warps(ROWS * GROUPS * SIZE), enable_fp_fusion=False,
     )  # fmt: skip
@@ -134,7 +134,7 @@ def check_contents(logits: Tensor, bias: Tensor | None, *_) -> None:
 route_topk.check_contents = check_contents
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def kernel(
     logits_ptr, bias_ptr, weights_ptr, idx_ptr, T, E, logits_row, scale, topk_groups, topk,
     SCORE: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -201,8 +201,8 @@ def kernel(
 
 @triton.jit
 def pack(score, index):
-    """An int64 that orders as the scores do, NaN as -inf, and equal ones by the lower index first."""
-    score = tl.where(score == score, score, float("-inf")) + 0.0  # -0 becomes 0
+    """An int64 that orders as the scores do, NaN as -inf, and the lower index before the higher."""
+    score = tl.where(score == score, score, float("-inf"))  # never -0, as scores are not
     return (in_order(score.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (0x7FFFFFFF - index)
 
 
@@ -264,7 +264,7 @@ def launch_backward(
     return grad_logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     grad_weights_ptr, logits_ptr, idx_ptr, grad_logits_ptr, T, E, topk,
     grad_row, logits_row, idx_row, scale,

@@ -14,7 +14,6 @@ from torch import Tensor
 TOKENS = 4
 BLOCK_K = 1024
 ZERO_ROWS = 64  # rows that one program clears
-SLOTS = 8  # slots of a token whose loads are in flight together
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -24,21 +23,21 @@ def as_integers(x: Tensor) -> Tensor:
     return x.view(_BITS[x.element_size()])
 
 
+def slots_in_flight(topk: int) -> int:
+    """How many slots of a token are unrolled, so that their loads do not wait for each other."""
+    return min(8, triton.next_power_of_2(max(topk, 1)))
+
+
 @triton.jit
 def zero_rows(
-    out_ptr, scale_ptr, owner_ptr, rows, K, blocks, first, column,
-    ZERO_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Zeros into columns `column` of those rows from `first` on that have no owner (-1)."""
+    out_ptr, owner_ptr, rows, K, first, column, ZERO_ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Zeros into the WIDTH columns `column` of those rows, `first` and on, that have no owner."""
     STEP: tl.constexpr = 16
     for start in range(first, first + ZERO_ROWS, STEP):
         row = start + tl.arange(0, STEP)
-        unowned = (tl.load(owner_ptr + row, mask=row < rows, other=0) < 0)[:, None]  # [STEP, 1]
+        unowned = tl.load(owner_ptr + row, mask=row < rows, other=0) < 0  # [STEP]
         if tl.max(unowned.to(tl.int32)) != 0:
-            line = row.to(tl.int64)[:, None]
-            zero = tl.zeros((STEP, BLOCK_K), out_ptr.dtype.element_ty)
-            tl.store(out_ptr + line * K + column[None, :], zero, mask=unowned & (column < K)[None, :])
-            if scale_ptr is not None:
-                block = column // 128
-                inside = unowned & (column % 128 == 0)[None, :] & (block < blocks)[None, :]
-                tl.store(scale_ptr + line * blocks + block[None, :], 0.0, mask=inside)
+            out = out_ptr + row.to(tl.int64)[:, None] * K + column[None, :]
+            zero = tl.zeros((STEP, WIDTH), out_ptr.dtype.element_ty)
+            tl.store(out, zero, mask=unowned[:, None] & (column < K)[None, :])

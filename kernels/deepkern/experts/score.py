@@ -4,7 +4,7 @@ Which expert a token goes to must not depend on whose exp computed its score. So
 spelled out here as IEEE additions, multiplications and divisions, each rounded to nearest even,
 and kernels that use them are launched with `enable_fp_fusion=False` (no a * b + c in one
 rounding). `deepkern/reference/experts.py` has the same formulas, operation for operation, in
-PyTorch. They are as near to float64 as torch's own, 2.5 units in the last place (test_score.py).
+PyTorch. A score is within 2.5 units in the last place of float64's, as torch.sigmoid's is.
 
 A sum must not depend on how a kernel lays out its tile either: the denominator of the softmax is
 added up in integers, which is exact, and the scores of a token's experts pair by pair.
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
-    """e^x for x <= 0: with x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r (Cephes'), times 2^n."""
+    """e^x for x <= 0: x = n ln 2 + r with |r| <= ln 2 / 2; Cephes' polynomial in r times 2^n."""
     x = tl.where(x < -104.0, -104.0, x)  # where e^x rounds to 0; NaN stays
     # Adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits.
     shifted = x * 1.44269502 + 12582912.0

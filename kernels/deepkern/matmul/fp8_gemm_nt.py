@@ -82,24 +82,35 @@ def launch(
         return out
     (M, K), N = a.shape, b.shape[0]
     target = arch.of(a.device)
-    native_fp8 = target.native_fp8
-    t = gemm_tile(target, M, N, K)
+    t = tile(a, a_scale, b, b_scale)
+    a, b = aligned(a), aligned(b)
+    # Within a tile, offsets are 32-bit unless rows lie far apart.
+    far = max(x.stride(0) for x in (a, a_scale, b, b_scale)) >= 2**24
     kernel[(triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)](
-        as_bits(a, native_fp8), a_scale, as_bits(b, native_fp8), b_scale, c, out, M, N, K,
-        a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(),
-        0 if c is None else c.stride(0),
-        ONE_B_SCALE=b_scale.shape[0] != N, WHOLE_K=K % BLOCK == 0, NATIVE_FP8=native_fp8,
+        as_bits(a, target.native_fp8), a_scale, as_bits(b, target.native_fp8), b_scale, c, out,
+        M, N, K, a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(),
+        0 if c is None else c.stride(0), INDEX=tl.int64 if far else tl.int32,
+        ONE_B_SCALE=b_scale.shape[0] != N, WHOLE_K=K % BLOCK == 0, NATIVE_FP8=target.native_fp8,
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, GROUP_M=t.GROUP_M, **t.options(target),
     )  # fmt: skip
     return out
 
 
-def tile(a: Tensor, a_scale: Tensor, b: Tensor, *_) -> GemmTile:
+def tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_) -> GemmTile:
     """The tile that a launch with these arguments takes."""
-    return gemm_tile(arch.of(a.device), a.shape[0], b.shape[0], a.shape[1])
+    (M, K), N = a.shape, b.shape[0]
+    return gemm_tile(arch.of(a.device), M, N, K, b_rows=1 if b_scale.shape[0] == N else BLOCK)
 
 
 fp8_gemm_nt.tile = tile
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy of it, with every row at a multiple of 16 bytes, as wide loads need it."""
+    if x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0:
+        return x
+    rows, columns = x.shape
+    return x.new_empty((rows, -(-columns // 16) * 16))[:, :columns].copy_(x)
 
 
 # M is masked, never specialised for: one compiled kernel serves every M.
@@ -107,38 +118,42 @@ fp8_gemm_nt.tile = tile
 def kernel(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, c_ptr, out_ptr, M, N, K,
     a_row, a_scale_row, a_scale_block, b_row, b_scale_row, b_scale_block, c_row,
-    ONE_B_SCALE: tl.constexpr, WHOLE_K: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    INDEX: tl.constexpr, ONE_B_SCALE: tl.constexpr, WHOLE_K: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     row_block, column_block = tile_in_bands(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    row = (row_block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    column = (column_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    depth = tl.arange(0, 128)
-    a_tile = a_ptr + row[:, None] * a_row + depth[None, :]  # [BLOCK_M, 128]
-    b_tile = b_ptr + column[None, :] * b_row + depth[:, None]  # [128, BLOCK_N]
-    a_scale_tile = a_scale_ptr + row * a_scale_row  # [BLOCK_M]
+    first_row = (row_block * BLOCK_M).to(tl.int64)
+    first_column = (column_block * BLOCK_N).to(tl.int64)
+    m, n, k = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX), tl.arange(0, 128)
+    a_tile = a_ptr + first_row * a_row + (m[:, None] * a_row + k[None, :])  # [BLOCK_M, 128]
+    b_tile = b_ptr + first_column * b_row + (n[None, :] * b_row + k[:, None])  # [128, BLOCK_N]
+    a_scale_tile = a_scale_ptr + first_row * a_scale_row + m * a_scale_row  # [BLOCK_M]
     if ONE_B_SCALE:
-        b_scale_tile = b_scale_ptr + (column_block * BLOCK_N // 128).to(tl.int64) * b_scale_row
+        b_scale_tile = b_scale_ptr + first_column // 128 * b_scale_row
     else:
-        b_scale_tile = b_scale_ptr + column * b_scale_row  # [BLOCK_N]
+        b_scale_tile = b_scale_ptr + first_column * b_scale_row + n * b_scale_row  # [BLOCK_N]
 
+    rows_inside, columns_inside = m < M - row_block * BLOCK_M, n < N - column_block * BLOCK_N
     sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in range(0, tl.cdiv(K, 128)):
-        a_inside = (row < M)[:, None]
-        b_inside = (column < N)[None, :]
+        a_inside = rows_inside[:, None]
+        b_inside = columns_inside[None, :]
         if not WHOLE_K:
-            a_inside &= (depth < K - j * 128)[None, :]
-            b_inside &= (depth < K - j * 128)[:, None]
+            a_inside &= (k < K - j * 128)[None, :]
+            b_inside &= (k < K - j * 128)[:, None]
         a = tl.load(a_tile + j * 128, mask=a_inside, other=0.0)
         b = tl.load(b_tile + j * 128, mask=b_inside, other=0.0)
-        a_scale = tl.load(a_scale_tile + j * a_scale_block, mask=row < M, other=0.0)
+        a_scale = tl.load(a_scale_tile, mask=rows_inside, other=0.0)
         if ONE_B_SCALE:
-            b_scale = tl.load(b_scale_tile + j * b_scale_block)
+            b_scale = tl.load(b_scale_tile)
         else:
-            b_scale = tl.load(b_scale_tile + j * b_scale_block, mask=column < N, other=0.0)[None, :]
+            b_scale = tl.load(b_scale_tile, mask=columns_inside, other=0.0)[None, :]
         block_sum = tl.dot(matrix_operand(a, NATIVE_FP8), matrix_operand(b, NATIVE_FP8))
         sum = tl.fma(block_sum, a_scale[:, None] * b_scale, sum)
+        a_scale_tile += a_scale_block
+        b_scale_tile += b_scale_block
 
+    row, column = first_row + m, first_column + n
     inside = (row < M)[:, None] & (column < N)[None, :]
     if c_ptr is not None:
         c = tl.load(c_ptr + row[:, None] * c_row + column[None, :], mask=inside, other=0.0)

@@ -70,7 +70,7 @@ def from_fp8(q, NATIVE_FP8: tl.constexpr):
 
 @triton.jit
 def matrix_operand(q, NATIVE_FP8: tl.constexpr):
-    """e4m3 as the matrix unit takes it: as it is, or from its bits as uint8 to bfloat16, exactly."""
+    """e4m3 as a matrix instruction takes it: as it is, or its bits widened to float16, exactly."""
     if NATIVE_FP8:
         return q
     else:
@@ -79,7 +79,7 @@ def matrix_operand(q, NATIVE_FP8: tl.constexpr):
 
 @triton.jit
 def widen(code):
-    """The bits of e4m3 as uint8 -> float16, exactly: in 16-bit operations, which GPUs do in pairs."""
+    """The bits of e4m3 as uint8 -> float16, exactly; 16-bit operations, which GPUs do in pairs."""
     code = code.to(tl.int8, bitcast=True).to(tl.int16)  # the sign fills the upper byte, too
     # Sign and the 7 bits below it, read as a float16's, are the value times 2^-8.
     x = ((code << 7) & -0x4080).to(tl.float16, bitcast=True) * 256.0

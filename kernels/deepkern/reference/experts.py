@@ -94,7 +94,7 @@ def route_topk(
     s = SCORES[score](logits.float())  # [T, E]
     biased = s if bias is None else s + bias.float()
     invalid = biased.isnan()
-    choice = torch.where(invalid, -torch.inf, biased) + 0.0  # -0 becomes 0
+    choice = torch.where(invalid, -torch.inf, biased)
 
     groups = choice.unflatten(1, (num_groups, -1))  # [T, G, E/G]
     best = 2 if group_score == "top2" and groups.shape[2] > 1 else 1

@@ -104,8 +104,9 @@ class Contract:
     def _check_stride(self, name: str, tensor: Tensor, rule: TensorRule) -> None:
         if rule.layout == "contiguous" and not tensor.is_contiguous():
             self._fail(ValueError, name, "a contiguous tensor", f"strides {tensor.stride()}")
-        # A dimension of length 0 or 1 has no stride to speak of.
-        if rule.layout == "" and tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        # A dimension of length 1 has no stride to speak of, nor has a tensor without elements.
+        has_stride = tensor.dim() and tensor.numel() and tensor.shape[-1] > 1
+        if rule.layout == "" and has_stride and tensor.stride(-1) != 1:
             expected = "last dimension contiguous (stride 1)"
             self._fail(ValueError, name, expected, f"strides {tensor.stride()}")
 

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+NEEDS = {"_C": "g++", "_host": "g++, pybind11 and Python's headers (python3-dev)"}
+
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
@@ -18,10 +20,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"deepkern.{name}"), None
     except ModuleNotFoundError:
-        return (
-            None,
-            f"deepkern.{name} was not built: install g++, then `pip install` deepkern again",
-        )
+        return None, f"deepkern.{name} was not built: install {NEEDS[name]}, then deepkern again"
     except ImportError as error:  # built for another torch, a missing library, ...
         return None, f"deepkern.{name} does not load with torch {torch.__version__}: {error}"
 

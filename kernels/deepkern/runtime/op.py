@@ -111,7 +111,7 @@ class Op:
         if os.environ.get("DEEPKERN_DEBUG") == "1" and self.check_contents is not None:
             self.check(*args)
             self.check_contents(*args)
-        if device.type == "cuda" and device.index != torch.cuda.currentdevice():
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return launch(*args)
         return launch(*args)

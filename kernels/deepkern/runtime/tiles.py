@@ -31,11 +31,11 @@ MAX_STAGES = 8
 _WARP_TILES = ((16, 32, 4), (16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 128, 8))
 _WARPGROUP_TILES = ((64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))
 GEMM_TILES = {
-    "sm_80": (*_WARP_TILES[:-1], (128, 64, 8)),  # widened operands leave no room for 128x128
+    "sm_80": _WARP_TILES[:-1],  # 128x128 spills: operands widened to 16 bits take its registers
     "sm_89": _WARP_TILES,
     "sm_90": _WARPGROUP_TILES,
     "sm_100": _WARPGROUP_TILES,
-    "sm_120": _WARP_TILES,
+    "sm_120": _WARP_TILES[:-2],  # 128x128 spills, and 64x64 is bound by the tensor core already
     "gfx942": _WARP_TILES,
     "gfx950": _WARP_TILES,
 }

@@ -1,7 +1,8 @@
 """How long a call takes: the median over repeated calls, on the device where its work is done.
 
 On a GPU with CUDA events, the L2 cache emptied before every call (`triton.testing.do_bench`); on a
-CPU with `torch.utils.benchmark`. Both warm up first and repeat until `seconds` have been spent.
+CPU with `torch.utils.benchmark`. Both warm up first and repeat until `seconds` have been spent; on
+a CPU, a call that takes longer than that is measured once and not warmed up.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def _on_gpu(call: Callable[[], object], seconds: float) -> list[float]:
 def _on_cpu(call: Callable[[], object], seconds: float) -> list[float]:
     from torch.utils.benchmark import Timer
 
-    call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    first = timer.timeit(1).median
+    if first > seconds:
+        return [first]
     return timer.blocked_autorange(min_run_time=seconds).times
