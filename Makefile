@@ -5,12 +5,14 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 
+# A compiler that comes or goes is a reason to build again.
+BUILD := $(if $(shell command -v $(firstword $(CXX))),native,plain)
 ifeq ($(VENV),0)
   PY := $(PYTHON)
-  STAMP := build/setup-$(shell $(PYTHON) -c "import sys; print(sys.implementation.cache_tag)").stamp
+  STAMP := build/$(BUILD)-$(shell $(PYTHON) -c "import sys; print(sys.implementation.cache_tag)").stamp
 else
   PY := $(VENV)/bin/python
-  STAMP := $(VENV)/setup.stamp
+  STAMP := $(VENV)/$(BUILD).stamp
 endif
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
@@ -42,14 +44,14 @@ $(VENV)/dependencies.stamp: requirements.lock
 	$(PIP) install -r requirements.lock
 	@touch $@
 
-$(VENV)/setup.stamp: $(VENV)/dependencies.stamp $(SOURCES)
+$(VENV)/$(BUILD).stamp: $(VENV)/dependencies.stamp $(SOURCES)
 	@echo "== deepkern and its C++ parts"
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@$(PY) -m deepkern
 	@touch $@
 
 # --force: the compiler's flags may have changed, and setuptools looks at the sources alone.
-build/setup-%.stamp: $(SOURCES)
+build/$(BUILD)-%.stamp: $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace --force
 	@$(PY) -m deepkern
 	@mkdir -p build && touch $@

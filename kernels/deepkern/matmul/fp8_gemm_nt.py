@@ -143,15 +143,16 @@ def kernel(
             b_inside &= (k < K - j * 128)[:, None]
         a = tl.load(a_tile + j * 128, mask=a_inside, other=0.0)
         b = tl.load(b_tile + j * 128, mask=b_inside, other=0.0)
-        a_scale = tl.load(a_scale_tile, mask=rows_inside, other=0.0)
+        # Not `a_scale_tile += a_scale_block`, which Triton 3.6 fails to compile for gfx942.
+        a_scale_at = a_scale_tile + tl.cast(j, tl.int64) * a_scale_block
+        b_scale_at = b_scale_tile + tl.cast(j, tl.int64) * b_scale_block
+        a_scale = tl.load(a_scale_at, mask=rows_inside, other=0.0)
         if ONE_B_SCALE:
-            b_scale = tl.load(b_scale_tile)
+            b_scale = tl.load(b_scale_at)
         else:
-            b_scale = tl.load(b_scale_tile, mask=columns_inside, other=0.0)[None, :]
+            b_scale = tl.load(b_scale_at, mask=columns_inside, other=0.0)[None, :]
         block_sum = tl.dot(matrix_operand(a, NATIVE_FP8), matrix_operand(b, NATIVE_FP8))
         sum = tl.fma(block_sum, a_scale[:, None] * b_scale, sum)
-        a_scale_tile += a_scale_block
-        b_scale_tile += b_scale_block
 
     row, column = first_row + m, first_column + n
     inside = (row < M)[:, None] & (column < N)[None, :]

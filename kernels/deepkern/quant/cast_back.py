@@ -63,7 +63,7 @@ def launch(q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.dtyp
     rows, cols = min(block[0], N), min(block[1], K)  # a longer block covers no more
     native_fp8 = arch.of(q.device).native_fp8
     ROWS, COLS = 32, 128
-    kernel[(G * triton.cdiv(N, ROWS), triton.cdiv(K, COLS))](
+    kernel[(G * triton.cdiv(N, ROWS) * triton.cdiv(K, COLS),)](
         as_bits(matrices, native_fp8), scales, out, N, K, rows, cols,
         *matrices.stride()[:2], *scales.stride(),
         ONE_ROW=rows % ROWS == 0 or rows == N, ONE_COLUMN=cols % COLS == 0 or cols == K,
@@ -79,10 +79,11 @@ def kernel(
     ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,  # whether a tile lies in one block
     NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(N, ROWS)
-    matrix = (tl.program_id(0) // row_tiles).to(tl.int64)
-    first_row = tl.program_id(0) % row_tiles * ROWS
-    first_column = tl.program_id(1) * COLS
+    row_tiles, column_tiles = tl.cdiv(N, ROWS), tl.cdiv(K, COLS)
+    row_tile = tl.program_id(0) // column_tiles  # of all matrices
+    matrix = (row_tile // row_tiles).to(tl.int64)
+    first_row = row_tile % row_tiles * ROWS
+    first_column = tl.program_id(0) % column_tiles * COLS
     row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
     column = first_column + tl.arange(0, COLS)
     inside = (row < N)[:, None] & (column < K)[None, :]

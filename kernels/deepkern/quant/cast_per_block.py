@@ -54,8 +54,8 @@ def launch(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
         return q, scale
     matrices = x if x.dim() == 3 else x[None]
     G, N, K = matrices.shape
-    native_fp8 = arch.of(x.device).native_fp8
-    kernel[(G * triton.cdiv(N, BLOCK), triton.cdiv(K, BLOCK))](
+    native_fp8 = arch.of(x.device).native_fp8_cast
+    kernel[(G * triton.cdiv(N, BLOCK) * triton.cdiv(K, BLOCK),)](
         matrices, as_bits(q, native_fp8), scale, N, K, matrices.stride(0), matrices.stride(1),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, num_warps=8,
     )  # fmt: skip
@@ -67,10 +67,11 @@ def kernel(
     x_ptr, q_ptr, scale_ptr, N, K, matrix_stride, row_stride,
     UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
-    row_blocks = tl.cdiv(N, 128)
-    matrix = (tl.program_id(0) // row_blocks).to(tl.int64)
-    row = (tl.program_id(0) % row_blocks * 128 + tl.arange(0, 128)).to(tl.int64)
-    column = tl.program_id(1) * 128 + tl.arange(0, 128)
+    row_blocks, column_blocks = tl.cdiv(N, 128), tl.cdiv(K, 128)
+    row_block = tl.program_id(0) // column_blocks  # of all matrices
+    matrix = (row_block // row_blocks).to(tl.int64)
+    row = (row_block % row_blocks * 128 + tl.arange(0, 128)).to(tl.int64)
+    column = tl.program_id(0) % column_blocks * 128 + tl.arange(0, 128)
     inside = (row < N)[:, None] & (column < K)[None, :]
     x_tile = x_ptr + matrix * matrix_stride + row[:, None] * row_stride + column  # [128, 128]
     x = tl.load(x_tile, mask=inside, other=0.0).to(tl.float32)
@@ -79,5 +80,4 @@ def kernel(
     q = to_fp8(x * tl.div_rn(1.0, scale), NATIVE_FP8)
 
     tl.store(q_ptr + (matrix * N + row)[:, None] * K + column, q, mask=inside)
-    blocks = tl.num_programs(1).to(tl.int64)
-    tl.store(scale_ptr + tl.program_id(0) * blocks + tl.program_id(1), scale)
+    tl.store(scale_ptr + tl.program_id(0), scale)

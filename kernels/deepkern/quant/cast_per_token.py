@@ -52,9 +52,9 @@ def launch(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
         return q, scale
     rows = x.reshape(-1, x.shape[-1])  # a view unless the leading dimensions cannot be merged
     M, K = rows.shape
-    native_fp8 = arch.of(x.device).native_fp8
+    native_fp8 = arch.of(x.device).native_fp8_cast
     ROWS = 32
-    kernel[(triton.cdiv(M, ROWS), triton.cdiv(K, BLOCK))](
+    kernel[(triton.cdiv(M, ROWS) * triton.cdiv(K, BLOCK),)](
         rows, as_bits(q, native_fp8), scale, M, K, rows.stride(0),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
@@ -66,8 +66,9 @@ def kernel(
     x_ptr, q_ptr, scale_ptr, M, K, x_stride,
     UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    block = tl.program_id(1)
+    blocks = tl.cdiv(K, 128)
+    block = tl.program_id(0) % blocks
+    row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = block * 128 + tl.arange(0, 128)
     inside = (row < M)[:, None] & (column < K)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0)  # [ROWS, 128]
@@ -77,4 +78,4 @@ def kernel(
     q = to_fp8(x * tl.div_rn(1.0, scale)[:, None], NATIVE_FP8)
 
     tl.store(q_ptr + row[:, None] * K + column, q, mask=inside)
-    tl.store(scale_ptr + row * tl.cdiv(K, 128) + block, scale, mask=row < M)
+    tl.store(scale_ptr + row * blocks + block, scale, mask=row < M)

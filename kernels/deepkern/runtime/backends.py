@@ -68,12 +68,11 @@ def why_not(op, name: str, device: torch.device) -> str | None:
     if name == "triton":
         if "triton" not in op.launchers:
             return "it has no Triton kernel"
-        if device.type == "cuda" or (device.type == "cpu" and arch.compiling_for() is not None):
-            return None
+        if device.type == "cuda":
+            return arch.why_unknown(device)
         if device.type == "cpu":
-            return (
-                None if interpreting() else "CPU tensors need TRITON_INTERPRET=1 set before import"
-            )
+            needs = "CPU tensors need TRITON_INTERPRET=1 set before import"
+            return None if interpreting() or arch.compiling_for() else needs
         return f"Triton does not reach {device.type} tensors"
     wanted = "cpu" if name == "cpu" else "cuda"
     if device.type != wanted:
@@ -104,11 +103,11 @@ class Explanation:
     op: str
     backend: str
     reasons: dict[str, str]  # per backend: "serves" or why not
-    arch: str
+    where: str  # the GPU target, or the device where no GPU kernel runs
     tile: object | None
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend} on {self.arch}"]
+        lines = [f"{self.op}: {self.backend} on {self.where}"]
         for name, reason in self.reasons.items():
             lines.append(f"  {'->' if name == self.backend else '  '} {name:7}{reason}")
         if self.tile is not None:
@@ -137,5 +136,7 @@ def explain(op, *args, **kwargs) -> Explanation:
         reason = why_not(described, name, device)
         slower = "serves" if requested() != "auto" or name == chosen else "serves, but slower"
         reasons[name] = reason or slower
-    tile = described.tile(*args) if described.tile and chosen in ("cuda", "triton") else None
+    if chosen not in ("cuda", "triton"):
+        return Explanation(described.name, chosen, reasons, str(device), None)
+    tile = described.tile(*args) if described.tile else None
     return Explanation(described.name, chosen, reasons, arch.of(device).name, tile)
