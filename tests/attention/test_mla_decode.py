@@ -43,7 +43,9 @@ def naive(args: tuple, b: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_against_torchs_softmax(backend, causal, generator):
-    args = attention.mla_decode(generator, (40, 7), Sq=3, H=5, page=16, causal=causal, **SMALL, **FP32)
+    args = attention.mla_decode(
+        generator, (40, 7), Sq=3, H=5, page=16, causal=causal, **SMALL, **FP32
+    )
     out, lse = deepkern.mla_decode(*args)
     for b in range(2):
         want_out, want_lse = naive(args, b)

@@ -147,3 +147,17 @@ def test_launches_happen_on_the_device_of_the_tensors(x, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", current)
     OP.run(x)
     assert seen == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "words"),
+    [
+        (([1.0],), {}, "x: expected Tensor, got list"),
+        ((torch.ones(1, 1),), {"scale_format": 3}, "scale_format: expected str, got int"),
+        ((torch.ones(1, 1),), {"foo": 1}, "foo"),
+        ((), {}, "missing"),
+    ],
+)
+def test_arguments_of_the_wrong_type(args, kwargs, words):
+    with pytest.raises(TypeError, match=f"^cast_per_token: .*{words}"):
+        deepkern.cast_per_token(*args, **kwargs)

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quant.fp8 import BLOCK, as_bits
-from ..runtime.contract import FP8, check_that
+from ..quant.fp8 import BLOCK
+from ..runtime.contract import check_that
 
 
 def width(dtype: torch.dtype, R: int, D: int) -> int:
@@ -36,18 +36,23 @@ def check_width(op: str, cache: Tensor, R: int, D: int) -> None:
     expected = width(cache.dtype, R, D)
     kind = "FP8 format" if cache.dtype == torch.uint8 else "latents and RoPE values"
     check_that(op, "cache", cache.shape[-1] == expected,
-               f"last dimension {expected} ({kind} of {R} + {D})", f"shape {tuple(cache.shape)}")  # fmt: skip
+               f"last dimension {expected} ({kind} of {R} + {D})",
+               f"shape {tuple(cache.shape)}")  # fmt: skip
 
 
-def parts(cache: Tensor, R: int, native_fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of the latents, scales and RoPE values; the scales of a real cache are a stand-in."""
+def parts(cache: Tensor, R: int, latent_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the latents, scales and RoPE values; the scales of a real cache are a stand-in.
+
+    latent_dtype is what the latents of the FP8 format are taken as: FP8, uint8, or int32, four of
+    them to a word.
+    """
     if cache.dtype != torch.uint8:
         return cache[..., :R], cache, cache[..., R:]
     R_scale = R + 4 * -(-R // BLOCK)
     latent, scale, rope = cache[..., :R], cache[..., R:R_scale], cache[..., R_scale:]
     if all(n % 4 == 0 for n in (cache.storage_offset(), *cache.stride()[:3], R)):
-        scale, rope = scale.view(torch.float32), rope.view(torch.bfloat16)
-    return as_bits(latent.view(FP8), native_fp8), scale, rope
+        return latent.view(latent_dtype), scale.view(torch.float32), rope.view(torch.bfloat16)
+    return latent if latent_dtype == torch.int32 else latent.view(latent_dtype), scale, rope
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -95,3 +100,25 @@ def store(row_ptr, index, value, mask):
         for i in tl.static_range(SIZE):
             byte = (bits >> (8 * i)) & 0xFF
             tl.store(row_ptr + index * SIZE + i, byte.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def unpack_e4m3(words, DTYPE: tl.constexpr):
+    """int32 [N, W], four e4m3 to a word -> DTYPE (bf16 or fp32) [N, 4 * W], exactly.
+
+    By integer arithmetic even where e4m3 is a type: a conversion would be moved behind the way
+    through shared memory, and matrix operands of 8 bits cannot be transposed on that way.
+    """
+    low = tl.join(e4m3_byte(words, DTYPE), e4m3_byte(words >> 16, DTYPE))  # values 0 and 2
+    high = tl.join(e4m3_byte(words >> 8, DTYPE), e4m3_byte(words >> 24, DTYPE))  # 1 and 3
+    return tl.reshape(tl.join(low, high), (words.shape[0], 4 * words.shape[1]))
+
+
+@triton.jit
+def e4m3_byte(word, DTYPE: tl.constexpr):
+    """The e4m3 in the lowest byte of an int32."""
+    magnitude = word & 0x7F
+    # Sign and exponent at their places in a float32: the value times 2^-120.
+    bits = ((word & 0x80) << 24) | (magnitude << 20)
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(magnitude == 0x7F, float("nan"), value).to(DTYPE)

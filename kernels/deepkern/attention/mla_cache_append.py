@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
-from ..runtime.contract import check_that
+from ..runtime.contract import FP8, check_that
 from ..runtime.op import op
 from .cache import check_width, parts, store, strides
 
@@ -78,7 +78,8 @@ def mla_cache_append(
         check_that("mla_cache_append", name, given is not None or other is None,
                    "positions and cos_sin together, or neither", "None")  # fmt: skip
     check_that("mla_cache_append", "k_rope", positions is None or D % 2 == 0,
-               "an even number of values to rotate in pairs", f"shape {tuple(k_rope.shape)}")  # fmt: skip
+               "an even number of values to rotate in pairs",
+               f"shape {tuple(k_rope.shape)}")  # fmt: skip
 
 
 @mla_cache_append.backend("triton")
@@ -90,8 +91,8 @@ def launch(latent, k_rope, cache, slot_mapping, norm_weight, positions, cos_sin,
     blocks, page = cache.shape[:2]
     if T == 0 or cache.numel() == 0:
         return
-    native_fp8 = arch.of(cache.device).native_fp8
-    cached = parts(cache, R, native_fp8)
+    native_fp8 = arch.of(cache.device).native_fp8_cast
+    cached = parts(cache, R, FP8 if native_fp8 else torch.uint8)
     R_TILE, D_TILE = max(triton.next_power_of_2(R), 128), max(triton.next_power_of_2(D), 2)
     ROWS = max(2048 // R_TILE, 1)
     kernel[(triton.cdiv(T, ROWS),)](
@@ -99,7 +100,7 @@ def launch(latent, k_rope, cache, slot_mapping, norm_weight, positions, cos_sin,
         T, R, D, blocks * page, page, eps, cos_sin.shape[0] if cos_sin is not None else 0,
         latent.stride(0), k_rope.stride(0), cos_sin.stride(0) if cos_sin is not None else 0,
         *strides(*cached),
-        FP8=cache.dtype == torch.uint8, NATIVE_FP8=native_fp8,
+        FP8_CACHE=cache.dtype == torch.uint8, NATIVE_FP8=native_fp8,
         ROWS=ROWS, R_TILE=R_TILE, D_TILE=D_TILE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -112,7 +113,7 @@ def kernel(
     latent_stride, rope_stride, cos_sin_stride,
     out_latent_block, out_latent_slot, out_scale_block, out_scale_slot,
     out_rope_block, out_rope_slot,
-    FP8: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    FP8_CACHE: tl.constexpr, NATIVE_FP8: tl.constexpr,
     ROWS: tl.constexpr, R_TILE: tl.constexpr, D_TILE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -132,7 +133,7 @@ def kernel(
         mean = tl.div_rn(sum_pairwise(latent * latent), tl.full((ROWS,), R, tl.float32))
         latent = latent * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None] * weight
     out = out_latent_ptr + (block * out_latent_block + offset * out_latent_slot)[:, None]
-    if FP8:
+    if FP8_CACHE:
         blocked = tl.reshape(latent, (ROWS, R_TILE // 128, 128))
         scale = block_scale(tl.max(magnitude_bits(blocked), 2), False)  # [ROWS, R_TILE / 128]
         q = to_fp8(blocked * tl.div_rn(1.0, scale)[:, :, None], NATIVE_FP8)
@@ -157,7 +158,7 @@ def kernel(
         turned = tl.join(even * cos - odd * sin, odd * cos + even * sin)
         rope = tl.reshape(turned, (ROWS, D_TILE))
     out = out_rope_ptr + (block * out_rope_block + offset * out_rope_slot)[:, None]
-    rope = rope.to(tl.bfloat16 if FP8 else out_rope_ptr.dtype.element_ty)
+    rope = rope.to(tl.bfloat16 if FP8_CACHE else out_rope_ptr.dtype.element_ty)
     store(out, column[None, :], rope, inside)
 
 

@@ -25,11 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quant.fp8 import matrix_operand
 from ..runtime import arch
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .cache import alignment, check_width, load, parts, strides
+from .cache import alignment, check_width, load, parts, strides, unpack_e4m3
 
 MIN_SPLIT = 512  # tokens: a split's partial result costs as much traffic as 3.6 tokens a row
 LOG2_E = 1.4426950408889634
@@ -84,6 +83,8 @@ def mla_decode(
     check_that("mla_decode", "block_table", block_table.shape[1] * cache.shape[1] < 2**31,
                "fewer than 2**31 tokens a sequence",
                f"{block_table.shape[1]} pages of {cache.shape[1]}")  # fmt: skip
+    check_that("mla_decode", "cache", cache.shape[1] * cache.stride(1) < 2**31,
+               "pages of fewer than 2**31 elements", f"shape {tuple(cache.shape)}")  # fmt: skip
     out = q.new_empty(B, Sq, H, v_head_dim)
     return out, q.new_empty(B, H, Sq, dtype=torch.float32)
 
@@ -101,8 +102,32 @@ class Tile(NamedTuple):
 
 def tile(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim) -> Tile:
     """The tile for these shapes; neither B nor the width of the table may decide it."""
-    rows = 16
-    return Tile(rows, 64, 128, 4, 2, 32)
+    target = arch.of(q.device)
+    total = q.shape[1] * q.shape[2]
+    rows, keys, wide, warps, stages = _tile(target, dot_dtype(q, cache), cache.dtype, total)
+    wide = max(min(wide, triton.next_power_of_2(max(v_head_dim, 1))), 16)
+    # Wider tokens than V3's 576 values need shorter tiles for the same shared memory.
+    room = keys * 640
+    while keys > 16 and keys * q.shape[3] > room:
+        keys //= 2
+    tiles = triton.next_power_of_2(triton.cdiv(max(total, 1), rows))
+    return Tile(rows, keys, wide, warps, stages, max(64 // tiles, 8))
+
+
+def _tile(target, dot: torch.dtype, cached: torch.dtype, total: int) -> tuple[int, ...]:
+    """(rows, keys, wide, warps, stages) for `total` rows; spills nothing at V3's widths."""
+    nvidia, roomy = target.backend == "cuda", target.shared >= 160 << 10
+    if dot == torch.float32:
+        return (16, 16, 64, 8, 1) if nvidia else (16, 16, 128, 4, 1)
+    if not nvidia:
+        return (16 if total <= 16 or cached == torch.uint8 else 32, 32, 128, 4, 2)
+    if cached == torch.uint8:
+        return (16, 16 if target.name in ("sm_100", "sm_120") else 32, 128, 8, 2)
+    if total <= 16:
+        return (16, 64, 128, 4, 2)
+    if total > 32 and target.wgmma:
+        return (64, 32, 128, 8, 2)  # 64 keys spill
+    return (32, 64 if roomy else 32, 128, 8, 2)
 
 
 def dot_dtype(q: Tensor, cache: Tensor) -> torch.dtype:
@@ -135,14 +160,15 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
     if splits > 1:
         partial = q.new_empty(B, splits, Sq * H, R, dtype=torch.float32)
         partial_lse = q.new_empty(B, splits, Sq * H, dtype=torch.float32)
-    cached = parts(cache, R, target.native_fp8)
+    cached = parts(cache, R, torch.int32)
     kernel[(B * triton.cdiv(Sq * H, t.rows), splits)](
         q, *cached, block_table, cache_seqlens, out, lse, partial, partial_lse,
         softmax_scale * LOG2_E, Sq, H, R, W - R, capacity, blocks, page,
         q.stride(0), q.stride(1), q.stride(2), block_table.stride(0), *strides(*cached),
-        CAUSAL=causal, FP8=cache.dtype == torch.uint8, NATIVE_FP8=target.native_fp8,
+        CAUSAL=causal, FP8=cache.dtype == torch.uint8,
         DOT=triton_dtype(dot_dtype(q, cache)), ROPE=triton_dtype(rope_dtype(cache)),
-        ROPE_ALIGN=alignment(cached[2]), PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
+        LATENT_ALIGN=alignment(cached[0]), ROPE_ALIGN=alignment(cached[2]),
+        PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
         ROWS=t.rows, KEYS=t.keys, WIDE=t.wide, BLOCKS=triton.cdiv(R, t.wide), EVEN=R % t.wide == 0,
         D_TILE=max(triton.next_power_of_2(W - R), 16),
         MIN_SPLIT=MIN_SPLIT, MAX_SPLITS=t.max_splits,
@@ -152,7 +178,7 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
         ROWS = 4
         combine[(B * triton.cdiv(Sq * H, ROWS),)](
             partial, partial_lse, cache_seqlens, out, lse, Sq, H, R, capacity, splits,
-            ROWS=ROWS, R_TILE=triton.next_power_of_2(R), KEYS=t.keys,
+            ROWS=ROWS, R_TILE=max(triton.next_power_of_2(R), 1), KEYS=t.keys,
             MIN_SPLIT=MIN_SPLIT, MAX_SPLITS=t.max_splits, num_warps=4,
         )  # fmt: skip
     return out, lse
@@ -171,9 +197,11 @@ def kernel(
     score_scale, Sq, H, R, D, capacity, blocks, page,
     q_batch, q_query, q_head, table_stride,
     latent_block, latent_slot, scale_block, scale_slot, rope_block, rope_slot,
-    CAUSAL: tl.constexpr, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    DOT: tl.constexpr, ROPE: tl.constexpr, ROPE_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    CAUSAL: tl.constexpr, FP8: tl.constexpr,
+    DOT: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
+    LATENT_ALIGN: tl.constexpr, ROPE_ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCKS: tl.constexpr, EVEN: tl.constexpr,
     D_TILE: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +219,7 @@ def kernel(
     column = tl.arange(0, WIDE)[None, :]
     rope_column = tl.arange(0, D_TILE)[None, :]
     known = (row < Sq * H)[:, None]
-    query, head = (row // H).to(tl.int64), row % H
+    query, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
     q_row = q_ptr + sequence * q_batch + (query * q_query + head * q_head)[:, None]
     q_rope = tl.load(q_row + R + rope_column, mask=known & (rope_column < D), other=0.0)
     q_rope = q_rope.to(DOT)  # [ROWS, D_TILE]
@@ -214,7 +242,8 @@ def kernel(
         # What is absent is read as 0, so that it cannot spoil the products whatever stands there.
         present = (block >= 0) & (block < blocks)  # [KEYS]
         block, offset = block.to(tl.int64), key % page
-        latent_row = latent_ptr + (block * latent_block + offset * latent_slot)[:, None]
+        latent_at = tl.multiple_of(block * latent_block + offset * latent_slot, LATENT_ALIGN)
+        latent_row = latent_ptr + latent_at[:, None]
         scale_row = scale_ptr + block * scale_block + offset * scale_slot
         rope_at = tl.multiple_of(block * rope_block + offset * rope_slot, ROPE_ALIGN)
         rope_row = rope_ptr + rope_at[:, None]
@@ -225,15 +254,19 @@ def kernel(
         latent, scale = (), ()
         for j in tl.static_range(BLOCKS):
             at = j * WIDE + column
-            values = tl.load(latent_row + at, mask=present[:, None] & ((at < R) | EVEN), other=0.0)
+            inside = present[:, None] & ((at < R) | EVEN)
             if FP8:
+                word = j * (WIDE // 4) + tl.arange(0, WIDE // 4)[None, :]
+                inside_word = present[:, None] & ((word * 4 < R) | EVEN)
+                values = unpack_e4m3(load(latent_row, word, inside_word, tl.int32), DOT)
+                if not EVEN:
+                    values = tl.where(inside, values, 0.0)  # the last word may be of R % 4 values
                 # The scale is applied outside the product, where nothing rounds it.
-                values = matrix_operand(values, NATIVE_FP8).to(DOT)
                 scale = scale + (load(scale_row, j * WIDE // 128, present, tl.float32)[None, :],)
                 product = tl.dot(q_latent[j], tl.trans(values), input_precision=PRECISION)
                 scores += product * scale[j]
             else:
-                values = values.to(DOT)  # [KEYS, WIDE]
+                values = tl.load(latent_row + at, mask=inside, other=0.0).to(DOT)  # [KEYS, WIDE]
                 scores = tl.dot(q_latent[j], tl.trans(values), scores, input_precision=PRECISION)
             latent = latent + (values,)
         seen = present[None, :] & (key[None, :] < limit[:, None])

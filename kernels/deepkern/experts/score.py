@@ -2,7 +2,7 @@
 
 Which expert a token goes to must not depend on whose exp computed its score. So exp and log1p are
 spelled out here as IEEE additions, multiplications and divisions, each rounded to nearest even,
-and kernels that use them are launched with `enable_fp_fusion=False` (no a * b + c in one
+and the forward kernel that uses them is launched with `enable_fp_fusion=False` (no a * b + c in one
 rounding). `deepkern/reference/experts.py` has the same formulas, operation for operation, in
 PyTorch. A score is within 2.5 units in the last place of float64's, as torch.sigmoid's is.
 

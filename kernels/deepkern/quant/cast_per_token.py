@@ -56,7 +56,8 @@ def launch(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
     ROWS = 32
     kernel[(triton.cdiv(M, ROWS) * triton.cdiv(K, BLOCK),)](
         rows, as_bits(q, native_fp8), scale, M, K, rows.stride(0),
-        UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS, num_warps=4,
+        UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS,
+        num_warps=4 if native_fp8 else 8,
     )  # fmt: skip
     return q, scale
 

@@ -68,7 +68,9 @@ def unpack(entries: Tensor, R: int) -> Tensor:
     """Entries of the cache, [n, width], in float64 [n, R + D]."""
     if entries.dtype != torch.uint8:
         return entries.double()
-    q, scale, k_rope = entries.split((R, 4 * -(-R // BLOCK), entries.shape[1] - R - 4 * -(-R // BLOCK)), 1)
+    q, scale, k_rope = entries.split(
+        (R, 4 * -(-R // BLOCK), entries.shape[1] - R - 4 * -(-R // BLOCK)), 1
+    )
     scale = scale.contiguous().view(torch.float32).double()
     latent = q.contiguous().view(torch.float8_e4m3fn).double()
     latent = latent * scale.repeat_interleave(BLOCK, dim=1)[:, :R]

@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,9 @@ from .contract import Contract
 
 LIBRARY = torch.library.Library("deepkern", "DEF")
 OPS: dict[str, Op] = {}
+_WRONG_TYPE = re.compile(
+    r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+)
 
 
 class Op:
@@ -63,13 +67,26 @@ class Op:
 
     def __call__(self, *args, **kwargs):
         if self.autograd is None or not torch.is_grad_enabled():
-            outputs = self.overload(*args, **kwargs)
+            try:
+                outputs = self.overload(*args, **kwargs)
+            except RuntimeError as error:
+                raise self.refusal(error) from None
         else:
             outputs = self.autograd.apply(*self.positional(args, kwargs))
         if self.optional_output is None:
             return outputs
         (i, name), given = self.optional_output, dict(zip(self.names, args, strict=False)) | kwargs
         return outputs if given.get(name) is not None else (*outputs[:i], None, *outputs[i + 1 :])
+
+    def refusal(self, error: RuntimeError) -> Exception:
+        """torch's complaint about an argument of the wrong type as a TypeError in our own words."""
+        wrong = _WRONG_TYPE.search(str(error))
+        if wrong:
+            return TypeError("{}: {}: expected {}, got {}".format(self.name, *wrong.group(2, 1, 3)))
+        first_line = str(error).split("\n")[0]
+        if f"deepkern::{self.name}" in first_line:
+            return TypeError(f"{self.name}: {first_line}")
+        return error
 
     def backend(self, name: str) -> Callable[[Callable], Callable]:
         """Decorates the launcher of one backend; it gets every argument, by position."""

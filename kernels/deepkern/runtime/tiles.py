@@ -25,7 +25,9 @@ SHARED_RATE = 220e9
 LATENCY = 1e-6  # from asking for a tile of A and B to having it
 STEP = 1e-7  # barriers and addresses of a step, however small it is
 FILL_AND_DRAIN = 2e-6  # a program's first loads, and its stores
-MAX_STAGES = 8
+MAX_STAGES = {"cuda": 8, "hip": 4}  # on AMD, more take the compiler half a minute
+# Where a step is still read, or copied to shared memory asynchronously, while the next one loads.
+ASYNC = ("sm_90", "sm_100", "gfx950")
 
 # (BLOCK_M, BLOCK_N, warps)
 _WARP_TILES = ((16, 32, 4), (16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 128, 8))
@@ -88,9 +90,8 @@ def gemm_tiles(arch: Arch, b_rows: int) -> tuple[GemmTile, ...]:
 def _with_stages(arch: Arch, block_m: int, block_n: int, warps: int) -> GemmTile:
     tile = GemmTile(block_m, block_n, warps, num_stages=1)
     steps = (arch.shared // tile.residents - 1024) // tile.step_bytes
-    # An asynchronous matrix instruction still reads a step while the next is being loaded.
-    stages = steps if block_m >= 64 and arch.name in ("sm_90", "sm_100") else steps + 1
-    return GemmTile(block_m, block_n, warps, min(stages, MAX_STAGES))
+    stages = steps if arch.name in ASYNC else steps + 1
+    return GemmTile(block_m, block_n, warps, min(stages, MAX_STAGES[arch.backend]))
 
 
 @functools.lru_cache(4096)

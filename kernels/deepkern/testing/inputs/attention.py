@@ -73,7 +73,7 @@ def paged(
     dtype: torch.dtype = BF16,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A cache that holds `lengths` random tokens in shuffled pages, NaN elsewhere, and its table."""
+    """A cache of `lengths` random tokens in shuffled pages, NaN elsewhere, and its table."""
     device = generator.device
     pages = (lengths.long() + page - 1) // page
     total, P = int(pages.sum()), max(int(pages.max()) if len(pages) else 0, width or 1)
@@ -152,7 +152,6 @@ SIZES = {
             {"lengths": (4096,), "H": 128},
             {"lengths": (4096,), "H": 16, **FP8},
             {"lengths": (4096,), "H": 128, **FP8},
-            {"lengths": (4096,), "H": 16, **FP32},
         ],
     ),
 }
