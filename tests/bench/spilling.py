@@ -33,10 +33,12 @@ if __name__ == "__main__":
     target = ARCHS[sys.argv[1]]
     a = torch.empty(128, 256, dtype=torch.bfloat16)
     c = torch.empty(128, 128)
-    # AMD has no option like maxnreg: there, two wavefronts of a 128x128 fp32 tile are too few.
-    few = {"maxnreg": 128} if target.backend == "cuda" else {"num_warps": 1}
+    # AMD has no option like maxnreg: there, one wavefront cannot hold a 256x256 fp32 tile.
+    few = {"BLOCK": 128, "maxnreg": 128}
+    if target.backend == "hip":
+        few = {"BLOCK": 256, "num_warps": 1}
     with compiling(target) as compiled:
         matmul[(1,)](a, a, c, 256, BLOCK=128, PLAIN=False, num_warps=8)
-        matmul[(1,)](a, a, c, 256, BLOCK=128, PLAIN=False, **few)
+        matmul[(1,)](a, a, c, 256, PLAIN=False, **few)
         matmul[(1,)](a, a, c, 256, BLOCK=128, PLAIN=True, num_warps=8)
     print(json.dumps([assembly.read(kernel, target) for kernel in compiled]))

@@ -52,7 +52,9 @@ def parts(cache: Tensor, R: int, latent_dtype: torch.dtype) -> tuple[Tensor, Ten
     latent, scale, rope = cache[..., :R], cache[..., R:R_scale], cache[..., R_scale:]
     if all(n % 4 == 0 for n in (cache.storage_offset(), *cache.stride()[:3], R)):
         return latent.view(latent_dtype), scale.view(torch.float32), rope.view(torch.bfloat16)
-    return latent if latent_dtype == torch.int32 else latent.view(latent_dtype), scale, rope
+    if latent_dtype == torch.int32:  # in bytes; the last word may reach into the scales
+        return cache[..., : -(-R // 4) * 4], scale, rope
+    return latent.view(latent_dtype), scale, rope
 
 
 def strides(*tensors: Tensor) -> list[int]:

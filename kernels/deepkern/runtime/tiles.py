@@ -39,7 +39,7 @@ GEMM_TILES = {
     "sm_100": _WARPGROUP_TILES,
     "sm_120": _WARP_TILES[:-2],  # 128x128 spills, and 64x64 is bound by the tensor core already
     "gfx942": _WARP_TILES,
-    "gfx950": _WARP_TILES,
+    "gfx950": _WARP_TILES[:1] + _WARP_TILES[2:],
 }
 
 

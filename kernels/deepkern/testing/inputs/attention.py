@@ -135,7 +135,7 @@ SIZES = {
             {"lengths": (70,), "Sq": 1, "H": 16},
             {"lengths": (65,), "Sq": 1, "H": 9, **FP8},
             {"lengths": (3, 20), "Sq": 4, "H": 5, "R": 130, "D": 6, "page": 2, **FP8},
-            {"lengths": (5,), "H": 1, "R": 16, "D": 0, "page": 1, "causal": False},
+            {"lengths": (5, 9, 12, 30), "H": 1, "R": 64, "D": 0, "page": 1, "causal": False},
             {"lengths": ()},
             {"lengths": (4,), "H": 0},
             {"lengths": (0, 0), "H": 2, "R": 32, "D": 16},
