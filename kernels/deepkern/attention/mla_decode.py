@@ -115,7 +115,7 @@ def tile(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim
 
 
 def _tile(target, dot: torch.dtype, cached: torch.dtype, total: int) -> tuple[int, ...]:
-    """(rows, keys, wide, warps, stages) for `total` rows; spills nothing at V3's widths."""
+    """(rows, keys, wide, warps, stages) for `total` rows, made for 512 + 64 values a token."""
     nvidia, roomy = target.backend == "cuda", target.shared >= 160 << 10
     if dot == torch.float32:
         return (16, 16, 64, 8, 1) if nvidia else (16, 16, 128, 4, 1)
