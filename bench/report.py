@@ -13,7 +13,6 @@ from .checks import Check
 from .timings import Speed
 
 ROOF = "roof: a copy's bandwidth, and on a GPU the peak rate; on a CPU, caches can beat it"
-ROOF = "roof: a copy's bandwidth, and on a GPU the peak rate; on a CPU, caches can beat it"
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 

@@ -1,6 +1,6 @@
 """Trains the `tiny` preset on the source of Python's standard library, one CPU core, plain PyTorch.
 
-    python -m model.train --minutes 60 --state /tmp/deepkern-train
+    python -m model.train --minutes 60 --state build/train
 
 Bytes are the tokens.  About 3 % of the files, chosen by the hash of their path, are held out.  The
 length of the run is given in minutes: learning rate and progress follow the clock, so a slow
