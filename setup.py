@@ -15,7 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-# Bits are promised to be the same everywhere: no fused multiply-add. Nobody reads floating-point
+# Bits are promised: no fused multiply-add but those the code asks for. Nobody reads floating-point
 # exception flags, and as long as they count GCC does not vectorise a choice between two sums.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-trapping-math"]
 FLAGS += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]

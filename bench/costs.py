@@ -46,15 +46,31 @@ def _gemm_nt_flops(args: tuple, out) -> int:
     return 2 * a.shape[0] * a.shape[1] * b.shape[0]
 
 
+def _contiguous_flops(args: tuple, out) -> int:
+    a, b, group_index = args[0], args[2], args[4]
+    rows = int(((group_index >= 0) & (group_index < b.shape[0])).sum())
+    return 2 * rows * a.shape[1] * b.shape[1]
+
+
+def _masked_flops(args: tuple, out) -> int:
+    a, b, masked_m = args[0], args[2], args[4]
+    return 2 * int(masked_m.clamp(0, a.shape[1]).sum()) * a.shape[2] * b.shape[1]
+
+
 BYTES = {
     "mla_decode": _mla_decode_bytes,
     "mla_cache_append": _mla_cache_append_bytes,
 }
 FLOPS = {
     "fp8_gemm_nt": _gemm_nt_flops,
+    "k_grouped_fp8_gemm_nt": _gemm_nt_flops,
+    "m_grouped_fp8_gemm_nt_contiguous": _contiguous_flops,
+    "m_grouped_fp8_gemm_nt_masked": _masked_flops,
     "mla_decode": _mla_decode_flops,
 }
-FP8_PRODUCTS = {"fp8_gemm_nt"}  # whose roof is the FP8 rate of the tensor cores
+FP8_PRODUCTS = {
+    op for op in FLOPS if "fp8_gemm" in op
+}  # whose roof is the FP8 rate of the tensor cores
 
 
 def cost(op_name: str, args: tuple, out) -> tuple[int, int]:

@@ -4,8 +4,12 @@
 
 Bytes are the tokens.  About 3 % of the files, chosen by the hash of their path, are held out.  The
 length of the run is given in minutes: learning rate and progress follow the clock, so a slow
-machine sees fewer tokens rather than taking longer.  State is saved every few minutes and a run
+machine sees fewer tokens rather than taking longer.  Given in steps, two runs of one seed see the
+same batches at the same rates, whatever each takes.  State is saved every few minutes and a run
 started again continues; at the end the model is exported (see `model/export.py`).
+
+The Linears that DeepSeek-V3 trains in FP8 compute in fp32, in bf16, or in FP8 by its recipe
+(`deepkern.fp8_linear`); weights, gradients and all else are fp32 in each of the three.
 """
 
 from __future__ import annotations
@@ -19,17 +23,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
+import deepkern
 from model.config import Config
 from model.evaluate import bits_per_byte
-from model.export import export
+from model.export import export, is_quantised
 from model.plain import MoE, PlainModel
 
 SEPARATOR = b"\f"  # between files; a form feed is white space to Python and rare in its source
@@ -44,6 +49,7 @@ class Recipe:
     """What a run is, apart from the model's shape."""
 
     minutes: float = 60.0
+    steps: int | None = None  # the length of the run, in place of `minutes`
     batch: int = 4
     window: int = 512
     learning_rate: float = 3e-3
@@ -54,6 +60,7 @@ class Recipe:
     balance_weight: float = 1e-4
     bias_step: float = 1e-3
     seed: int = 1
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"  # of the Linears
 
 
 def stdlib_files() -> dict[str, bytes]:
@@ -126,6 +133,33 @@ def share_embedding_and_head(model: PlainModel) -> None:
         layer.shared_head["head"].weight = model.lm_head.weight
 
 
+class BF16Linear(nn.Linear):
+    """Computes in bf16 on fp32 activations and weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
+
+
+class FP8Linear(deepkern.FP8Linear):
+    """Computes in FP8 where `BF16Linear` computes in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.bfloat16()).to(x.dtype)
+
+
+def set_precision(model: PlainModel, precision: str) -> None:
+    """Attention's projections, MLPs and experts compute in `precision`; parameters stay."""
+    kinds = {"fp32": nn.Linear, "bf16": BF16Linear, "fp8": FP8Linear}
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and is_quantised(f"{name}.weight"):
+            parent, _, child = name.rpartition(".")
+            new = kinds[precision](
+                linear.in_features, linear.out_features, bias=False, device="meta"
+            )
+            new.weight = linear.weight
+            setattr(model.get_submodule(parent), child, new)
+
+
 def losses(model: PlainModel, tokens: Tensor) -> dict[str, Tensor]:
     """Mean nats of the next byte and of the one after, and the mean balance loss."""
     inputs = tokens[:, :-1]
@@ -178,6 +212,7 @@ class Run:
         self.model = PlainModel(config)
         initialise(self.model)
         share_embedding_and_head(self.model)
+        set_precision(self.model, recipe.precision)
         self.optimizer = make_optimizer(self.model, recipe)
         self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, Any]] = []
@@ -188,6 +223,13 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
             self.log = json.loads(state["log"])
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1, by the steps or by the clock."""
+        if self.recipe.steps is not None:
+            return min(self.step / self.recipe.steps, 1.0)
+        return min(self.seconds / (60 * self.recipe.minutes), 1.0)
 
     def save(self) -> None:
         state = {
@@ -202,7 +244,7 @@ class Run:
 
     def train_step(self, tokens: Tensor) -> dict[str, float]:
         self.model.train()
-        lr = learning_rate(self.recipe, min(self.seconds / (60 * self.recipe.minutes), 1.0))
+        lr = learning_rate(self.recipe, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         parts = losses(self.model, tokens)
@@ -221,24 +263,26 @@ class Run:
         self.log.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
 
 
-def run_until_done(run: Run, data: bytes, check: bytes, save_every: float = 240.0) -> None:
-    """Trains until the clock says so; logs every 20 steps, checks 16 KiB held out at each save."""
+def run_until_done(
+    run: Run, data: bytes, check: bytes, save_every: float = 240.0, log_every: int = 20
+) -> None:
+    """Trains to the end; logs every `log_every` steps, scores `check`, held out, at each save."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=60 * run.recipe.minutes, completed=run.seconds)
+        bar = progress.add_task("training", total=1.0, completed=run.progress)
         saved = run.seconds
         for tokens in batches(data, run.recipe, run.step):
-            if run.seconds >= 60 * run.recipe.minutes:
+            if run.progress >= 1:
                 break
             start = time.monotonic()
             values = run.train_step(tokens)
             run.step += 1
             run.seconds += time.monotonic() - start
-            if run.step % 20 == 0:
+            if run.step % log_every == 0:
                 run.record(values)
                 rate = run.step * tokens[:, 1:].numel() / run.seconds
                 text = f"step {run.step}  {values['main'] / math.log(2):.3f} bits  {rate:.0f} B/s"
-                progress.update(bar, completed=run.seconds, description=text)
+                progress.update(bar, completed=run.progress, description=text)
             if run.seconds - saved > save_every:
                 saved = run.seconds
                 run.record({"held_out_bpb": bits_per_byte(run.model.eval(), check)})

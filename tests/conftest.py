@@ -14,6 +14,7 @@ if not HAS_GPU:
 import pytest  # noqa: E402
 
 import deepkern  # noqa: E402
+from deepkern.runtime import native  # noqa: E402
 from deepkern.testing import compare  # noqa: E402
 
 
@@ -57,6 +58,18 @@ def backend(request) -> str:
     """Forces each backend in turn around the test."""
     with deepkern.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request, monkeypatch) -> str:
+    """Forces each instruction set of the native CPU ops in turn, as far as this CPU has it."""
+    monkeypatch.setenv("DEEPKERN_CPU_ISA", request.param)
+    try:
+        native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
+    except RuntimeError as error:
+        assert "instruction set" in str(error)
+        pytest.skip(f"this CPU lacks {request.param}")
+    return request.param
 
 
 @pytest.fixture(autouse=True)

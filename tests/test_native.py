@@ -20,17 +20,6 @@ def needs(module: str) -> pytest.MarkDecorator:
 needs_ops, needs_host = needs("_C"), needs("_host")
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("DEEPKERN_CPU_ISA", request.param)
-    try:
-        native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
-    except RuntimeError as error:
-        assert "instruction set" in str(error)
-        pytest.skip(f"this CPU lacks {request.param}")
-    return request.param
-
-
 def by_definition(x: torch.Tensor, scale_format: str) -> tuple[np.ndarray, np.ndarray]:
     """Codes (as uint8) and scales of [M, K], from what e4m3 is: no cast, no bit tricks."""
     M, K = x.shape
@@ -122,23 +111,43 @@ def test_ties_and_subnormals(isa):
 
 
 @needs_ops
+@pytest.mark.parametrize(
+    "shape", [(5, 300), (8, 128), (2, 5, 300), (3, 2, 7, 129), (40,), (5, 0), (3, 0, 5), (700, 900)]
+)
+def test_scale_by_columns(isa, shape, seed):
+    """The same values; the columns stand apart by a multiple of 4, and hold zeros up to there."""
+    x = quant.values(torch.Generator().manual_seed(seed), *shape)
+    q, scale = native.native_op("cast_per_token")(x, "fp32", "row")
+    q_too, by_column = native.native_op("cast_per_token")(x, "fp32", "column")
+    compare.assert_bitwise(q_too, q)
+    compare.assert_bitwise(by_column, scale)
+    if len(shape) == 1 or not scale.numel():
+        return
+    M, pitch = shape[-2], -(-shape[-2] // 4) * 4
+    assert by_column.stride()[-2:] == (1, pitch)
+    buffer = by_column.as_strided((by_column.numel() // M, pitch), (pitch, 1))
+    assert (buffer[:, M:] == 0).all()
+
+
+@needs_ops
 def test_many_rows_over_threads(seed):
     check(quant.values(torch.Generator().manual_seed(seed), 5000, 130))
 
 
 @needs_ops
 @pytest.mark.parametrize(
-    ("x", "scale_format", "words"),
+    ("x", "scale_format", "scale_layout", "words"),
     [
-        (torch.ones(2, 2), "fp16", "scale_format: expected fp32 or ue8m0, got fp16"),
-        (torch.ones(()), "fp32", "x: expected rank 1 or more"),
-        (torch.ones(2, 2, dtype=torch.int32), "fp32", "x: expected dtype"),
-        (torch.ones(3, 2).t(), "fp32", "x: expected stride 1 in the last dimension, got 2"),
+        (torch.ones(2, 2), "fp16", "row", "scale_format: expected fp32 or ue8m0, got fp16"),
+        (torch.ones(2, 2), "fp32", "col", "scale_layout: expected row or column, got col"),
+        (torch.ones(()), "fp32", "row", "x: expected rank 1 or more"),
+        (torch.ones(2, 2, dtype=torch.int32), "fp32", "row", "x: expected dtype"),
+        (torch.ones(3, 2).t(), "fp32", "row", "x: expected stride 1 in the last dimension, got 2"),
     ],
 )
-def test_native_cast_refuses(x, scale_format, words):
+def test_native_cast_refuses(x, scale_format, scale_layout, words):
     with pytest.raises(RuntimeError, match=f"cast_per_token: {words}"):
-        native.native_op("cast_per_token")(x, scale_format)
+        native.native_op("cast_per_token")(x, scale_format, scale_layout)
 
 
 @needs_ops

@@ -15,38 +15,9 @@ namespace deepkern {
 namespace {
 
 constexpr int64_t kBlock = 128;
-constexpr int32_t kInfinity = 0x7F800000;
-
-inline __attribute__((always_inline)) float as_float(int32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline __attribute__((always_inline)) int32_t as_bits(float value) {
-  int32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-template <Real type>
-inline __attribute__((always_inline)) float load(const void* x, int64_t i) {
-  if constexpr (type == Real::fp32) return static_cast<const float*>(x)[i];
-  const int32_t bits = static_cast<const uint16_t*>(x)[i];
-  if constexpr (type == Real::bf16) return as_float(static_cast<int32_t>(uint32_t(bits) << 16));
-  // fp16: move the exponent's bias from 15 to 127. Subnormals lack the leading one: let the
-  // smallest normal stand in for it and subtract it again, which is exact.
-  const int32_t magnitude = (bits & 0x7FFF) << 13;
-  const float normal = as_float(magnitude + (112 << 23));
-  const float subnormal = as_float(magnitude + (113 << 23)) - 0x1p-14f;
-  const float special = as_float(magnitude | kInfinity);
-  const int32_t exponent = bits & 0x7C00;
-  const float value = exponent == 0x7C00 ? special : exponent == 0 ? subnormal : normal;
-  return as_float(as_bits(value) | static_cast<int32_t>(uint32_t(bits & 0x8000) << 16));
-}
 
 // Nearest even, saturating at 448; NaN is 0x7F.
-inline __attribute__((always_inline)) uint8_t to_e4m3(float x) {
+DEEPKERN_INLINE uint8_t to_e4m3(float x) {
   const int32_t bits = as_bits(x);
   const int32_t magnitude = bits & 0x7FFFFFFF;
   const int32_t clamped = std::min(magnitude, int32_t{0x43E00000});  // 448
@@ -58,16 +29,15 @@ inline __attribute__((always_inline)) uint8_t to_e4m3(float x) {
   return static_cast<uint8_t>(magnitude > kInfinity ? 0x7F : code);
 }
 
-inline __attribute__((always_inline)) float block_scale(int32_t amax_bits, bool ue8m0) {
+DEEPKERN_INLINE float block_scale(int32_t amax_bits, bool ue8m0) {
   if (amax_bits >= kInfinity) return as_float(0x7FC00000);  // NaN: inf or NaN spoils its block
   const float scale = std::max(as_float(amax_bits), 1e-4f) / 448.0f;
   return ue8m0 ? as_float((as_bits(scale) + 0x7FFFFF) & kInfinity) : scale;
 }
 
 template <Real type>
-inline __attribute__((always_inline)) void rows(const void* x, int64_t x_stride, uint8_t* q,
-                                                float* scale, int64_t first, int64_t last,
-                                                int64_t K, bool ue8m0) {
+DEEPKERN_INLINE void rows(const void* x, int64_t x_stride, uint8_t* q, Scales to, int64_t first,
+                          int64_t last, int64_t K, bool ue8m0) {
   const int64_t blocks = (K + kBlock - 1) / kBlock;
   for (int64_t m = first; m < last; ++m) {
     for (int64_t j = 0; j < blocks; ++j) {
@@ -79,52 +49,51 @@ inline __attribute__((always_inline)) void rows(const void* x, int64_t x_stride,
       }
       const float s = block_scale(amax, ue8m0);
       const float inverse = 1.0f / s;
-      scale[m * blocks + j] = s;
+      to.scales[m * to.row + j * to.block] = s;
       uint8_t* out = q + m * K + j * kBlock;
       for (int64_t i = 0; i < count; ++i) out[i] = to_e4m3(load<type>(x, from + i) * inverse);
     }
   }
 }
 
-inline __attribute__((always_inline)) void rows_of(const void* x, Real type, int64_t x_stride,
-                                                   uint8_t* q, float* scale, int64_t first,
-                                                   int64_t last, int64_t K, bool ue8m0) {
+DEEPKERN_INLINE void rows_of(const void* x, Real type, int64_t x_stride, uint8_t* q, Scales to,
+                             int64_t first, int64_t last, int64_t K, bool ue8m0) {
   switch (type) {
-    case Real::bf16: return rows<Real::bf16>(x, x_stride, q, scale, first, last, K, ue8m0);
-    case Real::fp16: return rows<Real::fp16>(x, x_stride, q, scale, first, last, K, ue8m0);
-    case Real::fp32: return rows<Real::fp32>(x, x_stride, q, scale, first, last, K, ue8m0);
+    case Real::bf16: return rows<Real::bf16>(x, x_stride, q, to, first, last, K, ue8m0);
+    case Real::fp16: return rows<Real::fp16>(x, x_stride, q, to, first, last, K, ue8m0);
+    case Real::fp32: return rows<Real::fp32>(x, x_stride, q, to, first, last, K, ue8m0);
   }
 }
 
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) void rows_avx2(const void* x, Real type, int64_t x_stride,
-                                               uint8_t* q, float* scale, int64_t first,
-                                               int64_t last, int64_t K, bool ue8m0) {
-  rows_of(x, type, x_stride, q, scale, first, last, K, ue8m0);
+                                               uint8_t* q, Scales to, int64_t first, int64_t last,
+                                               int64_t K, bool ue8m0) {
+  rows_of(x, type, x_stride, q, to, first, last, K, ue8m0);
 }
 
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void
-rows_avx512(const void* x, Real type, int64_t x_stride, uint8_t* q, float* scale, int64_t first,
+rows_avx512(const void* x, Real type, int64_t x_stride, uint8_t* q, Scales to, int64_t first,
             int64_t last, int64_t K, bool ue8m0) {
-  rows_of(x, type, x_stride, q, scale, first, last, K, ue8m0);
+  rows_of(x, type, x_stride, q, to, first, last, K, ue8m0);
 }
 #endif
 
 }  // namespace
 
-void cast_rows(const void* x, Real type, int64_t x_stride, uint8_t* q, float* scale, int64_t first,
+void cast_rows(const void* x, Real type, int64_t x_stride, uint8_t* q, Scales to, int64_t first,
                int64_t last, int64_t K, bool ue8m0, const char* isa) {
 #if defined(__x86_64__)
   if (std::strcmp(isa, "avx512") == 0) {
-    return rows_avx512(x, type, x_stride, q, scale, first, last, K, ue8m0);
+    return rows_avx512(x, type, x_stride, q, to, first, last, K, ue8m0);
   }
   if (std::strcmp(isa, "avx2") == 0) {
-    return rows_avx2(x, type, x_stride, q, scale, first, last, K, ue8m0);
+    return rows_avx2(x, type, x_stride, q, to, first, last, K, ue8m0);
   }
 #else
   (void)isa;
 #endif
-  rows_of(x, type, x_stride, q, scale, first, last, K, ue8m0);
+  rows_of(x, type, x_stride, q, to, first, last, K, ue8m0);
 }
 
 const char* cpu_isa() {

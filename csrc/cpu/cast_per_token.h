@@ -3,13 +3,19 @@
 
 #include <cstdint>
 
+#include "real.h"
+
 namespace deepkern {
 
-enum class Real { bf16, fp16, fp32 };
+// Where the scale of row m and block j goes: scales[m * row + j * block].
+struct Scales {
+  float* scales;
+  int64_t row, block;
+};
 
-// Casts rows [first, last). `x` has rows of K values, `x_stride` values apart; `q` and `scale` are
-// contiguous: K codes and ceil(K / 128) scales a row. `isa` is "avx512", "avx2" or "portable".
-void cast_rows(const void* x, Real type, int64_t x_stride, uint8_t* q, float* scale, int64_t first,
+// Casts rows [first, last). `x` has rows of K values, `x_stride` values apart; `q` is contiguous, K
+// codes a row. `isa` is what cpu_isa() says.
+void cast_rows(const void* x, Real type, int64_t x_stride, uint8_t* q, Scales to, int64_t first,
                int64_t last, int64_t K, bool ue8m0, const char* isa);
 
 // The best instruction set this CPU has, or the one that DEEPKERN_CPU_ISA names (for tests).

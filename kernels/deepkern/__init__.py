@@ -12,9 +12,10 @@ from . import reference  # noqa: E402
 from .attention import *  # noqa: E402, F403
 from .experts import *  # noqa: E402, F403
 from .matmul import *  # noqa: E402, F403
+from .matmul import FP8Linear, fp8_linear  # noqa: E402
 from .quant import *  # noqa: E402, F403
 from .runtime.backends import BackendError, backend, explain  # noqa: E402
 from .runtime.op import OPS  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "backend", "explain", "reference", *OPS]
+__all__ = ["BackendError", "FP8Linear", "backend", "explain", "fp8_linear", "reference", *OPS]

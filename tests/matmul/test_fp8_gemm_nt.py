@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepkern
+from deepkern.matmul.k_major import k_major
 from deepkern.runtime import arch, tiles
 from deepkern.runtime.arch import ARCHS
 from deepkern.testing import compare, inputs
@@ -15,6 +18,15 @@ from deepkern.testing.inputs.quant import values
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REAL = [BF16, F16, F32]
+
+
+@pytest.fixture(params=["torch", "triton", "cpu"])
+def backend(request, device):
+    """Forces each backend in turn; `cpu` is left out where there is no CPU tensor to give it."""
+    if request.param == "cpu" and device.type != "cpu":
+        pytest.skip("cpu takes CPU tensors")
+    with deepkern.backend(request.param):
+        yield request.param
 
 
 def make(generator, M, N, K, **kwargs):
@@ -59,6 +71,24 @@ def test_edges(backend, generator, M, N, K, b_rows):
     compare.assert_close(got, plain(*tensors, c))
 
 
+# Off every grid, each N with each K, and each M with some of them.
+OFF_GRID = [
+    ((0, 1, 3, 127, 129, 257)[(i + 2 * j) % 6], N, K)
+    for i, N in enumerate((1, 8, 100, 576, 2112))
+    for j, K in enumerate((1, 100, 128, 129, 7168))
+]
+
+
+@pytest.mark.parametrize(("M", "N", "K"), OFF_GRID)
+def test_off_every_grid(backend, generator, M, N, K):
+    """K = 7168 in a slice of a wider matrix; both scale formats in turn."""
+    scale_format = ("fp32", "ue8m0")[(M + N + K) % 2]
+    a, a_scale = deepkern.reference.cast_per_token(values(generator, M, K + 16), scale_format)
+    b, b_scale = deepkern.reference.cast_per_block(values(generator, N, K + 16), scale_format)
+    blocks = -(-K // 128)
+    check((a[:, :K], a_scale[:, :blocks], b[:, :K], b_scale[:, :blocks]))
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     M=st.integers(0, 140),
@@ -91,6 +121,60 @@ def test_every_tile_of_every_target(target, b_rows, generator, monkeypatch):
                 compare.assert_bitwise(deepkern.fp8_gemm_nt(*args), want, str(tile))
 
 
+@pytest.mark.parametrize("K", [512, 640, 700])
+@pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
+def test_splits_of_k_at_once_or_one_after_the_other(target, K, generator, monkeypatch):
+    """The same sums, whoever adds them; and each tile that may be taken does."""
+    args = make(generator, 70, 140, K, c=BF16, out_dtype=F32)
+    module = deepkern.matmul.fp8_gemm_nt.__wrapped__.__globals__
+    seen = []
+    with deepkern.backend("triton"), arch.compile_for(target):
+        for tile in tiles.gemm_tiles(target, 128)[:4]:
+            for spread in (False, True):
+                split = replace(tile, splits=4, spread=spread)
+                monkeypatch.setitem(module, "gemm_tile", lambda *_, t=split, **__: t)
+                seen.append(deepkern.fp8_gemm_nt(*args))
+                compare.assert_bitwise(seen[-1], seen[0], str(split))
+    compare.assert_close(seen[0], plain(*args[:4], args[5]))
+
+
+@pytest.mark.parametrize("N", [40, 300])
+def test_a_row_has_the_same_bits_where_k_is_split(generator, N):
+    """M from 1 to 257 goes from splits at once, over small tiles, to splits in large ones."""
+    args = make(generator, 257, N, 1100, out_dtype=F32)
+    a, a_scale, b, b_scale, *_ = args
+    assert tiles.k_splits(ARCHS["sm_90"], N, 1100) > 1
+    with deepkern.backend("triton"):
+        whole = deepkern.fp8_gemm_nt(*args)
+        for M in ROWS:
+            part = deepkern.fp8_gemm_nt(a[:M], a_scale[:M], b, b_scale, F32)
+            compare.assert_bitwise(part, whole[:M], f"{M} rows")
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(("M", "N", "K"), [(20, 48, 160), (33, 70, 129), (1, 16, 128), (64, 1, 40)])
+def test_transposed_operands(name, M, N, K, generator):
+    """The layouts nn, tn and tt are views; their bits are those of nt."""
+    a, a_scale, b, b_scale, *_ = make(generator, M, N, K)
+    at, bt = (x.view(torch.uint8).t().contiguous().view(x.dtype).t() for x in (a, b))
+    with deepkern.backend("triton"), arch.compile_for(ARCHS[name]):
+        want = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, F32)
+        for x, y in ((a, bt), (at, b), (at, bt)):
+            with compare.poison():
+                got = deepkern.fp8_gemm_nt(x, a_scale, y, b_scale.t().contiguous().t(), F32)
+            compare.assert_bitwise(got, want)
+
+
+def test_transposed_operands_are_read_in_place_where_fp8_is_widened(generator):
+    a, *_ = make(generator, 32, 48, 160)
+    transposed = a.view(torch.uint8).t().contiguous().view(a.dtype).t()
+    assert k_major(transposed, ARCHS["sm_80"]).data_ptr() == transposed.data_ptr()
+    copy = k_major(transposed, ARCHS["sm_90"])
+    assert copy.stride() == (160, 1)
+    compare.assert_bitwise(copy, a)
+
+
 def test_both_kinds_of_b_scale_give_the_same_bits(backend, generator):
     a, a_scale, b, b_scale, *_ = make(generator, 20, 200, 300)
     per_row = b_scale.repeat_interleave(128, 0)[:200]
@@ -118,7 +202,7 @@ def test_error_is_at_most_twice_that_of_torch(backend, generator, out_dtype):
 
 def test_quantised_product_is_near_the_real_one(backend, generator):
     x, w = values(generator, 50, 500), values(generator, 90, 500)
-    q, w_q = deepkern.cast_per_token(x), deepkern.cast_per_block(w)
+    q, w_q = deepkern.reference.cast_per_token(x), deepkern.reference.cast_per_block(w)
     assert compare.diff(deepkern.fp8_gemm_nt(*q, *w_q), x.double() @ w.double().T) < 2e-3
 
 

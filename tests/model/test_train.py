@@ -1,4 +1,4 @@
-"""Training on a toy: the losses, the balance, the clock, resuming, and what is exported."""
+"""Training on a toy: losses, balance, clock and steps, precisions, resuming, what is exported."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from torch import nn
 
 import deepkern
-from model import DeepSeek
+from model import DeepSeek, compare_precisions
 from model.blocks import dequantise_blocks, quantise_blocks
 from model.evaluate import bits_per_byte, windows
 from model.export import export, is_quantised
@@ -107,6 +108,74 @@ def test_learning_rate():
     assert learning_rate(recipe, 0.05) == pytest.approx(0.5)
     assert learning_rate(recipe, 0.1) == pytest.approx(1.0)
     assert learning_rate(recipe, 1.0) == pytest.approx(0.05)
+
+
+def test_length_in_steps(make_config, tmp_path):
+    """Rate and end follow the steps, whatever the clock says, and whether or not it was stopped."""
+
+    def rates(folder, *stops):
+        for stop in stops:
+            run = Run(make_config(**TOY), Recipe(**RECIPE, steps=7), tmp_path / folder)
+            assert run.progress == run.step / 7
+            for tokens in batches(DATA, run.recipe, run.step):
+                if run.step == stop or run.progress >= 1:
+                    break
+                run.seconds += 100.0
+                run.record(run.train_step(tokens))
+                run.step += 1
+            run.save()
+        return run.step, [(row["lr"], row["main"]) for row in run.log]
+
+    steps, whole = rates("whole", 99)
+    assert (steps, whole) == rates("halves", 3, 99) and steps == 7
+    assert [lr for lr, _ in whole] == pytest.approx(
+        [learning_rate(Recipe(**RECIPE), i / 7) for i in range(7)], abs=1e-6
+    )
+
+
+PRECISIONS = ["fp32", "bf16", "fp8"]
+
+
+def test_which_linears_have_another_precision(make_config, tmp_path):
+    model = Run(make_config(**TOY), Recipe(precision="fp8"), tmp_path).model
+    parameters = dict(model.named_parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
+    plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert plain == ["model.layers.2.eh_proj", "model.layers.2.shared_head.head", "lm_head"]
+    eight = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, deepkern.FP8Linear)]
+    assert eight == [name for name in parameters if is_quantised(name)] and len(eight) > 60
+
+
+def test_precisions_train_alike(make_config, tmp_path):
+    found = {}
+    for precision in PRECISIONS:
+        recipe = Recipe(**RECIPE, steps=12, precision=precision)
+        run = Run(make_config(**TOY), recipe, tmp_path / precision)
+        run_until_done(run, DATA, DATA[:512], log_every=1)
+        found[precision] = [row["main"] for row in run.log]
+        assert len(found[precision]) == 12
+        assert found[precision][-1] < found[precision][0] - 1
+    assert found["fp8"] == pytest.approx(found["bf16"], rel=0.03)
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.03)
+    assert found["fp8"] != found["bf16"] != found["fp32"]
+
+
+def test_precisions_compared(make_config, monkeypatch, tmp_path, capsys):
+    """The whole command, on a toy: what it trains, keeps, continues and writes."""
+    monkeypatch.setattr(compare_precisions.Config, "preset", lambda *_, **__: make_config(**TOY))
+    monkeypatch.setattr(compare_precisions, "corpus", lambda: (DATA, {"a.py": DATA[:3000]}))
+    options = {"batch": 1, "window": 32, "state": tmp_path / "state", "out": tmp_path}
+    compare_precisions.main(12, precision=["fp8"], only="bf16", **options)
+    assert not list(tmp_path.glob("*.json")) and "from step 0 of 12\n" in capsys.readouterr().out
+    compare_precisions.main(12, precision=["fp8"], only=None, **options)
+    assert "bf16: from step 12 of 12\n" in capsys.readouterr().out
+    assert sorted(file.suffix for file in tmp_path.iterdir() if file.is_file()) == [".json", ".png"]
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert record["recipe"]["steps"] == 12 and list(record["runs"]) == ["bf16", "fp8"]
+    bf16, fp8 = record["runs"].values()
+    assert len(fp8["mean_of_every_10_steps"]) == 2
+    for key in ("mean_of_last_tenth", "held_out"):
+        assert record["above_bf16"]["fp8"][key] == pytest.approx(fp8[key] / bf16[key] - 1)
 
 
 def test_batches_repeat():

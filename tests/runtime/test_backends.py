@@ -107,10 +107,10 @@ def test_explain_refuses_what_the_call_refuses(x):
 
 def test_arguments_are_named_in_errors(x):
     with pytest.raises(TypeError, match="unexpected"):
-        OP.positional((x, "fp32", 3))
+        OP.positional((x, "fp32", "row", 3))
     with pytest.raises(TypeError, match="missing"):
         OP.positional(())
-    assert OP.positional((), {"x": x}) == (x, "fp32")
+    assert OP.positional((), {"x": x}) == (x, "fp32", "row")
 
 
 def test_debug_checks_contents(x, monkeypatch):

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_that
+from ..runtime.exact import inverse_rms, sum_pairwise
 from ..runtime.op import op
 from .cache import check_width, parts, store, strides
 
@@ -130,8 +131,8 @@ def kernel(
     latent = latent.to(tl.float32)  # [ROWS, R_TILE]
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < R, other=0.0).to(tl.float32)
-        mean = tl.div_rn(sum_pairwise(latent * latent), tl.full((ROWS,), R, tl.float32))
-        latent = latent * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None] * weight
+        inverse = inverse_rms(sum_pairwise(latent * latent), R, eps)  # [ROWS]
+        latent = latent * inverse[:, None] * weight
     out = out_latent_ptr + (block * out_latent_block + offset * out_latent_slot)[:, None]
     if FP8_CACHE:
         blocked = tl.reshape(latent, (ROWS, R_TILE // 128, 128))
@@ -160,18 +161,6 @@ def kernel(
     out = out_rope_ptr + (block * out_rope_block + offset * out_rope_slot)[:, None]
     rope = rope.to(tl.bfloat16 if FP8_CACHE else out_rope_ptr.dtype.element_ty)
     store(out, column[None, :], rope, inside)
-
-
-@triton.jit
-def sum_pairwise(x):
-    """The sums of the rows of x [ROWS, 2^n]: neighbours first, then their sums, and so on."""
-    ROWS: tl.constexpr = x.shape[0]
-    WIDTH: tl.constexpr = x.shape[1]
-    for i in tl.static_range(1, 32):
-        if (WIDTH >> i) > 0:
-            # Two summands commute, so the order in which a reduction takes them cannot matter.
-            x = tl.sum(tl.reshape(x, (ROWS, WIDTH >> i, 2)), 2)
-    return tl.reshape(x, (ROWS,))
 
 
 def check_contents(

@@ -1,10 +1,11 @@
 """Router scores inside Triton kernels, the same bits on every machine.
 
-Which expert a token goes to must not depend on whose exp computed its score. So exp and log1p are
-spelled out here as IEEE additions, multiplications and divisions, each rounded to nearest even,
-and the forward kernel that uses them is launched with `enable_fp_fusion=False` (no a * b + c in one
-rounding). `deepkern/reference/experts.py` has the same formulas, operation for operation, in
-PyTorch. A score is within 2.5 units in the last place of float64's, as torch.sigmoid's is.
+Which expert a token goes to must not depend on whose exp computed its score. So exp (of
+`runtime/exact.py`) and log1p are spelled out as IEEE additions, multiplications and divisions, each
+rounded to nearest even, and the forward kernel that uses them is launched with
+`enable_fp_fusion=False` (no a * b + c in one rounding). `deepkern/reference/experts.py` has the
+same formulas, operation for operation, in PyTorch. A score is within 2.5 units in the last place of
+float64's, as torch.sigmoid's is.
 
 A sum must not depend on how a kernel lays out its tile either: the denominator of the softmax is
 added up in integers, which is exact, and the scores of a token's experts pair by pair.
@@ -15,26 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def exp(x):
-    """e^x for x <= 0: x = n ln 2 + r with |r| <= ln 2 / 2; Cephes' polynomial in r times 2^n."""
-    x = tl.where(x < -104.0, -104.0, x)  # where e^x rounds to 0; NaN stays
-    # Adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits.
-    shifted = x * 1.44269502 + 12582912.0
-    n = shifted - 12582912.0
-    r = (x - n * 0.693359375) - n * -2.12194442e-4  # ln 2 in two parts: n times the first is exact
-    p = r * 1.98756912e-4 + 1.39819994e-3
-    p = p * r + 8.33345205e-3
-    p = p * r + 4.16657962e-2
-    p = p * r + 0.166666657
-    p = p * r + 0.5
-    value = (p * (r * r) + r) + 1.0
-    # Times 2^n in two steps, so that a subnormal result is rounded once, by the second.
-    exponent = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    half = exponent >> 1
-    value *= ((half + 127) << 23).to(tl.float32, bitcast=True)
-    return value * ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+from ..runtime.exact import exp, sigmoid
 
 
 @triton.jit
@@ -48,12 +30,6 @@ def log1p(u):
     p = p * z + 0.333333343
     t += t
     return p * z * t + t
-
-
-@triton.jit
-def sigmoid(x):
-    e = exp(-tl.abs(x))
-    return tl.div_rn(tl.where(x >= 0.0, 1.0, e), e + 1.0)
 
 
 @triton.jit

@@ -2,17 +2,17 @@
 
     d[m, n] = Σ_j a_scale[m, j] · b_scale[n or n // 128, j] · Σ_{k in block j} a[m, k] · b[n, k]
 
-The inner sums, over 128 values of K, are the tensor core's; each is scaled and added to a float32
-accumulator by one fused multiply-add ("promotion": Hopper's tensor core keeps some 14 bits of an
-FP8 sum, so a sum over all of K must not stay in it).
+Cut: D is cut into tiles of BLOCK_M x BLOCK_N, and `products.py` says how one is computed. Where the
+target has TMA as many programs run as fit on it, and each goes from tile to tile with the next
+one's operands already in flight; elsewhere a program computes one tile. Tiles follow each other in
+bands of GROUP_M row blocks, so that those which run together share rows of A and B in the L2 cache.
 
-Cut: a program computes one BLOCK_M x BLOCK_N tile of D, and steps through K by 128 with the next
-tiles of A and B in flight. Programs go through D in bands of GROUP_M row blocks, so that those
-which run together share their rows of A and B in the L2 cache. `runtime/tiles.py` chooses the tile:
-few rows are bound by reading B, many by the tensor core.
-
-A row's bits do not depend on M: every tile of an architecture uses one family of tensor-core
-instruction and the same order along K (docs/matmul.md).
+Few rows are bound by reading B. Then the tensor core takes B as its left operand where that needs
+64 rows or more (SWAPPED), and where N alone makes too few tiles, the sum over K is cut into
+`splits` runs of blocks, spread over as many programs. The cut depends on N and K only, and many
+rows are summed by the same runs, one after the other (SPLIT): a row's bits do not depend on M. For
+the same reason every tile of an architecture uses one family of tensor-core instruction
+(docs/matmul.md). `runtime/tiles.py` chooses.
 
 Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2; DeepGEMM.
 """
@@ -24,19 +24,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quant.fp8 import BLOCK, as_bits, matrix_operand
+from ..quant.fp8 import BLOCK
 from ..runtime import arch
 from ..runtime.contract import check_choice, check_that
 from ..runtime.op import op
 from ..runtime.tiles import GemmTile, gemm_tile
+from .products import index_type, operand, products, tile_in_bands
 
 REAL = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @op(
-    a="fp8 [M, K]",
+    a="fp8 [M, K] strided",
     a_scale="fp32 [M, K/128] strided",
-    b="fp8 [N, K]",
+    b="fp8 [N, K] strided",
     b_scale="fp32 [_, K/128] strided",
     c="real [M, N]",
 )
@@ -51,9 +52,11 @@ def fp8_gemm_nt(
     """Multiplies FP8 matrices with block scales: `a @ b.T`, plus `c` if given.
 
     Args:
-        a: float8_e4m3fn [M, K]; rows may be strided, the last dimension is contiguous.
+        a: float8_e4m3fn [M, K], any strides. Rows of K that start at multiples of 16 bytes are
+            read as they lie; a transposed view (`x.t()`, for the layouts tn and tt) too where the
+            GPU widens FP8 in registers, and is transposed once elsewhere.
         a_scale: fp32 [M, ceil(K / 128)], one per 1x128 of `a`, any strides (row- or column-major).
-        b: float8_e4m3fn [N, K], as `a`.
+        b: float8_e4m3fn [N, K], as `a` (`w.t()` for the layouts nn and tn).
         b_scale: fp32 [ceil(N / 128), ceil(K / 128)], one per 128x128 of `b`, or
             [N, ceil(K / 128)], one per 1x128; any strides.
         out_dtype: bfloat16, float16 or float32.
@@ -80,19 +83,27 @@ def launch(
     out = fp8_gemm_nt.allocate(a, a_scale, b, b_scale, out_dtype, c)
     if out.numel() == 0:
         return out
+    if a.shape[1] == 0:
+        return out.zero_() if c is None else out.copy_(c)
     (M, K), N = a.shape, b.shape[0]
-    target = arch.of(a.device)
-    t = tile(a, a_scale, b, b_scale)
-    a, b = aligned(a), aligned(b)
-    # Within a tile, offsets are 32-bit unless rows lie far apart.
-    far = max(x.stride(0) for x in (a, a_scale, b, b_scale)) >= 2**24
-    kernel[(triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)](
-        as_bits(a, target.native_fp8), a_scale, as_bits(b, target.native_fp8), b_scale, c, out,
-        M, N, K, a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(),
-        0 if c is None else c.stride(0), INDEX=tl.int64 if far else tl.int32,
-        ONE_B_SCALE=b_scale.shape[0] != N, WHOLE_K=K % BLOCK == 0, NATIVE_FP8=target.native_fp8,
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, GROUP_M=t.GROUP_M, **t.options(target),
+    target, t = arch.of(a.device), tile(a, a_scale, b, b_scale)
+    x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
+    blocks = triton.cdiv(K, BLOCK)
+    # With K spread over programs each writes its share of the sum, and `add_shares` adds them.
+    shares = out.new_empty((t.splits, M, N), dtype=torch.float32) if t.spread else out[None]
+    programs = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N) * len(shares)
+    kernel[(t.grid(target, programs) if target.tma else programs,)](
+        x, y, None if t.spread else c, shares, M, N, K, triton.cdiv(blocks, t.splits), len(shares),
+        0 if c is None else c.stride(0), SPREAD=t.spread, SPLIT=t.splits > 1 and not t.spread,
+        SWAPPED=t.swapped, B_BLOCK=1 if b_scale.shape[0] == N else BLOCK,
+        TAIL=K % BLOCK != 0 and x.tiles is None, NATIVE_FP8=target.native_fp8,
+        INDEX=index_type(x, y), BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, GROUP_M=t.GROUP_M,
+        PERSISTENT=target.tma, **t.options(target),
     )  # fmt: skip
+    if t.spread:
+        add_shares[(triton.cdiv(M * N, 1024),)](
+            shares, c, out, t.splits, M * N, N, 0 if c is None else c.stride(0)
+        )
     return out
 
 
@@ -105,69 +116,53 @@ def tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_) -> GemmTile
 fp8_gemm_nt.tile = tile
 
 
-def aligned(x: Tensor) -> Tensor:
-    """`x`, or a copy of it, with every row at a multiple of 16 bytes, as wide loads need it."""
-    if x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0:
-        return x
-    rows, columns = x.shape
-    return x.new_empty((rows, -(-columns // 16) * 16))[:, :columns].copy_(x)
-
-
 # M is masked, never specialised for: one compiled kernel serves every M.
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "split", "shares"])
 def kernel(
-    a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, c_ptr, out_ptr, M, N, K,
-    a_row, a_scale_row, a_scale_block, b_row, b_scale_row, b_scale_block, c_row,
-    INDEX: tl.constexpr, ONE_B_SCALE: tl.constexpr, WHOLE_K: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    a, b, c_ptr, out_ptr, M, N, K, split, shares, c_row,
+    SPREAD: tl.constexpr, SPLIT: tl.constexpr, SWAPPED: tl.constexpr, B_BLOCK: tl.constexpr,
+    TAIL: tl.constexpr, NATIVE_FP8: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    row_block, column_block = tile_in_bands(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    first_row = (row_block * BLOCK_M).to(tl.int64)
-    first_column = (column_block * BLOCK_N).to(tl.int64)
-    m, n, k = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX), tl.arange(0, 128)
-    a_tile = a_ptr + first_row * a_row + (m[:, None] * a_row + k[None, :])  # [BLOCK_M, 128]
-    b_tile = b_ptr + first_column * b_row + (n[None, :] * b_row + k[:, None])  # [128, BLOCK_N]
-    a_scale_tile = a_scale_ptr + first_row * a_scale_row + m * a_scale_row  # [BLOCK_M]
-    if ONE_B_SCALE:
-        b_scale_tile = b_scale_ptr + first_column // 128 * b_scale_row
-    else:
-        b_scale_tile = b_scale_ptr + first_column * b_scale_row + n * b_scale_row  # [BLOCK_N]
+    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    # A whole number of blocks, and what is left for masked loads; TMA fills a block up with zeros.
+    whole = K // 128 if TAIL else tl.cdiv(K, 128)
+    first, stop, step = tl.program_id(0), tl.program_id(0) + 1, 1
+    if PERSISTENT:
+        stop, step = rows * columns * shares, tl.num_programs(0)
+    for t in tl.range(first, stop, step, flatten=PERSISTENT):
+        row_block, column_block = tile_in_bands(t // shares, rows, columns, GROUP_M)
+        first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
+        a_tile = (first_row, M - first_row, 0, 0)
+        b_tile = (first_column, N - first_column, 0, 0)
+        share, first_block, blocks, length = 0, 0, whole, K
+        if SPREAD:
+            share = t % shares
+            first_block = share * split
+            blocks = tl.maximum(tl.minimum(whole - first_block, split), 0)
+            length = tl.minimum(K - first_block * 128, split * 128)
+        part = (first_block * 128, first_block, blocks, length, K, split)
+        sum = products(a, a_tile, b, b_tile, part, BLOCK_M, BLOCK_N, B_BLOCK, SWAPPED,
+                       a.tiles is not None, TAIL, SPLIT, NATIVE_FP8, INDEX)  # fmt: skip
+        row = tl.cast(first_row, tl.int64) + tl.arange(0, BLOCK_M)
+        column = tl.cast(first_column, tl.int64) + tl.arange(0, BLOCK_N)
+        inside = (row < M)[:, None] & (column < N)[None, :]
+        if c_ptr is not None:
+            c = tl.load(c_ptr + row[:, None] * c_row + column[None, :], mask=inside, other=0.0)
+            sum += c.to(tl.float32)
+        out_tile = out_ptr + (tl.cast(share, tl.int64) * M + row)[:, None] * N + column[None, :]
+        tl.store(out_tile, sum.to(out_ptr.dtype.element_ty), mask=inside)
 
-    rows_inside, columns_inside = m < M - row_block * BLOCK_M, n < N - column_block * BLOCK_N
-    sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for j in range(0, tl.cdiv(K, 128)):
-        a_inside = rows_inside[:, None]
-        b_inside = columns_inside[None, :]
-        if not WHOLE_K:
-            a_inside &= (k < K - j * 128)[None, :]
-            b_inside &= (k < K - j * 128)[:, None]
-        a = tl.load(a_tile + j * 128, mask=a_inside, other=0.0)
-        b = tl.load(b_tile + j * 128, mask=b_inside, other=0.0)
-        # Not `a_scale_tile += a_scale_block`, which Triton 3.6 fails to compile for gfx942.
-        a_scale_at = a_scale_tile + tl.cast(j, tl.int64) * a_scale_block
-        b_scale_at = b_scale_tile + tl.cast(j, tl.int64) * b_scale_block
-        a_scale = tl.load(a_scale_at, mask=rows_inside, other=0.0)
-        if ONE_B_SCALE:
-            b_scale = tl.load(b_scale_at)
-        else:
-            b_scale = tl.load(b_scale_at, mask=columns_inside, other=0.0)[None, :]
-        block_sum = tl.dot(matrix_operand(a, NATIVE_FP8), matrix_operand(b, NATIVE_FP8))
-        sum = tl.fma(block_sum, a_scale[:, None] * b_scale, sum)
 
-    row, column = first_row + m, first_column + n
-    inside = (row < M)[:, None] & (column < N)[None, :]
+@triton.jit(do_not_specialize=["shares", "numel"])
+def add_shares(shares_ptr, c_ptr, out_ptr, shares, numel, N, c_row):
+    """out = Σ_s shares[s] + c, in the order that a program adds its own splits in."""
+    i = tl.cast(tl.program_id(0), tl.int64) * 1024 + tl.arange(0, 1024)
+    inside = i < numel
+    sum = tl.zeros((1024,), tl.float32)
+    for s in range(shares):
+        sum += tl.load(shares_ptr + tl.cast(s, tl.int64) * numel + i, mask=inside, other=0.0)
     if c_ptr is not None:
-        c = tl.load(c_ptr + row[:, None] * c_row + column[None, :], mask=inside, other=0.0)
+        c = tl.load(c_ptr + i // N * c_row + i % N, mask=inside, other=0.0)
         sum += c.to(tl.float32)
-    out_tile = out_ptr + row[:, None] * N + column[None, :]
-    tl.store(out_tile, sum.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def tile_in_bands(rows, columns, GROUP_M: tl.constexpr):
-    """This program's row block and column block: down a band of GROUP_M row blocks, then right."""
-    band = tl.program_id(0) // (GROUP_M * columns)
-    first = band * GROUP_M
-    height = min(rows - first, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * columns)
-    return first + within % height, within // height
+    tl.store(out_ptr + i, sum.to(out_ptr.dtype.element_ty), mask=inside)

@@ -15,11 +15,34 @@ import triton.language as tl
 FP8_MAX = 448.0
 AMAX_MIN = 1e-4  # an all-zero block gets the scale 1e-4/448
 BLOCK = 128  # one scale covers 128 values along K
+LAYOUTS = ("row", "column")  # of a scale: contiguous, or what Hopper's TMA takes
 
 
 def as_bits(x: torch.Tensor, native_fp8: bool) -> torch.Tensor:
     """`x` as a kernel takes it: FP8 as it is, or as uint8 where the target has no such type."""
     return x if native_fp8 else x.view(torch.uint8)
+
+
+def new_scale(x: torch.Tensor, shape: tuple[int, ...], layout: str) -> torch.Tensor:
+    """An unwritten scale [..., rows, blocks] beside `x`, laid out "row" (contiguous) or "column".
+
+    "column" has strides (..., 1, pitch), `pitch` being `rows` rounded up to a multiple of 4 so that
+    each block column starts at a multiple of 16 bytes. The kernel writes zeros into the padding,
+    which `with_padding` shows it. A scale of rank 1 is contiguous either way.
+    """
+    if layout == "row" or len(shape) < 2:
+        return x.new_empty(shape, dtype=torch.float32)
+    *lead, rows, blocks = shape
+    buffer = x.new_empty((*lead, blocks, -(-rows // 4) * 4), dtype=torch.float32)
+    return buffer.mT[..., :rows, :]
+
+
+def with_padding(scale: torch.Tensor, layout: str) -> torch.Tensor:
+    """`scale`, from `new_scale` with this layout, as [..., pitch, blocks]: all that is written."""
+    if layout == "row" or scale.dim() < 2:
+        return scale
+    *lead, rows, blocks = scale.shape
+    return scale.as_strided((*lead, -(-rows // 4) * 4, blocks), scale.stride())
 
 
 @triton.jit

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .exact import inverse_rms, sum_pairs
 from .quant import BLOCK, cast_per_token
 
 __all__ = ["mla_cache_append", "mla_decode"]
@@ -37,15 +37,7 @@ def mla_cache_append(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """fp32 throughout, each step rounded: squares summed pairwise, neighbours first."""
-    R = x.shape[-1]
-    total = F.pad(x * x, (0, (1 << max(R - 1, 0).bit_length()) - R))
-    while total.shape[-1] > 1:
-        total = total[..., 0::2] + total[..., 1::2]
-    # Tensors, not Python numbers: torch would divide by a number as it multiplies by its inverse.
-    mean = total / torch.full_like(total, R)
-    # float64 and a cast round as IEEE has it; torch's own fp32 sqrt is an ulp off on some CPUs.
-    root = (mean + torch.full_like(mean, eps)).double().sqrt().float()
-    return (x * (torch.ones_like(root) / root)) * weight
+    return (x * inverse_rms(sum_pairs(x * x), x.shape[-1], eps)) * weight
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exact import exp, sigmoid, sum_pairs
+
 __all__ = [
     "expert_combine",
     "expert_combine_backward",
@@ -16,26 +18,7 @@ __all__ = [
 ]
 
 
-# Scores. The kernels' formulas (experts/score.py) operation for operation, each rounded to float32:
-# torch.exp and torch.log1p differ from one machine to the next in the last place.
-
-
-def exp(x: Tensor) -> Tensor:
-    """e^x for x <= 0 in float32: x = n ln 2 + r, a polynomial in r, times 2^n."""
-    x = torch.where(x < -104.0, -104.0, x)
-    shifted = x * 1.44269502 + 12582912.0
-    n = shifted - 12582912.0
-    r = (x - n * 0.693359375) - n * -2.12194442e-4
-    p = r * 1.98756912e-4 + 1.39819994e-3
-    p = p * r + 8.33345205e-3
-    p = p * r + 4.16657962e-2
-    p = p * r + 0.166666657
-    p = p * r + 0.5
-    value = (p * (r * r) + r) + 1.0
-    exponent = shifted.view(torch.int32) - 0x4B400000
-    half = exponent >> 1
-    value = value * ((half + 127) << 23).view(torch.float32)
-    return value * ((exponent - half + 127) << 23).view(torch.float32)
+# Scores. The kernels' formulas (experts/score.py) operation for operation, each rounded to float32.
 
 
 def log1p(u: Tensor) -> Tensor:
@@ -48,11 +31,6 @@ def log1p(u: Tensor) -> Tensor:
     p = p * z + 0.333333343
     t = t + t
     return p * z * t + t
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    e = exp(-x.abs())
-    return torch.where(x >= 0, 1.0, e) / (e + 1.0)
 
 
 def sqrtsoftplus(x: Tensor) -> Tensor:
@@ -70,14 +48,6 @@ def softmax(x: Tensor) -> Tensor:
 
 
 SCORES = {"sigmoid": sigmoid, "softmax": softmax, "sqrtsoftplus": sqrtsoftplus}
-
-
-def sum_pairs(x: Tensor) -> Tensor:
-    """Sum of [T, n], kept as a dimension: pairs of neighbours, then pairs of pairs, and so on."""
-    x = F.pad(x, (0, (1 << (x.shape[1] - 1).bit_length()) - x.shape[1]))
-    while x.shape[1] > 1:
-        x = x[:, 0::2] + x[:, 1::2]
-    return x
 
 
 def route_topk(

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cast_back", "cast_per_block", "cast_per_token"]
+from .exact import inverse_rms, sigmoid, sum_pairs
+
+__all__ = [
+    "cast_back",
+    "cast_per_block",
+    "cast_per_channel",
+    "cast_per_token",
+    "rmsnorm_cast",
+    "swiglu_cast",
+    "swiglu_cast_backward",
+]
 
 FP8_MAX = 448.0
 BLOCK = 128
@@ -34,12 +45,29 @@ def spread(scale: Tensor, block: Sequence[int], N: int, K: int) -> Tensor:
     return scale[..., row, :][..., column]
 
 
-def cast_per_token(x: Tensor, scale_format: str = "fp32") -> tuple[Tensor, Tensor]:
+def row_major(x: Tensor) -> Tensor:
+    """A contiguous copy, with the strides of a new tensor even where its sizes are 0 or 1."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def laid_out(scale: Tensor, layout: str) -> Tensor:
+    """`scale` [..., rows, blocks] in row-major order, or column by column, padded with zeros."""
+    if layout == "row" or scale.dim() < 2:
+        return row_major(scale)
+    *lead, rows, blocks = scale.shape
+    columns = scale.new_zeros((*lead, blocks, -(-rows // 4) * 4))
+    columns[..., :rows] = scale.mT
+    return columns.mT[..., :rows, :]
+
+
+def cast_per_token(
+    x: Tensor, scale_format: str = "fp32", scale_layout: str = "row"
+) -> tuple[Tensor, Tensor]:
     K = x.shape[-1]
     blocks = F.pad(x.float(), (0, -K % BLOCK)).unflatten(-1, (-1, BLOCK))  # [..., K/128, 128]
     scale = block_scale(blocks.abs().amax(-1), scale_format)  # [..., K/128]
     q = to_e4m3(blocks * (1.0 / scale)[..., None]).flatten(-2)[..., :K]
-    return q.contiguous(), scale
+    return q.contiguous(), laid_out(scale, scale_layout)
 
 
 def cast_per_block(x: Tensor, scale_format: str = "fp32") -> tuple[Tensor, Tensor]:
@@ -51,5 +79,100 @@ def cast_per_block(x: Tensor, scale_format: str = "fp32") -> tuple[Tensor, Tenso
     return q.contiguous(), scale
 
 
+def repaired(offsets: Tensor, limit: int) -> Tensor:
+    """Offsets of groups clamped to [0, limit], then raised to the largest one before."""
+    return offsets.clamp(0, limit).cummax(0).values
+
+
+def cast_per_channel(
+    x: Tensor,
+    scale_format: str = "fp32",
+    group_offsets: Tensor | None = None,
+    transpose: bool = False,
+    scale_layout: str = "row",
+) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    offsets = [0, M] if group_offsets is None else repaired(group_offsets, M).tolist()
+    groups = 0 if group_offsets is None else len(offsets) - 1
+    q = x.new_zeros((K, M), dtype=torch.float8_e4m3fn)
+    scale = x.new_zeros((K, -(-M // BLOCK) + groups), dtype=torch.float32)
+    block = 0
+    for first, last in itertools.pairwise(offsets):
+        q[:, first:last], group_scale = cast_per_token(x[first:last].T, scale_format)
+        scale[:, block : block + group_scale.shape[1]] = group_scale
+        block += group_scale.shape[1]
+    if not transpose:
+        q, scale = row_major(q.T), scale.T
+    return q, laid_out(scale, scale_layout)
+
+
 def cast_back(q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.dtype) -> Tensor:
     return (q.float() * spread(scale, block, *q.shape[-2:])).to(out_dtype).contiguous()
+
+
+def swiglu_cast(
+    gate_up: Tensor,
+    weights: Tensor | None = None,
+    limit: float | None = None,
+    scale_format: str = "fp32",
+    scale_layout: str = "row",
+) -> tuple[Tensor, Tensor]:
+    gate, up = limited(*halves(gate_up.float()), limit)
+    y = gate * sigmoid(gate) * up
+    if weights is not None:
+        y = y * weights[:, None]
+    return cast_per_token(y, scale_format, scale_layout)
+
+
+def halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    I = gate_up.shape[1] // 2
+    return gate_up[:, :I], gate_up[:, I:]
+
+
+def limited(gate: Tensor, up: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+    """The gate at most `limit`, the values between -limit and limit; NaN stays."""
+    if limit is None:
+        return gate, up
+    lowest = 0.0 - limit  # 0 for a limit of 0, never -0
+    up = torch.where(up > limit, limit, torch.where(up < lowest, lowest, up))
+    return torch.where(gate > limit, limit, gate), up
+
+
+def swiglu_cast_backward(
+    grad: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor | None = None,
+    weights: Tensor | None = None,
+    limit: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    gate_up = gate_up.float()
+    if gate_up_scale is not None:
+        gate_up = gate_up * spread(gate_up_scale, (1, BLOCK), *gate_up.shape)
+    raw_gate, raw_up = halves(gate_up)
+    gate, up = (x.double() for x in limited(raw_gate, raw_up, limit))
+    weight = 1.0 if weights is None else weights.double()[:, None]
+    s = torch.sigmoid(gate)
+    y = gate * s * up * weight
+    # d silu / dg = σ(g) (1 + g (1 - σ(g)))
+    grad_gate = grad.double() * weight * up * s * (1 + gate * (1 - s))
+    grad_up = grad.double() * weight * gate * s
+    if limit is not None:
+        grad_gate = torch.where(raw_gate > limit, 0.0, grad_gate)
+        grad_up = torch.where(raw_up.abs() > limit, 0.0, grad_up)
+    grad_weights = None if weights is None else (grad.double() * gate * s * up).sum(1).float()
+    return torch.cat((grad_gate, grad_up), 1).to(grad.dtype), y.to(grad.dtype), grad_weights
+
+
+def rmsnorm_cast(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    scale_format: str = "fp32",
+    scale_layout: str = "row",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    new_residual = None if residual is None else (x.float() + residual.float()).to(x.dtype)
+    h = (x if residual is None else new_residual).float()
+    squares = sum((sum_pairs(part * part) for part in h.split(8192, 1)), h.new_zeros(1))  # [M, 1]
+    normed = (h * inverse_rms(squares, h.shape[1], eps) * weight.float()).to(x.dtype)
+    return *cast_per_token(normed, scale_format, scale_layout), normed, new_residual

@@ -12,7 +12,10 @@ from torch import Tensor
 BITWISE = {
     "cast_per_token",
     "cast_per_block",
+    "cast_per_channel",
     "cast_back",
+    "swiglu_cast",
+    "rmsnorm_cast",
     "mla_cache_append",
     "route_topk",
     "expert_dispatch",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Generator
 
 from ... import reference
+from ...reference.quant import to_e4m3
+from ...runtime.arch import ARCHS
+from ...runtime.tiles import gemm_tile
 from . import Sizes
 from .quant import BF16, values
+
+F32 = torch.float32
 
 
 def fp8_gemm_nt(
@@ -27,9 +34,122 @@ def fp8_gemm_nt(
     return a, a_scale, b, b_scale, out_dtype, addend
 
 
+def m_grouped_fp8_gemm_nt_contiguous(
+    generator: Generator,
+    M: int,
+    N: int,
+    K: int,
+    G: int,
+    out_dtype: torch.dtype = BF16,
+    b_rows: int = 128,
+) -> tuple:
+    """Groups of random size, and every tenth row in none."""
+    a, a_scale = reference.cast_per_token(values(generator, M, K))
+    device = generator.device
+    group = torch.randint(max(G, 1), (M,), generator=generator, device=device).sort().values
+    skipped = torch.rand(M, generator=generator, device=device) < 0.1
+    group_index = torch.where(skipped, -1, group).int()
+    return a, a_scale, *_weights(generator, G, N, K, b_rows), group_index, out_dtype
+
+
+def m_grouped_fp8_gemm_nt_masked(
+    generator: Generator,
+    M: int,
+    N: int,
+    K: int,
+    G: int,
+    out_dtype: torch.dtype = BF16,
+    b_rows: int = 128,
+    expected_m: int | None = None,
+) -> tuple:
+    """Up to M rows in use in each group, or as many that `expected_m` is their average."""
+    a, a_scale = reference.cast_per_token(values(generator, G, M, K))
+    most = M if expected_m is None else min(M, 2 * expected_m)
+    used = torch.randint(most + 1, (G,), generator=generator, device=generator.device)
+    weights = _weights(generator, G, N, K, b_rows)
+    return a, a_scale, *weights, used.int(), out_dtype, expected_m
+
+
+def k_grouped_fp8_gemm_nt(
+    generator: Generator, M: int, N: int, K: int, G: int, c: bool = False
+) -> tuple:
+    """Groups of random length, which together have the K columns."""
+    offsets = torch.randint(K + 1, (max(G - 1, 0),), generator=generator, device=generator.device)
+    offsets = torch.cat([offsets.new_zeros(1), offsets.sort().values, offsets.new_full((1,), K)])
+    operands = []
+    for rows in (M, N):
+        q = to_e4m3(values(generator, rows, K, dtype=F32) * 16)
+        scale = torch.rand(rows, -(-K // 128) + G, generator=generator, device=generator.device)
+        operands += [q, scale + 2**-10]
+    addend = values(generator, G, M, N, dtype=F32) if c else None
+    return *operands, offsets[: G + 1].int(), addend
+
+
+def _weights(generator: Generator, G: int, N: int, K: int, b_rows: int) -> tuple:
+    cast = reference.cast_per_block if b_rows == 128 else reference.cast_per_token
+    return cast(values(generator, G, N, K))
+
+
 # The N x K of DeepSeek-V3's linear layers that published figures are for.
-V3 = [(7168, 16384), (24576, 1536), (4096, 7168), (7168, 2048), (4096, 4096)]
-F32 = torch.float32
+V3 = [
+    (2112, 7168),
+    (576, 7168),
+    (24576, 1536),
+    (32768, 512),
+    (7168, 16384),
+    (4096, 7168),
+    (7168, 2048),
+]
+# Widths at which tiles and splits of K differ.
+LAYERS = [*V3, (64, 16384), (256, 16384), (576, 128), (16384, 128), (512, 7168), (576, 2048)]
+LAYERS += [(1024, 4096), (1536, 7168), (3072, 1536), (4096, 4096)]
+EXPERTS = [(4096, 7168), (7168, 2048), (512, 1024), (1408, 128)]
+ROWS = (1, 24, 96, 192, 384, 768, 1024, 2048, 4096)
+EXPERT_SIZES = [{"M": M, "N": N, "K": K} for M in ROWS for N, K in EXPERTS]
+
+
+def _one_of_each_tile() -> list[dict]:
+    """Shapes that between them take every tile that a launch may choose, on any architecture.
+
+    Each as it is common, and as it takes the most registers: part of a block of K, c in fp32.
+    """
+    worst = {"c": F32, "out_dtype": F32}
+    sizes = [{"M": M, "N": N, "K": K} for M in ROWS for N, K in LAYERS]
+    few = _with_a_new_tile(sizes, 128) + [
+        {**size, "K": size["K"] + 16, **worst, "b_rows": b_rows}
+        for b_rows in (128, 1)
+        for size in _with_a_new_tile(sizes, b_rows)
+    ]
+    return few
+
+
+def _one_of_each_tile_of_groups(G: int = 8) -> list[dict]:
+    """The same for groups, M being the rows of one."""
+    return [
+        {**size, "K": size["K"] + 16, "b_rows": b_rows, "G": G}
+        for b_rows in (128, 1)
+        for size in _with_a_new_tile(EXPERT_SIZES, b_rows, groups=G, form="m_grouped")
+    ]
+
+
+def _with_a_new_tile(sizes: list[dict], b_rows: int, **rest) -> list[dict]:
+    """Those of `sizes` at which some architecture takes a tile that it took at none before."""
+    few, seen = [], set()
+    for size in sizes:
+        tiles = [
+            (name, gemm_tile(arch, **size, b_rows=b_rows, **rest)) for name, arch in ARCHS.items()
+        ]
+        forms = {(name, replace(tile, splits=min(tile.splits, 2))) for name, tile in tiles}
+        if not forms <= seen:
+            seen |= forms
+            few.append(size)
+    return few
+
+
+def _experts(forms: tuple[tuple[int, int], ...]) -> list[dict]:
+    """(G, M) of V3's two expert layers."""
+    return [{"G": G, "M": M, "N": N, "K": K} for N, K in EXPERTS[:2] for G, M in forms]
+
 
 SIZES = {
     "fp8_gemm_nt": Sizes(
@@ -45,21 +165,51 @@ SIZES = {
         ],
         cpu=[{"M": M, "N": N, "K": K} for N, K in ((7168, 2048), (4096, 7168)) for M in (1, 4, 64)],
         gpu=[{"M": M, "N": N, "K": K} for N, K in V3 for M in (1, 16, 64, 128, 4096)],
-        # Together these take every tile of every architecture: tests/matmul/test_tiles.py.
+        inspect=_one_of_each_tile(),
+    ),
+    "m_grouped_fp8_gemm_nt_contiguous": Sizes(
+        small=[
+            {"M": 150, "N": 130, "K": 200, "G": 3},
+            {"M": 9, "N": 40, "K": 128, "G": 20, "b_rows": 1, "out_dtype": F32},
+            {"M": 0, "N": 40, "K": 128, "G": 2},
+            {"M": 5, "N": 0, "K": 128, "G": 2},
+            {"M": 5, "N": 8, "K": 0, "G": 2},
+            {"M": 5, "N": 8, "K": 128, "G": 0},
+        ],
+        cpu=[{"M": 256, "N": 512, "K": 1024, "G": 8}],
+        gpu=[
+            {**size, "M": size["G"] * size["M"]}
+            for size in _experts(((4, 8192), (8, 4096), (32, 256)))
+        ],
+        inspect=[{**size, "M": 8 * size["M"]} for size in _one_of_each_tile_of_groups()],
+    ),
+    "m_grouped_fp8_gemm_nt_masked": Sizes(
+        small=[
+            {"G": 3, "M": 70, "N": 130, "K": 200},
+            {"G": 9, "M": 5, "N": 40, "K": 128, "b_rows": 1, "out_dtype": F32, "expected_m": 2},
+            {"G": 0, "M": 5, "N": 40, "K": 128},
+            {"G": 2, "M": 0, "N": 40, "K": 128},
+            {"G": 2, "M": 5, "N": 0, "K": 128},
+            {"G": 2, "M": 5, "N": 8, "K": 0},
+        ],
+        cpu=[{"G": 8, "M": 32, "N": 512, "K": 1024}],
+        gpu=_experts(((1, 1024), (2, 512), (4, 256), (32, 64))),
+        inspect=_one_of_each_tile_of_groups(),
+    ),
+    "k_grouped_fp8_gemm_nt": Sizes(
+        small=[
+            {"M": 70, "N": 130, "K": 500, "G": 3, "c": True},
+            {"M": 9, "N": 40, "K": 129, "G": 5},
+            {"M": 4, "N": 5, "K": 0, "G": 2, "c": True},
+            {"M": 4, "N": 5, "K": 10, "G": 0},
+            {"M": 0, "N": 5, "K": 10, "G": 1},
+            {"M": 4, "N": 0, "K": 10, "G": 1},
+        ],
+        cpu=[{"M": 512, "N": 256, "K": 1024, "G": 4}],
+        gpu=[{"M": M, "N": N, "K": 4 * 8192, "G": 4} for M, N in ((4096, 7168), (7168, 2048))],
         inspect=[
-            {"M": 1, "N": 512, "K": 7168},
-            {"M": 192, "N": 512, "K": 7168},
-            {"M": 384, "N": 512, "K": 7168},
-            {"M": 768, "N": 512, "K": 7168},
-            {"M": 4096, "N": 576, "K": 7168},
-            {"M": 96, "N": 7168, "K": 2048},
-            {"M": 1024, "N": 3072, "K": 1536},
-            {"M": 24, "N": 24576, "K": 1536},
-            # What takes the most registers: part of a block of K, scales per row of b, c in fp32.
-            {"M": 4096, "N": 576, "K": 7184, "c": F32, "out_dtype": F32},
-            {"M": 4096, "N": 576, "K": 7184, "c": F32, "out_dtype": F32, "b_rows": 1},
-            {"M": 96, "N": 24576, "K": 7184, "c": F32, "out_dtype": F32, "b_rows": 1},
-            {"M": 384, "N": 512, "K": 7184, "c": F32, "out_dtype": F32, "b_rows": 1},
+            {**size, "K": 8 * size["K"], "G": 8, "c": True}
+            for size in _with_a_new_tile(EXPERT_SIZES, 1, groups=8, form="k_grouped")
         ],
     ),
 }

@@ -1,0 +1,1 @@
+"""deepkern under the call signatures that people already use, a module per library."""

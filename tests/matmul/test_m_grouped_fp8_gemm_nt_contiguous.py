@@ -1,0 +1,165 @@
+"""Groups of rows: any sizes, any padding, any index contents; a row's bits are those alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deepkern
+from deepkern.matmul import m_grouped
+from deepkern.runtime import arch, tiles
+from deepkern.runtime.arch import ARCHS
+from deepkern.testing import compare, inputs
+
+F32, BF16 = torch.float32, torch.bfloat16
+OP = "m_grouped_fp8_gemm_nt_contiguous"
+product = deepkern.m_grouped_fp8_gemm_nt_contiguous
+
+
+def make(generator, M, N, K, G, **kwargs):
+    return inputs.make(OP, generator, M=M, N=N, K=K, G=G, **kwargs)
+
+
+def with_index(args, index) -> tuple:
+    """The arguments with these groups instead."""
+    index = torch.as_tensor(index, dtype=torch.int32, device=args[0].device)
+    return (*args[:4], index, *args[5:])
+
+
+def check(args) -> torch.Tensor:
+    with compare.poison():
+        got = product(*args)
+    compare.assert_matches(OP, got, deepkern.reference.m_grouped_fp8_gemm_nt_contiguous(*args))
+    return got
+
+
+@pytest.mark.parametrize("b_rows", [128, 1])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(1, 1, 1), (3, 8, 100), (127, 100, 129), (129, 200, 128), (257, 130, 260)]
+)
+def test_off_every_grid(backend, generator, M, N, K, b_rows):
+    check(make(generator, M, N, K, G=3, b_rows=b_rows, out_dtype=F32))
+
+
+GROUPS = {
+    "none": [-1] * 150,
+    "one for all": [2] * 150,
+    "padding within": [0, 0, -1] * 20 + [1] * 20 + [-1] * 30 + [3] * 40,
+    "the last one empty": [0] * 75 + [1] * 75,
+    "the first ones empty": [3] * 150,
+    "each for a row": list(range(4)) + [-1] * 146,
+    "unsorted": [3, 0, 2, 1, -1] * 30,
+    "out of range": [4, -2, 2**31 - 1, -(2**31), 1] * 30,
+    "backwards": [3] * 40 + [2] * 40 + [1] * 40 + [0] * 30,
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=list(GROUPS))
+def test_any_contents_of_the_index(backend, generator, groups):
+    args = with_index(make(generator, 150, 70, 140, G=4, out_dtype=F32), groups)
+    got = check(args)
+    skipped = torch.tensor([not 0 <= g < 4 for g in groups])
+    assert not got[skipped.to(got.device)].any()
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    groups=st.lists(st.integers(-2, 6), max_size=120),
+    G=st.integers(0, 5),
+    N=st.integers(0, 140),
+    K=st.integers(0, 300),
+    seed=st.integers(0, 2**31),
+)
+def test_any_groups(groups, G, N, K, seed):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    with deepkern.backend("triton"):
+        check(with_index(make(generator, len(groups), N, K, G, out_dtype=F32), groups))
+
+
+def test_a_row_has_the_bits_that_it_has_alone(backend, generator):
+    """As in a product of its group only, wherever it stands and whatever else there is."""
+    a, a_scale, b, b_scale, index, _ = make(generator, 257, 140, 300, G=3, out_dtype=F32)
+    got = product(a, a_scale, b, b_scale, index, F32)
+    for row in (0, 1, 100, 127, 128, 200, 255, 256):
+        only = slice(row, row + 1)
+        alone = product(a[only], a_scale[only], b, b_scale, index[only], F32)
+        compare.assert_bitwise(alone, got[only], f"row {row}")
+        if index[row] >= 0:
+            g = int(index[row])
+            single = deepkern.fp8_gemm_nt(a[only], a_scale[only], b[g], b_scale[g], F32)
+            compare.assert_bitwise(single, got[only], f"row {row} without groups")
+    for M in (3, 64, 65, 129):
+        part = product(a[:M], a_scale[:M], b, b_scale, index[:M], F32)
+        compare.assert_bitwise(part, got[:M], f"{M} rows")
+
+
+@pytest.mark.parametrize("b_rows", [128, 1])
+@pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
+def test_every_tile_of_every_target(target, b_rows, generator, monkeypatch):
+    args = make(generator, 150, 140, 272, G=3, b_rows=b_rows, out_dtype=F32)
+    with deepkern.backend("triton"):
+        want = product(*args)
+        with arch.compile_for(target):
+            for tile in tiles.gemm_tiles(target, b_rows):
+                monkeypatch.setattr(m_grouped, "gemm_tile", lambda *_, t=tile, **__: t)
+                got = product(*args)
+                # sm_90 and sm_80 sum the last part of a block in other pieces.
+                compare.assert_close(got, want, str(tile))
+
+
+def test_strided_operands_and_scales(backend, generator):
+    a, a_scale, b, b_scale, index, _ = make(generator, 60, 140, 300, G=4, b_rows=1)
+    strided = (
+        a[::2, 16:272], a_scale[::2, :2].t().contiguous().t(),
+        b[::2, 3:, 16:272], b_scale[::2, 3:, :2].transpose(1, 2).contiguous().transpose(1, 2),
+        index[::2], F32,
+    )  # fmt: skip
+    got = check(strided)
+    compact = tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in strided)
+    compare.assert_bitwise(product(*compact), got)
+
+
+def test_transposed_weights(backend, generator):
+    """b of the layout nn, [G, K, N], as a view."""
+    a, a_scale, b, b_scale, index, _ = make(generator, 60, 70, 160, G=3)
+    lying = b.view(torch.uint8).transpose(1, 2).contiguous().view(b.dtype).transpose(1, 2)
+    got = product(a, a_scale, lying, b_scale, index, F32)
+    compare.assert_bitwise(got, product(a, a_scale, b, b_scale, index, F32))
+
+
+def test_nan_stays_in_its_row(backend, generator):
+    a, a_scale, b, b_scale, index, _ = make(generator, 90, 40, 200, G=3)
+    index = torch.arange(90, dtype=torch.int32, device=a.device) // 30
+    a[31, 7], a_scale[60, 1] = float("nan"), float("nan")
+    got = product(a, a_scale, b, b_scale, index)
+    spoilt = torch.zeros(90, dtype=torch.bool, device=a.device)
+    spoilt[31] = spoilt[60] = True
+    assert torch.equal(got.isnan().all(1), spoilt) and torch.equal(got.isnan().any(1), spoilt)
+
+
+def test_more_groups_than_rows(backend, generator):
+    check(make(generator, 5, 40, 128, G=300, out_dtype=F32))
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [([0, 3, 1], "got [3]"), ([1, 0, 0], "values that ascend but for -1, got [1, 0, 0]")],
+)
+def test_debug_names_bad_contents(backend, generator, monkeypatch, index, said):
+    monkeypatch.setenv("DEEPKERN_DEBUG", "1")
+    args = with_index(make(generator, 3, 8, 128, G=3), index)
+    with pytest.raises(ValueError) as caught:
+        product(*args)
+    assert str(caught.value).startswith(f"{OP}: group_index: expected ") and said in str(
+        caught.value
+    )
+
+
+def test_bad_scale_of_b(backend, generator):
+    a, a_scale, b, b_scale, index, _ = make(generator, 4, 300, 200, G=2)
+    with pytest.raises(ValueError, match=r"b_scale: expected .*, so 3 or 300 rows, got shape"):
+        product(a, a_scale, b, b_scale[:, :2], index)
