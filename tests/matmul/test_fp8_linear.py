@@ -125,6 +125,25 @@ def test_gradients_of_unlike_size_keep_their_digits(backend, generator):
     assert compare.diff(got[::2], exact[::2]) < 2e-3 and compare.diff(got[1::2], exact[1::2]) < 2e-3
 
 
+@pytest.mark.parametrize("power", [-50, -20, 40])
+def test_small_gradients_are_as_exact_as_large_ones(backend, generator, power):
+    """A mean over many tokens makes them small; the casts clamp magnitudes below 1e-4."""
+    x, weight, bias, grad = make(generator, 20, 40, 60)
+    want = run(x, weight, bias, grad)
+    got = run(x, weight, bias, grad * 2.0**power)
+    for g, w in zip(got[1:], want[1:], strict=True):
+        compare.assert_bitwise(g, w * 2.0**power)
+
+
+def test_small_gradients_in_float16(backend, generator):
+    """Of which its own rounding has left few digits: those stay."""
+    x, weight, bias, grad = make(generator, 20, 40, 60, F16)
+    grad = (grad.float() * 2.0**-18).half()
+    _, grad_x, grad_weight, _ = run(x, weight, bias, grad)
+    compare.assert_bitwise(grad_x, run(x, weight, bias, grad.float())[1].half())
+    assert compare.diff(grad_weight, grad.double().T @ x.double()) < 2e-3
+
+
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3), (2, 0)])
 def test_leading_dimensions(backend, generator, lead):
     x, weight = values(generator, *lead, 70, dtype=F32).requires_grad_(), values(generator, 30, 70)

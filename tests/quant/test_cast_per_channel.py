@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import deepkern
+from deepkern.quant.fp8 import with_padding
+from deepkern.runtime import arch
 from deepkern.testing import compare
 from deepkern.testing.inputs.quant import values
 
@@ -61,7 +67,7 @@ def test_is_cast_per_token_of_the_transpose(backend, generator):
 def test_groups_are_cast_one_by_one(backend, generator):
     x, offsets, block = values(generator, 300, 70), [0, 100, 100, 229, 300], 0
     q, scale = deepkern.cast_per_channel(x, group_offsets=offsets_of(x, offsets))
-    for first, last in zip(offsets, offsets[1:], strict=False):
+    for first, last in itertools.pairwise(offsets):
         q_alone, scale_alone = deepkern.cast_per_channel(x[first:last])
         compare.assert_bitwise(q[first:last], q_alone)
         compare.assert_bitwise(scale[block : block + len(scale_alone)], scale_alone)
@@ -83,3 +89,126 @@ def test_nan_and_inf_spoil_their_block_only(backend, generator):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_dtypes_and_strided_rows(backend, generator, dtype):
     check(values(generator, 300, 140, dtype=dtype)[::2, 3:100], transpose=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    M=st.sampled_from([0, 1, 128, 129, 256]) | st.integers(0, 300),
+    K=st.sampled_from([0, 1, 64, 65]) | st.integers(0, 100),
+    offsets=st.none()
+    | st.lists(st.integers(-40, 340) | st.sampled_from([-(2**31), 2**31 - 1]), min_size=1)
+    | st.lists(st.integers(0, 300), min_size=1, max_size=9).map(sorted),
+    transpose=st.booleans(),
+    scale_format=st.sampled_from(["fp32", "ue8m0"]),
+    scale_layout=st.sampled_from(["row", "column"]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_and_offsets(M, K, offsets, transpose, scale_format, scale_layout, dtype, seed):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = values(torch.Generator(device).manual_seed(seed), M, K, dtype=dtype)
+    offsets = None if offsets is None else offsets_of(x, offsets)
+    for backend in ("torch", "triton"):
+        with deepkern.backend(backend):
+            check(x, scale_format, offsets, transpose, scale_layout)
+
+
+@pytest.mark.parametrize("M", [300, 304])  # rows of q^T off 16 bytes, and on them
+@pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
+def test_groups_transposed_are_cast_per_token_of_each(backend, generator, M, scale_format):
+    offsets, block = [5, 32, 32, 176, 290], 0
+    x = values(generator, M, 70)
+    q, scale = deepkern.cast_per_channel(x, scale_format, offsets_of(x, offsets), True)
+    for first, last in itertools.pairwise(offsets):
+        q_alone, scale_alone = deepkern.cast_per_token(x[first:last].T.contiguous(), scale_format)
+        compare.assert_bitwise(q[:, first:last], q_alone)
+        blocks = scale_alone.shape[1]
+        compare.assert_bitwise(scale[:, block : block + blocks], scale_alone)
+        block += blocks
+    q_bits = q.view(torch.uint8)
+    assert block == 4 and scale.shape[1] == 3 + 4 and not scale[:, block:].any()
+    assert not q_bits[:, :5].any() and not q_bits[:, 290:].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_bad_value_stays_in_its_group(backend, generator, bad, transpose):
+    """Rows 100 and 101 are of one block of 128 rows, but not of one group."""
+    x = values(generator, 200, 40)
+    args = "fp32", offsets_of(x, [0, 101, 200]), transpose
+    good_q, good_scale = deepkern.cast_per_channel(x, *args)
+    x[101, 3] = bad
+    q, scale = deepkern.cast_per_channel(x, *args)
+    if transpose:
+        q, scale, good_q, good_scale = q.T, scale.T, good_q.T, good_scale.T
+    assert q[101:, 3].float().isnan().all() and scale[1, 3].isnan()
+    keep = torch.ones_like(q, dtype=torch.bool)
+    keep[101:, 3] = False
+    assert torch.equal(q.float()[keep], good_q.float()[keep])
+    keep = torch.ones_like(scale, dtype=torch.bool)
+    keep[1, 3] = False
+    assert torch.equal(scale[keep], good_scale[keep])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_column_layout_and_its_padding(backend, generator, transpose, grouped):
+    x = values(generator, 300, 70)
+    offsets = offsets_of(x, [0, 10, 20, 300]) if grouped else None
+    _, plain = deepkern.cast_per_channel(x, "fp32", offsets, transpose)
+    _, scale = deepkern.cast_per_channel(x, "fp32", offsets, transpose, "column")
+    rows = scale.shape[0]
+    assert scale.stride() == (1, -(-rows // 4) * 4) and plain.is_contiguous()
+    compare.assert_bitwise(scale, plain)
+    whole = with_padding(scale, "column")
+    assert whole.shape[0] > rows or rows % 4 == 0
+    assert (whole[rows:] == 0).all()
+
+
+def test_a_group_does_not_see_the_others(backend, generator):
+    x = values(generator, 300, 70)
+    offsets = offsets_of(x, [0, 33, 180, 300])
+    before = deepkern.cast_per_channel(x, group_offsets=offsets)
+    x[:33], x[180:] = 7.0, -3.0
+    after = deepkern.cast_per_channel(x, group_offsets=offsets)
+    compare.assert_bitwise(after[0][33:180], before[0][33:180])
+    compare.assert_bitwise(after[1][1:3], before[1][1:3])
+
+
+def test_many_groups(backend, generator):
+    """More offsets than rows, so that most groups are empty and a block holds one row."""
+    x = values(generator, 40, 5)
+    offsets = [min(g // 7, 40) for g in range(300)]
+    _, scale = check(x, "fp32", offsets_of(x, offsets))
+    assert scale.shape == (1 + 299, 5)
+    compare.assert_bitwise(scale[:40], x.float().abs().clamp(min=1e-4) / 448)
+
+
+def test_errors(backend, device):
+    x = torch.zeros(4, 4, device=device)
+    for arguments, words in (
+        ({"scale_format": "e8m0"}, "scale_format: expected 'fp32' or 'ue8m0', got 'e8m0'"),
+        ({"scale_layout": "col"}, "scale_layout: expected 'row' or 'column', got 'col'"),
+        ({"group_offsets": offsets_of(x, [])}, "group_offsets: expected G [+] 1, so at least 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^cast_per_channel: {words}"):
+            deepkern.cast_per_channel(x, **arguments)
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 2], [-1, 4], [0, 5]])
+def test_debug_refuses_bad_offsets(backend, device, monkeypatch, offsets):
+    monkeypatch.setenv("DEEPKERN_DEBUG", "1")
+    x = torch.zeros(4, 4, device=device)
+    deepkern.cast_per_channel(x, group_offsets=offsets_of(x, [1, 1, 4]))
+    with pytest.raises(ValueError, match=r"group_offsets: expected ascending values in \[0, 4\]"):
+        deepkern.cast_per_channel(x, group_offsets=offsets_of(x, offsets))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
+@pytest.mark.parametrize("transpose", [False, True])
+def test_without_an_fp8_type(generator, transpose):
+    x = values(generator, 208, 70, dtype=torch.float32)
+    x[0, 0], x[199, 69] = float("nan"), float("inf")
+    with deepkern.backend("triton"), arch.compile_for(arch.ARCHS["sm_80"]):
+        check(x, "ue8m0", None, transpose)
+        check(x, "fp32", offsets_of(x, [16, 100, 190]), transpose)

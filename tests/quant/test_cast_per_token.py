@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import deepkern
+from deepkern.quant.fp8 import with_padding
 from deepkern.testing import compare
 from deepkern.testing.inputs import quant
 
@@ -84,3 +87,41 @@ def test_rows_do_not_see_each_other(backend, generator):
         q_row, scale_row = deepkern.cast_per_token(x[row : row + 1])
         compare.assert_bitwise(q_row[0], q[row])
         compare.assert_bitwise(scale_row[0], scale[row])
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 300), (8, 128), (1, 200), (3, 2, 33, 300), (2, 0, 300), (4, 0)]
+)
+def test_column_layout_and_its_padding(backend, generator, shape):
+    """Each matrix column by column, from multiples of 16 bytes; what lies between is zero."""
+    x = quant.values(generator, *shape)
+    q_plain, plain = deepkern.cast_per_token(x)
+    q, scale = deepkern.cast_per_token(x, scale_layout="column")
+    compare.assert_bitwise(q, q_plain)
+    compare.assert_bitwise(scale, plain)
+    *lead, rows, blocks = scale.shape
+    pitch = -(-rows // 4) * 4
+    expected = torch.empty(*lead, blocks, pitch, device=scale.device).mT.stride()
+    assert scale.stride() == expected and plain.is_contiguous()
+    if scale.numel():
+        assert scale.untyped_storage().nbytes() == 4 * blocks * pitch * math.prod(lead)
+        assert (with_padding(scale, "column")[..., rows:, :] == 0).all()
+
+
+def test_column_layout_of_one_row_and_of_strided_matrices(backend, generator):
+    x = quant.values(generator, 300)
+    for g, w in zip(
+        deepkern.cast_per_token(x, "fp32", "column"), deepkern.cast_per_token(x), strict=True
+    ):
+        compare.assert_bitwise(g, w)
+        assert g.stride() == w.stride()
+    view = quant.values(generator, 6, 5, 512)[::2, 1:4, 100:333]
+    got = deepkern.cast_per_token(view, "ue8m0", "column")
+    want = deepkern.reference.cast_per_token(view.clone(), "ue8m0", "column")
+    compare.assert_matches("cast_per_token", got, want)
+
+
+def test_layout_is_checked(backend, device):
+    words = "^cast_per_token: scale_layout: expected 'row' or 'column', got 'columns'"
+    with pytest.raises(ValueError, match=words):
+        deepkern.cast_per_token(torch.zeros(1, 1, device=device), "fp32", "columns")

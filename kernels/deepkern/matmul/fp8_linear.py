@@ -9,6 +9,10 @@ where the report turns the FP8 activations of the forward pass into 128x1 blocks
 numbers, a second rounding, the forward pass here casts `x` both ways while it is at hand. The copy
 for the weight's gradient is all that is kept of `x`, one byte a value and a scale per 128.
 
+The casts clamp a block's largest magnitude from below, at 1e-4, and gradients are mostly smaller:
+that of a mean loss shrinks with the number of tokens. So `grad` is cast 2^48 times as large and the
+scales are taken back by as much, both exactly: gradients that are large enough give the same bits.
+
 Cut: three calls of `fp8_gemm_nt`. The weight is cast once for two of them, and the gradient of `x`
 reads it as a transposed view: its blocks are square, so its scales transpose with it. With many
 rows the products limit the speed, with few the reading of the weight, 4 bytes a value from fp32 and
@@ -28,6 +32,9 @@ from ..quant.cast_per_channel import cast_per_channel
 from ..quant.cast_per_token import cast_per_token
 from ..runtime.contract import FP8, Contract, check_that
 from .fp8_gemm_nt import fp8_gemm_nt
+
+# 1e-4 becomes 4e-19, and a bf16 or fp32 gradient overflows from 1e24 on.
+LIFT = 2.0**48
 
 CONTRACT = Contract(
     "fp8_linear",
@@ -117,13 +124,14 @@ class FP8LinearFunction(torch.autograd.Function):
         weight, weight_scale, x, x_scale = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad = rows_contiguous(grad)  # [M, N]
+        lifted = (grad.float() if grad.dtype == torch.float16 else grad) * LIFT
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            q, scale = cast_per_token(grad)
-            grad_x = fp8_gemm_nt(q, scale, weight.t(), weight_scale.t(), x_dtype)
+            q, scale = cast_per_token(lifted)
+            grad_x = fp8_gemm_nt(q, scale / LIFT, weight.t(), weight_scale.t(), x_dtype)
         if ctx.needs_input_grad[1] and x is not None:
-            q, scale = cast_per_channel(grad, transpose=True)  # [N, M]
-            grad_weight = fp8_gemm_nt(q, scale, x, x_scale, weight_dtype)
+            q, scale = cast_per_channel(lifted, transpose=True)  # [N, M]
+            grad_weight = fp8_gemm_nt(q, scale / LIFT, x, x_scale, weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0, dtype=torch.float32).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None

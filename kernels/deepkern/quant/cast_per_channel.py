@@ -139,7 +139,7 @@ def kernel(
         last = tl.minimum(first + 128, M)
         clear_rows(q_ptr, first, tl.minimum(last, begin), column, K, q_row, q_column, NATIVE_FP8)
         clear_rows(q_ptr, tl.maximum(first, stop), last, column, K, q_row, q_column, NATIVE_FP8)
-        _, first, rows = block_at(group_first, group_last, block)
+        first, rows = block_at(group_first, group_last, block)
         end = first + rows
 
     row = (first + tl.arange(0, 128)).to(tl.int64)

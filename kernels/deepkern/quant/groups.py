@@ -44,11 +44,10 @@ def group_spans(offsets_ptr, G, limit, GROUPS: tl.constexpr):
 
 @triton.jit
 def block_at(first, last, block):
-    """(group, first row, number of rows) of `block`; (-1, 0, 0) past the last block."""
+    """First row and number of rows of `block`; (0, 0) past the last block."""
     blocks = (last - first + 127) // 128  # [GROUPS]
     before = tl.cumsum(blocks, 0) - blocks
     start = first + (block - before) * 128
     owns = (block >= before) & (start < last)
-    group = tl.max(tl.where(owns, tl.arange(0, first.shape[0]), -1), 0)
-    row = tl.sum(tl.where(owns, start, 0), 0)
-    return group, row, tl.sum(tl.where(owns, tl.minimum(last - start, 128), 0), 0)
+    rows = tl.minimum(last - start, 128)
+    return tl.sum(tl.where(owns, start, 0), 0), tl.sum(tl.where(owns, rows, 0), 0)
