@@ -68,9 +68,8 @@ FLOPS = {
     "m_grouped_fp8_gemm_nt_masked": _masked_flops,
     "mla_decode": _mla_decode_flops,
 }
-FP8_PRODUCTS = {
-    op for op in FLOPS if "fp8_gemm" in op
-}  # whose roof is the FP8 rate of the tensor cores
+# Whose roof is the FP8 rate of the tensor cores.
+FP8_PRODUCTS = {op for op in FLOPS if "fp8_gemm" in op}
 
 
 def cost(op_name: str, args: tuple, out) -> tuple[int, int]:

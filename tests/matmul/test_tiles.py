@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -33,11 +34,48 @@ def test_one_family_of_matrix_instruction(target):
         assert (options.get("matrix_instr_nonkdim") == 16) == (target.backend == "hip")
 
 
+def form(tile: tiles.GemmTile) -> tiles.GemmTile:
+    """What is compiled for a tile: the number of splits is no part of it."""
+    return replace(tile, splits=min(tile.splits, 2))
+
+
+M_SIZES = (1, 16, 17, 32, 48, 64, 65, 100, 128, 160, 256, 300, 512, 1024, 1500, 4096, 32768)
+N_SIZES = (1, 64, 100, 256, 512, 576, 1024, 1280, 1536, 2112, 3072, 4096, 7168, 24576, 129280)
+K_SIZES = (1, 128, 512, 1024, 2048, 4096, 7168, 16384)
+SHAPES = list(itertools.product(M_SIZES, N_SIZES, K_SIZES))
+
+
 @TARGETS
-def test_every_tile_is_chosen_at_an_inspected_size(target):
-    sizes = inputs.sizes("fp8_gemm_nt").inspect
-    chosen = {tiles.gemm_tile(target, s["M"], s["N"], s["K"]) for s in sizes}
-    assert chosen >= set(tiles.gemm_tiles(target, 128))
+@pytest.mark.parametrize("b_rows", [128, 1])
+def test_every_tile_that_may_be_chosen_is_inspected(target, b_rows):
+    sizes = [s for s in inputs.sizes("fp8_gemm_nt").inspect if s.get("b_rows", 128) == b_rows]
+    inspected = {form(tiles.gemm_tile(target, s["M"], s["N"], s["K"], b_rows)) for s in sizes}
+    assert {form(tiles.gemm_tile(target, *shape, b_rows)) for shape in SHAPES} <= inspected
+
+
+@TARGETS
+@pytest.mark.parametrize(
+    ("op", "kind", "b_rows"),
+    [
+        ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped", 128),
+        ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped", 1),
+        ("m_grouped_fp8_gemm_nt_masked", "m_grouped", 128),
+        ("m_grouped_fp8_gemm_nt_masked", "m_grouped", 1),
+        ("k_grouped_fp8_gemm_nt", "k_grouped", 1),
+    ],
+)
+def test_every_tile_of_groups_that_may_be_chosen_is_inspected(target, op, kind, b_rows):
+    def chosen(M, N, K, groups):
+        return tiles.gemm_tile(target, M, N, K, b_rows, groups=groups, form=kind)
+
+    inspected = set()
+    for size in inputs.sizes(op).inspect:
+        M, K, G = size["M"], size["K"], size["G"]
+        M = -(-M // G) if "contiguous" in op else M
+        K = -(-K // G) if kind == "k_grouped" else K
+        if size.get("b_rows", 1) == b_rows:
+            inspected.add(chosen(M, size["N"], K, G))
+    assert {chosen(*shape, G) for shape in SHAPES for G in (1, 8, 256)} <= inspected
 
 
 @TARGETS

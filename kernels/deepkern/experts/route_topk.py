@@ -24,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.contract import check_choice, check_that
+from ..runtime.exact import sum_pairwise
 from ..runtime.op import op
-from .score import scores, sigmoid, softmax_sums, sum_pairs
+from .score import scores, sigmoid, softmax_sums
 
 SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
 TILE = 1024  # logits a program holds
@@ -191,8 +192,8 @@ def kernel(
     x = tl.load(logits_tile + chosen, mask=inside, other=0.0).to(tl.float32)
     weight = scores(x, largest, total, SCORE)  # [ROWS, SLOTS]
     if NORMALIZE:
-        sum = sum_pairs(tl.where(slot < topk, weight, 0.0), SLOT_LEVELS)
-        weight = tl.div_rn(weight, sum + 1e-20)
+        sum = sum_pairwise(tl.where(slot < topk, weight, 0.0))  # [ROWS]
+        weight = tl.div_rn(weight, (sum + 1e-20)[:, None])
     weight = tl.where(has_nan, float("nan"), weight * scale)
     out = row[:, None] * topk + slot
     tl.store(weights_ptr + out, weight, mask=inside)

@@ -62,11 +62,3 @@ def scores(x, largest, total, SCORE: tl.constexpr):
     else:
         s = tl.div_rn(exp(x - largest), total)
     return s
-
-
-@triton.jit
-def sum_pairs(x, LEVELS: tl.constexpr):
-    """Sum of each row of [M, 2^LEVELS], as [M, 1]: pairs of neighbours, then pairs of pairs, ..."""
-    for level in tl.static_range(LEVELS):
-        x = tl.sum(tl.reshape(x, (x.shape[0], 1 << (LEVELS - 1 - level), 2)), 2)
-    return x

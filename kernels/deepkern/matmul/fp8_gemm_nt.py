@@ -26,10 +26,17 @@ from torch import Tensor
 
 from ..quant.fp8 import BLOCK
 from ..runtime import arch
-from ..runtime.contract import check_choice, check_that
+from ..runtime.contract import check_choice
 from ..runtime.op import op
 from ..runtime.tiles import GemmTile, gemm_tile
-from .products import index_type, operand, products, tile_in_bands
+from .products import (
+    check_b_scale,
+    index_type,
+    operand,
+    products,
+    rows_of_a_scale,
+    tile_in_bands,
+)
 
 REAL = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -69,11 +76,8 @@ def fp8_gemm_nt(
         TypeError, ValueError: an argument is not as above.
     """
     check_choice("fp8_gemm_nt", "out_dtype", out_dtype, REAL)
-    N, per_block = b.shape[0], -(-b.shape[0] // BLOCK)
-    expected = f"[N/128, K/128] or [N, K/128], so {per_block} or {N} rows"
-    got = f"shape {tuple(b_scale.shape)}"
-    check_that("fp8_gemm_nt", "b_scale", b_scale.shape[0] in (per_block, N), expected, got)
-    return a.new_empty((a.shape[0], N), dtype=out_dtype)
+    check_b_scale("fp8_gemm_nt", b, b_scale)
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
 @fp8_gemm_nt.backend("triton")
@@ -95,7 +99,7 @@ def launch(
     kernel[(t.grid(target, programs) if target.tma else programs,)](
         x, y, None if t.spread else c, shares, M, N, K, triton.cdiv(blocks, t.splits), len(shares),
         0 if c is None else c.stride(0), SPREAD=t.spread, SPLIT=t.splits > 1 and not t.spread,
-        SWAPPED=t.swapped, B_BLOCK=1 if b_scale.shape[0] == N else BLOCK,
+        SWAPPED=t.swapped, B_BLOCK=rows_of_a_scale(b, b_scale),
         TAIL=K % BLOCK != 0 and x.tiles is None, NATIVE_FP8=target.native_fp8,
         INDEX=index_type(x, y), BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, GROUP_M=t.GROUP_M,
         PERSISTENT=target.tma, **t.options(target),
@@ -110,7 +114,7 @@ def launch(
 def tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_) -> GemmTile:
     """The tile that a launch with these arguments takes."""
     (M, K), N = a.shape, b.shape[0]
-    return gemm_tile(arch.of(a.device), M, N, K, b_rows=1 if b_scale.shape[0] == N else BLOCK)
+    return gemm_tile(arch.of(a.device), M, N, K, rows_of_a_scale(b, b_scale))
 
 
 fp8_gemm_nt.tile = tile

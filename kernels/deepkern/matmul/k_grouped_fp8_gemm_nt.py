@@ -7,9 +7,9 @@ first column on: `cast_per_channel(..., group_offsets, transpose=True)` makes bo
 
 Cut: as `fp8_gemm_nt` with many rows, G times over. A program finds each tile's group in the offsets
 by itself. The rest of a group, less than a block, is masked on both sides, so that nothing of the
-next group gets in. A group that starts at a multiple of 16 is read through TMA or by wide loads,
-another by bytes, which is slow: align groups where speed counts. The tensor core limits the speed,
-and with short groups the writing of d.
+next group gets in. A group that starts at a multiple of 16 is read through TMA or in blocks with
+the next ones in flight; another in pieces of 32 columns, one after the other, which is slow: align
+groups where speed counts. The tensor core limits the speed, and with short groups the writing of d.
 
 Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.5.1; DeepGEMM's k-grouped form,
 here with groups of any length.
@@ -97,7 +97,7 @@ def launch(
     tiles = G * triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N)
     kernel[(t.grid(target, tiles) if target.tma else tiles,)](
         x, y, None if c is None else c.contiguous(), out, group_offsets.contiguous(), M, N, K,
-        a_scale.shape[1], G, GROUPS=triton.next_power_of_2(G),
+        a_scale.shape[1], G, GROUPS=max(8, triton.next_power_of_2(G)),
         SWAPPED=t.swapped, NATIVE_FP8=target.native_fp8, INDEX=index_type(x, y),
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, GROUP_M=t.GROUP_M,
         PERSISTENT=target.tma, **t.options(target),

@@ -21,14 +21,13 @@ from torch import Tensor
 from ..quant.fp8 import BLOCK
 from ..runtime import arch
 from ..runtime.tiles import GemmTile, gemm_tile
-from .products import index_type, operand, products, tile_in_bands
+from .products import index_type, operand, products, rows_of_a_scale, tile_in_bands
 
 
 def tile(a: Tensor, b: Tensor, b_scale: Tensor, rows: int) -> GemmTile:
     """The tile for groups that have about so many rows each."""
     G, N, K = b.shape
-    b_rows = 1 if b_scale.shape[1] == N else BLOCK
-    target = arch.of(a.device)
+    target, b_rows = arch.of(a.device), rows_of_a_scale(b, b_scale)
     return gemm_tile(target, max(rows, 1), N, K, b_rows, groups=max(G, 1), form="m_grouped")
 
 
@@ -48,8 +47,8 @@ def multiply(
     most = a[..., 0].numel() // t.BLOCK_M + G  # row tiles, if the rows of a group lie together
     kernel[(t.grid(target, most * triton.cdiv(N, t.BLOCK_N)),)](
         x, y, out, group_index, extent, M, N, K, G,
-        GROUPS=triton.next_power_of_2(G), SWAPPED=t.swapped,
-        B_BLOCK=1 if b_scale.shape[1] == N else BLOCK,
+        GROUPS=max(8, triton.next_power_of_2(G)), SWAPPED=t.swapped,
+        B_BLOCK=rows_of_a_scale(b, b_scale),
         TAIL=K % BLOCK != 0 and x.tiles is None, NATIVE_FP8=target.native_fp8,
         INDEX=index_type(x, y), BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, GROUP_M=t.GROUP_M,
         FLATTEN=target.tma, **t.options(target),

@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quant.fp8 import BLOCK
 from ..runtime.contract import check_choice, check_that
 from ..runtime.op import op
 from ..runtime.tiles import GemmTile
 from . import m_grouped
 from .fp8_gemm_nt import REAL
+from .products import check_b_scale
 
 
 @op(
@@ -61,14 +61,6 @@ def m_grouped_fp8_gemm_nt_contiguous(
     check_choice(name, "out_dtype", out_dtype, REAL)
     check_b_scale(name, b, b_scale)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-
-
-def check_b_scale(name: str, b: Tensor, b_scale: Tensor) -> None:
-    """Scales of b [G, N, K] are per 128x128 or per 1x128."""
-    N, per_block = b.shape[1], -(-b.shape[1] // BLOCK)
-    expected = f"[G, N/128, K/128] or [G, N, K/128], so {per_block} or {N} rows"
-    got = f"shape {tuple(b_scale.shape)}"
-    check_that(name, "b_scale", b_scale.shape[1] in (per_block, N), expected, got)
 
 
 def check_contents(a, a_scale, b, b_scale, group_index, out_dtype) -> None:

@@ -19,7 +19,7 @@ from ..runtime.op import op
 from ..runtime.tiles import GemmTile
 from . import m_grouped
 from .fp8_gemm_nt import REAL
-from .m_grouped_fp8_gemm_nt_contiguous import check_b_scale
+from .products import check_b_scale
 
 
 @op(

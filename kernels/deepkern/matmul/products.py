@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..quant.fp8 import BLOCK, as_bits, matrix_operand
 from ..runtime.arch import Arch
+from ..runtime.contract import check_that
 from .k_major import k_major
 
 
@@ -46,6 +47,19 @@ def operand(x: Tensor, scale: Tensor, target: Arch, tile_rows: int) -> Operand:
         tiles = TensorDescriptor(matrix, shape, strides, [tile_rows, BLOCK])
     strides = scale.stride() if scale.dim() == 3 else (0, *scale.stride())
     return Operand(matrix, tiles, *matrix.stride(), scale, *strides)
+
+
+def check_b_scale(name: str, b: Tensor, b_scale: Tensor) -> None:
+    """The scales of b [..., N, K] are one per 128x128, or one per 1x128."""
+    N, per_block = b.shape[-2], -(-b.shape[-2] // BLOCK)
+    expected = f"[N/128, K/128] or [N, K/128], so {per_block} or {N} rows"
+    got = f"shape {tuple(b_scale.shape)}"
+    check_that(name, "b_scale", b_scale.shape[-2] in (per_block, N), expected, got)
+
+
+def rows_of_a_scale(b: Tensor, b_scale: Tensor) -> int:
+    """How many rows of b [..., N, K] share a scale: 1 or 128."""
+    return 1 if b_scale.shape[-2] == b.shape[-2] else BLOCK
 
 
 def index_type(*operands: Operand) -> tl.dtype:

@@ -51,7 +51,8 @@ GEMM_TILES = {
 LACKING = {
     ("sm_80", "m_grouped", 1): ((64, 64), (64, 128)),
     ("sm_100", "m_grouped", 1): ((64, 64), (64, 128), (128, 64)),
-    ("sm_100", "k_grouped", 1): ((64, 128),),
+    ("sm_100", "k_grouped", 1): ((16, 64), (32, 128), (64, 32), (64, 128)),
+    ("sm_120", "k_grouped", 1): ((64, 64),),
     ("gfx942", "m_grouped", 128): ((128, 128),),
 }
 
@@ -148,8 +149,6 @@ def gemm_tile(
     """
     lacking = LACKING.get((arch.name, form, b_rows), ())
     tiles = [t for t in gemm_tiles(arch, b_rows) if (t.BLOCK_M, t.BLOCK_N) not in lacking]
-    if form == "k_grouped":  # weights' gradients are large
-        tiles = [t for t in tiles if min(t.BLOCK_M, t.BLOCK_N) >= 64]
     splits = k_splits(arch, N, K) if form == "dense" else 1
     if splits > 1:  # Few rows go to small tiles, many make programs enough. (Larger tiles spill.)
         few = [t for t in tiles if t.BLOCK_M * t.BLOCK_N < 64 * 128]

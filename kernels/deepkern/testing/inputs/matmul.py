@@ -105,7 +105,13 @@ LAYERS = [*V3, (64, 16384), (256, 16384), (576, 128), (16384, 128), (512, 7168),
 LAYERS += [(1024, 4096), (1536, 7168), (3072, 1536), (4096, 4096)]
 EXPERTS = [(4096, 7168), (7168, 2048), (512, 1024), (1408, 128)]
 ROWS = (1, 24, 96, 192, 384, 768, 1024, 2048, 4096)
-EXPERT_SIZES = [{"M": M, "N": N, "K": K} for M in ROWS for N, K in EXPERTS]
+# M rows in each of G groups; G is large where the matrices are small.
+EXPERT_SIZES = [{"M": M, "N": N, "K": K, "G": 8} for M in ROWS for N, K in EXPERTS]
+EXPERT_SIZES += [
+    {"M": M, "N": N, "K": K, "G": G}
+    for M in (1, 16, 48, 65, 160, 300)
+    for N, K, G in ((64, 512, 256), (576, 64, 256), (64, 128, 1))
+]
 
 
 def _one_of_each_tile() -> list[dict]:
@@ -123,22 +129,21 @@ def _one_of_each_tile() -> list[dict]:
     return few
 
 
-def _one_of_each_tile_of_groups(G: int = 8) -> list[dict]:
+def _one_of_each_tile_of_groups() -> list[dict]:
     """The same for groups, M being the rows of one."""
     return [
-        {**size, "K": size["K"] + 16, "b_rows": b_rows, "G": G}
+        {**size, "K": size["K"] + 16, "b_rows": b_rows}
         for b_rows in (128, 1)
-        for size in _with_a_new_tile(EXPERT_SIZES, b_rows, groups=G, form="m_grouped")
+        for size in _with_a_new_tile(EXPERT_SIZES, b_rows, "m_grouped")
     ]
 
 
-def _with_a_new_tile(sizes: list[dict], b_rows: int, **rest) -> list[dict]:
+def _with_a_new_tile(sizes: list[dict], b_rows: int, form: str = "dense") -> list[dict]:
     """Those of `sizes` at which some architecture takes a tile that it took at none before."""
     few, seen = [], set()
     for size in sizes:
-        tiles = [
-            (name, gemm_tile(arch, **size, b_rows=b_rows, **rest)) for name, arch in ARCHS.items()
-        ]
+        shape, groups = (size["M"], size["N"], size["K"]), size.get("G", 1)
+        tiles = [(n, gemm_tile(arch, *shape, b_rows, groups, form)) for n, arch in ARCHS.items()]
         forms = {(name, replace(tile, splits=min(tile.splits, 2))) for name, tile in tiles}
         if not forms <= seen:
             seen |= forms
@@ -181,7 +186,7 @@ SIZES = {
             {**size, "M": size["G"] * size["M"]}
             for size in _experts(((4, 8192), (8, 4096), (32, 256)))
         ],
-        inspect=[{**size, "M": 8 * size["M"]} for size in _one_of_each_tile_of_groups()],
+        inspect=[{**size, "M": size["G"] * size["M"]} for size in _one_of_each_tile_of_groups()],
     ),
     "m_grouped_fp8_gemm_nt_masked": Sizes(
         small=[
@@ -208,8 +213,8 @@ SIZES = {
         cpu=[{"M": 512, "N": 256, "K": 1024, "G": 4}],
         gpu=[{"M": M, "N": N, "K": 4 * 8192, "G": 4} for M, N in ((4096, 7168), (7168, 2048))],
         inspect=[
-            {**size, "K": 8 * size["K"], "G": 8, "c": True}
-            for size in _with_a_new_tile(EXPERT_SIZES, 1, groups=8, form="k_grouped")
+            {**size, "K": size["G"] * size["K"], "c": True}
+            for size in _with_a_new_tile(EXPERT_SIZES, 1, "k_grouped")
         ],
     ),
 }
