@@ -118,6 +118,9 @@ def main(
     steps: int = 600,
     batch: int = Recipe.batch,
     window: int = Recipe.window,
+    learning_rate: float = Recipe.learning_rate,
+    warmup: Annotated[float, typer.Option(help="fraction of the run")] = Recipe.warmup,
+    seed: int = Recipe.seed,
     precision: Annotated[list[str], typer.Option(help="beside bf16")] = ["fp8"],  # noqa: B006
     only: Annotated[str | None, typer.Option(help="train this one, and compare nothing")] = None,
     state: Annotated[Path, typer.Option(help="where runs keep themselves")] = Path("build/compare"),
@@ -129,9 +132,13 @@ def main(
     text, _ = heldout_text(files)
     runs, recipe = {}, {}
     for name in [only] if only else [BASE, *precision]:
-        recipe = Recipe(steps=steps, batch=batch, window=window, precision=name)
+        recipe = Recipe(
+            steps=steps, batch=batch, window=window, learning_rate=learning_rate, warmup=warmup,
+            seed=seed, precision=name,
+        )  # fmt: skip
         config = Config.preset("tiny", max_position_embeddings=window)
-        run = Run(config, recipe, state / f"{name}-{steps}-steps-of-{batch}-{window}")
+        kept = f"{name}-{steps}-steps-of-{batch}x{window}-{learning_rate:g}-{warmup:g}-seed-{seed}"
+        run = Run(config, recipe, state / kept)
         print(f"{name}: from step {run.step} of {steps}", flush=True)
         run_until_done(run, data, text[: 16 * 1024], log_every=1)
         print(f"{name}: mean loss of the last tenth {last_tenth(curve(run)):.4f}", flush=True)
