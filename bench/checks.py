@@ -2,7 +2,7 @@
 
 `cuda`, `triton` and `cpu` are held against the oracle by design.md's bounds. The `torch` backend is
 the oracle, so comparing it with itself would say nothing: it is held, more loosely, against the
-plain PyTorch formula that bench/baselines.py has for the op. Without one it counts as not checked.
+plain PyTorch formula that bench/baselines/ has for the op. Without one it counts as not checked.
 """
 
 from __future__ import annotations

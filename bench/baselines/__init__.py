@@ -1,0 +1,41 @@
+"""What a PyTorch user would write for each op: the baseline that it is timed against.
+
+`BASELINES[op]` takes the op's arguments and gives its outputs (None for one that the usual way does
+not make). They double as an independent check of the reference, which is written differently.
+Further calls to time beside an op (`OTHERS`) need give nothing. A module per family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import attention, experts, matmul, quant  # noqa: F401  (each enters its baselines)
+from .registry import BASELINES, OTHERS
+
+
+def calls(op: str, args: tuple) -> dict[str, Callable[[], object]]:
+    """What to time beside `op` on `args`, by its description."""
+    found = {}
+    if op in BASELINES:
+        plain = BASELINES[op]
+        found[plain.__doc__.splitlines()[0].rstrip(".")] = lambda: plain(*args)
+    if op in OTHERS:
+        found |= OTHERS[op](args)
+    return found
+
+
+def readable(op: str, args: tuple, x: Tensor) -> Tensor:
+    """An output as numbers that may be compared with a tolerance.
+
+    The FP8 cache format is unpacked; for chosen experts, their biased scores stand, because
+    torch.topk may choose either of two equal ones.
+    """
+    if op == "mla_cache_append" and x.dtype == torch.uint8:
+        return attention.unpack(x, args[0].shape[-1])
+    if op == "route_topk" and x.dtype == torch.int64:
+        s = experts.scores(args[0], args[5])
+        return (s if args[1] is None else s + args[1].float()).gather(1, x)
+    return x

@@ -1,0 +1,28 @@
+"""Where the families of baselines enter what they have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+BASELINES: dict[str, Callable] = {}
+OTHERS: dict[str, Callable[[tuple], dict[str, Callable[[], object]]]] = {}
+
+
+def baseline(function: Callable) -> Callable:
+    """The plain PyTorch way of the op of that name: it takes its arguments, gives its outputs."""
+    BASELINES[function.__name__] = function
+    return function
+
+
+def others(op: str) -> Callable[[Callable], Callable]:
+    """Decorates what gives, for the arguments of `op`, further calls to time beside it, by name.
+
+    They are not checked: prepare outside the call what its user has prepared, and leave out what
+    cannot run here.
+    """
+
+    def enter(function: Callable) -> Callable:
+        OTHERS[op] = function
+        return function
+
+    return enter
