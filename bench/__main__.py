@@ -1,4 +1,4 @@
-"""The command line: `python -m bench [ops [NAME] | model | inspect [OP]]`."""
+"""The command line: `python -m bench [ops [NAME] | model | inspect [OP] | tune [OP] | ...]`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def known_ops(name: str | None) -> list[str]:
 
 
 _KEEP = typer.Option(False, help="name the results so that git takes a CPU's")
-_SECONDS = typer.Option(0.3, help="time each op for about this long")
+_SECONDS = typer.Option(0.3, help="time each call for about this long")
 
+_SIZE = typer.Option([], help="such as M=64,N=7168,K=2048, repeatable; SIZES.gpu if left out")
 _TARGET = typer.Option([], help="a GPU target such as sm_90, repeatable; all if left out")
 
 
@@ -82,6 +83,24 @@ def inspect(
         raise typer.BadParameter(f"no target {unknown[0]!r}; there are {', '.join(ARCHS)}")
     ops = known_ops(op)
     raise typer.Exit(inspection.run(ops, target or list(ARCHS), check, write_budgets, processes))
+
+
+@app.command()
+def tune(
+    op: str = typer.Argument(None, help="one FP8 product; all if left out"),
+    size: list[str] = _SIZE,
+    seconds: float = _SECONDS,
+) -> None:
+    """Times every tile of the FP8 products on this GPU and keeps what beats the model's choice."""
+    from . import tune as tuning
+
+    if op is not None and op not in tuning.OPS:
+        raise typer.BadParameter(f"no tiles to tune for {op!r}; there are {', '.join(tuning.OPS)}")
+    try:
+        sizes = [{k: int(v) for k, v in (x.split("=") for x in s.split(","))} for s in size]
+    except ValueError:
+        raise typer.BadParameter(f"expected sizes such as M=64,N=7168,K=2048, got {size}") from None
+    raise typer.Exit(tuning.run([op] if op else tuning.OPS, sizes, seconds))
 
 
 if __name__ == "__main__":

@@ -80,15 +80,16 @@ def test_every_tile_of_groups_that_may_be_chosen_is_inspected(target, op, kind, 
 
 @TARGETS
 def test_tiles_grow_with_the_number_of_rows(target):
-    few, many = (tiles.gemm_tile(target, M, 7168, 2048) for M in (1, 8192))
+    few, many = (tiles.modelled_tile(target, M, 7168, 2048) for M in (1, 8192))
     assert all(few.BLOCK_M <= tile.BLOCK_M for tile in tiles.gemm_tiles(target, 128))
     assert many.BLOCK_M * many.BLOCK_N > few.BLOCK_M * few.BLOCK_N
 
 
 def test_scales_per_row_of_b_take_a_smaller_tile():
     sm_90 = ARCHS["sm_90"]
-    assert str(tiles.gemm_tile(sm_90, 4096, 4096, 7168)) == "128x128x128, 8 warps, 5 stages"
-    smaller = tiles.gemm_tile(sm_90, 4096, 4096, 7168, b_rows=1)
+    large = tiles.modelled_tile(sm_90, 4096, 4096, 7168)
+    assert str(large) == "128x128x128, 8 warps, 5 stages (cost model)"
+    smaller = tiles.modelled_tile(sm_90, 4096, 4096, 7168, b_rows=1)
     assert smaller.BLOCK_M * smaller.BLOCK_N < 128 * 128
 
 
@@ -111,3 +112,9 @@ def test_explain_names_the_tile(generator):
     args = inputs.make("fp8_gemm_nt", generator, M=70, N=130, K=200)
     with deepkern.backend("triton"):
         assert "128, 4 warps" in str(deepkern.explain(deepkern.fp8_gemm_nt, *args))
+
+
+def test_explain_of_nothing(generator):
+    args = inputs.make("fp8_gemm_nt", generator, M=0, N=130, K=200)
+    with deepkern.backend("triton"):
+        assert "tile" in str(deepkern.explain(deepkern.fp8_gemm_nt, *args))

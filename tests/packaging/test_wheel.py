@@ -37,6 +37,7 @@ def build(tmp_path: Path, **env: str) -> tuple[Path, str]:
     # because a build writes into its source.
     unwanted = (".*", "*.egg-info", "build", "dist", "__pycache__", "checkpoints", "results")
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*unwanted))
+    (source / "kernels/deepkern/runtime/configs/sm_0.json").write_text("{}")  # tuned tiles
     dist = tmp_path / "dist"
     command = [*PIP, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", dist, source]
     printed = run(command, tmp_path, **env)
@@ -60,6 +61,7 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"deepkern"}
     kinds = {Path(n).suffix for n in names if ".dist-info" not in n}
     assert kinds <= {".py", ".so", ".json", ".typed"}, names
+    assert "deepkern/runtime/configs/sm_0.json" in names
     for name in names:
         if name.endswith(".so"):
             content = zipfile.ZipFile(wheel).read(name)

@@ -1,9 +1,10 @@
-"""Which tile a matrix product is cut into, by a model of what bounds it: nothing is timed.
+"""Which tile a matrix product is cut into, by a model of what bounds it: no call times anything.
 
 Each architecture has a short list of tiles, all of which compile without spills (a test holds them
 to it). The number of pipeline stages follows from the shared memory; the tile, from an estimate of
-the time that the busiest multiprocessor takes, as `seconds` states it. A wrong estimate costs
-speed, never correctness, and by the rules below not a bit of the result either.
+the time that the busiest multiprocessor takes, as `seconds` states it, unless `python -m bench
+tune` found a faster one for the shape on a GPU and its find is committed (`tuned.py`). A wrong
+choice costs speed, never correctness, and by the rules below not a bit of the result either.
 
 Batch invariance. M enters the choice, so all tiles of one architecture must give a value the same
 bits: each sums 128 values of K at a time in K's order, and each list stays within one family of
@@ -15,9 +16,12 @@ is cut into splits, N and K alone say into how many; M says only whether program
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
+from . import tuned
 from .arch import Arch
 
 BLOCK_K = 128
@@ -68,6 +72,7 @@ class GemmTile:
     swapped: bool = False  # B is the left operand of the matrix instruction
     splits: int = 1  # runs of K that are summed for themselves first
     spread: bool = False  # a program for each of them
+    origin: str = field(default="cost model", compare=False)  # who chose it
 
     @property
     def GROUP_M(self) -> int:
@@ -105,7 +110,7 @@ class GemmTile:
             words.append("B left")
         if self.splits > 1:
             words.append(f"K in {self.splits} splits{' at once' if self.spread else ''}")
-        return ", ".join(words)
+        return f"{', '.join(words)} ({self.origin})"
 
 
 @functools.cache
@@ -139,14 +144,8 @@ def k_splits(arch: Arch, N: int, K: int) -> int:
     return splits
 
 
-@functools.lru_cache(4096)
-def gemm_tile(
-    arch: Arch, M: int, N: int, K: int, b_rows: int = 128, groups: int = 1, form: str = "dense"
-) -> GemmTile:
-    """The tile with the lowest estimate for an [M, N] product over K on `arch`.
-
-    form: "dense", or "m_grouped" or "k_grouped" for `groups` such products.
-    """
+def choosable(arch: Arch, N: int, K: int, b_rows: int = 128, form: str = "dense") -> list[GemmTile]:
+    """The tiles that a product with these N and K may take on `arch`; M has no say in it."""
     lacking = LACKING.get((arch.name, form, b_rows), ())
     tiles = [t for t in gemm_tiles(arch, b_rows) if (t.BLOCK_M, t.BLOCK_N) not in lacking]
     splits = k_splits(arch, N, K) if form == "dense" else 1
@@ -155,6 +154,49 @@ def gemm_tile(
         many = [t for t in tiles if t.BLOCK_M == 64 and t.BLOCK_N < 128]
         tiles = [replace(t, splits=splits, spread=True) for t in few]
         tiles += [replace(t, splits=splits) for t in many]
+    return tiles
+
+
+_choosing: list[Callable[..., GemmTile]] = []
+
+
+@contextlib.contextmanager
+def choosing(choose: Callable[..., GemmTile]) -> Iterator[None]:
+    """Inside, launches take the tile that `choose` says, with `gemm_tile`'s arguments: to tune."""
+    _choosing.append(choose)
+    try:
+        yield
+    finally:
+        _choosing.pop()
+
+
+def gemm_tile(
+    arch: Arch, M: int, N: int, K: int, b_rows: int = 128, groups: int = 1, form: str = "dense"
+) -> GemmTile:
+    """The tile of an [M, N] product over K on `arch`: a committed one, else the model's.
+
+    form: "dense", or "m_grouped" or "k_grouped" for `groups` such products.
+    """
+    choose = _choosing[-1] if _choosing else best_tile
+    return choose(arch, M, N, K, b_rows, groups, form)
+
+
+@functools.lru_cache(4096)
+def best_tile(arch: Arch, M: int, N: int, K: int, b_rows: int, groups: int, form: str) -> GemmTile:
+    found = tuned.find(arch.name, form, b_rows, groups, M, N, K)
+    if found is None:
+        return modelled_tile(arch, M, N, K, b_rows, groups, form)
+    for tile in choosable(arch, N, K, b_rows, form):
+        if (tile.BLOCK_M, tile.BLOCK_N, tile.spread) == found.tile:
+            return replace(tile, origin=f"tuned at {found.varying}")
+    raise found.error("a tile that this shape may take on " + arch.name, found.tile)
+
+
+def modelled_tile(
+    arch: Arch, M: int, N: int, K: int, b_rows: int = 128, groups: int = 1, form: str = "dense"
+) -> GemmTile:
+    """The tile with the lowest estimate."""
+    tiles = choosable(arch, N, K, b_rows, form)
     return min(tiles, key=lambda tile: seconds(arch, tile, M, N, K, groups))
 
 
@@ -164,7 +206,7 @@ def seconds(
     """The estimated time of products, and to break a tie, the same without the memory's part."""
     shares = tile.splits if tile.spread else 1
     programs = groups * -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N) * shares
-    rounds = -(-programs // arch.units)  # programs of the busiest multiprocessor
+    rounds = max(-(-programs // arch.units), 1)  # programs of the busiest multiprocessor
     together = min(rounds, tile.residents)
     flops = (arch.fp8_tflops if arch.native_fp8 else arch.bf16_tflops) * 1e12 / arch.units
     step = max(

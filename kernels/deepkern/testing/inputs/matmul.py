@@ -9,6 +9,7 @@ from torch import Generator
 
 from ... import reference
 from ...reference.quant import to_e4m3
+from ...runtime import tuned
 from ...runtime.arch import ARCHS
 from ...runtime.tiles import gemm_tile
 from . import Sizes
@@ -141,7 +142,7 @@ def _one_of_each_tile_of_groups() -> list[dict]:
 def _with_a_new_tile(sizes: list[dict], b_rows: int, form: str = "dense") -> list[dict]:
     """Those of `sizes` at which some architecture takes a tile that it took at none before."""
     few, seen = [], set()
-    for size in sizes:
+    for size in [*sizes, *_tuned_sizes(b_rows, form)]:
         shape, groups = (size["M"], size["N"], size["K"]), size.get("G", 1)
         tiles = [(n, gemm_tile(arch, *shape, b_rows, groups, form)) for n, arch in ARCHS.items()]
         forms = {(name, replace(tile, splits=min(tile.splits, 2))) for name, tile in tiles}
@@ -149,6 +150,14 @@ def _with_a_new_tile(sizes: list[dict], b_rows: int, form: str = "dense") -> lis
             seen |= forms
             few.append(size)
     return few
+
+
+def _tuned_sizes(b_rows: int, form: str) -> list[dict]:
+    """The shapes that have a committed tile, which the model might choose at no other."""
+    lines = [line for name in ARCHS for line in tuned.load(name)]
+    alike = [x for x in lines if (x.form, x.b_rows) == (form, b_rows)]
+    groups = [{} if form == "dense" else {"G": x.groups} for x in alike]
+    return [{"M": x.M, "N": x.N, "K": x.K, **G} for x, G in zip(alike, groups, strict=True)]
 
 
 def _experts(forms: tuple[tuple[int, int], ...]) -> list[dict]:
