@@ -41,6 +41,12 @@ def _mla_cache_append_bytes(args: tuple, out) -> int:
     return tensor_bytes(latent, k_rope, slots) + written
 
 
+def _mla_cache_gather_bytes(args: tuple, out) -> int:
+    cache, table, cu_seqlens = args[:3]
+    tokens = int(cu_seqlens[-1] - cu_seqlens[0])
+    return tokens * cache.shape[-1] * cache.element_size() + tensor_bytes(table, cu_seqlens, out)
+
+
 def _gemm_nt_flops(args: tuple, out) -> int:
     a, b = args[0], args[2]
     return 2 * a.shape[0] * a.shape[1] * b.shape[0]
@@ -60,6 +66,7 @@ def _masked_flops(args: tuple, out) -> int:
 BYTES = {
     "mla_decode": _mla_decode_bytes,
     "mla_cache_append": _mla_cache_append_bytes,
+    "mla_cache_gather": _mla_cache_gather_bytes,
 }
 FLOPS = {
     "fp8_gemm_nt": _gemm_nt_flops,

@@ -9,6 +9,8 @@ from torch import Tensor
 from .quant import FP8, cast_per_token
 from .registry import baseline
 
+BF16 = torch.bfloat16
+
 
 @baseline
 def mla_cache_append(
@@ -79,3 +81,52 @@ def mla_decode(
     )
     out = out.masked_fill(~rows.any(-1, keepdim=True), 0)  # nothing to attend to
     return out.view(B, Sq, H, v_head_dim), None
+
+
+@baseline
+def mla_cache_gather(
+    cache, block_table, cu_seqlens, total_tokens, v_head_dim=512, starts=None, out_dtype=BF16
+) -> Tensor:
+    """Gather the pages of each sequence, slice, cat."""
+    page, offsets = cache.shape[1], cu_seqlens.tolist()
+    begins = [0] * len(block_table) if starts is None else starts.tolist()
+    # (A slice without rows gives the width where there is no sequence.)
+    rows = [cache[:0, 0, 0]]
+    for b, begin in enumerate(begins):
+        position = torch.arange(begin, begin + offsets[b + 1] - offsets[b], device=cache.device)
+        rows.append(cache[block_table[b].long()[position // page], position % page, 0])
+    found = torch.cat(rows)
+    found = (unpack(found, v_head_dim) if cache.dtype == torch.uint8 else found).to(out_dtype)
+    return F.pad(found, (0, 0, 0, total_tokens - len(found)))
+
+
+@baseline
+def merge_states(out_a, lse_a, out_b, lse_b) -> tuple[Tensor, Tensor]:
+    """logaddexp, exp, multiply, add, op by op."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    known = lse.masked_fill(lse == -torch.inf, 0)
+    out = 0
+    for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
+        share = (part_lse - known).exp().mT[..., None]
+        out = out + part.float().masked_fill((part_lse == -torch.inf).mT[..., None], 0) * share
+    return out.to(out_a.dtype), lse
+
+
+@baseline
+def merge_states_backward(grad_out, grad_lse, out_a, lse_a, out_b, lse_b) -> tuple[Tensor, ...]:
+    """Autograd through sigmoid and logaddexp."""
+    nothing = [(lse == -torch.inf) for lse in (lse_a, lse_b)]
+    outs = [out.float().masked_fill(none.mT[..., None], 0)
+            for out, none in zip((out_a, out_b), nothing, strict=True)]  # fmt: skip
+    # -inf itself has no gradient that autograd could tell; exp of this one is 0, too.
+    given = [outs[0], lse_a.clamp(min=-1e4), outs[1], lse_b.clamp(min=-1e4)]
+    with torch.enable_grad():
+        given = [x.detach().requires_grad_() for x in given]
+        a, log_a, b, log_b = given
+        share = (log_a - log_b).sigmoid().mT[..., None]
+        results = share * a + (1 - share) * b, torch.logaddexp(log_a, log_b)
+        grads = torch.autograd.grad(results, given, (grad_out.float(), grad_lse))
+    neither = nothing[0] & nothing[1]
+    of_out = [g.masked_fill(neither.mT[..., None], 0).to(out_a.dtype) for g in grads[::2]]
+    of_lse = [g.masked_fill(neither, 0) for g in grads[1::2]]
+    return of_out[0], of_lse[0], of_out[1], of_lse[1]

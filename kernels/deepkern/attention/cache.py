@@ -40,6 +40,15 @@ def check_width(op: str, cache: Tensor, R: int, D: int) -> None:
                f"shape {tuple(cache.shape)}")  # fmt: skip
 
 
+def rope_width(op: str, cache: Tensor, R: int) -> int:
+    """D, the RoPE values beside R latents; ValueError unless a cache can be as wide as this one."""
+    fp8 = cache.dtype == torch.uint8
+    left = cache.shape[-1] - width(cache.dtype, R, 0)
+    check_that(op, "v_head_dim", R >= 0 and left >= 0 and (left % 2 == 0 or not fp8),
+               f"latents that fit into the cache's {cache.shape[-1]}", R)  # fmt: skip
+    return left // 2 if fp8 else left
+
+
 def parts(cache: Tensor, R: int, latent_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Views of the latents, scales and RoPE values; the scales of a real cache are a stand-in.
 

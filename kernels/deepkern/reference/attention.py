@@ -10,7 +10,13 @@ from torch import Tensor
 from .exact import inverse_rms, sum_pairs
 from .quant import BLOCK, cast_per_token
 
-__all__ = ["mla_cache_append", "mla_decode"]
+__all__ = [
+    "merge_states",
+    "merge_states_backward",
+    "mla_cache_append",
+    "mla_cache_gather",
+    "mla_decode",
+]
 
 
 def mla_cache_append(
@@ -56,17 +62,48 @@ def pack(latent: Tensor, k_rope: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([p.contiguous().view(torch.uint8) for p in parts], dim=-1)
 
 
-def unpack(entries: Tensor, R: int) -> Tensor:
-    """Entries of the cache, [n, width], in float64 [n, R + D]."""
+def unpack(entries: Tensor, R: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Entries of the cache, [n, width], as [n, R + D], computed in `dtype`."""
     if entries.dtype != torch.uint8:
-        return entries.double()
+        return entries.to(dtype)
     q, scale, k_rope = entries.split(
         (R, 4 * -(-R // BLOCK), entries.shape[1] - R - 4 * -(-R // BLOCK)), 1
     )
-    scale = scale.contiguous().view(torch.float32).double()
-    latent = q.contiguous().view(torch.float8_e4m3fn).double()
+    scale = scale.contiguous().view(torch.float32).to(dtype)
+    latent = q.contiguous().view(torch.float8_e4m3fn).to(dtype)
     latent = latent * scale.repeat_interleave(BLOCK, dim=1)[:, :R]
-    return torch.cat((latent, k_rope.contiguous().view(torch.bfloat16).double()), dim=1)
+    return torch.cat((latent, k_rope.contiguous().view(torch.bfloat16).to(dtype)), dim=1)
+
+
+def mla_cache_gather(
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    total_tokens: int,
+    v_head_dim: int = 512,
+    starts: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    (blocks, page), (B, P) = cache.shape[:2], block_table.shape
+    row = torch.arange(total_tokens, device=cache.device)
+    offsets = cu_seqlens.long()
+    # The last sequence that begins at or before the row; it may end before it.
+    sequence = (offsets <= row[:, None]).sum(1) - 1
+    kept = (sequence >= 0) & (sequence < B)
+    row, sequence = row[kept], sequence[kept]
+    position = row - offsets[sequence]
+    there = (position >= 0) & (row < offsets[sequence + 1])
+    if starts is not None:
+        position = position + starts[sequence]
+    there &= (position >= 0) & (position < P * page)
+    row, sequence, position = row[there], sequence[there], position[there]
+    block = block_table[sequence, position // page].long()
+    there = (block >= 0) & (block < blocks)
+    entries = cache[block[there], position[there] % page, 0]
+    keys = unpack(entries, v_head_dim, torch.float32)
+    out = torch.zeros(total_tokens, keys.shape[1], dtype=out_dtype, device=cache.device)
+    out[row[there]] = keys.to(out_dtype)
+    return out
 
 
 def mla_decode(
@@ -111,3 +148,42 @@ def attend(
     total = weights.sum(-1, keepdim=True)
     out = (weights @ keys[:, :v_head_dim]) / total.masked_fill(total == 0, 1.0)
     return out, (top + total.log())[..., 0]
+
+
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    share_a, share_b, lse = shares(lse_a.double(), lse_b.double())
+    out = share_a * where_seen(out_a, lse_a) + share_b * where_seen(out_b, lse_b)
+    return out.to(out_a.dtype).contiguous(), lse.float().contiguous()
+
+
+def merge_states_backward(
+    grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    share_a, share_b, _ = shares(lse_a.double(), lse_b.double())
+    grad, grad_lse = grad_out.double(), grad_lse.double().mT[..., None]
+    dot = (grad * (where_seen(out_a, lse_a) - where_seen(out_b, lse_b))).sum(-1, keepdim=True)
+    grads = (
+        (share_a * grad).to(out_a.dtype),
+        (share_a * (grad_lse + share_b * dot))[..., 0].mT.float(),
+        (share_b * grad).to(out_b.dtype),
+        (share_b * (grad_lse - share_a * dot))[..., 0].mT.float(),
+    )
+    return tuple(x.contiguous() for x in grads)
+
+
+def shares(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sums' shares of the whole, as [..., S, H, 1], and its log [..., H, S]."""
+    top = torch.maximum(lse_a, lse_b)
+    top = top.masked_fill(top == -math.inf, 0.0)  # no keys at all: both shares are 0
+    of_a, of_b = (lse_a - top).exp(), (lse_b - top).exp()
+    total = of_a + of_b
+    whole = total.masked_fill(total == 0, 1.0)
+    of_a, of_b = ((part / whole).mT[..., None] for part in (of_a, of_b))
+    return of_a, of_b, top + total.log()
+
+
+def where_seen(out: Tensor, lse: Tensor) -> Tensor:
+    """[..., S, H, D] in float64, 0 where nothing was seen, whatever stands there."""
+    return out.double().masked_fill((lse == -math.inf).mT[..., None], 0.0)

@@ -17,6 +17,7 @@ BITWISE = {
     "swiglu_cast",
     "rmsnorm_cast",
     "mla_cache_append",
+    "mla_cache_gather",
     "route_topk",
     "expert_dispatch",
 }

@@ -111,10 +111,99 @@ def mla_decode(
     return q, cache, table, seqlens, (R + D) ** -0.5, causal, R
 
 
+def mla_cache_gather(
+    generator: Generator,
+    lengths: tuple[int, ...] | list[int],
+    taken: tuple[int, ...] | None = None,
+    R: int = 512,
+    D: int = 64,
+    page: int = 64,
+    cache_dtype: torch.dtype = BF16,
+    out_dtype: torch.dtype = BF16,
+    more: int = 0,
+) -> tuple:
+    """The last `taken` tokens of each sequence (by default all, from 0 on), and `more` rows."""
+    device = generator.device
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    cache, table = paged(generator, seqlens, page, R, D, cache_dtype)
+    kept = lengths if taken is None else taken
+    counts = torch.tensor((0, *kept), dtype=torch.int32, device=device)
+    starts = None if taken is None else seqlens - counts[1:]
+    offsets = counts.cumsum(0, dtype=torch.int32)
+    return cache, table, offsets, sum(kept) + more, R, starts, out_dtype
+
+
+def merge_states(
+    generator: Generator,
+    lead: tuple[int, ...],
+    S: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype = BF16,
+    empty: bool = True,
+) -> tuple:
+    """Two results; with `empty`, some queries of each saw nothing, and NaN stands there."""
+    states = []
+    for _ in range(2):
+        out = torch.randn(*lead, S, H, D, generator=generator, device=generator.device).to(dtype)
+        lse = torch.randn(*lead, H, S, generator=generator, device=generator.device) * 3
+        if empty:
+            nothing = torch.rand(lse.shape, generator=generator, device=generator.device) < 0.3
+            lse = lse.masked_fill(nothing, -torch.inf)
+            out = out.masked_fill(nothing.mT[..., None], torch.nan)
+        states += [out, lse]
+    return tuple(states)
+
+
+def merge_states_backward(generator: Generator, lead, S, H, D, dtype=BF16, empty=True) -> tuple:
+    device = generator.device
+    grad_out = torch.randn(*lead, S, H, D, generator=generator, device=device).to(dtype)
+    grad_lse = torch.randn(*lead, H, S, generator=generator, device=device)
+    return grad_out, grad_lse, *merge_states(generator, lead, S, H, D, dtype, empty)
+
+
 FP32 = {"dtype": torch.float32, "cache_dtype": torch.float32}
 FP8 = {"cache_dtype": FP8_BYTES}
 
+MERGED = Sizes(
+    small=[
+        {"lead": (2,), "S": 3, "H": 5, "D": 20},
+        {"lead": (), "S": 9, "H": 3, "D": 128, "dtype": torch.float32},
+        {"lead": (2, 1), "S": 1, "H": 2, "D": 600, "dtype": torch.float16},
+        {"lead": (3,), "S": 0, "H": 4, "D": 16},
+        {"lead": (), "S": 2, "H": 2, "D": 0},
+    ],
+    cpu=[{"lead": (), "S": 512, "H": 16, "D": 128}],
+    gpu=[
+        {"lead": (128,), "S": 1, "H": 128, "D": 512, "empty": False},
+        {"lead": (), "S": 8192, "H": 128, "D": 128, "empty": False},
+    ],
+    inspect=[
+        {"lead": (128,), "S": 1, "H": 128, "D": 512},
+        {"lead": (), "S": 8192, "H": 128, "D": 128},
+    ],
+)
+
 SIZES = {
+    "merge_states": MERGED,
+    "merge_states_backward": MERGED,
+    "mla_cache_gather": Sizes(
+        small=[
+            {"lengths": (5, 0, 9), "taken": (3, 0, 9), "R": 64, "D": 16, "page": 4, "more": 3},
+            {"lengths": (7, 20), "R": 192, "D": 8, "page": 16, **FP8},
+            {"lengths": (7, 2), "R": 130, "D": 6, "page": 3, **FP8, "out_dtype": torch.float32},
+            {"lengths": (5,), "R": 600, "D": 3, "page": 2, "cache_dtype": torch.float32},
+            {"lengths": (3, 1), "R": 16, "D": 0, "page": 1, "out_dtype": torch.float16},
+            {"lengths": (), "R": 16, "D": 4},
+            {"lengths": (), "R": 16, "D": 4, "more": 3},
+        ],
+        cpu=[{"lengths": (1024,) * 4}, {"lengths": (1024,) * 4, **FP8}],
+        gpu=[{"lengths": (4096,) * 16}, {"lengths": (4096,) * 16, **FP8}],
+        inspect=[
+            {"lengths": (4096,) * 2},
+            {"lengths": (4096,) * 2, "taken": (2048,) * 2, **FP8},
+        ],
+    ),
     "mla_cache_append": Sizes(
         small=[
             {"T": 11},
