@@ -7,6 +7,7 @@ any has no entry and no TFLOPS.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -47,6 +48,37 @@ def _mla_cache_gather_bytes(args: tuple, out) -> int:
     return tokens * cache.shape[-1] * cache.element_size() + tensor_bytes(table, cu_seqlens, out)
 
 
+def _mqa_logits_flops(args: tuple, out) -> int:
+    q, kv, _, _, starts, ends = args
+    starts, ends = (x.clamp(0, len(kv)).long() for x in (starts, ends))
+    return 2 * q.shape[1] * q.shape[2] * int((ends - starts).clamp(min=0).sum())
+
+
+def _seen_tokens(args: tuple) -> tuple[int, int]:
+    """Cached tokens that a paged_mqa_logits call reads, and pairs of a query and a token."""
+    q, cache, _, lengths, table, width = args
+    lengths = lengths.clamp(0, table.shape[1] * cache.shape[1]).long()
+    if lengths.dim() == 1:
+        lengths = lengths[:, None] - torch.arange(q.shape[1], device=q.device).flip(0)
+    lengths = lengths.clamp(0, width)  # [B, next_n]
+    return int(lengths.amax(1).sum()) if lengths.numel() else 0, int(lengths.sum())
+
+
+def _paged_mqa_logits_bytes(args: tuple, out) -> int:
+    q, cache, weights, lengths, table, _ = args
+    token = cache.shape[-1] * _seen_tokens(args)[0]
+    return token + tensor_bytes(q, weights, lengths, table, out)
+
+
+def _paged_mqa_logits_flops(args: tuple, out) -> int:
+    return 2 * args[0].shape[2] * args[0].shape[3] * _seen_tokens(args)[1]
+
+
+def _indexer_cache_append_bytes(args: tuple, out) -> int:
+    k, cache, slots = args[:3]
+    return tensor_bytes(k, slots) + int((slots >= 0).sum()) * cache.shape[-1]
+
+
 def _gemm_nt_flops(args: tuple, out) -> int:
     a, b = args[0], args[2]
     return 2 * a.shape[0] * a.shape[1] * b.shape[0]
@@ -66,6 +98,8 @@ def _masked_flops(args: tuple, out) -> int:
 BYTES = {
     "mla_decode": _mla_decode_bytes,
     "mla_cache_append": _mla_cache_append_bytes,
+    "indexer_cache_append": _indexer_cache_append_bytes,
+    "paged_mqa_logits": _paged_mqa_logits_bytes,
     "mla_cache_gather": _mla_cache_gather_bytes,
 }
 FLOPS = {
@@ -74,9 +108,11 @@ FLOPS = {
     "m_grouped_fp8_gemm_nt_contiguous": _contiguous_flops,
     "m_grouped_fp8_gemm_nt_masked": _masked_flops,
     "mla_decode": _mla_decode_flops,
+    "mqa_logits": _mqa_logits_flops,
+    "paged_mqa_logits": _paged_mqa_logits_flops,
 }
 # Whose roof is the FP8 rate of the tensor cores.
-FP8_PRODUCTS = {op for op in FLOPS if "fp8_gemm" in op}
+FP8_PRODUCTS = {op for op in FLOPS if "fp8_gemm" in op or "mqa_logits" in op}
 
 
 def cost(op_name: str, args: tuple, out) -> tuple[int, int]:

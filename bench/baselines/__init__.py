@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import attention, experts, matmul, quant  # noqa: F401  (each enters its baselines)
+from . import attention, experts, indexer, matmul, quant  # noqa: F401  (each enters its baselines)
 from .registry import BASELINES, OTHERS
 
 
@@ -30,12 +30,17 @@ def calls(op: str, args: tuple) -> dict[str, Callable[[], object]]:
 def readable(op: str, args: tuple, x: Tensor) -> Tensor:
     """An output as numbers that may be compared with a tolerance.
 
-    The FP8 cache format is unpacked; for chosen experts, their biased scores stand, because
-    torch.topk may choose either of two equal ones.
+    FP8 caches are unpacked. For chosen experts, their biased scores stand, and for chosen places
+    their values, sorted, because torch.topk may choose either of two equal ones.
     """
     if op == "mla_cache_append" and x.dtype == torch.uint8:
         return attention.unpack(x, args[0].shape[-1])
     if op == "route_topk" and x.dtype == torch.int64:
         s = experts.scores(args[0], args[5])
         return (s if args[1] is None else s + args[1].float()).gather(1, x)
+    if op == "indexer_cache_append" and x.dtype == torch.uint8:
+        return indexer.unpack(x)
+    if op == "topk_indices":
+        logits = torch.nn.functional.pad(args[0].float(), (0, 1), value=-torch.inf)  # for -1
+        return logits.gather(1, x.long() % logits.shape[1]).sort(1).values
     return x

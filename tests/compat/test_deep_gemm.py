@@ -369,7 +369,7 @@ def test_settings_are_remembered(monkeypatch):
         ("m_grouped_bf16_gemm_nt_masked", "product of bf16"),
         ("fp8_fp4_gemm_nt", "FP4"),
         ("fp8_einsum", "einsum"),
-        ("fp8_paged_mqa_logits", "attention logits"),
+        ("fp8_fp4_paged_mqa_logits", "FP4 data"),
         ("bf16_mega_moe", "expert layer"),
         ("cublaslt_gemm_nt", "cuBLASLt"),
         ("set_ignore_compile_dims", "such setting"),

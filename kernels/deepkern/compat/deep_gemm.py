@@ -1,4 +1,4 @@
-"""DeepGEMM's FP8 products under DeepGEMM's names, computed by deepkern.
+"""DeepGEMM's FP8 products and attention logits under DeepGEMM's names, computed by deepkern.
 
     import deepkern.compat.deep_gemm as deep_gemm
 
@@ -33,6 +33,7 @@ from ..quant.fp8 import BLOCK
 from ..runtime import arch
 from ..runtime.contract import check_that
 from . import deep_gemm_utils as utils
+from .deep_gemm_attention import *  # noqa: F403
 from .deep_gemm_operands import (
     Operand,
     check,
@@ -279,7 +280,6 @@ def get_pdl() -> bool:
 # What DeepGEMM has and deepkern has not, by a part of the name; the first that fits counts.
 MISSING = {
     "mega_moe": "expert layer that spans GPUs in one kernel",
-    "mqa_logits": "attention logits under DeepGEMM's signature",
     "fp4": "FP4 data",
     "bf16": "product of bf16 matrices; torch.matmul computes them",
     "cublaslt": "cuBLASLt; torch.matmul calls it",

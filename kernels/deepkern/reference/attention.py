@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from . import indexer
 from .exact import inverse_rms, sum_pairs
+from .indexer import *  # noqa: F403
 from .quant import BLOCK, cast_per_token
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "mla_cache_append",
     "mla_cache_gather",
     "mla_decode",
+    *indexer.__all__,
 ]
 
 

@@ -18,6 +18,8 @@ BITWISE = {
     "rmsnorm_cast",
     "mla_cache_append",
     "mla_cache_gather",
+    "indexer_cache_append",
+    "hadamard_transform",
     "route_topk",
     "expert_dispatch",
 }

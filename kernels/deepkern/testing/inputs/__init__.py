@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-FAMILIES = ("quant", "matmul", "attention", "experts")
+FAMILIES = ("quant", "matmul", "attention", "indexer", "experts")
 
 
 @dataclass(frozen=True)

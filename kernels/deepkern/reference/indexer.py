@@ -1,0 +1,111 @@
+"""The lightning indexer of DeepSeek-V3.2, in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .quant import block_scale, to_e4m3
+
+__all__ = [
+    "hadamard_transform",
+    "indexer_cache_append",
+    "mqa_logits",
+    "paged_mqa_logits",
+    "topk_indices",
+]
+
+
+def mqa_logits(
+    q: Tensor, kv: Tensor, kv_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor
+) -> Tensor:
+    key = torch.arange(kv.shape[0], device=q.device)
+    seen = (key >= starts[:, None]) & (key < ends[:, None])
+    products = torch.einsum("shd,nd->shn", q.double(), kv.double()).relu()
+    logits = torch.einsum("sh,shn->sn", weights.double(), products) * kv_scale.double()
+    return logits.masked_fill(~seen, -math.inf).float()
+
+
+def indexer_cache_append(
+    k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str = "fp32"
+) -> None:
+    blocks, page = cache.shape[:2]
+    D = k.shape[1]
+    kept = (slot_mapping >= 0) & (slot_mapping < blocks * page)
+    x, slot = k[kept].float(), slot_mapping[kept]
+    amax = x.abs().amax(1) if D else x.new_zeros(len(x))
+    scale = block_scale(amax, scale_format)
+    q = to_e4m3(x * (1.0 / scale)[:, None])
+    block, offset = slot // page, slot % page
+    values, scales = pages(cache, D)
+    values[block, offset] = q.view(torch.uint8)
+    scales[block, offset] = scale[:, None].view(torch.uint8)
+
+
+def pages(cache: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """Views of an indexer's cache: values [blocks, page, D] and scales [blocks, page, 4] as bytes.
+
+    In the bytes of a page, all values come first.
+    """
+    blocks, page = cache.shape[:2]
+    whole = cache.as_strided((blocks, page * (D + 4)), (cache.stride(0), 1))
+    return whole[:, : page * D].unflatten(1, (page, D)), whole[:, page * D :].unflatten(
+        1, (page, 4)
+    )
+
+
+def paged_mqa_logits(
+    q: Tensor,
+    cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+) -> Tensor:
+    B, next_n, _, D = q.shape
+    blocks, page = cache.shape[:2]
+    values, scales = pages(cache, D)
+    out = q.new_full((B * next_n, max_context_len), -math.inf, dtype=torch.float32)
+    lengths = context_lens.clamp(0, block_table.shape[1] * page)
+    if lengths.dim() == 1:
+        lengths = lengths[:, None] - next_n + 1 + torch.arange(next_n, device=q.device)
+    lengths = lengths.clamp(0, max_context_len).int()  # [B, next_n]
+    for b in range(B if next_n else 0):
+        key = torch.arange(int(lengths[b].max()), device=q.device)
+        block = block_table[b, key // page].long()
+        present = (block >= 0) & (block < blocks)
+        key, block = key[present], block[present]
+        kv = values[block, key % page].view(torch.float8_e4m3fn)
+        scale = scales[block, key % page].contiguous().view(torch.float32)[:, 0]
+        rows = slice(b * next_n, (b + 1) * next_n)
+        # The keys stand together: how many of them a query sees.
+        ends = (key < lengths[b][:, None]).sum(1)
+        out[rows, key] = mqa_logits(q[b], kv, scale, weights[rows], torch.zeros_like(ends), ends)
+    return out
+
+
+def topk_indices(logits: Tensor, k: int, lengths: Tensor | None = None) -> Tensor:
+    S, N = logits.shape
+    values = logits.float().nan_to_num(-math.inf, math.inf, -math.inf)
+    present = torch.arange(N, device=logits.device) < (N if lengths is None else lengths[:, None])
+    # Stable, twice: by value, then what is absent behind all values.
+    order = values.argsort(dim=1, descending=True, stable=True)
+    absent = ~present.expand(S, N)
+    order = order.gather(1, absent.gather(1, order).int().argsort(dim=1, stable=True))[:, :k]
+    chosen = order.masked_fill(absent.gather(1, order), N).sort(1).values  # -1 would sort first
+    out = logits.new_full((S, k), -1, dtype=torch.int32)
+    out[:, : chosen.shape[1]] = chosen.masked_fill(chosen == N, -1)
+    return out
+
+
+def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Butterflies in fp32, the lowest bit of the place first."""
+    y = x.float()
+    half = 1
+    while half < x.shape[-1]:
+        a, b = y.unflatten(-1, (-1, 2, half)).unbind(-2)
+        y = torch.stack((a + b, a - b), -2).flatten(-3)
+        half *= 2
+    return (y * torch.tensor(scale, dtype=torch.float32)).to(x.dtype).contiguous()

@@ -1,0 +1,139 @@
+"""topk_indices: against torch.topk and sorted pairs; ties, special values, cuts of every kind."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import deepkern
+from deepkern.testing import compare
+from deepkern.testing.inputs import indexer
+
+FAR = 2**31 - 1
+
+
+def check(logits, k, lengths=None) -> torch.Tensor:
+    got = deepkern.topk_indices(logits, k, lengths)
+    compare.assert_bitwise(got, deepkern.reference.topk_indices(logits, k, lengths))
+    return got
+
+
+def by_sorted_pairs(row: list[float], k: int) -> list[int]:
+    """Python's own order of (value, place), NaN as -inf."""
+    pairs = sorted((-math.inf if x != x else x, -n) for n, x in enumerate(row))
+    best = sorted(-n for _, n in pairs[::-1][:k])
+    return best + [-1] * (k - len(best))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 7, 40, 64])
+def test_against_sorted_pairs(backend, dtype, k, generator):
+    logits, _, lengths = indexer.topk_indices(generator, 6, 50, k, dtype, ragged=True)
+    logits[1, ::3], logits[2, ::2], logits[3, 5:9] = math.nan, -math.inf, math.inf
+    got = check(logits, k, lengths)
+    for row, length, chosen in zip(logits.tolist(), lengths.tolist(), got.tolist(), strict=True):
+        assert chosen == by_sorted_pairs(row[:length], k)
+
+
+@pytest.mark.parametrize(("N", "k"), [(1000, 64), (5000, 2048), (20000, 100), (70000, 2048)])
+def test_the_values_of_torch_topk(backend, N, k, generator):
+    """More chunks than one, and more than one round of them."""
+    logits = torch.randn(2, N, generator=generator, device=generator.device)
+    got = check(logits, k).long()
+    want = logits.topk(k).values
+    assert torch.equal(logits.gather(1, got).sort(1, descending=True).values, want)
+
+
+def test_ties_go_to_the_lower_index(backend, generator):
+    N, k = 40000, 3000
+    logits = torch.zeros(4, N, device=generator.device)
+    logits[1] = 5.5  # all equal
+    logits[2, ::3] = -0.0  # equal to 0.0
+    logits[3, 17000:] = 1.0  # ties that lie in several chunks
+    logits[3, 39999] = 2.0
+    got = check(logits, k)
+    first = torch.arange(k, dtype=torch.int32, device=logits.device)
+    for row in range(3):
+        assert torch.equal(got[row], first)
+    assert torch.equal(got[3, :-1], 17000 + first[:-1]) and got[3, -1] == 39999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_bits(backend, dtype, generator):
+    """Values of every magnitude and sign, subnormals, NaN and inf among them."""
+    bits = torch.randint(-(2**31), 2**31, (3, 3000), generator=generator, device=generator.device)
+    logits = bits.int().view(dtype)[:, :3000]
+    for k in (1, 100, 2999):
+        check(logits, k)
+    check(-logits.abs(), 100)
+    small = (bits % 7).int().view(torch.float32)  # subnormal, and many equal
+    check(small.to(dtype), 100)
+
+
+def test_special_rows(backend, generator):
+    device = generator.device
+    logits = torch.tensor([math.nan, -math.inf, -1.0, math.inf, 0.0], device=device)
+    assert check(logits[None], 3).tolist() == [[2, 3, 4]]
+    assert check(logits[None], 4).tolist() == [[0, 2, 3, 4]]  # NaN and -inf tie
+    nothing = torch.full((2, 20000), -math.inf, device=device)
+    assert torch.equal(check(nothing, 5), torch.arange(5, device=device).int().expand(2, 5))
+    assert check(logits[None], 7).tolist() == [[0, 1, 2, 3, 4, -1, -1]]
+
+
+def test_hostile_lengths_are_clamped(backend, generator):
+    logits = torch.randn(6, 17000, generator=generator, device=generator.device)
+    lengths = torch.tensor([-1, -FAR - 1, 0, 3, 17001, FAR], dtype=torch.int32).to(logits.device)
+    logits[3, 3:] = math.nan  # past the length
+    got = check(logits, 50, lengths)
+    assert (got[:3] == -1).all() and (got[4:] >= 0).all()
+    assert got[3].tolist() == [0, 1, 2] + [-1] * 47
+
+
+def test_past_the_length_is_not_looked_at(backend, generator):
+    logits = torch.randn(2, 40000, generator=generator, device=generator.device)
+    lengths = torch.tensor([100, 30000], dtype=torch.int32, device=logits.device)
+    clean = check(logits, 2048, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        logits[row, length:] = math.inf
+    compare.assert_bitwise(check(logits, 2048, lengths), clean)
+
+
+def test_a_row_does_not_see_the_others(backend, generator):
+    logits, k, lengths = indexer.topk_indices(generator, 5, 3000, 300, ragged=True)
+    whole = deepkern.topk_indices(logits, k, lengths)
+    for s in range(5):
+        alone = deepkern.topk_indices(logits[s : s + 1], k, lengths[s : s + 1])
+        compare.assert_bitwise(alone[0], whole[s])
+
+
+def test_strides(backend, generator):
+    wide = torch.randn(3, 70, generator=generator, device=generator.device)
+    check(wide[:, 5:60], 9)
+    check(wide[:, :1].expand(3, 1), 2)
+
+
+def test_debug_and_refusals(generator, monkeypatch):
+    logits, k, lengths = indexer.topk_indices(generator, 3, 20, 4, ragged=True)
+    for wrong in (-1, 4097):
+        with pytest.raises(ValueError, match="topk_indices: k: expected a number from 0 to 4096"):
+            deepkern.topk_indices(logits, wrong)
+    monkeypatch.setenv("DEEPKERN_DEBUG", "1")
+    with pytest.raises(ValueError, match="topk_indices: lengths: expected lengths in"):
+        deepkern.topk_indices(logits, k, lengths + 21)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [1, 2048, 16384, 16385, 131072, 2**20, 2**21 + 7])
+@pytest.mark.parametrize("S", [1, 3, 64])
+@pytest.mark.parametrize("k", [1, 512, 2048, 4096])
+def test_big_rows(S, N, k, generator):
+    logits = torch.randn(S, N, generator=generator, device=generator.device)
+    with deepkern.backend("triton"):
+        got = deepkern.topk_indices(logits, k)
+    best = min(k, N)
+    chosen = got[:, :best].long()
+    assert (chosen.diff(dim=1) > 0).all() and (got[:, best:] == -1).all()
+    values = logits.gather(1, chosen).sort(1, descending=True).values
+    assert torch.equal(values, logits.topk(best).values)
