@@ -95,7 +95,26 @@ def _masked_flops(args: tuple, out) -> int:
     return 2 * int(masked_m.clamp(0, a.shape[1]).sum()) * a.shape[2] * b.shape[1]
 
 
+def _assignments(args: tuple) -> Tensor:
+    """The experts of all assignments to one: those that an op of the expert layer computes."""
+    topk_idx, w13 = args[2], args[-4]
+    return topk_idx[(topk_idx >= 0) & (topk_idx < len(w13))]
+
+
+def _moe_bytes(args: tuple, out) -> int:
+    """Without the weights of experts that have no rows, and what lies between the steps."""
+    used = len(_assignments(args).unique())
+    return tensor_bytes(args[:-4], out) + sum(tensor_bytes(w[0]) * used for w in args[-4:])
+
+
+def _moe_flops(args: tuple, out) -> int:
+    w13, w2 = args[-4], args[-2]
+    return 2 * _assignments(args).numel() * (w13[0].numel() + w2[0].numel())
+
+
 BYTES = {
+    "moe_forward": _moe_bytes,
+    "moe_forward_backward": _moe_bytes,
     "mla_decode": _mla_decode_bytes,
     "mla_cache_append": _mla_cache_append_bytes,
     "indexer_cache_append": _indexer_cache_append_bytes,
@@ -103,6 +122,8 @@ BYTES = {
     "mla_cache_gather": _mla_cache_gather_bytes,
 }
 FLOPS = {
+    "moe_forward": _moe_flops,
+    "moe_forward_backward": _moe_flops,
     "fp8_gemm_nt": _gemm_nt_flops,
     "k_grouped_fp8_gemm_nt": _gemm_nt_flops,
     "m_grouped_fp8_gemm_nt_contiguous": _contiguous_flops,
@@ -112,7 +133,7 @@ FLOPS = {
     "paged_mqa_logits": _paged_mqa_logits_flops,
 }
 # Whose roof is the FP8 rate of the tensor cores.
-FP8_PRODUCTS = {op for op in FLOPS if "fp8_gemm" in op or "mqa_logits" in op}
+FP8_PRODUCTS = {op for op in FLOPS if any(x in op for x in ("fp8_gemm", "mqa_logits", "moe"))}
 
 
 def cost(op_name: str, args: tuple, out) -> tuple[int, int]:

@@ -84,6 +84,31 @@ def test_strided_arguments(backend, generator):
     assert (got[:1] != 0).all() and (got[2:] == 0).all()
 
 
+def test_the_shared_expert_is_added_before_the_rounding(device):
+    """1 + 2^-9 + 0.75 · 2^-8 in bf16: rounded twice it would be 1."""
+    y = torch.tensor([[1.0], [2.0**-9]], dtype=torch.bfloat16, device=device)
+    weights = torch.ones(1, 2, device=device)
+    handle = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+    shared = torch.full((1, 1), 2.0**-8 * 0.75, device=device)
+    for name in ("torch", "triton"):
+        with deepkern.backend(name):
+            got = deepkern.expert_combine(y, weights, handle, shared)
+        assert got.item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_shared_expert(backend, dtype, generator):
+    y, weights, handle, shared = inputs.make(
+        "expert_combine", generator, T=7, topk=3, K=130, shared=dtype
+    )
+    wide = torch.cat([shared, shared], 1).requires_grad_()  # of which the rows are strided
+    out = deepkern.expert_combine(y, weights, handle, wide[:, :130])
+    compare.assert_close(out, plain(y, weights, handle) + shared.double())
+    towards = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+    (got,) = torch.autograd.grad(out, wide, towards)
+    assert torch.equal(got[:, :130], towards.to(dtype)) and not got[:, 130:].any()
+
+
 def test_tokens_do_not_see_each_other(backend, generator):
     y, weights, handle = inputs.make("expert_combine", generator, T=13, topk=5, K=70)
     out = deepkern.expert_combine(y, weights, handle)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepkern
+from deepkern import reference
+from deepkern.experts.placement import scan_kernel
 from deepkern.testing import compare, inputs
 from deepkern.testing.inputs.experts import indices
 
 FP8 = torch.float8_e4m3fn
-# The module: in the package, the op stands under its name.
-dispatch = importlib.import_module("deepkern.experts.expert_dispatch")
 HOSTILE = [-1, -2, -(2**31), -(2**63), 2**63 - 1, 2**32, 2**32 + 1, 100]
 
 
@@ -85,7 +83,7 @@ def test_several_chunks(backend, alignment, generator):
 def test_more_chunks_than_one_scan_takes(generator):
     counts = torch.randint(99, (150, 21), generator=generator, device=generator.device).int()
     before, total = counts.clone(), counts.new_empty(21)
-    dispatch.scan_kernel[(2,)](before, total, 150, 21, CHUNKS=64, EXPERTS=16)
+    scan_kernel[(2,)](before, total, 150, 21, CHUNKS=64, EXPERTS=16)
     assert torch.equal(before, counts.cumsum(0).int() - counts)
     assert torch.equal(total, counts.sum(0).int())
 
@@ -139,6 +137,28 @@ def test_every_bit_of_fp8_and_its_scale(backend, generator):
     assert torch.equal(out.view(torch.uint8)[rows], x.view(torch.uint8)[token])
     assert torch.equal(out_scale[rows], scale[token])
     assert (out.view(torch.uint8)[5:] == 0).all() and (out_scale[5:] == 0).all()
+
+
+@pytest.mark.parametrize("cast", ["fp32", "ue8m0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("K", [1, 100, 3584, 7168])
+def test_cast_on_the_way(backend, K, dtype, cast, generator):
+    """The bits of cast_per_token, then dispatch; blocks of zeros, inf and NaN among them."""
+    x = torch.randn(5, K, generator=generator, device=generator.device).to(dtype)
+    x[1], x[2, :1], x[3, -1:] = 0.0, torch.inf, torch.nan
+    topk_idx = indices(generator, 5, 4, 3, none=0.3)
+    got = deepkern.expert_dispatch(x, topk_idx, 4, None, 2, cast)
+    q, scale = reference.cast_per_token(x, cast)
+    want = reference.expert_dispatch(q, topk_idx, 4, scale, 2)
+    compare.assert_matches("expert_dispatch", got, want)
+
+
+def test_cast_of_strided_rows(backend, generator):
+    x = torch.randn(9, 300, generator=generator, device=generator.device)[::2, 5:205]
+    topk_idx = indices(generator, 5, 4, 3)
+    got = deepkern.expert_dispatch(x, topk_idx, 4, cast="fp32")
+    want = deepkern.expert_dispatch(x.contiguous(), topk_idx, 4, cast="fp32")
+    compare.assert_matches("expert_dispatch", got, want)
 
 
 def test_payload_of_nan_survives(backend, device):
@@ -225,6 +245,9 @@ def test_fp8_has_no_gradient(backend, device):
     scale = torch.ones(2, 1, device=device, requires_grad=True)
     out = deepkern.expert_dispatch(x, torch.zeros(2, 1, device=device).long(), 1, scale)
     assert not out[0].requires_grad and not out[1].requires_grad
+    x = torch.ones(2, 4, device=device, requires_grad=True)
+    out = deepkern.expert_dispatch(x, torch.zeros(2, 1, device=device).long(), 1, cast="fp32")
+    assert not out[0].requires_grad and not out[1].requires_grad
 
 
 def test_compiles_with_its_gradient(generator):
@@ -255,6 +278,16 @@ def test_wrong_numbers(backend, argument, value, device):
     args |= {"num_experts": 3, argument: value}
     with pytest.raises(ValueError, match=f"^expert_dispatch: {argument}: expected .* got {value}"):
         deepkern.expert_dispatch(**args)
+
+
+@pytest.mark.parametrize(("dtype", "scaled"), [(FP8, False), (FP8, True), (torch.float32, True)])
+def test_what_is_fp8_already_is_not_cast(backend, dtype, scaled, device):
+    x, scale = torch.ones(2, 4, device=device).to(dtype), torch.ones(2, 1, device=device)
+    topk_idx = torch.zeros(2, 1, device=device).long()
+    with pytest.raises(ValueError, match="expert_dispatch: cast: expected None with FP8 rows"):
+        deepkern.expert_dispatch(x, topk_idx, 3, scale if scaled else None, 1, "fp32")
+    with pytest.raises(ValueError, match="expert_dispatch: cast: expected 'fp32' or 'ue8m0', got"):
+        deepkern.expert_dispatch(torch.ones(2, 4, device=device), topk_idx, 3, cast="fp8")
 
 
 def test_more_rows_than_int32_can_name(device):
@@ -294,7 +327,8 @@ def test_cuda_graph(generator):
 
     def layer():
         out = deepkern.expert_dispatch(x, topk_idx, 20, None, 2)
-        return *out, deepkern.expert_combine(out[0], weights, out[4])
+        cast = deepkern.expert_dispatch(x, topk_idx, 20, None, 2, "ue8m0")
+        return *out, *cast, deepkern.expert_combine(out[0], weights, out[4], x)
 
     with deepkern.backend("triton"), torch.no_grad():
         layer()

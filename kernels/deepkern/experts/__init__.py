@@ -2,6 +2,7 @@
 
 from .expert_combine import expert_combine, expert_combine_backward
 from .expert_dispatch import expert_dispatch, expert_dispatch_backward
+from .moe_forward import moe_forward, moe_forward_backward
 from .route_topk import route_topk, route_topk_backward
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "expert_combine_backward",
     "expert_dispatch",
     "expert_dispatch_backward",
+    "moe_forward",
+    "moe_forward_backward",
     "route_topk",
     "route_topk_backward",
 ]

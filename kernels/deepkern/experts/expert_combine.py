@@ -1,10 +1,11 @@
 """Combine: a token's rows back from its experts, weighted and summed.
 
-    out[t] = Σ_j topk_weights[t, j] · y[handle[t, j]]
+    out[t] = Σ_j topk_weights[t, j] · y[handle[t, j]]  (+ shared[t])
 
-in fp32, slot after slot, with one rounding at the end, so that a token's bits depend on nothing but
-its own rows. Cut: a program takes TOKENS tokens by BLOCK_K columns, and loads up to SLOTS rows of
-each before it waits for one. (topk + 1) rows are moved for a token, at the speed of memory.
+in fp32, slot after slot and the shared expert last, with one rounding at the end, so that a token's
+bits depend on nothing but its own rows. Cut: a program takes TOKENS tokens by BLOCK_K columns, and
+loads up to SLOTS rows of each before it waits for one. (topk + 1) rows are moved for a token, at
+the speed of memory.
 
 The backward pass goes the other way: a program takes one slot of TOKENS tokens, writes w · grad to
 the slot's rows of y's gradient and sums <grad, y>. The other programs clear the rows of no slot.
@@ -22,8 +23,15 @@ from ..runtime.op import op
 from .rows import BLOCK_K, TOKENS, ZERO_ROWS, slots_in_flight, zero_rows
 
 
-@op(y="real [rows, K]", topk_weights="real [T, topk]", handle="int32 [T, topk]")
-def expert_combine(y: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
+@op(
+    y="real [rows, K]",
+    topk_weights="real [T, topk]",
+    handle="int32 [T, topk]",
+    shared="real [T, K]",
+)
+def expert_combine(
+    y: Tensor, topk_weights: Tensor, handle: Tensor, shared: Tensor | None = None
+) -> Tensor:
     """Sums each token's rows of `y` with its weights.
 
     Args:
@@ -31,13 +39,15 @@ def expert_combine(y: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
         topk_weights: real [T, topk]; rows may be strided.
         handle: int32 [T, topk] from `expert_dispatch`. A row outside [0, rows) (-1 by convention)
             contributes nothing, whatever its weight is.
+        shared: real [T, K], what the shared expert made of the tokens, added in fp32 before the
+            one rounding; rows may be strided.
 
     Returns:
-        [T, K] in the dtype of `y`; 0 for a token without rows.
+        [T, K] in the dtype of `y`; 0, or `shared`, for a token without rows.
 
-    The gradient goes to `y` and `topk_weights`. That of `y` takes each row to be named at most
-    once, as in `expert_dispatch`'s handles: of several slots that name a row one counts, the last.
-    DEEPKERN_DEBUG=1 raises for a row outside [-1, rows) and, going back, for one named twice.
+    The gradient goes to `y`, `topk_weights` and `shared`. That of `y` takes each row to be named at
+    most once, as in `expert_dispatch`'s handles: of several slots that name a row one counts, the
+    last. DEEPKERN_DEBUG=1 raises for a row outside [-1, rows) and, going back, for one named twice.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -46,24 +56,28 @@ def expert_combine(y: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
 
 
 @expert_combine.backend("triton")
-def launch(y: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
-    return sum_rows(y, topk_weights, handle, expert_combine.allocate(y, topk_weights, handle))
+def launch(y: Tensor, topk_weights: Tensor, handle: Tensor, shared: Tensor | None) -> Tensor:
+    out = expert_combine.allocate(y, topk_weights, handle, shared)
+    return sum_rows(y, topk_weights, handle, out, shared)
 
 
-def sum_rows(y: Tensor, weights: Tensor | None, handle: Tensor, out: Tensor) -> Tensor:
-    """Writes Σ_j weights[t, j] · y[handle[t, j]] to out; without weights they are 1."""
+def sum_rows(
+    y: Tensor, weights: Tensor | None, handle: Tensor, out: Tensor, shared: Tensor | None = None
+) -> Tensor:
+    """Writes Σ_j weights[t, j] · y[handle[t, j]] + shared[t]; without weights they are 1."""
     (T, topk), (rows, K) = handle.shape, y.shape
     if out.numel() == 0:
         return out
     kernel[(triton.cdiv(T, TOKENS), triton.cdiv(K, BLOCK_K))](
-        y, weights, handle, out, T, topk, rows, K, y.stride(0),
+        y, weights, handle, shared, out, T, topk, rows, K, y.stride(0),
         0 if weights is None else weights.stride(0), handle.stride(0),
+        0 if shared is None else shared.stride(0),
         TOKENS=TOKENS, BLOCK_K=BLOCK_K, SLOTS=slots_in_flight(topk), num_warps=8,
     )  # fmt: skip
     return out
 
 
-def check_contents(y: Tensor, topk_weights: Tensor, handle: Tensor) -> None:
+def check_contents(y: Tensor, topk_weights: Tensor, handle: Tensor, *_) -> None:
     """For DEEPKERN_DEBUG=1: every entry of the handle is a row or -1."""
     _check_rows("expert_combine", handle, y.shape[0])
 
@@ -88,7 +102,8 @@ expert_combine.check_contents = check_contents
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def kernel(
-    y_ptr, weights_ptr, handle_ptr, out_ptr, T, topk, rows, K, y_row, weights_row, handle_row,
+    y_ptr, weights_ptr, handle_ptr, shared_ptr, out_ptr, T, topk, rows, K,
+    y_row, weights_row, handle_row, shared_row,
     TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
@@ -109,6 +124,9 @@ def kernel(
                 w = tl.load(weights_ptr + token * weights_row + slot, mask=there, other=0.0)
                 w = tl.broadcast_to(w.to(tl.float32), (TOKENS, BLOCK_K))
                 sum = tl.fma(w, y, sum)
+    if shared_ptr is not None:
+        shared = tl.load(shared_ptr + token * shared_row + column, mask=inside, other=0.0)
+        sum += shared.to(tl.float32)
     tl.store(out_ptr + token * K + column, sum.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -207,9 +225,10 @@ def backward_kernel(
 
 class ExpertCombine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, topk_weights, handle):
+    def forward(ctx, y, topk_weights, handle, shared):
         ctx.save_for_backward(y, topk_weights, handle)
-        return expert_combine.overload(y, topk_weights, handle)
+        ctx.shared_dtype = None if shared is None else shared.dtype
+        return expert_combine.overload(y, topk_weights, handle, shared)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -218,7 +237,8 @@ class ExpertCombine(torch.autograd.Function):
         grad_y, grad_weights = expert_combine_backward.overload(
             grad.contiguous(), y, topk_weights, handle
         )
-        return grad_y, grad_weights.to(topk_weights.dtype), None
+        grad_shared = None if ctx.shared_dtype is None else grad.to(ctx.shared_dtype)
+        return grad_y, grad_weights.to(topk_weights.dtype), None, grad_shared
 
 
 expert_combine.autograd = ExpertCombine

@@ -27,8 +27,9 @@ from .products import index_type, operand, products, rows_of_a_scale, tile_in_ba
 def tile(a: Tensor, b: Tensor, b_scale: Tensor, rows: int) -> GemmTile:
     """The tile for groups that have about so many rows each."""
     G, N, K = b.shape
+    groups = G if a.dim() == 3 else min(G, len(a))  # that may have rows
     target, b_rows = arch.of(a.device), rows_of_a_scale(b, b_scale)
-    return gemm_tile(target, max(rows, 1), N, K, b_rows, groups=max(G, 1), form="m_grouped")
+    return gemm_tile(target, max(rows, 1), N, K, b_rows, groups=max(groups, 1), form="m_grouped")
 
 
 def multiply(
@@ -39,12 +40,13 @@ def multiply(
 
     a, out: [M, K] and [M, N] with `group_index` int32 [M], which says for each row whether a tile
     of a group may write it; or [G, M, K] and [G, M, N]. `extent`: int32 [2, G] from `survey`, or
-    the number of rows in use, int32 [G].
+    the number of rows in use, int32 [G]. (`survey`, or `experts/placement.py` as it places rows.)
     """
     target = arch.of(a.device)
     (G, N, K), M = b.shape, a.shape[-2]
     x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
-    most = a[..., 0].numel() // t.BLOCK_M + G  # row tiles, if the rows of a group lie together
+    # Row tiles, if the rows of a group lie together: those that are full, and one for each group.
+    most = a[..., 0].numel() // t.BLOCK_M + min(G, a[..., 0].numel())
     kernel[(t.grid(target, most * triton.cdiv(N, t.BLOCK_N)),)](
         x, y, out, group_index, extent, M, N, K, G,
         GROUPS=max(8, triton.next_power_of_2(G)), SWAPPED=t.swapped,

@@ -49,12 +49,12 @@ def operand(x: Tensor, scale: Tensor, target: Arch, tile_rows: int) -> Operand:
     return Operand(matrix, tiles, *matrix.stride(), scale, *strides)
 
 
-def check_b_scale(name: str, b: Tensor, b_scale: Tensor) -> None:
+def check_b_scale(name: str, b: Tensor, b_scale: Tensor, argument: str = "b_scale") -> None:
     """The scales of b [..., N, K] are one per 128x128, or one per 1x128."""
     N, per_block = b.shape[-2], -(-b.shape[-2] // BLOCK)
     expected = f"[N/128, K/128] or [N, K/128], so {per_block} or {N} rows"
     got = f"shape {tuple(b_scale.shape)}"
-    check_that(name, "b_scale", b_scale.shape[-2] in (per_block, N), expected, got)
+    check_that(name, argument, b_scale.shape[-2] in (per_block, N), expected, got)
 
 
 def rows_of_a_scale(b: Tensor, b_scale: Tensor) -> int:

@@ -98,24 +98,32 @@ def launch(
     scale_layout: str,
 ) -> tuple[Tensor, Tensor]:
     q, scale = swiglu_cast.allocate(gate_up, weights, limit, scale_format, scale_layout)
+    write(gate_up, weights, limit, q, scale, scale_format, scale_layout)
+    return q, scale
+
+
+def write(
+    gate_up: Tensor, weights: Tensor | None, limit: float | None, q: Tensor, scale: Tensor,
+    scale_format: str = "fp32", scale_layout: str = "row", group_index: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes q and scale, but not the rows that `group_index` (int32 [M]) says are in no group."""
     if q.numel() == 0:
-        return q, scale
+        return
     M, I = q.shape
     padded = with_padding(scale, scale_layout)
     native_fp8 = arch.of(q.device).native_fp8_cast
     ROWS = 16  # of which the padding of the scale, to a multiple of 4, takes no more
     kernel[(triton.cdiv(M, ROWS) * triton.cdiv(I, BLOCK),)](
-        gate_up, weights, limit, as_bits(q, native_fp8), padded, M, padded.shape[0], I,
+        gate_up, weights, group_index, limit, as_bits(q, native_fp8), padded, M, padded.shape[0], I,
         gate_up.stride(0), *scale.stride(),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return q, scale
 
 
 @triton.jit(do_not_specialize=["M", "padded_M"])
 def kernel(
-    gate_up_ptr, weights_ptr, limit, q_ptr, scale_ptr, M, padded_M, I,
+    gate_up_ptr, weights_ptr, group_index_ptr, limit, q_ptr, scale_ptr, M, padded_M, I,
     gate_up_row, scale_row, scale_column,
     UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +131,11 @@ def kernel(
     block = tl.program_id(0) % blocks
     row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = block * 128 + tl.arange(0, 128)
-    inside = (row < M)[:, None] & (column < I)[None, :]
+    has_row, has_scale = row < M, row < padded_M
+    if group_index_ptr is not None:
+        has_row &= tl.load(group_index_ptr + row, mask=has_row, other=-1) >= 0
+        has_scale &= has_row
+    inside = has_row[:, None] & (column < I)[None, :]
     gate_tile = gate_up_ptr + row[:, None] * gate_up_row + column  # [ROWS, 128]
     gate = tl.load(gate_tile, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_tile + I, mask=inside, other=0.0).to(tl.float32)
@@ -131,13 +143,13 @@ def kernel(
 
     y = gate * sigmoid(gate) * up
     if weights_ptr is not None:
-        y *= tl.load(weights_ptr + row, mask=row < M, other=0.0)[:, None]
+        y *= tl.load(weights_ptr + row, mask=has_row, other=0.0)[:, None]
     scale = block_scale(tl.max(magnitude_bits(y), 1), UE8M0)  # [ROWS]
     q = to_fp8(y * tl.div_rn(1.0, scale)[:, None], NATIVE_FP8)
 
     tl.store(q_ptr + row[:, None] * I + column, q, mask=inside)
     scale_tile = scale_ptr + row * scale_row + block.to(tl.int64) * scale_column
-    tl.store(scale_tile, tl.where(row < M, scale, 0.0), mask=row < padded_M)
+    tl.store(scale_tile, tl.where(has_row, scale, 0.0), mask=has_scale)
 
 
 @triton.jit
@@ -208,32 +220,42 @@ def launch_backward(
     limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = swiglu_cast_backward.allocate(grad, gate_up, gate_up_scale, weights, limit)
+    write_backward(grad, gate_up, gate_up_scale, weights, limit, outputs)
+    return outputs
+
+
+def write_backward(
+    grad: Tensor, gate_up: Tensor, gate_up_scale: Tensor | None, weights: Tensor | None,
+    limit: float | None, outputs: tuple, group_index: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes the outputs (y may be None), but not the rows that `group_index` puts in no group."""
     M, I = grad.shape
     if M == 0:
-        return outputs
+        return
     native_fp8 = arch.of(grad.device).native_fp8
     scale_strides = (0, 0)
     if gate_up_scale is not None:
         gate_up, scale_strides = as_bits(gate_up, native_fp8), gate_up_scale.stride()
     ROWS = 4  # twice as many spill where rows cannot be read 16 bytes at a time
     backward_kernel[(triton.cdiv(M, ROWS),)](
-        grad, gate_up, gate_up_scale, weights, limit, *outputs, M, I,
+        grad, gate_up, gate_up_scale, weights, group_index, limit, *outputs, M, I,
         grad.stride(0), gate_up.stride(0), *scale_strides,
         ONE_SCALE=I % BLOCK == 0, NATIVE_FP8=native_fp8, ROWS=ROWS,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return outputs
 
 
 @triton.jit(do_not_specialize=["M"])
 def backward_kernel(
-    grad_ptr, gate_up_ptr, scale_ptr, weights_ptr, limit,
+    grad_ptr, gate_up_ptr, scale_ptr, weights_ptr, group_index_ptr, limit,
     grad_gate_up_ptr, y_ptr, grad_weights_ptr, M, I, grad_row, gate_up_row, scale_row, scale_column,
     ONE_SCALE: tl.constexpr,  # whether a tile of `up` lies in one block of the scale
     NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     has_row = row < M
+    if group_index_ptr is not None:
+        has_row &= tl.load(group_index_ptr + row, mask=has_row, other=-1) >= 0
     gate_up_ptr += row * gate_up_row  # [ROWS]
     if scale_ptr is not None:
         scale_ptr += row * scale_row
@@ -269,7 +291,8 @@ def backward_kernel(
         out = grad_gate_up_ptr + row[:, None] * (2 * I) + column
         tl.store(out, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
         tl.store(out + I, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
-        tl.store(y_ptr + row[:, None] * I + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+        if y_ptr is not None:
+            tl.store(y_ptr + row[:, None] * I + column, y.to(y_ptr.dtype.element_ty), mask=inside)
     if weights_ptr is not None:
         tl.store(grad_weights_ptr + row, sum_pairwise(products), mask=has_row)
 

@@ -7,12 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .exact import exp, sigmoid, sum_pairs
+from .matmul import m_grouped_fp8_gemm_nt_contiguous
+from .quant import cast_back, cast_per_token, swiglu_cast, swiglu_cast_backward
 
 __all__ = [
     "expert_combine",
     "expert_combine_backward",
     "expert_dispatch",
     "expert_dispatch_backward",
+    "moe_forward",
+    "moe_forward_backward",
     "route_topk",
     "route_topk_backward",
 ]
@@ -128,7 +132,10 @@ def expert_dispatch(
     num_experts: int,
     x_scale: Tensor | None = None,
     alignment: int = 1,
+    cast: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    if cast is not None:
+        x, x_scale = cast_per_token(x, cast)
     (T, topk), E = topk_idx.shape, num_experts
     flat = topk_idx.reshape(-1).long()
     expert = torch.where((flat >= 0) & (flat < E), flat, E)  # E: to none
@@ -159,9 +166,13 @@ def expert_dispatch_backward(grad: Tensor, handle: Tensor) -> Tensor:
     return expert_combine(grad, torch.ones_like(handle, dtype=torch.float32), handle)
 
 
-def expert_combine(y: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
+def expert_combine(
+    y: Tensor, topk_weights: Tensor, handle: Tensor, shared: Tensor | None = None
+) -> Tensor:
     T, topk = handle.shape
     out = torch.zeros(T, y.shape[1], dtype=torch.float64, device=y.device)
+    if shared is not None:
+        out += shared
     for j in range(topk):
         valid, row = inside(handle[:, j], y.shape[0])
         out[valid] += topk_weights[valid, j, None].double() * y[row].double()
@@ -184,3 +195,63 @@ def inside(row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Which entries of `row` name one of `rows` rows, and those entries."""
     valid = (row >= 0) & (row < rows)
     return valid, row[valid].long()
+
+
+LIFT = 2.0**48  # gradients are cast so much larger, above the least scale
+
+
+def moe_forward(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_idx: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+) -> Tensor:
+    # Rounded where the op rounds: both products to the dtype of x.
+    multiply = m_grouped_fp8_gemm_nt_contiguous
+    q, scale, group_index, _, handle = expert_dispatch(x, topk_idx, len(w13), cast="fp32")
+    gate_up = multiply(q, scale, w13, w13_scale, group_index, x.dtype)
+    y = multiply(*swiglu_cast(gate_up), w2, w2_scale, group_index, x.dtype)
+    return expert_combine(y, topk_weights, handle)
+
+
+def moe_forward_backward(
+    grad: Tensor,
+    topk_weights: Tensor,
+    topk_idx: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    multiply, wide = m_grouped_fp8_gemm_nt_contiguous, torch.float32
+    if grad.dtype != torch.float32:
+        wide = torch.bfloat16
+    q, scale, group_index, _, handle = expert_dispatch(
+        grad.float() * LIFT, topk_idx, len(w13), cast="fp32"
+    )
+    grad_h = multiply(q, scale, w2.mT, w2_scale.mT, group_index, wide)  # before the weight
+    valid, row = inside(handle, len(q))
+    weights = torch.zeros(len(q), device=q.device)
+    weights[row] = topk_weights[valid].float()
+    _, _, of_row = swiglu_cast_backward(grad_h, gate_up, gate_up_scale, weights)
+    grad_weights = torch.zeros(handle.shape, device=q.device)
+    grad_weights[valid] = of_row[row] / LIFT
+    grad_gate_up = swiglu_gradient(grad_h, gate_up, gate_up_scale, weights).to(wide)
+    q, scale = cast_per_token(grad_gate_up)
+    y = multiply(q, scale / LIFT, w13.mT, w13_scale.mT, group_index, wide)
+    return expert_dispatch_backward(y.double(), handle).to(grad.dtype), grad_weights
+
+
+def swiglu_gradient(
+    grad: Tensor, gate_up: Tensor, gate_up_scale: Tensor, weights: Tensor
+) -> Tensor:
+    """`swiglu_cast_backward`'s gradient in fp32, operation for operation as the kernel has it: it
+    is cast to FP8 next, and a sum in float64 may lie on the other side of a rounding."""
+    gate, up = cast_back(gate_up, gate_up_scale, (1, 128), torch.float32).chunk(2, 1)
+    grad, s = grad.float() * weights[:, None], sigmoid(gate)
+    return torch.cat((grad * up * (s * (gate * (1.0 - s) + 1.0)), grad * (gate * s)), 1)

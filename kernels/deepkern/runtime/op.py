@@ -56,8 +56,8 @@ class Op:
         self.autograd: type[torch.autograd.Function] | None = None
         self.tile: Callable | None = None  # (*args) -> the tile a launch would use, for explain()
         self.check_contents: Callable | None = None  # run under DEEPKERN_DEBUG=1
-        # (i, argument): output i is None where that argument is; the op itself returns it empty.
-        self.optional_output: tuple[int, str] | None = None
+        # (i, *arguments): output i is None where all of these are; the op itself returns it empty.
+        self.optional_output: tuple | None = None
         schema = torch.library.infer_schema(describe, mutates_args=mutates)
         LIBRARY.define(self.name + schema, tags=(torch.Tag.needs_exact_strides,))
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
@@ -75,8 +75,13 @@ class Op:
             outputs = self.autograd.apply(*self.positional(args, kwargs))
         if self.optional_output is None:
             return outputs
-        (i, name), given = self.optional_output, dict(zip(self.names, args, strict=False)) | kwargs
-        return outputs if given.get(name) is not None else (*outputs[:i], None, *outputs[i + 1 :])
+        (i, *names), given = (
+            self.optional_output,
+            dict(zip(self.names, args, strict=False)) | kwargs,
+        )
+        if any(given.get(name) is not None for name in names):
+            return outputs
+        return (*outputs[:i], None, *outputs[i + 1 :])
 
     def refusal(self, error: RuntimeError) -> Exception:
         """torch's complaint about an argument of the wrong type as a TypeError in our own words."""

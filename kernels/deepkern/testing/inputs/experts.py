@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Generator, Tensor
 
+from ... import reference
 from . import Sizes
 from .quant import values
 
@@ -65,7 +68,8 @@ def expert_dispatch(
     dtype: torch.dtype = BF16,
     scaled: bool | None = None,
     none: float = 0.1,
-) -> tuple[Tensor, Tensor, int, Tensor | None, int]:
+    cast: str | None = None,
+) -> tuple[Tensor, Tensor, int, Tensor | None, int, str | None]:
     """Every row of `x` starts with its own number, so that no two rows are alike."""
     x = values(generator, T, K, dtype=torch.float32)
     if K:
@@ -73,7 +77,7 @@ def expert_dispatch(
     scale = torch.rand(T, -(-K // 128), generator=generator, device=x.device)
     scale = scale if (dtype == FP8 if scaled is None else scaled) else None
     x = x.clamp(-448, 448).to(dtype)
-    return x, indices(generator, T, E, topk, none), E, scale, alignment
+    return x, indices(generator, T, E, topk, none), E, scale, alignment, cast
 
 
 def rows_and_handle(
@@ -96,20 +100,132 @@ def expert_dispatch_backward(
 
 
 def expert_combine(
-    generator: Generator, T: int, topk: int, K: int, dtype: torch.dtype = BF16, none: float = 0.1
-) -> tuple[Tensor, Tensor, Tensor]:
+    generator: Generator,
+    T: int,
+    topk: int,
+    K: int,
+    dtype: torch.dtype = BF16,
+    none: float = 0.1,
+    shared: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """`shared`: the dtype of the shared expert's output, if given."""
     y, handle = rows_and_handle(generator, T, topk, K, dtype, none)
-    return y, torch.rand(T, topk, generator=generator, device=y.device), handle
+    args = y, torch.rand(T, topk, generator=generator, device=y.device), handle
+    return args if shared is None else (*args, values(generator, T, K, dtype=shared))
 
 
 def expert_combine_backward(
     generator: Generator, T: int, topk: int, K: int, dtype: torch.dtype = BF16, none: float = 0.1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = values(generator, T, K, dtype=dtype)
-    return grad, *expert_combine(generator, T, topk, K, dtype, none)
+    return grad, *expert_combine(generator, T, topk, K, dtype, none)[:3]
 
 
+# The layer casts sums to FP8. Where fp32 rounds a sum otherwise than float64, one in some 1e5 codes
+# is its neighbour, an error of a sixteenth. So that implementations can be held to each other all
+# the same, sums in front of a cast are exact here: small integers, and scales that are powers of 2.
+
+
+def moe_forward(
+    generator: Generator,
+    T: int,
+    E: int,
+    topk: int,
+    K: int,
+    I: int,
+    dtype: torch.dtype = BF16,
+    none: float = 0.1,
+    b_rows: int = 128,
+    skewed: bool = False,
+) -> tuple[Tensor, ...]:
+    """`b_rows`: how many rows of a weight one scale covers, 128 or 1."""
+    x = integers(generator, T, K).to(dtype)
+    weights = torch.rand(T, topk, generator=generator, device=x.device)
+    idx = zipf(generator, T, E, topk) if skewed else indices(generator, T, E, topk, none)
+    return x, weights, idx, *expert_weights(generator, E, K, I, b_rows)
+
+
+def integers(generator: Generator, M: int, K: int) -> Tensor:
+    """fp32 [M, K] from -7 to 7, with a 7 in each block: its FP8 scale is 2^-6."""
+    x = torch.randint(-7, 8, (M, K), generator=generator, device=generator.device).float()
+    x[:, ::128] = 7.0
+    return x
+
+
+def zipf(generator: Generator, T: int, E: int, topk: int) -> Tensor:
+    """int64 [T, topk]: distinct experts, expert e drawn in proportion to 1 / (e + 1)."""
+    popularity = 1.0 / torch.arange(1, E + 1, device=generator.device)
+    return torch.multinomial(popularity.expand(T, E), topk, generator=generator)
+
+
+def expert_weights(
+    generator: Generator, E: int, K: int, I: int, b_rows: int = 128
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w13, w13_scale, w2, w2_scale that bring values of size 4 to about 1.
+
+    The codes are drawn, not cast from real numbers, of which V3's layer has 45 GB.
+    """
+    device = generator.device
+
+    def matrix(N: int, K: int) -> tuple[Tensor, Tensor]:
+        code = torch.randint(256, (E, N, K), generator=generator, device=device, dtype=torch.uint8)
+        code = code.bitwise_and_(0x86).bitwise_or_(0x38)  # 1, 1.25, 1.5 or 1.75, and its negative
+        shape = (E, N if b_rows == 1 else -(-N // 128), -(-K // 128))
+        exponent = torch.randint(-1, 2, shape, generator=generator, device=device)
+        return code.view(FP8), 2.0 ** (exponent - round(math.log2(4 * max(K, 1) ** 0.5)))
+
+    return *matrix(2 * I, K), *matrix(K, I)
+
+
+def moe_forward_backward(
+    generator: Generator, T: int, E: int, topk: int, K: int, I: int, dtype: torch.dtype = BF16,
+    none: float = 0.1,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients as small as they are, but for float16, which could not hold them."""
+    _, weights, idx, *w = moe_forward(generator, T, E, topk, K, I, dtype, none)
+    gate_up = torch.randn(T * topk, 2 * I, generator=generator, device=idx.device)
+    grad = integers(generator, T, K) * 2.0 ** (-12 if dtype == torch.float16 else -24)
+    return grad.to(dtype), weights, idx, *reference.cast_per_token(gate_up), *w
+
+
+V3_LAYER = {"E": 256, "topk": 8, "K": 7168, "I": 2048, "none": 0.0}
+V3_BATCHES = [
+    {"T": T, **V3_LAYER, "skewed": skewed}
+    for T in (1, 8, 32, 128, 512, 2048, 8192)
+    for skewed in (False, True)
+]
 SIZES = {
+    "moe_forward": Sizes(
+        small=[
+            {"T": 6, "E": 4, "topk": 3, "K": 256, "I": 128},
+            {"T": 7, "E": 5, "topk": 2, "K": 200, "I": 72},
+            {"T": 9, "E": 4, "topk": 2, "K": 144, "I": 144, "b_rows": 1},
+            {"T": 3, "E": 20, "topk": 3, "K": 130, "I": 100, "dtype": torch.float16},
+            {"T": 3, "E": 2, "topk": 2, "K": 128, "I": 64, "dtype": torch.float32},
+            {"T": 0, "E": 4, "topk": 2, "K": 128, "I": 128},
+            {"T": 3, "E": 4, "topk": 0, "K": 128, "I": 128},
+            {"T": 3, "E": 4, "topk": 2, "K": 128, "I": 0},
+            {"T": 3, "E": 4, "topk": 2, "K": 0, "I": 128},
+        ],
+        cpu=[{"T": T, "E": 16, "topk": 4, "K": 512, "I": 256, "none": 0.0} for T in (1, 64)],
+        gpu=V3_BATCHES,
+        inspect=[
+            {"T": 32, "E": 32, "topk": 8, "K": 7168, "I": 2048},
+            {"T": 4096, "E": 32, "topk": 8, "K": 7168, "I": 2048},
+        ],
+    ),
+    "moe_forward_backward": Sizes(
+        small=[
+            {"T": 6, "E": 4, "topk": 3, "K": 256, "I": 128},
+            {"T": 5, "E": 5, "topk": 2, "K": 200, "I": 72, "dtype": torch.float32},
+            {"T": 3, "E": 9, "topk": 3, "K": 130, "I": 100, "dtype": torch.float16},
+            {"T": 0, "E": 4, "topk": 2, "K": 128, "I": 128},
+            {"T": 3, "E": 4, "topk": 2, "K": 128, "I": 0},
+        ],
+        cpu=[{"T": 64, "E": 16, "topk": 4, "K": 512, "I": 256, "none": 0.0}],
+        gpu=[{"T": 4096, "E": 32, "topk": 8, "K": 7168, "I": 2048, "none": 0.0}],
+        inspect=[{"T": 4096, "E": 32, "topk": 8, "K": 7168, "I": 2048}],
+    ),
     "route_topk": Sizes(
         small=[
             {"T": 9, "E": 256, **V3},
@@ -151,6 +267,8 @@ SIZES = {
             {"T": 200, "E": 40, "topk": 2, "K": 64},
             {"T": 5, "E": 1, "topk": 1, "K": 1, "dtype": torch.float32, "scaled": True},
             {"T": 3, "E": 256, "topk": 8, "K": 1100, "alignment": 2, "dtype": torch.float16},
+            {"T": 9, "E": 6, "topk": 3, "K": 1300, "alignment": 2, "cast": "fp32"},
+            {"T": 5, "E": 6, "topk": 9, "K": 100, "dtype": torch.float32, "cast": "ue8m0"},
             {"T": 0, "E": 8, "topk": 2, "K": 128},
             {"T": 4, "E": 8, "topk": 2, "K": 0, "dtype": FP8},
             {"T": 4, "E": 8, "topk": 0, "K": 16},
@@ -160,10 +278,12 @@ SIZES = {
             {"T": 4096, "E": 256, "topk": 8, "K": 7168, "dtype": FP8, "none": 0.0},
             {"T": 128, "E": 256, "topk": 8, "K": 7168, "none": 0.0},
             {"T": 4096, "E": 256, "topk": 8, "K": 7168, "alignment": 128, "none": 0.5},
+            {"T": 4096, "E": 256, "topk": 8, "K": 7168, "cast": "ue8m0", "none": 0.0},
         ],
         inspect=[
             {"T": 4096, "E": 256, "topk": 8, "K": 7168, "dtype": FP8},
             {"T": 4096, "E": 64, "topk": 6, "K": 2048},
+            {"T": 4096, "E": 256, "topk": 8, "K": 7168, "cast": "fp32"},
         ],
     ),
     "expert_dispatch_backward": Sizes(
@@ -179,19 +299,23 @@ SIZES = {
     ),
     "expert_combine": Sizes(
         small=[
-            {"T": 11, "topk": 3, "K": 300},
+            {"T": 11, "topk": 3, "K": 300, "shared": BF16},
             {"T": 5, "topk": 9, "K": 1030, "dtype": torch.float32},
             {"T": 9, "topk": 1, "K": 7, "dtype": torch.float16, "none": 0.5},
             {"T": 0, "topk": 2, "K": 16},
             {"T": 3, "topk": 2, "K": 0},
-            {"T": 2, "topk": 0, "K": 16},
+            {"T": 2, "topk": 0, "K": 16, "shared": torch.float32},
         ],
         cpu=[{"T": 512, "topk": 8, "K": 7168, "none": 0.0}],
         gpu=[
             {"T": 4096, "topk": 8, "K": 7168, "none": 0.0},
+            {"T": 4096, "topk": 8, "K": 7168, "none": 0.0, "shared": BF16},
             {"T": 128, "topk": 8, "K": 7168, "none": 0.0},
         ],
-        inspect=[{"T": 4096, "topk": 8, "K": 7168}, {"T": 4096, "topk": 6, "K": 2048}],
+        inspect=[
+            {"T": 4096, "topk": 8, "K": 7168},
+            {"T": 4096, "topk": 6, "K": 2048, "shared": BF16},
+        ],
     ),
     "expert_combine_backward": Sizes(
         small=[

@@ -1,0 +1,267 @@
+"""The expert layer in one op: rows to their experts, two FP8 products with SwiGLU between, back.
+
+    a[row], a_scale = cast_per_token(x[t])                              row = handle[t, j]
+    gate_up[row]    = a[row] · w13[e]ᵀ                                  e = topk_idx[t, j]
+    h[row], h_scale = cast_per_token(silu(gate) * up)
+    out[t]          = Σ_j topk_weights[t, j] · (h[row] · w2[e]ᵀ)
+
+The weights come last, in fp32: before the cast of h they would be rounded with it. gate_up and the
+last products are rounded to the dtype of x, everything is summed in fp32.
+
+Cut: eight launches, none of which waits for the host. `placement.py` sorts the assignments and says
+where each expert's rows lie; dispatch's copy casts a token once and writes its rows; the products
+go through the tiles of each expert's rows (`matmul/m_grouped.py`), so that experts without rows
+and rows without an expert cost nothing; combine sums in the order of the slots. With few rows for
+an expert, as in decoding, tiles are narrow and B is the left operand; with many, wide. The
+choice is by shapes alone, and all tiles give a row the same bits (`runtime/tiles.py`).
+
+Decoding is limited by reading the weights of the experts that have rows, a large batch by the
+tensor cores.
+
+Backward: the same steps the other way, with gradients cast to FP8 as `fp8_linear` does, 2^48 times
+as large (see there). The row's weight is applied to the gradient behind w2, where its own gradient
+is <gradient · w2, h>: neither h · w2ᵀ nor h is kept, only gate_up, in FP8.
+
+    g[row]       = grad[t] · w2[e]                                      without the weight
+    grad_weights = <g[row], silu(gate) * up>
+    grad_x[t]    = Σ_j (weight · swiglu'(gate_up; g))[row] · w13[e]
+
+Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3; the gradient of a weight
+without its expert's output is SonicMoE's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..matmul.fp8_linear import LIFT
+from ..matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
+from ..matmul.products import check_b_scale
+from ..quant.cast_per_token import cast_per_token
+from ..quant.cast_per_token import launch as launch_cast
+from ..quant.swiglu_cast import swiglu_cast, write_backward
+from ..runtime.contract import check_that
+from ..runtime.op import op
+from .expert_combine import expert_combine, sum_rows
+from .expert_dispatch import check_contents as check_indices
+from .expert_dispatch import expert_dispatch
+from .layer import Rows, tile_of_rows
+
+WEIGHTS = {
+    "w13": "fp8 [E, J, K] strided",
+    "w13_scale": "fp32 [E, _, K/128] strided",
+    "w2": "fp8 [E, K, I] strided",
+    "w2_scale": "fp32 [E, _, I/128] strided",
+}
+
+
+@op(x="real [T, K]", topk_weights="real [T, topk]", topk_idx="int64|int32 [T, topk]", **WEIGHTS)
+def moe_forward(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_idx: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+) -> Tensor:
+    """Sends each token through its experts, gated MLPs in FP8, and sums what they make of it.
+
+    Args:
+        x: bf16, fp16 or fp32 [T, K]; rows may be strided. Cast to FP8 once, a scale per 1x128.
+        topk_weights: real [T, topk]; rows may be strided. Applied in fp32 to the experts' results.
+        topk_idx: int64 or int32 [T, topk]; whatever is not in [0, E) is no expert (-1 by
+            convention). An expert may come twice.
+        w13: float8_e4m3fn [E, 2I, K], the gates' rows, then those of the values they let through.
+        w13_scale: fp32 [E, ceil(2I / 128), ceil(K / 128)], one per 128x128, counted over all 2I
+            rows; or [E, 2I, ceil(K / 128)], one per 1x128.
+        w2: float8_e4m3fn [E, K, I].
+        w2_scale: fp32 [E, ceil(K / 128), ceil(I / 128)], or [E, K, ceil(I / 128)].
+
+    Returns:
+        [T, K] in the dtype of `x`; 0 for a token without experts.
+
+    Gate and up, and the experts' results, are rounded to the dtype of `x`; silu(gate) * up is cast
+    to FP8 from fp32, a scale per 1x128. Any strides of weights and scales are taken, but FP8 that
+    the target cannot read as it lies (K or I no multiple of 16) is copied in every call.
+
+    Memory beside arguments and result, with R = T * topk and s bytes a value of `x`:
+    R * (8 + max(K + 4 ceil(K/128) + 2 I s, 2 I s + I + 4 ceil(I/128), I + 4 ceil(I/128) + K s))
+    + 8 E bytes: 16.5 KB an assignment in DeepSeek-V3.
+
+    The gradient goes to `x` and `topk_weights`, and wants scales per 128x128; see
+    `moe_forward_backward`. DEEPKERN_DEBUG=1 raises for an index outside [-1, E).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    name = "moe_forward"
+    check_weights(name, w13, w13_scale, w2, w2_scale)
+    rows = topk_idx.numel()
+    check_that(name, "topk_idx", rows < 2**31, "fewer than 2^31 assignments", rows)
+    return x.new_empty(x.shape)
+
+
+def check_weights(name: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> None:
+    E, rows, I = *w13.shape[:2], w2.shape[2]
+    check_that(name, "w13", E >= 1, "at least 1 expert", E)
+    expected = f"2I = {2 * I} rows, [gate, up] for w2's I = {I}"
+    check_that(name, "w13", rows == 2 * I, expected, f"shape {tuple(w13.shape)}")
+    check_b_scale(name, w13, w13_scale, "w13_scale")
+    check_b_scale(name, w2, w2_scale, "w2_scale")
+
+
+def check_contents(x: Tensor, topk_weights: Tensor, topk_idx: Tensor, w13: Tensor, *_) -> None:
+    """For DEEPKERN_DEBUG=1: every index is an expert or -1."""
+    check_indices(x, topk_idx, len(w13), name="moe_forward")
+
+
+moe_forward.check_contents = check_contents
+
+
+@moe_forward.backend("triton")
+def launch(
+    x: Tensor, topk_weights: Tensor, topk_idx: Tensor,
+    w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor,
+) -> Tensor:  # fmt: skip
+    out = moe_forward.allocate(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale)
+    if topk_idx.numel() == 0 or w13.numel() == 0:
+        return out.zero_()
+    rows = Rows.of(topk_idx, len(w13))
+    a = rows.cast(x)
+    gate_up = rows.multiply(*a, w13, w13_scale, x.dtype)
+    del a  # what is read no more is free for what follows
+    h = rows.activate(gate_up)
+    del gate_up
+    y = rows.multiply(*h, w2, w2_scale, x.dtype)
+    return sum_rows(y, topk_weights, rows.handle, out)
+
+
+def tile(x: Tensor, topk_weights: Tensor, topk_idx: Tensor, w13: Tensor, w13_scale: Tensor,
+         w2: Tensor, w2_scale: Tensor) -> str:  # fmt: skip
+    """The tiles of the two products that a launch with these arguments takes."""
+    rows = topk_idx.numel()
+    a, h = (w.new_empty((rows, w.shape[2]), device="meta") for w in (w13, w2))
+    tiles = [tile_of_rows(a, w13, w13_scale), tile_of_rows(h, w2, w2_scale)]
+    return "; ".join(f"{name} {t}" for name, t in zip(("w13", "w2"), tiles, strict=True))
+
+
+moe_forward.tile = tile
+
+
+@op(
+    grad="real [T, K]",
+    topk_weights="real [T, topk]",
+    topk_idx="int64|int32 [T, topk]",
+    gate_up="fp8 [rows, J]",
+    gate_up_scale="fp32 [rows, J/128]",
+    **WEIGHTS,
+)
+def moe_forward_backward(
+    grad: Tensor,
+    topk_weights: Tensor,
+    topk_idx: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `moe_forward` with respect to `x` and `topk_weights`.
+
+    Args:
+        grad: bf16, fp16 or fp32 [T, K], of the output.
+        topk_weights, topk_idx, w13, w2: as in the forward pass.
+        gate_up: float8_e4m3fn [T * topk, 2I], the gates and values of each row in the order of
+            `expert_dispatch`, as `cast_per_token` makes it.
+        gate_up_scale: fp32 [T * topk, ceil(2I / 128)].
+        w13_scale, w2_scale: as in the forward pass, one per 128x128.
+
+    Returns:
+        grad_x: [T, K] in the dtype of `grad`.
+        grad_weights: fp32 [T, topk]; 0 where there is no expert.
+
+    `grad` is cast per token for the product with w2, the gradient of gate_up for that with w13,
+    both 2^48 times as large (`fp8_linear` says why). Between products, values are bf16, or fp32 if
+    `grad` is. The products take w13 and w2 with rows along the other dimension: where the target
+    reads FP8 one way only (sm_89 and later), each is copied once, which takes as much memory.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    name = "moe_forward_backward"
+    check_weights(name, w13, w13_scale, w2, w2_scale)
+    check_blocks(name, w13, w13_scale, w2, w2_scale)
+    rows = topk_idx.numel()
+    check_that(name, "gate_up", len(gate_up) == rows, f"{rows} rows", tuple(gate_up.shape))
+    return grad.new_empty(grad.shape), grad.new_empty(topk_idx.shape, dtype=torch.float32)
+
+
+def check_blocks(name: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> None:
+    """Scales turn with their matrix only if they are one per 128x128."""
+    for argument, w, scale in (("w13_scale", w13, w13_scale), ("w2_scale", w2, w2_scale)):
+        blocks = -(-w.shape[1] // 128)
+        expected = f"one per 128x128 for a gradient, so {blocks} rows"
+        check_that(name, argument, scale.shape[1] == blocks, expected, tuple(scale.shape))
+
+
+@moe_forward_backward.backend("triton")
+def launch_backward(
+    grad: Tensor, topk_weights: Tensor, topk_idx: Tensor, gate_up: Tensor, gate_up_scale: Tensor,
+    w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_x, grad_weights = moe_forward_backward.allocate(
+        grad, topk_weights, topk_idx, gate_up, gate_up_scale, w13, w13_scale, w2, w2_scale
+    )
+    if topk_idx.numel() == 0 or w13.numel() == 0:
+        return grad_x.zero_(), grad_weights.zero_()
+    rows = Rows.of(topk_idx, len(w13))
+    wide = torch.float32 if grad.dtype == torch.float32 else torch.bfloat16
+    a = rows.cast((grad.float() if grad.dtype == torch.float16 else grad) * LIFT)
+    grad_h = rows.multiply(*a, w2.mT, w2_scale.mT, wide)
+    del a
+    grad_gate_up = torch.empty_like(gate_up, dtype=wide)
+    weights = rows.spread(topk_weights)
+    of_row = torch.empty_like(weights)
+    outputs = grad_gate_up, None, of_row
+    write_backward(grad_h, gate_up, gate_up_scale, weights, None, outputs, rows.group_index)
+    rows.collect(of_row, grad_weights, 1 / LIFT)
+    del grad_h
+    q, scale = launch_cast(grad_gate_up, "fp32", "row")
+    del grad_gate_up
+    y = rows.multiply(q, scale / LIFT, w13.mT, w13_scale.mT, wide)
+    return sum_rows(y, None, rows.handle, grad_x), grad_weights
+
+
+class MoeForward(torch.autograd.Function):
+    """With a gradient to come the forward pass is the ops one by one, the same launches, so that
+    gate_up is at hand to be kept."""
+
+    @staticmethod
+    def forward(ctx, x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale):
+        w = w13, w13_scale, w2, w2_scale
+        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+            return moe_forward.overload(x, topk_weights, topk_idx, *w)
+        moe_forward.allocate(x, topk_weights, topk_idx, *w)
+        check_blocks("moe_forward", *w)
+        multiply = m_grouped_fp8_gemm_nt_contiguous.overload
+        q, scale, group_index, _, handle = expert_dispatch.overload(
+            x, topk_idx, len(w13), None, 1, "fp32"
+        )
+        gate_up = multiply(q, scale, w13, w13_scale, group_index, x.dtype)
+        y = multiply(*swiglu_cast.overload(gate_up), w2, w2_scale, group_index, x.dtype)
+        ctx.save_for_backward(topk_weights, topk_idx, *cast_per_token.overload(gate_up), *w)
+        return expert_combine.overload(y, topk_weights, handle)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        topk_weights, *rest = ctx.saved_tensors
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad_x, grad_weights = moe_forward_backward.overload(grad, topk_weights, *rest)
+        return grad_x, grad_weights.to(topk_weights.dtype), *[None] * 5
+
+
+moe_forward.autograd = MoeForward
