@@ -1,0 +1,113 @@
+#include "fiber.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace emulator {
+namespace {
+
+// The fiber that a new stack is for: a stack starts without arguments.
+Fiber* starting = nullptr;
+
+void first_steps() {
+  starting->run_body();
+  std::abort();  // a finished fiber is never entered again
+}
+
+}  // namespace
+
+#if defined(__x86_64__)
+// Saves what a call must preserve, and the stack pointer in *from; goes on where `to` was saved.
+// swapcontext would make two system calls, and a tile takes a hundred thousand switches.
+extern "C" void emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.globl emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_switch, .-emulator_switch
+.section .note.GNU-stack,"",@progbits
+.text
+)");
+#endif
+
+Fiber::Fiber(std::function<void()> body, size_t stack_bytes)
+    : body_(std::move(body)), bytes_(stack_bytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  stack_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (stack_ == MAP_FAILED) throw std::bad_alloc();
+  mprotect(stack_, page, PROT_NONE);  // an overflow faults instead of spoiling a neighbour
+#if defined(__x86_64__)
+  auto** top = reinterpret_cast<void**>(static_cast<char*>(stack_) + bytes_);
+  *--top = nullptr;  // as if called: the stack is 8 off a multiple of 16 at the first instruction
+  *--top = reinterpret_cast<void*>(&first_steps);
+  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+  own_ = top;
+#else
+  auto* context = new ucontext_t;
+  getcontext(context);
+  context->uc_stack.ss_sp = stack_;
+  context->uc_stack.ss_size = bytes_;
+  context->uc_link = nullptr;
+  makecontext(context, first_steps, 0);
+  own_ = context;
+  caller_ = new ucontext_t;
+#endif
+}
+
+Fiber::~Fiber() {
+  munmap(stack_, bytes_);
+#if !defined(__x86_64__)
+  delete static_cast<ucontext_t*>(own_);
+  delete static_cast<ucontext_t*>(caller_);
+#endif
+}
+
+void Fiber::enter() {
+  starting = this;
+#if defined(__x86_64__)
+  emulator_switch(&caller_, own_);
+#else
+  swapcontext(static_cast<ucontext_t*>(caller_), static_cast<ucontext_t*>(own_));
+#endif
+}
+
+void Fiber::leave() {
+#if defined(__x86_64__)
+  emulator_switch(&own_, caller_);
+#else
+  swapcontext(static_cast<ucontext_t*>(own_), static_cast<ucontext_t*>(caller_));
+#endif
+}
+
+void Fiber::run_body() {
+  body_();
+  finished_ = true;
+  leave();
+}
+
+}  // namespace emulator

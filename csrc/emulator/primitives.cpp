@@ -1,0 +1,430 @@
+#include "primitives.h"
+
+#include <algorithm>
+#include <cmath>
+
+using emulator::Block;
+using emulator::current;
+using emulator::fail;
+using emulator::Machine;
+using emulator::Mbarrier;
+using emulator::Thread;
+
+namespace {
+
+Machine& machine() { return *current().block->machine; }
+
+std::string text(const Mbarrier& b, uint32_t at, uint32_t parity) {
+  return "barrier at offset " + std::to_string(at) + ", parity " + std::to_string(parity) + " (" +
+         std::to_string(b.pending) + " of " + std::to_string(b.expected) +
+         " arrivals and " + std::to_string(b.bytes) + " bytes to come, phase " +
+         std::to_string(b.phase) + ")";
+}
+
+// Completes the phase if nothing is left to come.
+void settle(Machine& m, Mbarrier& b) {
+  if (b.pending == 0 && b.bytes == 0) {
+    ++b.phase;
+    b.pending = b.expected;
+    m.wake(b.channel);
+  }
+}
+
+void arrive(Block& block, Mbarrier& b, int64_t bytes) {
+  if (b.pending == 0) fail("a barrier gets more arrivals than it was initialised for");
+  if (block.running == 0) fail("arrives at a barrier of a block that has ended");
+  b.bytes += bytes;
+  --b.pending;
+  settle(*block.machine, b);
+}
+
+void bytes_came(Block& block, uint32_t at, uint32_t bytes) {
+  const auto found = block.mbarriers.find(at);
+  if (found == block.mbarriers.end()) fail("a copy completes on a barrier not initialised");
+  if (block.running == 0) fail("a copy arrives at a block that has ended");
+  found->second.bytes -= bytes;
+  settle(*block.machine, found->second);
+}
+
+// A 16-byte chunk's place in a tile of 128-byte rows: TMA and WGMMA spread them over the banks by
+// the address itself, so tiles start at multiples of 1024.
+uint32_t swizzled(uint32_t offset) { return offset ^ ((offset >> 7 & 7) << 4); }
+
+// All of a warp (or the `size` threads from `who` on) hand in a value and get those of the others.
+std::vector<uint64_t> meet(int kind, int who, int size, int mine, uint64_t value, const char* what) {
+  Thread& t = current();
+  Block& block = *t.block;
+  const uint64_t call = t.collectives[kind]++;
+  const auto key = std::make_pair(kind * 1024 + who, call);
+  auto& r = block.rendezvous[key];
+  r.values.resize(size);
+  r.values[mine] = value;
+  if (++r.arrived == size) {
+    machine().wake(r.channel);
+  } else {
+    machine().wait(r.channel, std::string(what) + " by all lanes", [&] { return r.arrived == size; });
+  }
+  const std::vector<uint64_t> values = r.values;
+  if (++r.left == size) block.rendezvous.erase(key);
+  return values;
+}
+
+std::vector<uint64_t> warp_meet(int kind, uint64_t value, const char* what) {
+  Thread& t = current();
+  return meet(kind, t.warp(), emulator::WARP, t.lane(), value, what);
+}
+
+enum Kind { SYNC, SHUFFLE, ELECT, MATRIX, REGISTERS };
+
+void check_read(Block& block, uint32_t at, uint32_t bytes, const char* what) {
+  for (uint32_t i = at; i < at + bytes; ++i) {
+    if (block.dirty[i]) {
+      fail(std::string(what) + " reads shared memory at offset " + std::to_string(i) +
+           ", which thread " + std::to_string(block.dirty[i] - 1) +
+           " wrote and no fence_async_proxy followed");
+    }
+  }
+}
+
+// The bytes of a box's row that lie inside the matrix; the rest of it is zeros.
+int64_t inside(const emulator::TensorMap& map, int64_t column, int64_t row) {
+  if (row < 0 || row >= static_cast<int64_t>(map.rows)) return 0;
+  return std::clamp<int64_t>(static_cast<int64_t>(map.columns) - column, 0, map.box_columns);
+}
+
+void check_box(const emulator::TensorMap& map, uint32_t at, int column, const char* what) {
+  const uint32_t row = map.box_columns * map.element_bytes;
+  if (map.swizzle && row != 128) fail(std::string(what) + ": swizzled rows have 128 bytes");
+  if (at % (map.swizzle ? 1024 : 128)) fail(std::string(what) + ": tile is not aligned");
+  if (row % 16 || map.row_bytes % 16 || reinterpret_cast<uintptr_t>(map.base) % 16) {
+    fail(std::string(what) + ": rows are not multiples of 16 bytes");
+  }
+  if (map.box_rows > 256 || map.box_columns > 256) fail(std::string(what) + ": box is too large");
+  if (column < 0) fail(std::string(what) + ": negative columns are not emulated");
+}
+
+void load_box(Block& block, uint32_t at, uint32_t barrier, const emulator::TensorMap& map,
+              int column, int row) {
+  const uint32_t width = map.box_columns * map.element_bytes;
+  for (uint32_t r = 0; r < map.box_rows; ++r) {
+    std::vector<char> line(width, 0);
+    const int64_t count = inside(map, column, static_cast<int64_t>(row) + r);
+    if (count) {
+      std::memcpy(line.data(), map.base + (row + r) * map.row_bytes + column * map.element_bytes,
+                  count * map.element_bytes);
+    }
+    for (uint32_t c = 0; c < width; c += 16) {
+      const uint32_t to = at + r * width + c;
+      std::memcpy(block.shared + (map.swizzle ? swizzled(to) : to), &line[c], 16);
+    }
+  }
+  bytes_came(block, barrier, map.box_bytes());
+}
+
+}  // namespace
+
+namespace sm90 {
+
+bf16 to_bf16(float x) {
+  const uint32_t bits = float_bits(x);
+  if (std::isnan(x)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+fp16 to_fp16(float x) {
+  const uint32_t bits = float_bits(x);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  if (std::isnan(x)) return {0x7fff};
+  const float size = std::fabs(x);
+  if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  int exponent;
+  std::frexp(size, &exponent);
+  const int lowest = std::max(exponent - 11, -24);  // of the last bit that is kept
+  const auto kept = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -lowest)));
+  const uint32_t code = lowest == -24 ? kept : ((lowest + 24) << 10) + kept;
+  return {static_cast<uint16_t>(sign | code)};
+}
+
+float to_float(bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+float to_float(fp16 x) {
+  const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+               : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                              : std::ldexp(static_cast<float>(mantissa), -24);
+  return x.bits & 0x8000 ? -size : size;
+}
+
+bool elect_one() {
+  Thread& t = current();
+  warp_meet(ELECT, 0, "elect_one");
+  return t.lane() == t.block->elected[t.warp()];
+}
+
+char* shared_memory() { return current().block->shared; }
+
+uint32_t shared_address(const void* p) { return current().block->offset(p, 0, "shared_address"); }
+
+void note_shared_store(const void* p, uint32_t bytes) {
+  Thread& t = current();
+  const uint32_t at = t.block->offset(p, bytes, "store_shared");
+  std::fill_n(t.block->dirty.begin() + at, bytes, static_cast<uint16_t>(t.index + 1));
+  t.dirty.emplace_back(at, bytes);
+}
+
+void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  // Lane l names the row l % 8 of matrix l / 8, and holds of each matrix two values: those at
+  // row l / 4, columns 2 (l % 4) and the next.
+  Thread& t = current();
+  const uint32_t parts[4] = {a, b, c, d};
+  t.block->offset(row, 16, "store_matrix_x4");
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("store_matrix_x4: row is not aligned");
+  const auto rows = warp_meet(MATRIX, reinterpret_cast<uint64_t>(row), "store_matrix_x4");
+  for (int m = 0; m < 4; ++m) {
+    char* to = reinterpret_cast<char*>(rows[m * 8 + t.lane() / 4]) + t.lane() % 4 * 4;
+    note_shared_store(to, 4);
+    std::memcpy(to, &parts[m], 4);
+  }
+}
+
+void fence_async_proxy() {
+  Thread& t = current();
+  for (const auto& [at, bytes] : t.dirty) {
+    for (uint32_t i = at; i < at + bytes; ++i) {
+      if (t.block->dirty[i] == t.index + 1) t.block->dirty[i] = 0;
+    }
+  }
+  t.dirty.clear();
+}
+
+void barrier_init(Barrier* barrier, int count) {
+  Thread& t = current();
+  const uint32_t at = t.block->offset(barrier, 8, "barrier_init");
+  if (at % 8) fail("barrier_init: not aligned");
+  if (count < 1 || count >= 1 << 20) fail("barrier_init: count " + std::to_string(count));
+  if (t.block->mbarriers.count(at)) fail("barrier_init: initialised twice");
+  Mbarrier& b = t.block->mbarriers[at];
+  b.expected = b.pending = count;
+  b.owner = t.index;
+}
+
+void barrier_init_fence() {
+  Thread& t = current();
+  for (auto& [at, b] : t.block->mbarriers) {
+    (void)at;
+    if (b.owner == t.index) b.fenced = true;
+  }
+}
+
+void barrier_arrive(Barrier* barrier) {
+  Block& block = *current().block;
+  arrive(block, block.mbarrier(barrier, "barrier_arrive"), 0);
+}
+
+void barrier_arrive_at(Barrier* barrier, int rank) {
+  Block& mine = *current().block;
+  const uint32_t at = mine.offset(barrier, 8, "barrier_arrive_at");
+  if (rank < 0 || rank >= machine().launch.cluster) fail("barrier_arrive_at: no such rank");
+  Block& block = *machine().cluster[rank];
+  Mbarrier& b = block.mbarrier(block.shared + at, "barrier_arrive_at");
+  if (!b.fenced) fail("barrier_arrive_at: no barrier_init_fence after barrier_init");
+  arrive(block, b, 0);
+}
+
+void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
+  Block& block = *current().block;
+  arrive(block, block.mbarrier(barrier, "barrier_arrive_expect"), bytes);
+}
+
+void barrier_wait(Barrier* barrier, uint32_t parity) {
+  Block& block = *current().block;
+  Mbarrier& b = block.mbarrier(barrier, "barrier_wait");
+  if (parity > 1) fail("barrier_wait: parity " + std::to_string(parity));
+  if ((b.phase & 1) != parity) return;
+  const uint32_t at = block.offset(barrier, 8, "barrier_wait");
+  machine().wait(b.channel, text(b, at, parity), [&] { return (b.phase & 1) != parity; });
+}
+
+namespace {
+
+emulator::NamedBarrier& named_arrival(int id, int threads) {
+  Block& block = *current().block;
+  if (id < 0 || id > 15) fail("named barrier " + std::to_string(id) + ": there are 0 to 15");
+  if (threads % emulator::WARP || threads < emulator::WARP || threads > 1024) {
+    fail("named barrier: " + std::to_string(threads) + " threads");
+  }
+  auto& b = block.named[id];
+  if (b.arrived && b.threads != threads) {
+    fail("named barrier " + std::to_string(id) + ": " + std::to_string(threads) +
+         " threads here, " + std::to_string(b.threads) + " elsewhere");
+  }
+  b.threads = threads;
+  if (++b.arrived == threads) {
+    b.arrived = 0;
+    ++b.generation;
+    machine().wake(b.channel);
+  }
+  return b;
+}
+
+}  // namespace
+
+void named_barrier_sync(int id, int threads) {
+  const uint64_t before = current().block->named[id].generation;
+  auto& b = named_arrival(id, threads);
+  machine().wait(b.channel, "named barrier " + std::to_string(id),
+                 [&] { return b.generation != before; });
+}
+
+void named_barrier_arrive(int id, int threads) { named_arrival(id, threads); }
+
+void warp_sync() { warp_meet(SYNC, 0, "warp_sync"); }
+
+void cluster_arrive() {
+  Machine& m = machine();
+  if (current().cluster_arrivals++ != 0) fail("cluster_arrive: twice without cluster_wait");
+  if (++m.cluster_arrived == m.launch.threads * m.launch.cluster) {
+    m.cluster_arrived = 0;
+    ++m.cluster_generation;
+    for (auto& block : m.cluster) {
+      for (auto& t : block->threads) t->cluster_arrivals = -t->cluster_arrivals;
+    }
+    m.wake(m.cluster_channel);
+  }
+}
+
+void cluster_wait() {
+  Thread& t = current();
+  if (t.cluster_arrivals == 0) fail("cluster_wait: no cluster_arrive before");
+  machine().wait(machine().cluster_channel, "the cluster's other threads",
+                 [&] { return t.cluster_arrivals < 0; });
+  t.cluster_arrivals = 0;
+}
+
+void tma_load(void* to, const TensorMap* map, Barrier* barrier, int column, int row) {
+  tma_load_multicast(to, map, barrier, column, row,
+                     static_cast<uint16_t>(1 << current().block->rank));
+}
+
+void tma_load_multicast(void* to, const TensorMap* map, Barrier* barrier, int column, int row,
+                        uint16_t ranks) {
+  Block& mine = *current().block;
+  const uint32_t at = mine.offset(to, map->box_bytes(), "tma_load");
+  check_box(*map, at, column, "tma_load");
+  const Mbarrier& own = mine.mbarrier(barrier, "tma_load");
+  if (!own.fenced) fail("tma_load: no barrier_init_fence after barrier_init");
+  const uint32_t barrier_at = mine.offset(barrier, 8, "tma_load");
+  for (int rank = 0; rank < 16; ++rank) {
+    if (!(ranks >> rank & 1)) continue;
+    if (rank >= machine().launch.cluster) fail("tma_load_multicast: no such rank");
+    Block* block = machine().cluster[rank].get();
+    machine().add([=, map = *map] { load_box(*block, at, barrier_at, map, column, row); });
+  }
+}
+
+void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+  Block* block = current().block;
+  const uint32_t at = block->offset(to, bytes, "bulk_load");
+  if (at % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    fail("bulk_load: addresses and size are multiples of 16 bytes");
+  }
+  block->mbarrier(barrier, "bulk_load");
+  const uint32_t barrier_at = block->offset(barrier, 8, "bulk_load");
+  machine().add([=] {
+    std::memcpy(block->shared + at, from, bytes);
+    bytes_came(*block, barrier_at, bytes);
+  });
+}
+
+void tma_store(const TensorMap* map, const void* from, int column, int row) {
+  Thread* t = &current();
+  Block* block = t->block;
+  const uint32_t at = block->offset(from, map->box_bytes(), "tma_store");
+  check_box(*map, at, column, "tma_store");
+  check_read(*block, at, map->box_bytes(), "tma_store");
+  auto group = t->open_stores;
+  ++group->reads, ++group->writes;
+  ++block->stores_reading;
+  Machine* m = &machine();
+  m->add([=, map = *map] {
+    std::vector<char> box(map.box_bytes());
+    check_read(*block, at, map.box_bytes(), "tma_store");
+    for (uint32_t i = 0; i < box.size(); i += 16) {
+      const uint32_t here = map.swizzle ? swizzled(at + i) : at + i;
+      std::memcpy(&box[i], block->shared + here, 16);
+    }
+    --group->reads;
+    --block->stores_reading;
+    m->wake(t->stores_done);
+    m->add([=, box = std::move(box)] {
+      const uint32_t width = map.box_columns * map.element_bytes;
+      for (uint32_t r = 0; r < map.box_rows; ++r) {
+        const int64_t count = inside(map, column, static_cast<int64_t>(row) + r);
+        if (!count) continue;
+        std::memcpy(map.base + (row + r) * map.row_bytes + column * map.element_bytes,
+                    &box[r * width], count * map.element_bytes);
+      }
+      --group->writes;
+      m->wake(t->stores_done);
+    });
+  });
+}
+
+void tma_store_commit() {
+  Thread& t = current();
+  t.stores.push_back(t.open_stores);
+  t.open_stores = std::make_shared<emulator::StoreGroup>();
+}
+
+void tma_store_wait_groups(int left, bool reads_only) {
+  Thread& t = current();
+  const int count = static_cast<int>(t.stores.size()) - left;
+  const auto done = [&] {
+    for (int i = 0; i < count; ++i) {
+      if (t.stores[i]->reads || (!reads_only && t.stores[i]->writes)) return false;
+    }
+    return true;
+  };
+  machine().wait(t.stores_done, "its TMA stores", done);
+  if (!reads_only && count > 0) t.stores.erase(t.stores.begin(), t.stores.begin() + count);
+}
+
+void set_registers(int count, bool increase) {
+  Thread& t = current();
+  Block& block = *t.block;
+  auto& group = block.groups[t.group()];
+  if (count % 8 || count < 24 || count > 256) fail("setmaxnreg: " + std::to_string(count));
+  if (increase ? count < group.registers : count > group.registers) {
+    fail("setmaxnreg: from " + std::to_string(group.registers) + " to " + std::to_string(count));
+  }
+  const auto enough = [&] {
+    int all = 0;
+    for (const auto& other : block.groups) {
+      all += emulator::WARPGROUP * (&other == &group ? count : other.registers);
+    }
+    return all <= emulator::REGISTERS;
+  };
+  meet(REGISTERS, t.group(), emulator::WARPGROUP, t.index % emulator::WARPGROUP, 0, "setmaxnreg");
+  machine().wait(block.registers_freed, "registers, to have " + std::to_string(count), enough);
+  group.registers = count;
+  machine().wake(block.registers_freed);
+}
+
+float shuffle_xor(float x, int lanes) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = static_cast<uint32_t>(warp_meet(SHUFFLE, bits, "shuffle_xor")[current().lane() ^ lanes]);
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+int shuffle_from(int x, int lane) {
+  return static_cast<int>(warp_meet(SHUFFLE, static_cast<uint32_t>(x), "shuffle_from")[lane]);
+}
+
+}  // namespace sm90

@@ -1,0 +1,159 @@
+// The host's side of csrc/sm90/primitives.cuh: the same names, done by the emulated machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "machine.h"
+
+#define SM90_DEVICE inline
+#define SM90_KERNEL(threads, blocks) inline
+#define SM90_CLUSTER(n)
+#define SM90_PARAMETER const
+
+namespace sm90 {
+
+using TensorMap = emulator::TensorMap;
+struct Barrier {
+  uint64_t word;
+};
+
+// Numbers with the bits of bfloat16 and float16.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+bf16 to_bf16(float x);
+fp16 to_fp16(float x);
+float to_float(bf16 x);
+float to_float(fp16 x);
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline uint32_t pack(bf16 low, bf16 high) { return low.bits | uint32_t{high.bits} << 16; }
+inline uint32_t pack(fp16 low, fp16 high) { return low.bits | uint32_t{high.bits} << 16; }
+
+// Who and where.
+inline int thread_index() { return emulator::current().index; }
+inline int warp_index() { return emulator::current().warp(); }
+inline int lane_index() { return emulator::current().lane(); }
+inline int block_index() { return emulator::current().block->index; }
+inline int block_count() { return emulator::current().block->machine->launch.blocks; }
+inline int cluster_rank() { return emulator::current().block->rank; }
+bool elect_one();
+
+// Shared memory.
+char* shared_memory();
+uint32_t shared_address(const void* p);
+void note_shared_store(const void* p, uint32_t bytes);
+template <class T>
+void store_shared(void* p, T value) {
+  note_shared_store(p, sizeof(T));
+  std::memcpy(p, &value, sizeof(T));
+}
+template <class T>
+T load_shared(const void* p) {
+  emulator::current().block->offset(p, sizeof(T), "load_shared");
+  T value;
+  std::memcpy(&value, p, sizeof(T));
+  return value;
+}
+void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
+void fence_async_proxy();
+
+// Barriers in shared memory.
+void barrier_init(Barrier* barrier, int count);
+void barrier_init_fence();
+void barrier_arrive(Barrier* barrier);
+void barrier_arrive_at(Barrier* barrier, int rank);
+void barrier_arrive_expect(Barrier* barrier, uint32_t bytes);
+void barrier_wait(Barrier* barrier, uint32_t parity);
+
+// Barriers of threads.
+void named_barrier_sync(int id, int threads);
+void named_barrier_arrive(int id, int threads);
+inline void block_sync() { named_barrier_sync(0, emulator::current().block->machine->launch.threads); }
+void warp_sync();
+void cluster_arrive();
+void cluster_wait();
+inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// TMA.
+inline void prefetch(const TensorMap*) {}
+void tma_load(void* to, const TensorMap* map, Barrier* barrier, int column, int row);
+void tma_load_multicast(void* to, const TensorMap* map, Barrier* barrier, int column, int row,
+                        uint16_t ranks);
+void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier);
+void tma_store(const TensorMap* map, const void* from, int column, int row);
+void tma_store_commit();
+void tma_store_wait_groups(int left, bool reads_only);
+template <int LEFT>
+void tma_store_wait_read() {
+  tma_store_wait_groups(LEFT, true);
+}
+template <int LEFT>
+void tma_store_wait() {
+  tma_store_wait_groups(LEFT, false);
+}
+
+// WGMMA.
+uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait_groups(int left);
+template <int LEFT>
+void wgmma_wait() {
+  wgmma_wait_groups(LEFT);
+}
+void wgmma_issue(emulator::Wgmma operation, float* accumulators, const uint32_t* a);
+
+template <int N>
+void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  emulator::Wgmma w;
+  w.N = N, w.K = 32, w.fp8 = true, w.accumulate = accumulate, w.a = a, w.b = b;
+  wgmma_issue(w, d, nullptr);
+}
+template <int N, bool A_BY_ROW = true, bool B_BY_ROW = true>
+void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  emulator::Wgmma w;
+  w.N = N, w.K = 16, w.accumulate = accumulate, w.a = a, w.b = b;
+  w.a_by_row = A_BY_ROW, w.b_by_row = B_BY_ROW;
+  wgmma_issue(w, d, nullptr);
+}
+template <int N, bool B_BY_ROW = true>
+void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  emulator::Wgmma w;
+  w.N = N, w.K = 16, w.accumulate = accumulate, w.a_in_registers = true, w.b = b;
+  w.b_by_row = B_BY_ROW;
+  wgmma_issue(w, d, a);
+}
+
+// The rest.
+void set_registers(int count, bool increase);
+template <int COUNT>
+void registers_decrease() {
+  set_registers(COUNT, false);
+}
+template <int COUNT>
+void registers_increase() {
+  set_registers(COUNT, true);
+}
+float shuffle_xor(float x, int lanes);
+int shuffle_from(int x, int lane);
+inline void grid_dependency_wait() {}
+inline void grid_dependency_launch() {}
+template <class T>
+T load_global(const T* p) {
+  return *p;
+}
+inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+}  // namespace sm90
