@@ -2,7 +2,8 @@
 // from 2.11 on and every Python from 3.10 on.
 //
 // They live in the namespace `deepkern_native` under the names of the Python ops:
-// torch.ops.deepkern_native.X on CPU tensors is the `cpu` backend of torch.ops.deepkern.X.
+// torch.ops.deepkern_native.X on CPU tensors is the `cpu` backend of torch.ops.deepkern.X, and on
+// CUDA tensors, where nvcc compiled csrc/sm90, the `cuda` backend.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,6 +18,12 @@
 
 #include "cpu/cast_per_token.h"
 #include "cpu/fp8_gemm_nt.h"
+#ifdef DEEPKERN_CUDA
+#include "sm90/launch.h"
+// Of torch's CUDA build. Weak, so that a CPU build of torch can load this file.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                             void** stream);
+#endif
 #include "python_module.h"
 
 namespace deepkern {
@@ -186,6 +193,46 @@ Tensor fp8_gemm_nt(const Tensor& a_codes, const Tensor& a_scale, const Tensor& b
   return out;
 }
 
+#ifdef DEEPKERN_CUDA
+// Codes whose rows start at multiples of 16 bytes, as TMA wants them: `x`, or a copy.
+Tensor for_tma(const char* name, const Tensor& x) {
+  const Tensor rows = codes_of(name, x);
+  const int64_t M = rows.size(0), K = rows.size(1);
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
+  if (aligned && (M <= 1 || rows.stride(0) % 16 == 0)) return rows;
+  Tensor wide = torch::stable::new_empty(rows, {M, (K + 15) / 16 * 16});
+  Tensor copy = torch::stable::narrow(wide, 1, 0, K);
+  return torch::stable::copy_(copy, rows);
+}
+
+Tensor fp8_gemm_nt_cuda(const Tensor& a_codes, const Tensor& a_scale, const Tensor& b_codes,
+                        const Tensor& b_scale, ScalarType out_dtype,
+                        const std::optional<Tensor>& c) {
+  const Tensor a = for_tma("a", a_codes), b = for_tma("b", b_codes);
+  Fp8Gemm gemm = fp8_gemm(a, a_scale, b, b_scale, out_dtype, c);
+  const int64_t M = gemm.a.rows, N = gemm.b.rows;
+  STD_TORCH_CHECK(gemm.b.scale_rows == kBlock || N <= 1,
+                  "fp8_gemm_nt: b_scale: expected, on backend cuda, a scale per 128 rows of b, "
+                  "got one per row");
+  STD_TORCH_CHECK(std::max({M, N, gemm.K}) < INT32_MAX - 256,
+                  "fp8_gemm_nt: a, b: expected, on backend cuda, sizes below 2^31");
+  if (gemm.K == 0) {
+    Tensor out = torch::stable::new_zeros(a, {M, N}, out_dtype);
+    return c.has_value() ? torch::stable::copy_(out, *c) : out;
+  }
+  Tensor out = torch::stable::new_empty(a, {M, N}, out_dtype);
+  if (M * N == 0) return out;
+  gemm.out = out.mutable_data_ptr();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
+                      aoti_torch_get_current_cuda_stream(a.get_device(), &stream) == 0,
+                  "fp8_gemm_nt: this torch has no CUDA stream");
+  const std::string wrong = launch_fp8_gemm_nt(gemm, stream);
+  STD_TORCH_CHECK(wrong.empty(), "fp8_gemm_nt: backend cuda: ", wrong);
+  return out;
+}
+#endif
+
 STABLE_TORCH_LIBRARY(deepkern_native, m) {
   m.def(
       "cast_per_token(Tensor x, str scale_format, str scale_layout=\"row\") -> (Tensor, Tensor)");
@@ -198,6 +245,12 @@ STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
   m.impl("cast_per_token", TORCH_BOX(&cast_per_token));
   m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm_nt));
 }
+
+#ifdef DEEPKERN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CUDA, m) {
+  m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm_nt_cuda));
+}
+#endif
 
 }  // namespace
 }  // namespace deepkern

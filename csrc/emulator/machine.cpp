@@ -152,11 +152,17 @@ void Machine::run_cluster(int first) {
   if (!failure.empty()) throw Failure(failure);
 }
 
-// Does some of the pending work: what may be done now or, if nothing else can go on, any of it.
+// Does some of the pending work: what may be done now or, if nothing else can go on, any of it,
+// that which is to be late last.
 void Machine::run_pending(bool all) {
+  const bool late_only = std::all_of(pending.begin(), pending.end(),
+                                     [](const Pending& p) { return p.mood == Pending::late; });
   for (int tries = all ? 1 : 2; tries && !pending.empty(); --tries) {
     if (!all && launch.order == Order::random && draw(*this, 4) != 0) return;
-    const int i = draw(*this, static_cast<int>(pending.size()));
+    int i = draw(*this, static_cast<int>(pending.size()));
+    while (all && !late_only && pending[i].mood == Pending::late) {
+      i = draw(*this, static_cast<int>(pending.size()));
+    }
     int chosen = i;
     for (int j = 0; j < i; ++j) {  // the first of its queue
       if (pending[i].queue >= 0 && pending[j].queue == pending[i].queue) {

@@ -96,6 +96,10 @@ def caught(gemm, form: str, generator) -> str:
         try:
             got = gemm(*args, form=form, seed=seed, order=order, blocks=2)
             compare.assert_close(got, want)
+            # Many tiles one after the other, with little to do between them.
+            many = operands(generator, 270, 264, 128)
+            got = gemm(*many, form=form, seed=seed, order=order, blocks=1)
+            compare.assert_close(got, deepkern.reference.fp8_gemm_nt(*many, torch.bfloat16, None))
             few = operands(generator, 70, 72, 128)
             gemm(*few, form=form, seed=seed, order=order, by_tma=False, out=beside[:70])
             if not beside[70].isnan().all():

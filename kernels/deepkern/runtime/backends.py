@@ -19,8 +19,9 @@ import torch
 from . import arch, native
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
-# Fastest first. Interpreted Triton is a check, not a way to compute: auto never takes it.
-_AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+# Fastest first. Interpreted Triton is a check, not a way to compute: auto never takes it. Nor does
+# it take the Hopper kernels of `cuda`, which have run in an emulator alone so far.
+_AUTO = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
 _forced: list[str] = []
 
 
@@ -77,11 +78,13 @@ def why_not(op, name: str, device: torch.device) -> str | None:
     wanted = "cpu" if name == "cpu" else "cuda"
     if device.type != wanted:
         return f"it takes {wanted} tensors, not {device.type}"
-    if name == "cuda":
-        return "the package holds no CUDA kernel of this op"
-    return native.why_absent() or (
-        None if native.native_op(op.name) else "the package holds no native CPU kernel of this op"
-    )
+    if native.why_absent():
+        return native.why_absent()
+    if native.native_op(op.name, wanted) is None:
+        return f"the package holds no native {wanted.upper()} kernel of this op"
+    if name == "cuda" and arch.of(device).name != "sm_90":
+        return f"its kernels are for sm_90, not {arch.of(device).name}"
+    return None
 
 
 def interpreting() -> bool:
@@ -93,7 +96,7 @@ def find(op_name: str, name: str) -> Callable:
     """The launcher that is found by the op's name: the reference or the native op."""
     if name == "torch":
         return getattr(importlib.import_module("deepkern.reference"), op_name)
-    return native.native_op(op_name)
+    return native.native_op(op_name, name)
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,10 @@ def explain(op, *args, **kwargs) -> Explanation:
     reasons = {}
     for name in BACKENDS:
         reason = why_not(described, name, device)
-        slower = "serves" if requested() != "auto" or name == chosen else "serves, but slower"
-        reasons[name] = reason or slower
+        serves = "serves" if requested() != "auto" or name == chosen else "serves, but slower"
+        if name == "cuda" and name != chosen:
+            serves = "serves if forced; no run on a GPU has proven it yet"
+        reasons[name] = reason or serves
     if chosen not in ("cuda", "triton"):
         return Explanation(described.name, chosen, reasons, str(device), None)
     tile = described.tile(*args) if described.tile else None

@@ -30,9 +30,12 @@ def why_absent() -> str | None:
     return _load("_C")[1]
 
 
-def native_op(name: str):
-    """The native overload of op `name`, or None."""
+def native_op(name: str, device: str = "cpu"):
+    """The native overload of op `name` if it serves `device` ("cpu" or "cuda"), or None."""
     if _load("_C")[0] is None or not hasattr(torch.ops.deepkern_native, name):
+        return None
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deepkern_native::{name}", key):
         return None
     return getattr(torch.ops.deepkern_native, name).default
 
