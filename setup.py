@@ -111,7 +111,9 @@ def host_planners() -> Extension:
     return Extension(
         "deepkern._host",
         sources("host"),
-        extra_compile_args=[*FLAGS, *foreign_headers(pybind11.get_include())],
+        depends=sorted(str(p) for p in Path("csrc", "host").glob("*.h")),
+        extra_compile_args=[*FLAGS, "-pthread", *foreign_headers(pybind11.get_include())],
+        extra_link_args=["-pthread"],
         language="c++",
     )
 

@@ -2,10 +2,13 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "placement.h"
 
 namespace py = pybind11;
 
@@ -53,6 +56,75 @@ std::pair<Tiles, Tiles> grouped_tile_schedule(const Counts& tokens_per_group, in
   return {std::move(group), std::move(first_row)};
 }
 
+using Placement = py::array_t<int64_t, py::array::c_style>;
+
+// Arguments are checked in kernels/deepkern/experts/.
+Placement rebalance_experts(const py::array_t<double, py::array::c_style>& load, int num_replicas,
+                            int num_groups, int num_nodes, int num_gpus, int threads) {
+  const int64_t layers = load.shape(0), experts = load.shape(1), replicas = num_replicas;
+  const deepkern::Cluster cluster{static_cast<int>(experts), num_replicas, num_groups, num_nodes,
+                                  num_gpus};
+  Placement phy2log({layers, replicas});
+  const double* in = load.data();
+  int64_t* out = phy2log.mutable_data();
+  {
+    py::gil_scoped_release others_may_run;
+    deepkern::for_each_layer(layers, threads, [&](int64_t l) {
+      deepkern::place_experts(in + l * experts, cluster, out + l * replicas);
+    });
+  }
+  return phy2log;
+}
+
+std::pair<Placement, Placement> replicas_of(const Placement& phy2log, int64_t experts) {
+  const int64_t layers = phy2log.shape(0), replicas = phy2log.shape(1);
+  Placement logcnt({layers, experts});
+  int64_t* count = logcnt.mutable_data();
+  const int64_t* expert = phy2log.data();
+  std::fill_n(count, layers * experts, 0);
+  for (int64_t i = 0; i < layers * replicas; ++i) ++count[i / replicas * experts + expert[i]];
+  int64_t most = 1;
+  for (int64_t i = 0; i < layers * experts; ++i) most = std::max(most, count[i]);
+  Placement log2phy({layers, experts, most});
+  int64_t* slot = log2phy.mutable_data();
+  std::fill_n(slot, layers * experts * most, -1);
+  std::vector<int64_t> found(layers * experts, 0);
+  for (int64_t i = 0; i < layers * replicas; ++i) {
+    const int64_t e = i / replicas * experts + expert[i];
+    slot[e * most + found[e]++] = i % replicas;
+  }
+  return {std::move(log2phy), std::move(logcnt)};
+}
+
+std::pair<Placement, Placement> plan_moves(const Placement& old_phy2log, const Placement& phy2log,
+                                           int num_experts, int num_groups, int num_nodes,
+                                           int num_gpus, int threads) {
+  const int64_t layers = phy2log.shape(0), replicas = phy2log.shape(1);
+  const deepkern::Cluster cluster{num_experts, static_cast<int>(replicas), num_groups, num_nodes,
+                                  num_gpus};
+  Placement aligned({layers, replicas});
+  std::copy_n(phy2log.data(), layers * replicas, aligned.mutable_data());
+  const int64_t* old = old_phy2log.data();
+  int64_t* out = aligned.mutable_data();
+  std::vector<std::vector<deepkern::Move>> of_layer(layers);
+  {
+    py::gil_scoped_release others_may_run;
+    deepkern::for_each_layer(layers, threads, [&](int64_t l) {
+      deepkern::align_placement(old + l * replicas, cluster, l, out + l * replicas, &of_layer[l]);
+    });
+  }
+  int64_t count = 0;
+  for (const auto& moves : of_layer) count += moves.size();
+  Placement all({count, int64_t{4}});
+  int64_t* row = all.mutable_data();
+  for (const auto& moves : of_layer) {
+    for (const auto& m : moves) {
+      for (int64_t value : {m.layer, m.to, m.from, m.expert}) *row++ = value;
+    }
+  }
+  return {std::move(aligned), std::move(all)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -67,4 +139,14 @@ PYBIND11_MODULE(_host, m) {
         "    group, first_row: int32 [tiles]; no tile crosses from one group into the next.\n\n"
         "Raises:\n"
         "    ValueError: a negative count, a sum of 2^31 or more, block_m < 1.");
+  m.def("rebalance_experts", &rebalance_experts, py::arg("load"), py::arg("num_replicas"),
+        py::arg("num_groups"), py::arg("num_nodes"), py::arg("num_gpus"), py::arg("threads") = 0,
+        "deepkern.rebalance_experts on float64 [L, E], unchecked: phy2log int64 [L, R]. Any number\n"
+        "of threads gives the same result; 0: as many as there are cores.");
+  m.def("replicas_of", &replicas_of, py::arg("phy2log"), py::arg("num_experts"),
+        "log2phy int64 [L, E, X] and logcnt int64 [L, E] of phy2log int64 [L, R], unchecked.");
+  m.def("plan_moves", &plan_moves, py::arg("old_phy2log"), py::arg("new_phy2log"),
+        py::arg("num_experts"), py::arg("num_groups"), py::arg("num_nodes"), py::arg("num_gpus"),
+        py::arg("threads") = 0,
+        "deepkern.plan_moves on int64 [L, R], unchecked: the new placement and the moves [n, 4].");
 }

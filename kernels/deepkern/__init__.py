@@ -8,7 +8,7 @@ from .runtime import interpreter
 
 interpreter.install()  # does nothing unless TRITON_INTERPRET=1
 
-from . import reference  # noqa: E402
+from . import experts, reference  # noqa: E402
 from .attention import *  # noqa: E402, F403
 from .experts import *  # noqa: E402, F403
 from .matmul import *  # noqa: E402, F403
@@ -19,3 +19,4 @@ from .runtime.op import OPS  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["BackendError", "FP8Linear", "backend", "explain", "fp8_linear", "reference", *OPS]
+__all__ += [name for name in experts.__all__ if name not in OPS]

@@ -1,17 +1,29 @@
 """Mixture of experts: routing tokens to experts, and their way there and back."""
 
+from .choose_replicas import choose_replicas, nearest_replicas
 from .expert_combine import expert_combine, expert_combine_backward
 from .expert_dispatch import expert_dispatch, expert_dispatch_backward
+from .load_statistics import LoadStatistics
 from .moe_forward import moe_forward, moe_forward_backward
+from .placement_bound import gpu_loads, placement_bound
+from .plan_moves import plan_moves
+from .rebalance_experts import rebalance_experts
 from .route_topk import route_topk, route_topk_backward
 
 __all__ = [
+    "LoadStatistics",
+    "choose_replicas",
     "expert_combine",
     "expert_combine_backward",
     "expert_dispatch",
     "expert_dispatch_backward",
+    "gpu_loads",
     "moe_forward",
     "moe_forward_backward",
+    "nearest_replicas",
+    "placement_bound",
+    "plan_moves",
+    "rebalance_experts",
     "route_topk",
     "route_topk_backward",
 ]

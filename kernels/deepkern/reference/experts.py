@@ -1,4 +1,4 @@
-"""Routing, dispatch and combine, in plain PyTorch."""
+"""Routing, dispatch and combine, in plain PyTorch; placement is a file of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .exact import exp, sigmoid, sum_pairs
 from .matmul import m_grouped_fp8_gemm_nt_contiguous
+from .placement import rebalance_experts
 from .quant import cast_back, cast_per_token, swiglu_cast, swiglu_cast_backward
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "expert_dispatch_backward",
     "moe_forward",
     "moe_forward_backward",
+    "rebalance_experts",
     "route_topk",
     "route_topk_backward",
 ]

@@ -1,0 +1,74 @@
+"""Where the replicas of experts go, in plain PyTorch: DeepSeek's EPLB.
+
+The native planner starts from this placement and searches on, so it is at least as well balanced.
+Source of the policy: https://github.com/deepseek-ai/EPLB.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rebalance_experts(
+    load: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    L, E = load.shape
+    if num_groups % num_nodes:
+        num_groups = num_nodes = 1
+    # By a power of two, which changes no digit, to where float32 does not overflow.
+    exponent = torch.frexp(load.double().amax(1, keepdim=True)).exponent
+    load = torch.ldexp(load.double(), -exponent).float()
+
+    groups = load.view(L, num_groups, -1)  # [L, G, E/G]
+    order = pack(groups.double().sum(-1).float(), num_nodes)  # [L, G]
+    experts = torch.arange(E).view(num_groups, -1)[order].view(L * num_nodes, -1)
+    mine = load.gather(1, experts.view(L, E)).view(L * num_nodes, -1)  # [L·nodes, E/nodes]
+    expert, count = replicate(mine, num_replicas // num_nodes)
+    share = (mine / count).gather(1, expert)  # [L·nodes, R/nodes]
+    local = expert.gather(1, pack(share, num_gpus // num_nodes))
+    phy2log = experts.gather(1, local).view(L, num_replicas)
+    return phy2log, *replicas_of(phy2log, E)
+
+
+def pack(weight: Tensor, bins: int) -> Tensor:
+    """Items [X, n], largest first, each into the lightest bin with room; [X, n], bin by bin."""
+    X, n = weight.shape
+    if n == bins:
+        return torch.arange(n).expand(X, n)
+    packed = torch.empty(X, n, dtype=torch.int64)
+    for x, order in enumerate(weight.sort(dim=1, descending=True, stable=True).indices.tolist()):
+        held: list[list[int]] = [[] for _ in range(bins)]
+        total = [torch.zeros(())] * bins
+        for item in order:
+            with_room = [b for b in range(bins) if len(held[b]) < n // bins]
+            lightest = min(with_room, key=lambda b: total[b])
+            held[lightest].append(item)
+            total[lightest] = total[lightest] + weight[x, item]
+        packed[x] = torch.tensor(held).flatten()
+    return packed
+
+
+def replicate(load: Tensor, replicas: int) -> tuple[Tensor, Tensor]:
+    """Each spare replica to the expert with most load per replica: experts [X, R], count [X, n]."""
+    X, n = load.shape
+    count = torch.ones(X, n, dtype=torch.int64)
+    expert = torch.arange(n).repeat(X, 1)
+    for _ in range(replicas - n):
+        most = (load / count).argmax(1, keepdim=True)  # [X, 1]
+        count.scatter_add_(1, most, torch.ones_like(most))
+        expert = torch.cat([expert, most], 1)
+    return expert, count
+
+
+def replicas_of(phy2log: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """log2phy [L, E, X], the slots of each expert in ascending order, then -1; logcnt [L, E]."""
+    L, R = phy2log.shape
+    logcnt = torch.zeros(L, num_experts, dtype=torch.int64)
+    logcnt.scatter_add_(1, phy2log, torch.ones_like(phy2log))
+    log2phy = torch.full((L, num_experts, int(logcnt.max()) if L else 1), -1)
+    slot = phy2log.argsort(dim=1, stable=True)  # [L, R], expert by expert
+    expert = phy2log.gather(1, slot)
+    rank = torch.arange(R) - (logcnt.cumsum(1) - logcnt).gather(1, expert)
+    log2phy[torch.arange(L)[:, None], expert, rank] = slot
+    return log2phy, logcnt
