@@ -35,13 +35,19 @@ def loop(topk_idx: list[list[int]], topk: int, E: int, alignment: int):
     return token, group, [len(a) for a in of_expert], handle
 
 
-def assert_as_loop(got, x: torch.Tensor, topk_idx: torch.Tensor, E: int, alignment: int) -> None:
+def assert_as_loop(
+    got, x: torch.Tensor, topk_idx: torch.Tensor, E: int, alignment: int, most: int | None = None
+) -> None:
     out, scale, group_index, counts, handle = got
     token, group, want_counts, want_handle = loop(
         topk_idx.tolist(), topk_idx.shape[1], E, alignment
     )
-    rows, N = out.shape[0], topk_idx.numel()
+    rows, N = out.shape[0], topk_idx.numel() if most is None else min(topk_idx.numel(), most)
     assert rows % alignment == 0 and rows <= N + min(E, N) * (alignment - 1)
+    if most is None or most >= sum(want_counts):
+        assert rows >= len(token)
+    token, group = token[:rows], group[:rows]
+    want_handle = [[row if row < rows else -1 for row in of_token] for of_token in want_handle]
     assert counts.tolist() == want_counts and handle.tolist() == want_handle
     assert group_index.tolist() == group + [-1] * (rows - len(group))
     want = torch.zeros_like(out)
@@ -62,13 +68,13 @@ def test_against_a_loop(name, data):
     expert = st.integers(0, E - 1) | st.sampled_from(HOSTILE)
     rows = data.draw(st.lists(st.lists(expert, min_size=topk, max_size=topk), max_size=9))
     alignment = data.draw(st.integers(1, 5))
+    most = data.draw(st.none() | st.integers(0, 12))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     topk_idx = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), topk)
     x = torch.arange(1.0, 1 + 3 * len(rows), device=device).view(-1, 3)
     with deepkern.backend(name):
-        assert_as_loop(
-            deepkern.expert_dispatch(x, topk_idx, E, None, alignment), x, topk_idx, E, alignment
-        )
+        got = deepkern.expert_dispatch(x, topk_idx, E, None, alignment, num_assigned=most)
+    assert_as_loop(got, x, topk_idx, E, alignment, most)
 
 
 @pytest.mark.parametrize("alignment", [1, 2, 128])

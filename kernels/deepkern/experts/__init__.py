@@ -1,8 +1,10 @@
 """Mixture of experts: routing tokens to experts, and their way there and back."""
 
 from .choose_replicas import choose_replicas, nearest_replicas
+from .exchange import ExpertParallelError
 from .expert_combine import expert_combine, expert_combine_backward
 from .expert_dispatch import expert_dispatch, expert_dispatch_backward
+from .expert_parallel import ExpertParallel
 from .load_statistics import LoadStatistics
 from .moe_forward import moe_forward, moe_forward_backward
 from .placement_bound import gpu_loads, placement_bound
@@ -13,6 +15,8 @@ from .route_topk import route_topk, route_topk_backward
 __all__ = [
     "LoadStatistics",
     "choose_replicas",
+    "ExpertParallel",
+    "ExpertParallelError",
     "expert_combine",
     "expert_combine_backward",
     "expert_dispatch",

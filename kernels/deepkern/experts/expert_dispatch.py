@@ -36,6 +36,7 @@ def expert_dispatch(
     x_scale: Tensor | None = None,
     alignment: int = 1,
     cast: str | None = None,
+    num_assigned: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sorts tokens by expert: each token's row comes once for each of its experts.
 
@@ -48,11 +49,14 @@ def expert_dispatch(
         alignment: the rows of each expert start at a multiple of this.
         cast: "fp32" or "ue8m0" to cast a real `x` to FP8 on the way, with scales of that format;
             the bits are those of `cast_per_token`, then dispatch.
+        num_assigned: how many of the T·topk assignments name an expert, if the host knows, so that
+            no more rows are made than those need. Assignments beyond find no row (-1 in `handle`).
 
     Returns:
         x: [rows, K] in the dtype of `x`, or FP8 with `cast`; the rows of an expert are in the order
-            of (token, slot). `rows` is known to the host: T·topk, or as many as alignment can ask
-            for, T·topk + min(E, T·topk)·(alignment - 1) rounded down to a multiple of it.
+            of (token, slot). `rows` is known to the host: N = T·topk (or `num_assigned`, if less),
+            or as many as alignment can ask for, N + min(E, N)·(alignment - 1) rounded down to a
+            multiple of it.
         scale: fp32 [rows, ceil(K / 128)], or None without `x_scale` and `cast` (from
             `torch.ops.deepkern`, an empty tensor).
         group_index: int32 [rows], the expert of each row, ascending; -1 for rows of no token, which
@@ -73,8 +77,11 @@ def expert_dispatch(
         check_choice(name, "cast", cast, ("fp32", "ue8m0"))
         check_that(name, "cast", x.dtype != FP8 and x_scale is None, "None with FP8 rows or scales",
                    repr(cast))  # fmt: skip
-    rows = T * topk + min(num_experts, T * topk) * (alignment - 1)
-    rows = rows // alignment * alignment
+    N = T * topk
+    if num_assigned is not None:
+        check_that(name, "num_assigned", num_assigned >= 0, "at least 0", num_assigned)
+        N = min(N, num_assigned)
+    rows = (N + min(num_experts, N) * (alignment - 1)) // alignment * alignment
     check_that(name, "topk_idx", rows < 2**31, "fewer than 2^31 rows to write", rows)
     scale = (0,) if x_scale is None and cast is None else (rows, -(-x.shape[1] // 128))
     int32 = {"dtype": torch.int32, "device": x.device}
@@ -98,8 +105,11 @@ def launch(
     x_scale: Tensor | None,
     alignment: int,
     cast: str | None,
+    num_assigned: int | None,
 ) -> tuple[Tensor, ...]:
-    outputs = expert_dispatch.allocate(x, topk_idx, num_experts, x_scale, alignment, cast)
+    outputs = expert_dispatch.allocate(
+        x, topk_idx, num_experts, x_scale, alignment, cast, num_assigned
+    )
     out, scale, group_index, tokens_per_expert, handle = outputs
     place(topk_idx, alignment, group_index, tokens_per_expert, handle)
     copy(x, x_scale, out, scale, group_index, handle, cast)
@@ -216,8 +226,8 @@ def launch_backward(grad: Tensor, handle: Tensor) -> Tensor:
 
 class ExpertDispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, topk_idx, num_experts, x_scale, alignment, cast):
-        outputs = expert_dispatch.overload(x, topk_idx, num_experts, x_scale, alignment, cast)
+    def forward(ctx, x, *args):
+        outputs = expert_dispatch.overload(x, *args)
         ctx.save_for_backward(outputs[4])
         has_gradient = ctx.needs_input_grad[0] and outputs[0].dtype != FP8
         ctx.mark_non_differentiable(*outputs[1 if has_gradient else 0 :])
@@ -227,7 +237,7 @@ class ExpertDispatch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         (handle,) = ctx.saved_tensors
-        return expert_dispatch_backward.overload(grad.contiguous(), handle), *[None] * 5
+        return expert_dispatch_backward.overload(grad.contiguous(), handle), *[None] * 6
 
 
 expert_dispatch.autograd = ExpertDispatch

@@ -29,7 +29,7 @@ def place(
     extent: int32 [2, E], where each expert's rows lie, as `m_grouped.multiply` takes it.
     """
     (T, topk), E, rows = topk_idx.shape, len(tokens_per_expert), len(group_index)
-    if rows == 0:
+    if T * topk == 0:
         tokens_per_expert.zero_()
         return
     idx = topk_idx, T * topk, topk, topk_idx.stride(0), E
@@ -39,7 +39,7 @@ def place(
     scan_kernel[(triton.cdiv(E, EXPERTS),)](
         counts, tokens_per_expert, chunks, E, CHUNKS=64, EXPERTS=EXPERTS,
     )  # fmt: skip
-    place_kernel[(triton.cdiv(rows, CHUNK),)](
+    place_kernel[(triton.cdiv(max(rows, T * topk), CHUNK),)](
         *idx, counts, tokens_per_expert, group_index, handle, extent, rows, alignment,
         CHUNK=CHUNK, EXPERTS=EXPERTS, num_warps=8,
     )  # fmt: skip
@@ -119,5 +119,6 @@ def place_kernel(
         same = (theirs[:, None] == mine[None, :]) & (other[:, None] < place[None, :])
         rank += tl.sum(same.to(tl.int32), 0)
 
-    tl.store(handle_ptr + i, tl.where(mine >= 0, start + rank, -1), mask=i < count)
+    row = tl.where(mine >= 0, start + rank, -1)
+    tl.store(handle_ptr + i, tl.where(row < rows, row, -1), mask=i < count)
     tl.store(group_index_ptr + i, group, mask=i < rows)

@@ -135,6 +135,7 @@ def expert_dispatch(
     x_scale: Tensor | None = None,
     alignment: int = 1,
     cast: str | None = None,
+    num_assigned: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     if cast is not None:
         x, x_scale = cast_per_token(x, cast)
@@ -144,11 +145,13 @@ def expert_dispatch(
     counts = expert.bincount(minlength=E + 1)[:E]
     padded = -(-counts // alignment) * alignment
     start = padded.cumsum(0) - padded  # the first row of each expert
-    rows = (T * topk + min(E, T * topk) * (alignment - 1)) // alignment * alignment
+    N = T * topk if num_assigned is None else min(T * topk, num_assigned)
+    rows = (N + min(E, N) * (alignment - 1)) // alignment * alignment
 
     order = expert.argsort(stable=True)[: int(counts.sum())]  # by expert, then token, then slot
     rank = torch.arange(len(order), device=x.device) - (counts.cumsum(0) - counts)[expert[order]]
     row = start[expert[order]] + rank
+    order, row = order[row < rows], row[row < rows]
     group_index = torch.full((rows,), -1, dtype=torch.int32, device=x.device)
     group_index[row] = expert[order].int()
     handle = torch.full((T * topk,), -1, dtype=torch.int32, device=x.device)

@@ -1,0 +1,471 @@
+"""What every rank of a group runs in tests/experts/test_expert_parallel.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import deepkern
+from deepkern import ExpertParallel, ExpertParallelError
+from deepkern.testing import compare
+from deepkern.testing.inputs.experts import indices
+
+FP8 = torch.float8_e4m3fn
+FIELDS = ("x", "idx", "weights", "scale")
+
+
+@dataclass
+class Tokens:
+    """Tokens of one rank, or of all."""
+
+    x: Tensor
+    idx: Tensor
+    weights: Tensor
+    scale: Tensor | None = None
+
+
+def tokens_of_all(counts, E, topk, K, dtype=torch.bfloat16, seed=0, choose=None) -> list[Tokens]:
+    """The tokens of each rank, which every rank can make."""
+    ranks = []
+    for rank, T in enumerate(counts):
+        generator = torch.Generator().manual_seed(1000 * seed + rank)
+        x = torch.randn(T, K, generator=generator)
+        idx = indices(generator, T, E, topk) if choose is None else choose(T, generator)
+        weights = torch.rand(T, topk, generator=generator)  # positive, as routing gives them
+        scale = torch.rand(T, -(-K // 128), generator=generator) if dtype == FP8 else None
+        ranks.append(Tokens(x.to(dtype), idx, weights, scale))
+    return ranks
+
+
+def together(ranks: list[Tokens]) -> Tokens:
+    def join(parts):
+        if parts[0] is None:
+            return None
+        bits = [p.view(torch.uint8) if p.dtype == FP8 else p for p in parts]
+        return torch.cat(bits).view(parts[0].dtype)
+
+    return Tokens(*(join([getattr(r, f) for r in ranks]) for f in FIELDS))
+
+
+def experts(rows: Tensor, scale: Tensor | None, expert: Tensor) -> Tensor:
+    """Stands for the experts: each multiplies by a number of its own. In bf16 from FP8."""
+    if scale is not None:
+        K = rows.shape[1]
+        rows = (rows.float() * scale.repeat_interleave(128, 1)[:, :K]).bfloat16()
+    factor = torch.where(expert < 0, 0, expert + 1.5)[:, None]
+    return (rows.float() * factor).to(rows.dtype)
+
+
+def layer(ep: ExpertParallel, mine: Tokens, alignment: int = 1, async_op: bool = False):
+    """Dispatch, experts, combine; all that came out."""
+    got = ep.dispatch(mine.x, mine.idx, mine.weights, mine.scale, alignment, async_op=async_op)
+    rows, scale, group, counts, handle = got.wait() if async_op else got
+    expert = torch.where(group < 0, -1, group + ep.local_experts.start)
+    out = ep.combine(experts(rows, scale, expert), handle, async_op=async_op)
+    return (out.wait() if async_op else out), rows, scale, group, counts
+
+
+def single(everyone: Tokens, E: int, alignment: int = 1, exact: bool = False):
+    """The same in one process, for the tokens of all ranks; the sums in float64 if `exact`."""
+    rows, scale, group, counts, handle = deepkern.expert_dispatch(
+        everyone.x, everyone.idx, E, everyone.scale, alignment
+    )
+    y = experts(rows, scale, group)
+    y = y.double() if exact else y
+    combine = deepkern.reference.expert_combine if exact else deepkern.expert_combine
+    return combine(y, everyone.weights, handle), rows, scale, group, counts
+
+
+def assert_as_single(ep: ExpertParallel, ranks: list[Tokens], E: int, alignment: int = 1, **how):
+    """Rows bit for bit, sums within the tolerance (bit for bit on a rank alone)."""
+    me = dist.get_rank()
+    out, rows, scale, group, counts = layer(ep, ranks[me], alignment, **how)
+    everyone = together(ranks)
+    want_out, want_rows, want_scale, want_group, want_counts = single(everyone, E, alignment, True)
+
+    own = ep.local_experts
+    padded = -(-want_counts // alignment) * alignment
+    first, last = int(padded[: own.start].sum()), int(padded[: own.stop].sum())
+    n = last - first
+    assert len(rows) >= n and (alignment > 1 or len(rows) == n), (rows.shape, n)
+    want = torch.where(want_group[first:last] < 0, -1, want_group[first:last] - own.start)
+    assert torch.equal(group[:n], want) and (group[n:] == -1).all()
+    assert torch.equal(counts, want_counts[own.start : own.stop])
+    compare.assert_bitwise(rows[:n], want_rows[first:last])
+    if want_scale is not None:
+        compare.assert_bitwise(scale[:n], want_scale[first:last])
+
+    before = sum(len(r.x) for r in ranks[:me])
+    want_out = want_out[before : before + len(ranks[me].x)]
+    compare.assert_close(out, want_out)
+    if dist.get_world_size() == 1:
+        compare.assert_bitwise(out, single(everyone, E, alignment)[0])
+    return out
+
+
+def uneven(world: int) -> list[int]:
+    """So many tokens a rank; the second has none."""
+    return [0 if rank == 1 else 3 + 7 * (world - rank) for rank in range(world)]
+
+
+def check_dtypes_and_widths():
+    world = dist.get_world_size()
+    ep = ExpertParallel(None, 2 * world, timeout=30)
+    for K, dtype in ((1, torch.float32), (100, FP8), (3584, torch.bfloat16), (7168, FP8)):
+        ranks = tokens_of_all(uneven(world), 2 * world, 4, K, dtype, seed=K)
+        assert_as_single(ep, ranks, 2 * world)
+    ranks = tokens_of_all(uneven(world), 2 * world, 3, 7168, torch.float16)
+    assert_as_single(ep, ranks, 2 * world, alignment=8)
+
+
+def check_experts_that_do_not_divide():
+    world = dist.get_world_size()
+    for E in (1, world + 1, 3 * world - 1):  # with one expert all but one rank have none
+        ep = ExpertParallel(None, E, timeout=30)
+        sizes = [None] * world
+        dist.all_gather_object(sizes, (ep.local_experts.start, ep.local_experts.stop))
+        assert sizes[0][0] == 0 and sizes[-1][1] == E
+        assert all(a[1] == b[0] for a, b in zip(sizes, sizes[1:], strict=False))
+        assert {b - a for a, b in sizes} <= {E // world, E // world + 1}
+        assert_as_single(ep, tokens_of_all(uneven(world), E, 2, 20), E)
+
+
+def check_loads():
+    """Nobody has a token; all go to one expert, every token to every expert, or none anywhere."""
+    world, E = dist.get_world_size(), 2 * dist.get_world_size() + 1
+    ep = ExpertParallel(None, E, timeout=30)
+
+    def all_to(expert):
+        return lambda T, _: torch.full((T, 2), expert)
+
+    def all_experts(T, generator):
+        return torch.rand(T, E, generator=generator).argsort(1)
+
+    assert_as_single(ep, tokens_of_all([0] * world, E, 4, 16), E)
+    assert_as_single(ep, tokens_of_all(uneven(world), E, 2, 16, choose=all_to(E - 1)), E)
+    assert_as_single(ep, tokens_of_all(uneven(world), E, E, 16, choose=all_experts), E)
+    out = assert_as_single(ep, tokens_of_all(uneven(world), E, 2, 16, choose=all_to(-1)), E)
+    assert (out == 0).all()
+    assert_as_single(ep, tokens_of_all(uneven(world), E, 1, 16), E)
+    assert_as_single(ep, tokens_of_all(uneven(world), E, 0, 16), E)
+    assert_as_single(ep, tokens_of_all(uneven(world), E, 2, 0), E)
+
+
+def check_hostile_indices_and_nan_weights():
+    world, E = dist.get_world_size(), dist.get_world_size()
+    ep = ExpertParallel(None, E, timeout=30)
+    for dtype in (torch.int64, torch.int32):
+        hostile = [-1, E, -(2**31), 2**31 - 1] + [-(2**63), 2**32] * (dtype == torch.int64)
+
+        def choose(T, generator, hostile=hostile, dtype=dtype):
+            pick = torch.tensor(hostile + list(range(E)), dtype=dtype)
+            return pick[torch.randint(len(pick), (T, 3), generator=generator)]
+
+        ranks = tokens_of_all([9] * world, E, 3, 8, torch.float32, choose=choose)
+        for r in ranks:
+            r.weights[(r.idx < 0) | (r.idx >= E)] = torch.nan
+        out = assert_as_single(ep, ranks, E)
+        assert not out.isnan().any()
+
+
+def check_a_token_goes_to_a_rank_once():
+    world = dist.get_world_size()
+    ep = ExpertParallel(None, 4 * world, timeout=30)
+
+    def choose(T, _):  # four experts of rank 0 and one of the last
+        return torch.tensor([[0, 1, 4 * world - 1, 2, 3]]).expand(T, 5).contiguous()
+
+    mine = tokens_of_all([6] * world, 4 * world, 5, 8, choose=choose)[dist.get_rank()]
+    *_, handle = ep.dispatch(mine.x, mine.idx, mine.weights)
+    sent = [0] * world
+    sent[0] = sent[-1] = 6
+    assert handle.links[0].sent == sent
+    ranks = handle.links[0].rows  # ascending: rank 0's row, then the last one's
+    assert (ranks >= 0).sum(1).eq(len(set((0, world - 1)))).all()
+
+
+def check_same_bits_twice_and_async():
+    world = dist.get_world_size()
+    ep = ExpertParallel(None, 3 * world, timeout=30)
+    ranks = tokens_of_all(uneven(world), 3 * world, 4, 300, seed=5)
+    mine = ranks[dist.get_rank()]
+    first = layer(ep, mine)
+    for async_op in (False, True):
+        for a, b in zip(first, layer(ep, mine, async_op=async_op), strict=True):
+            assert a is b is None or torch.equal(a, b)
+    # Two under way at a time, waited for in order; a handle may serve again.
+    pending = [ep.dispatch(mine.x, mine.idx, mine.weights, async_op=True) for _ in range(2)]
+    got = [p.wait() for p in pending]
+    assert torch.equal(got[0][0], got[1][0]) and pending[0].wait() is got[0]
+    back = [ep.combine(g[0], g[4], async_op=True) for g in got]
+    once = [p.wait() for p in back]
+    again = ep.combine(got[0][0], got[0][4])
+    assert torch.equal(once[0], once[1]) and torch.equal(once[0], again)
+
+
+def gradients(function, tokens: Tokens, towards: Tensor):
+    x = tokens.x.clone().requires_grad_()
+    weights = tokens.weights.clone().requires_grad_()
+    out = function(Tokens(x, tokens.idx, weights))
+    return torch.autograd.grad(out, (x, weights), towards)
+
+
+def check_gradients():
+    world, me = dist.get_world_size(), dist.get_rank()
+    E = 2 * world
+    ranks = tokens_of_all(uneven(world), E, 3, 70, torch.float32, seed=2)
+    everyone = together(ranks)
+    towards = torch.randn(everyone.x.shape, generator=torch.Generator().manual_seed(1))
+    before = sum(len(r.x) for r in ranks[:me])
+    part = slice(before, before + len(ranks[me].x))
+    want = gradients(lambda t: single(t, E)[0], everyone, towards)
+    meshes = [None] + [2] * (world % 2 == 0)
+    for ranks_per_node in meshes:
+        ep = ExpertParallel(None, E, ranks_per_node, timeout=30)
+        for async_op in (False, True):
+            got = gradients(
+                lambda t, ep=ep, a=async_op: layer(ep, t, async_op=a)[0], ranks[me], towards[part]
+            )
+            for g, w in zip(got, want, strict=True):
+                compare.assert_close(g, w[part])
+
+    # Of the weights alone, with FP8 rows.
+    fp8 = tokens_of_all(uneven(world), E, 3, 70, FP8, seed=2)[me]
+    weights = fp8.weights.requires_grad_()
+    out, rows, *_ = layer(ExpertParallel(None, E, timeout=30), fp8)
+    assert not rows.requires_grad and out.requires_grad
+    out.float().sum().backward()
+    assert weights.grad.shape == weights.shape and weights.grad.isfinite().all()
+
+
+def check_two_hops_equal_one():
+    world, me = dist.get_world_size(), dist.get_rank()
+    E = 3 * world + 1
+    shapes = [(n, world // n) for n in range(1, world + 1) if world % n == 0]
+    for dtype in (torch.float32, FP8):
+        ranks = tokens_of_all(uneven(world), E, 5, 40, dtype, seed=3)
+        for r in ranks:  # small integers, exact in bf16, so that no order of sums can be seen
+            r.x = r.x.float().round().clamp(-1, 1).to(dtype)
+            r.weights = r.weights.round()
+            if r.scale is not None:
+                r.scale = torch.ones_like(r.scale)
+        one = layer(ExpertParallel(None, E, timeout=30), ranks[me])
+        for nodes, ranks_per_node in shapes:
+            mesh = init_device_mesh("cpu", (nodes, ranks_per_node))
+            for ep in (
+                ExpertParallel(None, E, ranks_per_node, timeout=30),
+                ExpertParallel(mesh, E, timeout=30),
+            ):
+                two = layer(ep, ranks[me])
+                assert torch.equal(one[0], two[0])  # the sums
+                assert torch.equal(one[3], two[3]) and torch.equal(one[4], two[4])
+                rows = [torch.cat([t[3][:, None], t[1].float()], 1).tolist() for t in (one, two)]
+                assert sorted(rows[0]) == sorted(rows[1])
+    real = tokens_of_all(uneven(world), E, 5, 40, seed=4)
+    for _, ranks_per_node in shapes:
+        ep = ExpertParallel(None, E, ranks_per_node, timeout=30)
+        want = single(together(real), E, exact=True)[0]
+        before = sum(len(r.x) for r in real[:me])
+        compare.assert_close(layer(ep, real[me])[0], want[before : before + len(real[me].x)])
+
+
+def check_a_token_crosses_to_a_node_once():
+    world, me = dist.get_world_size(), dist.get_rank()
+    if world % 2:
+        return
+    ep = ExpertParallel(None, world, world // 2, timeout=30)
+
+    def choose(T, _):  # every rank's one expert
+        return torch.arange(world).expand(T, world).contiguous()
+
+    mine = tokens_of_all([5] * world, world, world, 8, choose=choose)[me]
+    *_, handle = ep.dispatch(mine.x, mine.idx, mine.weights)
+    assert handle.links[0].sent == [5, 5]  # not 5 · world / 2 to the other node
+    assert handle.links[1].sent == [10] * (world // 2)
+
+
+def check_meshes():
+    world = dist.get_world_size()
+    ranks = tokens_of_all(uneven(world), world, 2, 8)
+    mesh = init_device_mesh("cpu", (world,))
+    assert_as_single(ExpertParallel(mesh, world, timeout=30), ranks, world)
+    half = dist.new_group(list(range(world // 2, world)))  # a group of some ranks
+    if dist.get_rank() >= world // 2:
+        ep = ExpertParallel(half, 4, timeout=30)
+        mine = ranks[dist.get_rank()]
+        got = layer(ep, mine)[0]
+        assert got.shape == mine.x.shape
+    else:
+        raises(TypeError, "group: expected a ProcessGroup", ExpertParallel, half, 4)
+
+
+def raises(error, words: str, function, *args, **kwargs) -> str:
+    try:
+        function(*args, **kwargs)
+    except error as caught:
+        assert words in str(caught), f"{words!r} is not in {str(caught)!r}"
+        return str(caught)
+    raise AssertionError(f"no {error.__name__} with {words!r}")
+
+
+def check_bad_arguments():
+    """They raise before anything is sent, so the ranks stay in step."""
+    raises(ValueError, "num_experts: expected at least 1, got 0", ExpertParallel, None, 0)
+    raises(ValueError, "timeout: expected more than 0", ExpertParallel, None, 1, timeout=0)
+    raises(ValueError, "ranks_per_node: expected a divisor", ExpertParallel, None, 1, 64)
+    raises(TypeError, "group: expected a ProcessGroup", ExpertParallel, "world", 1)
+    ep = ExpertParallel(None, 4, timeout=30)
+    x, idx, w = torch.ones(3, 8), torch.zeros(3, 2).long(), torch.ones(3, 2)
+    name = "ExpertParallel.dispatch: "
+    raises(TypeError, name + "x: expected a Tensor, got None", ep.dispatch, None, idx, w)
+    raises(TypeError, name + "x: expected dtype", ep.dispatch, x.long(), idx, w)
+    raises(ValueError, name + "topk_weights: expected topk = 2", ep.dispatch, x, idx, w[:, :1])
+    raises(ValueError, name + "topk_idx: expected T = 3", ep.dispatch, x, idx[:2], w[:2])
+    raises(ValueError, name + "alignment", ep.dispatch, x, idx, w, alignment=0)
+    os.environ["DEEPKERN_DEBUG"] = "1"
+    raises(ValueError, "values in [-1, 4), got 4", ep.dispatch, x, idx + 4, w)
+    del os.environ["DEEPKERN_DEBUG"]
+    rows, *_, handle = ep.dispatch(x, idx, w)
+    name = "ExpertParallel.combine: "
+    raises(TypeError, name + "handle", ep.combine, rows, None)
+    raises(TypeError, name + "handle", ExpertParallel(None, 4, timeout=30).combine, rows, handle)
+    raises(
+        ValueError, name + "y: expected the dispatch's", ep.combine, rows.new_ones(99, 8), handle
+    )
+    raises(TypeError, name + "y: expected dtype", ep.combine, rows.long(), handle)
+    ep.combine(rows, handle)
+
+
+def out_of_step(**how) -> None:
+    """Every rank learns at once who differs in what."""
+    me, world = dist.get_rank(), dist.get_world_size()
+    odd = world - 1
+    x, idx, w = torch.ones(3, 8), torch.zeros(3, 2).long(), torch.ones(3, 2)
+
+    def disagree(words: str, here, there) -> None:
+        message = raises(ExpertParallelError, words, there if me == odd else here)
+        assert f"rank {odd} " in message and "group 'default_pg'" in message, message
+
+    def make(E=4):
+        return ExpertParallel(None, E, timeout=30)
+
+    ep = make()
+    disagree("K must be the same", lambda: ep.dispatch(x, idx, w),
+             lambda: ep.dispatch(torch.ones(3, 9), idx, w))  # fmt: skip
+    raises(ExpertParallelError, "after an earlier failure", ep.dispatch, x, idx, w)
+    four, five = make(4), make(5)
+    disagree("num experts must be the same", lambda: four.dispatch(x, idx, w),
+             lambda: five.dispatch(x, idx, w))  # fmt: skip
+    ep = make()
+    disagree("dtype must be the same", lambda: ep.dispatch(x, idx, w),
+             lambda: ep.dispatch(x.bfloat16(), idx, w))  # fmt: skip
+    ep = make()
+    disagree("gradients of must be the same", lambda: ep.dispatch(x, idx, w),
+             lambda: ep.dispatch(x, idx, w.clone().requires_grad_()))  # fmt: skip
+    ep = make()
+    rows, *_, handle = ep.dispatch(x, idx, w)
+    disagree("has combine", lambda: ep.dispatch(x, idx, w) if me != odd else None,
+             lambda: raises_other(ep, rows, handle))  # fmt: skip
+    ep = make()
+    first, second = [ep.dispatch(x, idx, w) for _ in range(2)]
+    disagree("number of the dispatch", lambda: ep.combine(first[0], first[4]),
+             lambda: ep.combine(second[0], second[4]))  # fmt: skip
+
+
+def raises_other(ep, rows, handle):
+    """The odd one's message speaks of the others' dispatch, and of itself as the one at combine."""
+    ep.combine(rows, handle)
+
+
+def check_out_of_step():
+    if dist.get_world_size() > 1:
+        out_of_step()
+
+
+def silent_rank(how: str, timeout: float) -> tuple[str, float]:
+    """Rank 1 is killed, stands still or goes on without the others; what they hear and when."""
+    me, victim = dist.get_rank(), 1
+    ep = ExpertParallel(None, 4, timeout=timeout)
+    x, idx, w = torch.ones(5, 8), torch.arange(10).view(5, 2) % 4, torch.ones(5, 2)
+    rows, *_, handle = ep.dispatch(x, idx, w)
+    if me == victim:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(timeout + 3)
+        return "", 0.0
+    start = time.monotonic()
+    call, *args = (ep.combine, rows, handle) if how == "combine" else (ep.dispatch, x, idx, w)
+    message = raises(ExpertParallelError, "default_pg", call, *args)
+    return message, time.monotonic() - start
+
+
+def killed_on_the_way(timeout: float) -> tuple[str, float]:
+    """Rank 1 dies between the headers and the rows."""
+    me = dist.get_rank()
+    ep = ExpertParallel(None, 4, timeout=timeout)
+    x, idx, w = torch.ones(5, 8), torch.arange(10).view(5, 2) % 4, torch.ones(5, 2)
+    ep.dispatch(x, idx, w)
+    if me == 1:
+        exchange = ep._hops[0].exchange
+        exchange.start = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    message = raises(ExpertParallelError, "waiting for rows", ep.dispatch, x, idx, w)
+    return message, time.monotonic() - start
+
+
+def everything(names: list[str] | None = None) -> dict[str, str | float]:
+    """Runs all checks; for each the seconds it took, or the traceback."""
+    found = {}
+    for name, check in list(globals().items()):
+        if name.startswith("check_") and (names is None or name in names):
+            start = time.monotonic()
+            try:
+                with compare.poison():
+                    check()
+                found[name] = time.monotonic() - start
+            except Exception:
+                found[name] = traceback.format_exc()
+                break  # the ranks may be out of step from here on
+    return found
+
+
+def wait_in_vain() -> None:
+    """Two ranks of an ordinary job, of which the second makes no call; the first then just ends."""
+    import multiprocessing
+    import tempfile
+    from datetime import timedelta
+
+    with tempfile.TemporaryDirectory() as folder:
+        stand = multiprocessing.get_context("fork").Process(target=_stand_by, args=(folder,))
+        stand.start()
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=0, world_size=2,
+            timeout=timedelta(minutes=10),
+        )  # fmt: skip
+        ep = ExpertParallel(None, 4, timeout=2)
+        x, idx, w = torch.ones(5, 8), torch.zeros(5, 2).long(), torch.ones(5, 2)
+        print(raises(ExpertParallelError, "headers", ep.dispatch, x, idx, w), flush=True)
+        stand.kill()
+        stand.join()
+
+
+def _stand_by(folder: str) -> None:
+    from datetime import timedelta
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=1, world_size=2,
+        timeout=timedelta(minutes=10),
+    )  # fmt: skip
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    wait_in_vain()

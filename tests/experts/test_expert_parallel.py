@@ -1,0 +1,70 @@
+"""ExpertParallel over gloo: against one process, uneven and empty ranks, errors in place of hangs.
+
+What runs on each rank is in parallel_checks.py; a group of processes runs all of it, since making
+processes takes longer than what they do.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deepkern.testing import ranks
+from tests.experts import parallel_checks as checks
+
+NAMES = [name for name in vars(checks) if name.startswith("check_")]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_ranks(world):
+    outcomes = ranks.run(world, checks.everything, timeout=240)
+    # Where a rank fails, others lose it and fail too: the one that came furthest back is the cause.
+    failures = [
+        (NAMES.index(name), f"rank {rank}, {name}:\n{text}")
+        for rank, outcome in enumerate(outcomes)
+        for name, text in outcome.items()
+        if isinstance(text, str)
+    ]
+    assert not failures, min(failures)[1]
+    assert all(list(outcome) == NAMES for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("how", "timeout", "words"),
+    [
+        ("killed", 20.0, "waiting for the headers of the other ranks: no word from rank 1 within"),
+        ("still", 3.0, "waiting for the headers of the other ranks: no word from rank 1 within"),
+        ("combine", 3.0, "waiting for the headers of the other ranks: no word from rank 1 within"),
+    ],
+)
+def test_silent_rank(how, timeout, words):
+    """A rank is killed, stands still, or does not come to combine: the others say so in time."""
+    killed = how == "killed"
+    outcomes = ranks.run(
+        3, checks.silent_rank, how, timeout, timeout=60, may_die=[1] if killed else []
+    )
+    for message, seconds in (outcomes[0], outcomes[2]):
+        assert words in message and "(ranks 0, 1, 2)" in message
+        # gloo notices a closed connection at once; what remains is the wait for the others' notes.
+        assert seconds < (10.0 if killed else timeout + 1.0)
+
+
+def test_rank_killed_between_headers_and_rows():
+    outcomes = ranks.run(3, checks.killed_on_the_way, 20.0, timeout=60, may_die=[1])
+    for message, seconds in (outcomes[0], outcomes[2]):
+        assert "no word from rank 1 " in message and seconds < 10.0
+
+
+def test_a_process_ends_after_the_error():
+    """Not only does the call return: no thread of gloo keeps the process until the group's end."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.experts.parallel_checks"],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no word from rank 1 within 2 s" in done.stdout
+    assert time.monotonic() - start < 60  # the group's timeout is ten minutes
