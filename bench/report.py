@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -77,14 +78,15 @@ def timed(speeds: Iterable[Speed]) -> Table:
     for s in speeds:
         label, before = (("", "", "") if s.label == before else s.label), s.label
         if s.microseconds is None:
-            view.add_row(*label, *[""] * 6, f"[red]{s.note}")
+            view.add_row(*label, *[""] * 6, f"[red]{escape(s.note)}")
             continue
         ratio = f"[{'green' if s.ratio >= 1 else 'yellow'}]{s.ratio:.2f}" if s.ratio else ""
         ours = ("", "", "", "") if not label[0] else (
             _number(s.microseconds), _number(s.gb_per_s), _number(s.tflops),
             f"{s.roof:.0%}" if s.roof else "",
         )  # fmt: skip
-        view.add_row(*label, *ours, _number(s.baseline_microseconds), ratio, s.baseline)
+        said = f"{s.baseline}[yellow]: {escape(s.note)}" if s.note else s.baseline
+        view.add_row(*label, *ours, _number(s.baseline_microseconds), ratio, said)
     return view
 
 

@@ -14,14 +14,14 @@ import torch
 import deepkern
 from deepkern.runtime import arch, backends
 from deepkern.testing import inputs
-from deepkern.testing.timing import time_call
+from deepkern.testing.timing import Timing, time_call
 
 from . import baselines, checks, costs, machine
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One op at one size on one backend; `note` says why there is no speed, if there is none."""
+    """One op at one size on one backend; `note` says why it or its baseline has no speed."""
 
     op: str
     backend: str
@@ -91,10 +91,7 @@ def time_op(
                 if agreed is False:
                     return [Speed(*label, ok=False, note=f"not timed: {why}")]
             ours = time_call(lambda: call(*args), device, seconds)
-            theirs = {
-                words: time_call(other, device, seconds)
-                for words, other in baselines.calls(op, args).items()
-            }
+            theirs = time_others(op, args, device, seconds)
         except Exception as error:
             return [Speed(*label, ok=False, note=f"{type(error).__name__}: {error}"[:300])]
     taken = ours.median / 1e6
@@ -108,10 +105,28 @@ def time_op(
         roof=_roof(op, moved, operations, device, bandwidth, taken),
     )
     beside = [
-        replace(speed, baseline=words, baseline_microseconds=t.median, ratio=t.median / ours.median)
+        replace(speed, baseline=words, note=t)
+        if isinstance(t, str)
+        else replace(speed, baseline=words, baseline_microseconds=t.median,
+                     ratio=t.median / ours.median)
         for words, t in theirs.items()
-    ]
+    ]  # fmt: skip
     return beside or [speed]
+
+
+def time_others(
+    op: str, args: tuple, device: torch.device, seconds: float
+) -> dict[str, Timing | str]:
+    """The time of each of the op's baselines, or why it cannot run."""
+    theirs: dict[str, Timing | str] = {}
+    for words, other in baselines.calls(op, args).items():
+        try:
+            other()  # prepares
+            theirs[words] = time_call(other, device, seconds)
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            theirs[words] = f"{type(error).__name__}: {lines[0]}"[:200]
+    return theirs
 
 
 def _roof(

@@ -23,8 +23,20 @@ def calls(op: str, args: tuple) -> dict[str, Callable[[], object]]:
         plain = BASELINES[op]
         found[plain.__doc__.splitlines()[0].rstrip(".")] = lambda: plain(*args)
     if op in OTHERS:
-        found |= OTHERS[op](args)
+        try:
+            found |= OTHERS[op](args)
+        except Exception as error:
+            found["further baselines"] = _raising(error)
     return found
+
+
+def _raising(error: Exception) -> Callable[[], object]:
+    """A call that says why there is none."""
+
+    def call():
+        raise error
+
+    return call
 
 
 def readable(op: str, args: tuple, x: Tensor) -> Tensor:

@@ -150,17 +150,16 @@ def kernel(
             h = hidden(x_ptr, residual_ptr, row < M, start, K, TILE)
         column = (start + tl.arange(0, TILE))[None, :]
         inside = (row < M) & (column < K)
-        out = row * K + column
         if residual_ptr is not None:
-            tl.store(new_residual_ptr + out, h.to(x_ptr.dtype.element_ty), mask=inside)
+            tl.store(new_residual_ptr + row * K + column, h.to(x_ptr.dtype.element_ty), mask=inside)
         weight = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)
         normed = (h * inverse * weight).to(x_ptr.dtype.element_ty)  # [ROWS, TILE]
-        tl.store(normed_ptr + out, normed, mask=inside)
+        tl.store(normed_ptr + row * K + column, normed, mask=inside)
 
         blocked = tl.reshape(normed.to(tl.float32), (ROWS, TILE // 128, 128))
         scale = block_scale(tl.max(magnitude_bits(blocked), 2), UE8M0)  # [ROWS, TILE / 128]
         q = to_fp8(blocked * tl.div_rn(1.0, scale)[:, :, None], NATIVE_FP8)
-        tl.store(q_ptr + out, tl.reshape(q, (ROWS, TILE)), mask=inside)
+        tl.store(q_ptr + row * K + column, tl.reshape(q, (ROWS, TILE)), mask=inside)
         block = (start // 128 + tl.arange(0, TILE // 128))[None, :]
         scale_tile = scale_ptr + row * scale_row + block.to(tl.int64) * scale_column
         inside = (row < padded_M) & (block < tl.cdiv(K, 128))

@@ -43,13 +43,14 @@ def m_grouped_fp8_gemm_nt_contiguous(
     G: int,
     out_dtype: torch.dtype = BF16,
     b_rows: int = 128,
+    skipped: float = 0.1,
 ) -> tuple:
-    """Groups of random size, and every tenth row in none."""
+    """Groups of random size; a row is in none with the probability `skipped`."""
     a, a_scale = reference.cast_per_token(values(generator, M, K))
     device = generator.device
     group = torch.randint(max(G, 1), (M,), generator=generator, device=device).sort().values
-    skipped = torch.rand(M, generator=generator, device=device) < 0.1
-    group_index = torch.where(skipped, -1, group).int()
+    none = torch.rand(M, generator=generator, device=device) < skipped
+    group_index = torch.where(none, -1, group).int()
     return a, a_scale, *_weights(generator, G, N, K, b_rows), group_index, out_dtype
 
 
@@ -72,10 +73,12 @@ def m_grouped_fp8_gemm_nt_masked(
 
 
 def k_grouped_fp8_gemm_nt(
-    generator: Generator, M: int, N: int, K: int, G: int, c: bool = False
+    generator: Generator, M: int, N: int, K: int, G: int, c: bool = False, equal: bool = False
 ) -> tuple:
-    """Groups of random length, which together have the K columns."""
+    """Groups of random length, or `equal` ones, which together have the K columns."""
     offsets = torch.randint(K + 1, (max(G - 1, 0),), generator=generator, device=generator.device)
+    if equal:
+        offsets = torch.arange(1, G, device=generator.device) * (K // G)
     offsets = torch.cat([offsets.new_zeros(1), offsets.sort().values, offsets.new_full((1,), K)])
     operands = []
     for rows in (M, N):
@@ -192,7 +195,7 @@ SIZES = {
         ],
         cpu=[{"M": 256, "N": 512, "K": 1024, "G": 8}],
         gpu=[
-            {**size, "M": size["G"] * size["M"]}
+            {**size, "M": size["G"] * size["M"], "skipped": 0}
             for size in _experts(((4, 8192), (8, 4096), (32, 256)))
         ],
         inspect=[{**size, "M": size["G"] * size["M"]} for size in _one_of_each_tile_of_groups()],
@@ -207,7 +210,10 @@ SIZES = {
             {"G": 2, "M": 5, "N": 8, "K": 0},
         ],
         cpu=[{"G": 8, "M": 32, "N": 512, "K": 1024}],
-        gpu=_experts(((1, 1024), (2, 512), (4, 256), (32, 64))),
+        gpu=[
+            {**size, "M": 2 * size["M"], "expected_m": size["M"]}
+            for size in _experts(((1, 1024), (2, 512), (4, 256), (32, 64)))
+        ],
         inspect=_one_of_each_tile_of_groups(),
     ),
     "k_grouped_fp8_gemm_nt": Sizes(
@@ -220,7 +226,11 @@ SIZES = {
             {"M": 4, "N": 0, "K": 10, "G": 1},
         ],
         cpu=[{"M": 512, "N": 256, "K": 1024, "G": 4}],
-        gpu=[{"M": M, "N": N, "K": 4 * 8192, "G": 4} for M, N in ((4096, 7168), (7168, 2048))],
+        gpu=[
+            {"M": M, "N": N, "K": 32768, "G": G, "equal": equal}
+            for M, N in ((4096, 7168), (7168, 2048))
+            for G, equal in ((4, True), (8, True), (4, False))
+        ],
         inspect=[
             {**size, "K": size["G"] * size["K"], "c": True}
             for size in _with_a_new_tile(EXPERT_SIZES, 1, "k_grouped")
