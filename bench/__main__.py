@@ -103,5 +103,13 @@ def tune(
     raise typer.Exit(tuning.run([op] if op else tuning.OPS, sizes, seconds))
 
 
+@app.command()
+def accumulation(keep: bool = _KEEP) -> None:
+    """Emulates the tensor core's short sums of FP8 products: why they are promoted every 128."""
+    from . import accumulation as emulation
+
+    raise typer.Exit(emulation.run(keep))
+
+
 if __name__ == "__main__":
     app()
