@@ -150,16 +150,20 @@ def draw(facts: dict, found: list[Error], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    shown = {(e.scales, e.way) for e in found if e.scales == "1"} | {("fp32", "the cast to FP8")}
+    kinds = sorted({way.split(",")[0] for _, way in shown})  # a colour each
     figure, axes = plt.subplots(
         1, len(VALUES), figsize=(13, 5.5), layout="constrained", sharey=True
     )
     for view, values in zip(axes, VALUES, strict=True):
-        mine = [e for e in found if e.values == values and e.scales != "ue8m0"]
-        for label in dict.fromkeys((e.scales, e.way) for e in mine):
-            line = [e for e in mine if (e.scales, e.way) == label]
-            style = "--" if "down" in label[1] else "-"
-            name = f"{label[1]}{'' if label[0] == '1' else ', scales per 1x128'}"
-            view.plot([e.K for e in line], [e.diff for e in line], style, marker=".", label=name)
+        lines: dict[str, list[Error]] = {}
+        for e in found:
+            if e.values == values and (e.scales, e.way) in shown:
+                lines.setdefault(e.way, []).append(e)
+        for way, line in lines.items():
+            style = "--" if way.endswith("down") else "-"
+            view.plot([e.K for e in line], [e.diff for e in line], style, marker=".", label=way,
+                      color=f"C{kinds.index(way.split(',')[0])}")  # fmt: skip
         for dtype in (torch.float32, torch.bfloat16):
             view.axhline(TOLERANCE[dtype], color="black", linewidth=0.8)
             view.annotate(f"allowed, {str(dtype)[6:]} out", (LENGTHS[0], TOLERANCE[dtype]),

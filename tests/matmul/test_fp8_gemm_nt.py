@@ -234,6 +234,20 @@ def test_a_row_has_the_same_bits_on_a_gpu(generator, N, K):
             compare.assert_bitwise(part, whole[:M], f"{M} rows")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "K"), [(2112, 7168), (576, 7168), (100, 1000)])
+def test_every_number_of_rows_and_a_hundred_times_on_a_gpu(generator, N, K):
+    a, a_scale, b, b_scale, *_ = make(generator, 257, N, K)
+    with deepkern.backend("triton"):
+        whole = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, F32)
+        for M in range(1, 258):
+            part = deepkern.fp8_gemm_nt(a[:M], a_scale[:M], b, b_scale, F32)
+            compare.assert_bitwise(part, whole[:M], f"{M} rows")
+        for _ in range(100):
+            again = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, F32)
+            compare.assert_bitwise(again, whole, "again")
+
+
 @pytest.mark.parametrize("scale_layout", ["row", "column"])
 def test_strided_inputs(backend, generator, scale_layout):
     args = make(generator, 30, 140, 600, b_rows=1, c=F32)

@@ -41,6 +41,26 @@ def test_off_every_grid(backend, generator, M, N, K, c):
     check(make(generator, M, N, K, G=3, c=c))
 
 
+# Each M, N and total K off the grids once, K = 7168 in slices of a wider matrix.
+SHAPES = [(0, 8, 128), (1, 2112, 100), (3, 8, 7168), (127, 100, 1), (129, 1, 129), (257, 576, 90)]
+
+
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_slices_and_scale_formats(backend, generator, M, N, K):
+    """Two groups, the second from a multiple of 16 on."""
+    scale_format = ("fp32", "ue8m0")[N // 8 % 2]
+    offsets = torch.tensor([0, K // 32 * 16, K], dtype=torch.int32)
+    operands = []
+    for rows in (M, N):
+        x = values(generator, rows, K + 16)
+        parts = [
+            x[:, :K][:, i:j] for i, j in zip(offsets.tolist(), offsets.tolist()[1:], strict=False)
+        ]
+        scales = [deepkern.reference.cast_per_token(part, scale_format)[1] for part in parts]
+        operands += [deepkern.reference.cast_per_token(x)[0][:, :K], torch.cat(scales, 1)]
+    check((*operands, offsets.to(operands[0].device), None))
+
+
 OFFSETS = {
     "one": [0, 400, 400, 400, 400],
     "aligned": [0, 128, 256, 384, 400],

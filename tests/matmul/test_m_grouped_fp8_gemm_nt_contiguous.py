@@ -12,6 +12,7 @@ from deepkern.matmul import m_grouped
 from deepkern.runtime import arch, tiles
 from deepkern.runtime.arch import ARCHS
 from deepkern.testing import compare, inputs
+from deepkern.testing.inputs.quant import values
 
 F32, BF16 = torch.float32, torch.bfloat16
 OP = "m_grouped_fp8_gemm_nt_contiguous"
@@ -41,6 +42,20 @@ def check(args) -> torch.Tensor:
 )
 def test_off_every_grid(backend, generator, M, N, K, b_rows):
     check(make(generator, M, N, K, G=3, b_rows=b_rows, out_dtype=F32))
+
+
+# Each M, N and K off the grids once, K = 7168 in slices of a wider matrix.
+SHAPES = [(0, 8, 128), (1, 2112, 100), (3, 8, 7168), (127, 100, 1), (129, 1, 129), (257, 576, 90)]
+
+
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_slices_and_scale_formats(backend, generator, M, N, K):
+    scale_format = ("fp32", "ue8m0")[N // 8 % 2]
+    a, a_scale = deepkern.reference.cast_per_token(values(generator, M, K + 16), scale_format)
+    b, b_scale = deepkern.reference.cast_per_block(values(generator, 2, N, K + 16), scale_format)
+    blocks = -(-K // 128)
+    index = torch.arange(M, dtype=torch.int32, device=a.device) * 3 // max(M, 1) - 1
+    check((a[:, :K], a_scale[:, :blocks], b[:, :, :K], b_scale[:, :, :blocks], index, F32))
 
 
 GROUPS = {
@@ -94,6 +109,24 @@ def test_a_row_has_the_bits_that_it_has_alone(backend, generator):
     for M in (3, 64, 65, 129):
         part = product(a[:M], a_scale[:M], b, b_scale, index[:M], F32)
         compare.assert_bitwise(part, got[:M], f"{M} rows")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "K"), [(4096, 7168), (7168, 2048), (100, 1000)])
+def test_a_row_has_the_same_bits_on_a_gpu(generator, N, K):
+    """Whatever the rows beside it: M from 1 to 257 in one group of four, and a hundred times."""
+    a, a_scale, b, b_scale, *_ = make(generator, 257, N, K, G=4, out_dtype=F32)
+    index = torch.full((257,), 2, dtype=torch.int32, device=a.device)
+    with deepkern.backend("triton"):
+        whole = product(a, a_scale, b, b_scale, index, F32)
+        dense = deepkern.fp8_gemm_nt(a, a_scale, b[2], b_scale[2], F32)
+        if tiles.k_splits(arch.of(a.device), N, K) == 1:
+            compare.assert_bitwise(dense, whole, "without groups")
+        for M in range(1, 258):
+            part = product(a[:M], a_scale[:M], b, b_scale, index[:M], F32)
+            compare.assert_bitwise(part, whole[:M], f"{M} rows")
+        for _ in range(100):
+            compare.assert_bitwise(product(a, a_scale, b, b_scale, index, F32), whole, "again")
 
 
 @pytest.mark.parametrize("b_rows", [128, 1])

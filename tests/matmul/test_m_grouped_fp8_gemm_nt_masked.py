@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import deepkern
 from deepkern.testing import compare, inputs
+from deepkern.testing.inputs.quant import values
 
 F32 = torch.float32
 OP = "m_grouped_fp8_gemm_nt_masked"
@@ -37,6 +38,21 @@ def check(args) -> torch.Tensor:
 )
 def test_off_every_grid(backend, generator, M, N, K, b_rows):
     check(make(generator, M, N, K, G=3, b_rows=b_rows, out_dtype=F32))
+
+
+# Each M, N and K off the grids once, K = 7168 in slices of a wider matrix.
+SHAPES = [(0, 8, 128), (1, 2112, 100), (3, 8, 7168), (127, 100, 1), (129, 1, 129), (257, 576, 90)]
+
+
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_slices_and_scale_formats(backend, generator, M, N, K):
+    scale_format = ("fp32", "ue8m0")[N // 8 % 2]
+    a, a_scale = deepkern.reference.cast_per_token(values(generator, 2, M, K + 16), scale_format)
+    b, b_scale = deepkern.reference.cast_per_block(values(generator, 2, N, K + 16), scale_format)
+    blocks = -(-K // 128)
+    counts = torch.tensor([M, M // 2], dtype=torch.int32, device=a.device)
+    a, a_scale, b, b_scale = a[:, :, :K], a_scale[..., :blocks], b[..., :K], b_scale[..., :blocks]
+    check((a, a_scale, b, b_scale, counts, F32))
 
 
 COUNTS = {
