@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 # Threads that wait for each other give their core away after some µs instead of ms. On a machine
 # with other work a run took ten times as long without this. Read when torch is imported.
@@ -19,18 +20,26 @@ if "inspect" not in sys.argv[1:2] and not torch.cuda.is_available():
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
 
 
-def known_ops(name: str | None) -> list[str]:
-    """All ops, or the one named; a message and exit 2 if there is none of that name."""
+def known_ops(names: list[str] | None) -> list[str]:
+    """All ops, or those named; a message and exit 2 if there is none of a name."""
     import deepkern
 
-    if name is not None and name not in deepkern.OPS:
-        raise typer.BadParameter(f"no op {name!r}; there are {', '.join(sorted(deepkern.OPS))}")
-    return [name] if name else sorted(deepkern.OPS)
+    for name in names or ():
+        if name not in deepkern.OPS:
+            raise typer.BadParameter(f"no op {name!r}; there are {', '.join(sorted(deepkern.OPS))}")
+    return names or sorted(deepkern.OPS)
 
 
 _KEEP = typer.Option(False, help="name the results so that git takes a CPU's")
 _SECONDS = typer.Option(0.3, help="time each call for about this long")
 
+_NAMES = typer.Argument(None, help="ops; all if left out")
+_FOLDER = typer.Option(Path(__file__).parent / "results", help="where results go")
+_CONFIGS = typer.Option(
+    Path(__file__).parent.parent / "kernels/deepkern/runtime/configs", help="where tiles go"
+)
+_STAGE = typer.Option([], help="build, tests, ops, speed or tune, repeatable; all if left out")
+_OUT = typer.Option(Path("gpu-results"), help="where results go")
 _SIZE = typer.Option([], help="such as M=64,N=7168,K=2048, repeatable; SIZES.gpu if left out")
 _TARGET = typer.Option([], help="a GPU target such as sm_90, repeatable; all if left out")
 
@@ -46,15 +55,16 @@ def main(context: typer.Context, keep: bool = _KEEP, seconds: float = _SECONDS) 
 
 @app.command()
 def ops(
-    name: str = typer.Argument(None, help="one op; all if left out"),
+    names: list[str] = _NAMES,
     keep: bool = _KEEP,
     seconds: float = _SECONDS,
+    folder: Path = _FOLDER,
 ) -> None:
     """Checks and times ops, without the model."""
-    chosen = known_ops(name)
+    chosen = known_ops(names)
     from . import job
 
-    raise typer.Exit(job.run(chosen, model=False, seconds=seconds, keep=keep))
+    raise typer.Exit(job.run(chosen, model=False, seconds=seconds, keep=keep, folder=folder))
 
 
 @app.command()
@@ -81,7 +91,7 @@ def inspect(
     unknown = [name for name in target if name not in ARCHS]
     if unknown:
         raise typer.BadParameter(f"no target {unknown[0]!r}; there are {', '.join(ARCHS)}")
-    ops = known_ops(op)
+    ops = known_ops([op] if op else None)
     raise typer.Exit(inspection.run(ops, target or list(ARCHS), check, write_budgets, processes))
 
 
@@ -90,6 +100,7 @@ def tune(
     op: str = typer.Argument(None, help="one FP8 product; all if left out"),
     size: list[str] = _SIZE,
     seconds: float = _SECONDS,
+    folder: Path = _CONFIGS,
 ) -> None:
     """Times every tile of the FP8 products on this GPU and keeps what beats the model's choice."""
     from . import tune as tuning
@@ -100,7 +111,7 @@ def tune(
         sizes = [{k: int(v) for k, v in (x.split("=") for x in s.split(","))} for s in size]
     except ValueError:
         raise typer.BadParameter(f"expected sizes such as M=64,N=7168,K=2048, got {size}") from None
-    raise typer.Exit(tuning.run([op] if op else tuning.OPS, sizes, seconds))
+    raise typer.Exit(tuning.run([op] if op else tuning.OPS, sizes, seconds, folder))
 
 
 @app.command()
@@ -109,6 +120,21 @@ def accumulation(keep: bool = _KEEP) -> None:
     from . import accumulation as emulation
 
     raise typer.Exit(emulation.run(keep))
+
+
+@app.command()
+def gpu(
+    family: str = typer.Argument(..., help="quant, matmul, attention or experts"),
+    stage: list[str] = _STAGE,
+    out: Path = _OUT,
+) -> None:
+    """Builds, tests, times and tunes a family on a machine with a GPU, in stages of ten minutes."""
+    from . import gpu as hardware
+
+    for name, known in ((family, hardware.FAMILIES), *((s, hardware.STAGES) for s in stage)):
+        if name not in known:
+            raise typer.BadParameter(f"no {name!r}; there are {', '.join(known)}")
+    raise typer.Exit(hardware.run(family, stage, out.resolve()))
 
 
 if __name__ == "__main__":
