@@ -18,6 +18,7 @@
 
 #include "cpu/cast_per_token.h"
 #include "cpu/fp8_gemm_nt.h"
+#include "cpu/topk_indices.h"
 #ifdef DEEPKERN_CUDA
 #include "sm90/launch.h"
 // Of torch's CUDA build. Weak, so that a CPU build of torch can load this file.
@@ -233,17 +234,58 @@ Tensor fp8_gemm_nt_cuda(const Tensor& a_codes, const Tensor& a_scale, const Tens
 }
 #endif
 
+Tensor topk_indices(const Tensor& logits, int64_t k, const std::optional<Tensor>& lengths) {
+  STD_TORCH_CHECK(logits.dim() == 2, "topk_indices: logits: expected rank 2, got rank ",
+                  logits.dim());
+  const ScalarType dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "topk_indices: logits: expected dtype float32 or bfloat16, got ", dtype);
+  const int64_t S = logits.size(0), N = logits.size(1);
+  STD_TORCH_CHECK(k >= 0, "topk_indices: k: expected 0 or more, got ", k);
+  STD_TORCH_CHECK(N <= (int64_t{1} << 30), "topk_indices: logits: expected rows of at most 2^30");
+  STD_TORCH_CHECK(N <= 1 || logits.stride(1) == 1,
+                  "topk_indices: logits: expected stride 1 in the last dimension, got ",
+                  logits.stride(1));
+  const char* isa = cpu_isa();
+  STD_TORCH_CHECK(isa != nullptr,
+                  "topk_indices: DEEPKERN_CPU_ISA names an instruction set that this CPU lacks");
+  TopkRows rows{};
+  if (lengths.has_value()) {
+    STD_TORCH_CHECK(lengths->dim() == 1 && lengths->size(0) == S,
+                    "topk_indices: lengths: expected ", S, " of them");
+    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Int,
+                    "topk_indices: lengths: expected dtype int32, got ", lengths->scalar_type());
+    rows.lengths = static_cast<const int32_t*>(lengths->const_data_ptr());
+    rows.length_step = lengths->stride(0);
+  }
+  Tensor out = torch::stable::new_empty(logits, {S, k}, ScalarType::Int);
+  if (S * k == 0) return out;
+  rows.logits = logits.const_data_ptr();
+  rows.type = dtype == ScalarType::Float ? Real::fp32 : Real::bf16;
+  rows.row = logits.stride(0);
+  rows.N = N;
+  rows.k = k;
+  rows.out = static_cast<int32_t*>(out.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (N + 1));  // about 32K values a task
+  torch::stable::parallel_for(0, S, grain, [&](int64_t first, int64_t last) {
+    topk_rows(rows, first, last, isa);
+  });
+  return out;
+}
+
 STABLE_TORCH_LIBRARY(deepkern_native, m) {
   m.def(
       "cast_per_token(Tensor x, str scale_format, str scale_layout=\"row\") -> (Tensor, Tensor)");
   m.def(
       "fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType out_dtype, "
       "Tensor? c) -> Tensor");
+  m.def("topk_indices(Tensor logits, int k, Tensor? lengths=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
   m.impl("cast_per_token", TORCH_BOX(&cast_per_token));
   m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm_nt));
+  m.impl("topk_indices", TORCH_BOX(&topk_indices));
 }
 
 #ifdef DEEPKERN_CUDA

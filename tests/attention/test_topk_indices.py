@@ -8,10 +8,22 @@ import pytest
 import torch
 
 import deepkern
+from deepkern.runtime import native
 from deepkern.testing import compare
 from deepkern.testing.inputs import indexer
 
 FAR = 2**31 - 1
+
+
+@pytest.fixture(params=["torch", "triton", "cpu"])
+def backend(request, device):
+    """Forces each backend in turn: here, native code too."""
+    if request.param == "cpu" and device.type != "cpu":
+        pytest.skip("the cpu backend takes CPU tensors")
+    if request.param == "cpu" and native.native_op("topk_indices") is None:
+        pytest.skip(native.why_absent() or "deepkern._C was built without topk_indices")
+    with deepkern.backend(request.param):
+        yield request.param
 
 
 def check(logits, k, lengths=None) -> torch.Tensor:
@@ -122,6 +134,42 @@ def test_debug_and_refusals(generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     with pytest.raises(ValueError, match="topk_indices: lengths: expected lengths in"):
         deepkern.topk_indices(logits, k, lengths + 21)
+
+
+@pytest.fixture
+def native_op(isa):
+    """The native op by itself, under each instruction set."""
+    found = native.native_op("topk_indices")
+    if found is None:
+        pytest.skip("deepkern._C was built without topk_indices")
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "k"), [(31, 5), (4096, 1), (5000, 64), (30000, 300), (60000, 2048)])
+def test_native_code(native_op, dtype, N, k, seed):
+    """Rows long and short of a sample, ragged, their values in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, _, lengths = indexer.topk_indices(generator, 4, N, k, dtype, ragged=True)
+    logits[1], logits[2, ::5] = logits[1].sort().values, math.nan
+    for given in (None, lengths):
+        want = deepkern.reference.topk_indices(logits, k, given)
+        compare.assert_bitwise(native_op(logits, k, given), want)
+
+
+def test_native_code_with_a_sample_that_misleads(native_op, seed):
+    """It sees the largest values, which are fewer than k, so all must be looked at again."""
+    N, k, random, places = 131072, 2048, 1, []
+    for i in range(1024):
+        random = (random * 1664525 + 1013904223) % 2**32
+        places.append(i * (N // 1024) + (random >> 8) % (N // 1024))
+    logits = torch.randn(1, N, generator=torch.Generator().manual_seed(seed))
+    logits[0, places] += 100.0
+    want = deepkern.reference.topk_indices(logits, k)
+    compare.assert_bitwise(native_op(logits, k, None), want)
+    logits[0, places] -= 200.0  # and the smallest: nearly all values are collected
+    want = deepkern.reference.topk_indices(logits, k)
+    compare.assert_bitwise(native_op(logits, k, None), want)
 
 
 @pytest.mark.gpu

@@ -36,7 +36,12 @@ class Tile(NamedTuple):
 
 
 def tile_for(keys: int, columns: int, warps: int, stages: int, H: int, D: int, most: int) -> Tile:
-    """A tile of so many columns for H heads, at most `most` queries wide."""
+    """A tile of so many columns for H heads, at most `most` queries wide.
+
+    A sum over parts takes registers, and so do loads of single bytes: then half the columns.
+    """
+    if columns > 64 and (D > WIDE or D % 16 or columns < H):
+        columns //= 2
     heads = min(max(triton.next_power_of_2(H), 2), columns)
     wide = min(max(triton.next_power_of_2(D), 32), WIDE)
     return Tile(keys, max(min(columns // heads, most), 16 // heads, 1), heads, wide, warps, stages)

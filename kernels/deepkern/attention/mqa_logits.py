@@ -73,7 +73,7 @@ def tile(q, kv, *_) -> Tile:
 
 # (keys, columns, warps, stages): what compiles without spills.
 SHAPES = {
-    "sm_80": (64, 64, 4, 3),
+    "sm_80": (64, 64, 8, 3),
     "sm_89": (64, 128, 4, 3),
     "sm_90": (64, 256, 4, 3),
     "sm_100": (64, 128, 4, 3),

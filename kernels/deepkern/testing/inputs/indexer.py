@@ -146,7 +146,7 @@ SIZES = {
             {"S": 4096, "Skv": 8192},
             {"S": 4096, "Skv": 32768},
         ],
-        inspect=[{"S": 2048, "Skv": 4096}],
+        inspect=[{"S": 2048, "Skv": 4096}, {"S": 2048, "Skv": 4096, "D": 256}],
     ),
     "paged_mqa_logits": Sizes(
         small=[
