@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .quant import FP8
+from .quant import FP8, cast_per_token
 from .registry import baseline
 
 
@@ -105,6 +105,13 @@ def hadamard_transform(x, scale=1.0) -> Tensor:
     """A product with the Hadamard matrix, kept beside."""
     N = x.shape[-1]
     return (x.float() @ matrix(N, x.device) * scale).to(x.dtype)
+
+
+@baseline
+def hadamard_cast(x, scale=1.0, scale_format="fp32") -> tuple[Tensor, Tensor]:
+    """A product with the Hadamard matrix, amax, divide and cast."""
+    rotated = x.float() @ matrix(x.shape[-1], x.device) * scale
+    return cast_per_token(rotated, scale_format)
 
 
 _MATRICES: dict[tuple, Tensor] = {}

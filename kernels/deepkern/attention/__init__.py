@@ -1,5 +1,6 @@
 """Multi-head latent attention and its paged cache."""
 
+from .hadamard_cast import hadamard_cast
 from .hadamard_transform import hadamard_transform
 from .indexer_cache_append import indexer_cache_append
 from .merge_states import merge_states, merge_states_backward
@@ -11,6 +12,7 @@ from .paged_mqa_logits import paged_mqa_logits
 from .topk_indices import topk_indices
 
 __all__ = [
+    "hadamard_cast",
     "hadamard_transform",
     "indexer_cache_append",
     "merge_states",

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .quant import block_scale, to_e4m3
+from .quant import block_scale, cast_per_token, to_e4m3
 
 __all__ = [
+    "hadamard_cast",
     "hadamard_transform",
     "indexer_cache_append",
     "mqa_logits",
@@ -109,3 +110,9 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
         y = torch.stack((a + b, a - b), -2).flatten(-3)
         half *= 2
     return (y * torch.tensor(scale, dtype=torch.float32)).to(x.dtype).contiguous()
+
+
+def hadamard_cast(
+    x: Tensor, scale: float = 1.0, scale_format: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    return cast_per_token(hadamard_transform(x.float(), scale), scale_format)

@@ -20,6 +20,7 @@ BITWISE = {
     "mla_cache_gather",
     "indexer_cache_append",
     "hadamard_transform",
+    "hadamard_cast",
     "route_topk",
     "expert_dispatch",
 }

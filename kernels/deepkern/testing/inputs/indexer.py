@@ -35,6 +35,9 @@ def hadamard_transform(generator: Generator, M: int, N: int, dtype: torch.dtype 
     return x.to(dtype), max(N, 1) ** -0.5
 
 
+hadamard_cast = hadamard_transform
+
+
 def indexer_cache(generator: Generator, blocks: int, page: int, D: int) -> Tensor:
     """A cache of the indexer in which every byte is that of NaN, pages a few bytes apart."""
     pitch = page * (D + 4) + 16
@@ -107,6 +110,18 @@ def topk_indices(
 
 
 SIZES = {
+    "hadamard_cast": Sizes(
+        small=[
+            {"M": 40, "N": 128},
+            {"M": 3, "N": 1, "dtype": torch.float32},
+            {"M": 3, "N": 1024, "dtype": torch.float16},
+            {"M": 0, "N": 128},
+            {"M": 2, "N": 0},
+        ],
+        cpu=[{"M": 65536, "N": 128}],
+        gpu=[{"M": 64 * 4096, "N": 128}],
+        inspect=[{"M": 64 * 4096, "N": 128}],
+    ),
     "hadamard_transform": Sizes(
         small=[
             {"M": 40, "N": 128},
