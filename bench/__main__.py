@@ -38,7 +38,7 @@ _FOLDER = typer.Option(Path(__file__).parent / "results", help="where results go
 _CONFIGS = typer.Option(
     Path(__file__).parent.parent / "kernels/deepkern/runtime/configs", help="where tiles go"
 )
-_STAGE = typer.Option([], help="build, tests, ops, speed or tune, repeatable; all if left out")
+_STAGE = typer.Option([], help="one of them, repeatable; all if left out")
 _OUT = typer.Option(Path("gpu-results"), help="where results go")
 _SIZE = typer.Option([], help="such as M=64,N=7168,K=2048, repeatable; SIZES.gpu if left out")
 _TARGET = typer.Option([], help="a GPU target such as sm_90, repeatable; all if left out")
@@ -115,11 +115,11 @@ def tune(
 
 
 @app.command()
-def accumulation(keep: bool = _KEEP) -> None:
+def accumulation(keep: bool = _KEEP, folder: Path = _FOLDER) -> None:
     """Emulates the tensor core's short sums of FP8 products: why they are promoted every 128."""
     from . import accumulation as emulation
 
-    raise typer.Exit(emulation.run(keep))
+    raise typer.Exit(emulation.run(keep, folder=folder))
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 Hopper adds FP8 products in fixed point: of 32 products and the sum so far, each keeps the bits down
 to 2^-13 of the largest one's power of two and loses the rest, and so does the sum. That is emulated
-here in float64 (no GPU is asked), with the sum given over to a float32 one ("promoted") every 32,
-128 or 256 values of K, or never, and held against float64 on the same FP8 values.
+here in float64, with the sum given over to a float32 one ("promoted") every 32, 128 or 256 values
+of K, or never, and held against float64 on the same FP8 values. Where there is a GPU, what it makes
+of the same operands stands beside.
 
 Sources of the model: DeepSeek-V3 report (arXiv 2412.19437) 3.5.2, "14 bits"; SageAttention2 (arXiv
 2411.10958), an accumulator of 1 + 8 + 13 bits, cut off; MMA-Sim (arXiv 2511.10909). Whether bits
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import deepkern
 from deepkern import reference
 from deepkern.testing.compare import TOLERANCE, diff
 
@@ -118,6 +120,9 @@ def errors(values: str, K: int, seed: int = 0) -> Iterator[Error]:
             got = product(*operands, 128, cut)
             yield error(scales, f"promoted every 128, cut {name}", got, exact)
         yield error(scales, "float32", product(*operands, 128, None), exact)
+        if torch.cuda.is_available():
+            got = deepkern.fp8_gemm_nt(*(x.cuda() for x in operands), torch.float32).cpu()
+            yield error(scales, f"measured on {torch.cuda.get_device_name()}", got, exact)
         yield error(scales, "the cast to FP8", exact, real[0].double() @ real[1].double().T)
 
 

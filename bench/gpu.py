@@ -3,8 +3,8 @@
 For a machine that has torch and Triton and no network. Each stage is a process of its own, ends
 within ten minutes or is ended, and leaves its output in one folder of a few small files:
 `<family>.log`, `<family>.json` (each stage's exit code, seconds and last line, and the machine),
-the figures and the picture of the speeds, and the tuned tiles, to be copied into
-kernels/deepkern/runtime/configs/.
+figures and pictures of the speeds and of the errors of FP8 sums, and the tuned tiles, to be copied
+into kernels/deepkern/runtime/configs/.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .inspect import ROOT
 from .progress import screen
 
 FAMILIES = ("quant", "matmul", "attention", "experts")
-STAGES = ("build", "tests", "ops", "speed", "tune")
+STAGES = ("build", "tests", "ops", "speed", "tune", "accumulation")
 LIMIT = 590  # seconds of a stage
 
 
@@ -38,7 +38,7 @@ def ops_of(family: str) -> list[str]:
 
 
 def commands(family: str, out: Path) -> dict[str, list[str]]:
-    """What each stage runs; not every family has tiles to tune."""
+    """What each stage runs; only the FP8 products have tiles to tune."""
     python, ops = sys.executable, ops_of(family)
     crew = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # compiling takes the time
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *crew]
@@ -49,7 +49,8 @@ def commands(family: str, out: Path) -> dict[str, list[str]]:
         "speed": [python, "-m", "bench", "ops", *ops, "--folder", str(out)],
     }
     if set(ops) & set(tune.OPS):
-        found["tune"] = [python, "-m", "bench", "tune", "--folder", str(out)]
+        for stage in ("tune", "accumulation"):
+            found[stage] = [python, "-m", "bench", stage, "--folder", str(out)]
     return found
 
 

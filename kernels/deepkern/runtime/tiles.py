@@ -51,9 +51,10 @@ GEMM_TILES = {
     "gfx942": _WARP_TILES,
     "gfx950": _WARP_TILES[:1] + _WARP_TILES[2:],
 }
-# (architecture, form, rows of b that share a scale) -> tiles that would spill there.
+# (architecture, form, rows of b that share a scale) -> tiles that spill there, on some Triton.
 LACKING = {
     ("sm_80", "m_grouped", 1): ((64, 64), (64, 128)),
+    ("sm_90", "k_grouped", 1): ((32, 128),),
     ("sm_100", "m_grouped", 1): ((64, 64), (64, 128), (128, 64)),
     ("sm_100", "k_grouped", 1): ((16, 64), (32, 128), (64, 32), (64, 128)),
     ("sm_120", "k_grouped", 1): ((64, 64),),
