@@ -422,9 +422,13 @@ def killed_on_the_way(timeout: float) -> tuple[str, float]:
 
 
 def everything(names: list[str] | None = None) -> dict[str, str | float]:
-    """Runs all checks; for each the seconds it took, or the traceback."""
+    return run_checks(globals(), names)
+
+
+def run_checks(module: dict, names: list[str] | None = None) -> dict[str, str | float]:
+    """Runs a module's checks; for each the seconds it took, or the traceback."""
     found = {}
-    for name, check in list(globals().items()):
+    for name, check in list(module.items()):
         if name.startswith("check_") and (names is None or name in names):
             start = time.monotonic()
             try:
@@ -435,6 +439,21 @@ def everything(names: list[str] | None = None) -> dict[str, str | float]:
                 found[name] = traceback.format_exc()
                 break  # the ranks may be out of step from here on
     return found
+
+
+def assert_passed(outcomes: list[dict], names: list[str]) -> None:
+    """Every rank ran all checks; else the traceback of the cause.
+
+    Where a rank fails, others lose it and fail too: the one that came least far is the cause.
+    """
+    failures = [
+        (names.index(name), f"rank {rank}, {name}:\n{text}")
+        for rank, outcome in enumerate(outcomes)
+        for name, text in outcome.items()
+        if isinstance(text, str)
+    ]
+    assert not failures, min(failures)[1]
+    assert all(list(outcome) == names for outcome in outcomes)
 
 
 def wait_in_vain() -> None:

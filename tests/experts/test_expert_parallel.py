@@ -20,16 +20,7 @@ NAMES = [name for name in vars(checks) if name.startswith("check_")]
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_ranks(world):
-    outcomes = ranks.run(world, checks.everything, timeout=240)
-    # Where a rank fails, others lose it and fail too: the one that came furthest back is the cause.
-    failures = [
-        (NAMES.index(name), f"rank {rank}, {name}:\n{text}")
-        for rank, outcome in enumerate(outcomes)
-        for name, text in outcome.items()
-        if isinstance(text, str)
-    ]
-    assert not failures, min(failures)[1]
-    assert all(list(outcome) == NAMES for outcome in outcomes)
+    checks.assert_passed(ranks.run(world, checks.everything, timeout=240), NAMES)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ class ExpertParallel:
         check_that(name, "num_experts", num_experts >= 1, "at least 1", num_experts)
         check_that(name, "timeout", timeout is None or timeout > 0, "more than 0", timeout)
         groups, shape, position = _groups(name, group, ranks_per_node, timeout)
-        exchanges = [Exchange(g, timeout or _limit(g).total_seconds()) for g in groups]
+        exchanges = [Exchange(g, timeout or limit_of(g).total_seconds()) for g in groups]
         size = shape[0] * shape[1]
         rank = position[0] * shape[1] + position[1]
         share, more = divmod(num_experts, size)
@@ -265,7 +265,7 @@ def _groups(name: str, group, ranks_per_node: int | None, timeout: float | None)
     nodes = size // ranks_per_node
     ranks = torch.tensor(dist.get_process_group_ranks(group)).view(nodes, ranks_per_node)
     node, place = divmod(rank, ranks_per_node)
-    limit = _limit(group) if timeout is None else timedelta(seconds=timeout)
+    limit = limit_of(group) if timeout is None else timedelta(seconds=timeout)
     groups = [
         dist.new_group(members.tolist(), limit, use_local_synchronization=True, group_desc=what)
         for members, what in (
@@ -275,7 +275,7 @@ def _groups(name: str, group, ranks_per_node: int | None, timeout: float | None)
     return groups, (nodes, ranks_per_node), (node, place)
 
 
-def _limit(group: dist.ProcessGroup) -> timedelta:
+def limit_of(group: dist.ProcessGroup) -> timedelta:
     """How long a call may wait: as the group says, but at most TIMEOUT."""
     options = group._get_backend(group._device_types[0]).options
     return min(options._timeout, timedelta(seconds=TIMEOUT))
