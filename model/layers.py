@@ -36,10 +36,6 @@ class Rows(NamedTuple):
     def of(cls, x: Tensor, fp8: bool) -> Rows:
         return cls(*deepkern.cast_per_token(x)) if fp8 else cls(x, None)
 
-    def part(self, start: int, end: int) -> Rows:
-        scale = None if self.scale is None else self.scale[start:end]
-        return Rows(self.values[start:end], scale)
-
 
 def parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
@@ -173,46 +169,64 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked by expert: gate and up [E, I, K], down [E, K, I]."""
-
-    PARTS = ("gate_proj", "up_proj", "down_proj")
+    """The routed experts' weights, stacked: w13 [E, 2I, K] as [gate, up], w2 [E, K, I]."""
 
     def __init__(self, config: Config, precision: Precision) -> None:
         super().__init__()
         self.precision, self.count = precision, config.n_routed_experts
         size, inner = config.hidden_size, config.moe_intermediate_size
-        for part in self.PARTS:
-            shape = (size, inner) if part == "down_proj" else (inner, size)
-            setattr(self, part, parameter(torch.empty(self.count, *shape)))
-            self.register_buffer(f"{part}_scale", None)
+        self.w13 = parameter(torch.empty(self.count, 2 * inner, size))
+        self.w2 = parameter(torch.empty(self.count, size, inner))
+        self.register_buffer("w13_scale", None)
+        self.register_buffer("w2_scale", None)
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
-        for part in self.PARTS:
-            names = [f"{name}.{expert}.{part}.weight" for expert in range(self.count)]
-            pairs = [load_matrix(checkpoint, one, self.precision) for one in names]
-            setattr(self, part, parameter(stack([weight for weight, _ in pairs])))
-            if self.precision.fp8:
-                setattr(self, f"{part}_scale", torch.stack([scale for _, scale in pairs]))
+        def read(expert: int, part: str) -> tuple[Tensor, Tensor | None]:
+            return load_matrix(checkpoint, f"{name}.{expert}.{part}.weight", self.precision)
 
-    def forward(self, x: Rows, counts: list[int]) -> Tensor:
-        """x [R, hidden], sorted by expert, `counts` rows for each -> [R, hidden], rest zero."""
-        p, size = self.precision, self.down_proj.shape[1]
-        out = torch.zeros(len(x.values), size, dtype=p.dtype, device=x.values.device)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                end = start + count
-                out[start:end] = self.one(x.part(start, end), expert)
-                start = end
-        return out
+        experts = range(self.count)
+        w13 = [joined(read(e, "gate_proj"), read(e, "up_proj")) for e in experts]
+        w2 = [read(e, "down_proj") for e in experts]
+        self.w13, self.w2 = (parameter(stack([w for w, _ in pairs])) for pairs in (w13, w2))
+        if self.precision.fp8:
+            self.w13_scale, self.w2_scale = (torch.stack([s for _, s in p]) for p in (w13, w2))
 
-    def one(self, x: Rows, expert: int) -> Tensor:
-        gate, up = self.apply_part("gate_proj", x, expert), self.apply_part("up_proj", x, expert)
-        return self.apply_part("down_proj", Rows.of(swiglu(gate, up), self.precision.fp8), expert)
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x [M, hidden], weights and experts [M, topk] -> their weighted sum, [M, hidden]."""
+        if self.precision.fp8:
+            w = self.w13, self.w13_scale, self.w2, self.w2_scale
+            return deepkern.moe_forward(x, weights, chosen, *w)
+        rows, _, _, counts, handle = deepkern.expert_dispatch(x, chosen, self.count)
+        parts = rows.split([*counts.tolist(), len(rows) - int(counts.sum())])
+        done = [self.one(part, expert) for expert, part in enumerate(parts[:-1])]
+        return deepkern.expert_combine(torch.cat([*done, parts[-1]]), weights, handle)
 
-    def apply_part(self, part: str, x: Rows, expert: int) -> Tensor:
-        scale = getattr(self, f"{part}_scale")[expert] if self.precision.fp8 else None
-        return matmul(x, getattr(self, part)[expert], scale, self.precision.dtype)
+    def one(self, x: Tensor, expert: int) -> Tensor:
+        gate, up = F.linear(x, self.w13[expert]).chunk(2, 1)
+        return F.linear(swiglu(gate, up), self.w2[expert])
+
+
+def joined(
+    gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Two matrices, and their scales if they have any, one under the other.
+
+    Where a block of 128 rows would hold some of both, each row gets a scale of its own.
+    """
+    matrix = cat([gate[0], up[0]])
+    if gate[1] is None:
+        return matrix, None
+    scales, rows = [gate[1], up[1]], len(gate[0])
+    if rows % 128:
+        scales = [scale.repeat_interleave(128, 0)[:rows] for scale in scales]
+    return matrix, torch.cat(scales)
+
+
+def cat(tensors: list[Tensor]) -> Tensor:
+    """torch.cat, for FP8 too."""
+    if tensors[0].dtype != torch.float8_e4m3fn:
+        return torch.cat(tensors)
+    return torch.cat([t.view(torch.uint8) for t in tensors]).view(torch.float8_e4m3fn)
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
@@ -225,13 +239,13 @@ def stack(tensors: list[Tensor]) -> Tensor:
 class MoE(nn.Module):
     """Σ over a token's experts of weight·expert(x), plus the shared experts.
 
-    Tokens go to their experts sorted (`expert_dispatch`, in FP8 when the experts are) and come back
-    summed in a fixed order (`expert_combine`).
+    In FP8 that is one op. Otherwise tokens go to their experts sorted (`expert_dispatch`), through
+    PyTorch's own products, and come back summed in a fixed order (`expert_combine`).
     """
 
     def __init__(self, config: Config, precision: Precision) -> None:
         super().__init__()
-        c, self.count = config, config.n_routed_experts
+        c = config
         self.gate = Gate(c, precision)
         self.experts = Experts(c, precision)
         inner = c.moe_intermediate_size * c.n_shared_experts
@@ -240,11 +254,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, hidden] -> [M, hidden]."""
-        weights, chosen = self.gate(x)
-        rows = Rows.of(x, self.fp8)
-        values, scale, _, counts, handle = deepkern.expert_dispatch(
-            rows.values, chosen, self.count, x_scale=rows.scale
-        )
-        routed = self.experts(Rows(values, scale), counts.tolist())
-        out = deepkern.expert_combine(routed, weights, handle)
-        return out if self.shared_experts is None else out + self.shared_experts(rows)
+        out = self.experts(x, *self.gate(x))
+        if self.shared_experts is None:
+            return out
+        return out + self.shared_experts(Rows.of(x, self.fp8))

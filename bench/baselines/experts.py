@@ -120,6 +120,46 @@ def expert_dispatch_backward(grad: Tensor, handle: Tensor) -> Tensor:
 
 
 @baseline
+def expert_load(topk_idx: Tensor, num_experts: int) -> Tensor:
+    """torch.bincount."""
+    flat = topk_idx.flatten().long()
+    return torch.bincount(
+        torch.where((flat >= 0) & (flat < num_experts), flat, num_experts), minlength=num_experts
+    )[:num_experts].int()
+
+
+@baseline
+def update_expert_bias(bias: Tensor, load: Tensor, rate: float = 0.001) -> Tensor:
+    """mean, subtract, sign, add."""
+    load = load.double()
+    return bias + rate * (load.mean() - load).sign().float()
+
+
+@baseline
+def sequence_balance_loss(logits, topk_idx, score="sigmoid", alpha=1e-4) -> Tensor:
+    """scores, scatter_add, means, product."""
+    (B, S, E), topk = logits.shape, topk_idx.shape[2]
+    if logits.numel() == 0 or topk == 0:
+        return logits.float().sum() * 0.0
+    valid = (topk_idx >= 0) & (topk_idx < E)
+    chosen = torch.zeros(B, E, device=logits.device).scatter_add_(
+        1, topk_idx.where(valid, 0).flatten(1).long(), valid.float().flatten(1)
+    )
+    s = scores(logits, score)
+    share = (s / s.sum(-1, keepdim=True)).mean(1)
+    return alpha * (chosen * (E / (topk * S)) * share).sum(1).mean()
+
+
+@baseline
+def sequence_balance_loss_backward(grad, logits, topk_idx, score="sigmoid", alpha=1e-4) -> Tensor:
+    """Autograd through scores, mean and product."""
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        loss = sequence_balance_loss(logits, topk_idx, score, alpha)
+        return torch.autograd.grad(loss, logits, grad[0])[0]
+
+
+@baseline
 def moe_forward(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale) -> Tensor:
     """Expert by expert: index, dequantise, F.linear; SiLU, cast, the same again; index_add."""
     q, scale, group_index, _, handle = expert_dispatch(x, topk_idx, len(w13), cast="fp32")

@@ -93,6 +93,36 @@ def test_transformers_v4(backend, generator):
     assert_same_choice(got, (weights, idx))
 
 
+PRESETS = {
+    "deepseek-v2": (
+        "v2",
+        {
+            "n_routed_experts": 160, "topk_method": "group_limited_greedy", "n_group": 8,
+            "topk_group": 3, "num_experts_per_tok": 6, "routed_scaling_factor": 16.0,
+        },
+    ),
+    "deepseek-v2-lite": ("v2", {"n_routed_experts": 64, "num_experts_per_tok": 6}),
+    # transformers' defaults are V3's, and V4's.
+    "deepseek-v3": ("v3", {"num_experts_per_tok": 8}),
+    "deepseek-v4": ("v4", {"num_experts_per_tok": 6}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets(backend, name, generator):
+    """Each model's gate in transformers at the model's size; bitwise as the reference."""
+    version, config = PRESETS[name]
+    logits, weights, idx, bias = gate(version, generator, **config)
+    got = deepkern.route_topk(logits, bias, **deepkern.ROUTING[name])
+    assert_same_choice(got, (weights, idx))
+    want = deepkern.reference.route_topk(logits, bias, **deepkern.ROUTING[name])
+    compare.assert_matches("route_topk", got, want)
+
+
+def test_every_preset_is_tested():
+    assert set(PRESETS) == set(deepkern.ROUTING)
+
+
 # Choice
 
 

@@ -91,7 +91,7 @@ def test_fp8_stays_resident_when_asked(fp8_folder):
     layer = model.model["layers"][1]
     for part in (layer.self_attn.q_a_proj, layer.mlp.shared_experts.down_proj):
         assert part.weight.dtype == torch.float8_e4m3fn and part.scale is not None
-    assert layer.mlp.experts.up_proj.dtype == torch.float8_e4m3fn
+    assert layer.mlp.experts.w13.dtype == torch.float8_e4m3fn
     assert torch.equal(
         layer.self_attn.q_a_proj.weight.view(torch.uint8), tensors[Q_A].view(torch.uint8)
     )

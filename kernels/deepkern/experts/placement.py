@@ -28,21 +28,34 @@ def place(
 
     extent: int32 [2, E], where each expert's rows lie, as `m_grouped.multiply` takes it.
     """
-    (T, topk), E, rows = topk_idx.shape, len(tokens_per_expert), len(group_index)
-    if T * topk == 0:
+    rows = len(group_index)
+    if topk_idx.numel() == 0:
         tokens_per_expert.zero_()
         return
-    idx = topk_idx, T * topk, topk, topk_idx.stride(0), E
-    chunks = triton.cdiv(T * topk, CHUNK)
+    counts = count(topk_idx, tokens_per_expert)
+    idx = _assignments(topk_idx, tokens_per_expert)
+    place_kernel[(triton.cdiv(max(rows, topk_idx.numel()), CHUNK),)](
+        *idx, counts, tokens_per_expert, group_index, handle, extent, rows, alignment,
+        CHUNK=CHUNK, EXPERTS=EXPERTS, num_warps=8,
+    )  # fmt: skip
+
+
+def count(topk_idx: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Writes the number of assignments to each expert; returns those before each chunk of them."""
+    E, chunks = len(tokens_per_expert), triton.cdiv(topk_idx.numel(), CHUNK)
+    idx = _assignments(topk_idx, tokens_per_expert)
     counts = topk_idx.new_empty((chunks, E), dtype=torch.int32)
     count_kernel[(chunks,)](*idx, counts, CHUNK=CHUNK, BINS=triton.next_power_of_2(E))
     scan_kernel[(triton.cdiv(E, EXPERTS),)](
         counts, tokens_per_expert, chunks, E, CHUNKS=64, EXPERTS=EXPERTS,
     )  # fmt: skip
-    place_kernel[(triton.cdiv(max(rows, T * topk), CHUNK),)](
-        *idx, counts, tokens_per_expert, group_index, handle, extent, rows, alignment,
-        CHUNK=CHUNK, EXPERTS=EXPERTS, num_warps=8,
-    )  # fmt: skip
+    return counts
+
+
+def _assignments(topk_idx: Tensor, tokens_per_expert: Tensor) -> tuple:
+    """What the kernels need to read them: (idx, count, topk, idx_row, E)."""
+    T, topk = topk_idx.shape
+    return topk_idx, T * topk, topk, topk_idx.stride(0), len(tokens_per_expert)
 
 
 @triton.jit

@@ -30,6 +30,16 @@ from .score import scores, sigmoid, softmax_sums
 
 SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
 TILE = 1024  # logits a program holds
+# How the DeepSeek models route: `route_topk(logits, bias, **ROUTING["deepseek-v3"])`.
+ROUTING = {
+    "deepseek-v2": {
+        "score": "softmax", "topk": 6, "num_groups": 8, "topk_groups": 3, "group_score": "max",
+        "normalize": False, "scale": 16.0,
+    },
+    "deepseek-v2-lite": {"score": "softmax", "topk": 6, "normalize": False},
+    "deepseek-v3": {"topk": 8, "num_groups": 8, "topk_groups": 4, "scale": 2.5},  # and R1
+    "deepseek-v4": {"score": "sqrtsoftplus", "topk": 6, "scale": 1.5},
+}  # fmt: skip
 
 
 @op(logits="real [T, E]", bias="real [E]")
@@ -63,8 +73,7 @@ def route_topk(
         idx: int64 [T, topk], distinct, the largest biased score first; equal scores in the order of
             their indices, groups likewise.
 
-    DeepSeek-V3 is topk=8, num_groups=8, topk_groups=4, scale=2.5; V2 score="softmax",
-    group_score="max", normalize=False, scale=16; V4 score="sqrtsoftplus".
+    `deepkern.ROUTING` has the arguments of the DeepSeek models by name.
 
     A NaN biased score ranks as -inf does, and the token's weights are NaN. DEEPKERN_DEBUG=1 raises.
     The gradient goes through the weights; the choice and `bias` have none.

@@ -16,11 +16,15 @@ __all__ = [
     "expert_combine_backward",
     "expert_dispatch",
     "expert_dispatch_backward",
+    "expert_load",
     "moe_forward",
     "moe_forward_backward",
     "rebalance_experts",
     "route_topk",
     "route_topk_backward",
+    "sequence_balance_loss",
+    "sequence_balance_loss_backward",
+    "update_expert_bias",
 ]
 
 
@@ -54,6 +58,11 @@ def softmax(x: Tensor) -> Tensor:
 
 
 SCORES = {"sigmoid": sigmoid, "softmax": softmax, "sqrtsoftplus": sqrtsoftplus}
+EXACT_SCORES = {  # in float64
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda x: x.softmax(-1),
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
+}
 
 
 def route_topk(
@@ -104,11 +113,7 @@ def route_topk_backward(
     scale: float = 1.0,
 ) -> Tensor:
     x = logits.double()
-    s = {
-        "sigmoid": torch.sigmoid,
-        "softmax": lambda x: x.softmax(1),
-        "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
-    }[score](x)
+    s = EXACT_SCORES[score](x)
     valid = (idx >= 0) & (idx < x.shape[1])
     expert = torch.where(valid, idx, 0)
     # w = scale * c / (Σ c + 1e-20) for the chosen scores c, or scale * c
@@ -260,3 +265,51 @@ def swiglu_gradient(
     gate, up = cast_back(gate_up, gate_up_scale, (1, 128), torch.float32).chunk(2, 1)
     grad, s = grad.float() * weights[:, None], sigmoid(gate)
     return torch.cat((grad * up * (s * (gate * (1.0 - s) + 1.0)), grad * (gate * s)), 1)
+
+
+def expert_load(topk_idx: Tensor, num_experts: int) -> Tensor:
+    valid = (topk_idx >= 0) & (topk_idx < num_experts)
+    return topk_idx[valid].long().bincount(minlength=num_experts).int()
+
+
+def update_expert_bias(bias: Tensor, load: Tensor, rate: float = 0.001) -> Tensor:
+    load = load.long()
+    return bias + torch.sign(load.sum() - load * len(load)) * bias.new_tensor(rate)
+
+
+def sequence_balance_loss(
+    logits: Tensor, topk_idx: Tensor, score: str = "sigmoid", alpha: float = 1e-4
+) -> Tensor:
+    if logits.numel() == 0 or topk_idx.numel() == 0:
+        return logits.new_zeros((), dtype=torch.float32)
+    s = EXACT_SCORES[score](logits.double())
+    P = (s / s.sum(2, keepdim=True)).mean(1)
+    return (alpha * (chosen_share(topk_idx, logits.shape[2]) * P).sum(1).mean()).float()
+
+
+def chosen_share(topk_idx: Tensor, E: int) -> Tensor:
+    """f [B, E]: how often each expert is chosen in a sequence, times E / (topk · S)."""
+    _, S, topk = topk_idx.shape
+    valid = (topk_idx >= 0) & (topk_idx < E)
+    chosen = F.one_hot(topk_idx.where(valid, E).long(), E + 1)[..., :E]  # [B, S, topk, E]
+    return chosen.sum((1, 2)).double() * (E / (topk * S))
+
+
+def sequence_balance_loss_backward(
+    grad: Tensor, logits: Tensor, topk_idx: Tensor, score: str = "sigmoid", alpha: float = 1e-4
+) -> Tensor:
+    if logits.numel() == 0 or topk_idx.numel() == 0:
+        return torch.zeros_like(logits)
+    B, S, E = logits.shape
+    x = logits.double()
+    s = EXACT_SCORES[score](x)
+    total = s.sum(2, keepdim=True)
+    grad_share = grad.double() * alpha / (B * S) * chosen_share(topk_idx, E)[:, None]  # [B, 1, E]
+    grad_s = (grad_share - (grad_share * s).sum(2, keepdim=True) / total) / total
+    if score == "softmax":
+        grad_x = s * (grad_s - (grad_s * s).sum(2, keepdim=True))
+    elif score == "sigmoid":
+        grad_x = grad_s * s * torch.sigmoid(-x)
+    else:
+        grad_x = torch.where(s > 0, grad_s * torch.sigmoid(x) / (2 * s), 0.0)
+    return grad_x.to(logits.dtype)

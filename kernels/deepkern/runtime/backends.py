@@ -80,7 +80,7 @@ def why_not(op, name: str, device: torch.device) -> str | None:
         return f"it takes {wanted} tensors, not {device.type}"
     if native.why_absent():
         return native.why_absent()
-    if native.native_op(op.name, wanted) is None:
+    if wanted not in op.launchers and native.native_op(op.name, wanted) is None:
         return f"the package holds no native {wanted.upper()} kernel of this op"
     if name == "cuda" and arch.of(device).name != "sm_90":
         return f"its kernels are for sm_90, not {arch.of(device).name}"

@@ -23,6 +23,7 @@ BITWISE = {
     "hadamard_cast",
     "route_topk",
     "expert_dispatch",
+    "update_expert_bias",
 }
 TOLERANCE = {
     torch.bfloat16: 5e-6,

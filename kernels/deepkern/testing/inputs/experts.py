@@ -8,12 +8,13 @@ import torch
 from torch import Generator, Tensor
 
 from ... import reference
+from ...experts.route_topk import ROUTING
 from . import Sizes
 from .quant import values
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 V2 = {"score": "softmax", "group_score": "max", "normalize": False, "scale": 16.0}
-V3 = {"topk": 8, "num_groups": 8, "topk_groups": 4, "scale": 2.5}
+V3 = ROUTING["deepseek-v3"]
 
 
 def route_topk(
@@ -69,6 +70,7 @@ def expert_dispatch(
     scaled: bool | None = None,
     none: float = 0.1,
     cast: str | None = None,
+    skewed: bool = False,
 ) -> tuple[Tensor, Tensor, int, Tensor | None, int, str | None]:
     """Every row of `x` starts with its own number, so that no two rows are alike."""
     x = values(generator, T, K, dtype=torch.float32)
@@ -77,7 +79,8 @@ def expert_dispatch(
     scale = torch.rand(T, -(-K // 128), generator=generator, device=x.device)
     scale = scale if (dtype == FP8 if scaled is None else scaled) else None
     x = x.clamp(-448, 448).to(dtype)
-    return x, indices(generator, T, E, topk, none), E, scale, alignment, cast
+    idx = zipf(generator, T, E, topk) if skewed else indices(generator, T, E, topk, none)
+    return x, idx, E, scale, alignment, cast
 
 
 def rows_and_handle(
@@ -119,6 +122,32 @@ def expert_combine_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = values(generator, T, K, dtype=dtype)
     return grad, *expert_combine(generator, T, topk, K, dtype, none)[:3]
+
+
+def expert_load(
+    generator: Generator, T: int, E: int, topk: int, none: float = 0.1
+) -> tuple[Tensor, int]:
+    return indices(generator, T, E, topk, none), E
+
+
+def update_expert_bias(generator: Generator, E: int, rate: float = 0.001) -> tuple:
+    """Loads of which some are the mean."""
+    bias = torch.randn(E, generator=generator, device=generator.device)
+    load = torch.randint(99, 102, (E,), generator=generator, device=generator.device)
+    return bias, load, rate
+
+
+def sequence_balance_loss(
+    generator: Generator, B: int, S: int, E: int, topk: int, score: str = "sigmoid",
+    dtype: torch.dtype = torch.float32, none: float = 0.1,
+) -> tuple:  # fmt: skip
+    logits = torch.randn(B, S, E, generator=generator, device=generator.device) * 3
+    return logits.to(dtype), indices(generator, B * S, E, topk, none).view(B, S, topk), score, 1e-4
+
+
+def sequence_balance_loss_backward(generator: Generator, **size) -> tuple:
+    grad = torch.rand(1, generator=generator, device=generator.device) + 0.5
+    return grad, *sequence_balance_loss(generator, **size)
 
 
 # The layer casts sums to FP8. Where fp32 rounds a sum otherwise than float64, one in some 1e5 codes
@@ -188,13 +217,47 @@ def moe_forward_backward(
     return grad.to(dtype), weights, idx, *reference.cast_per_token(gate_up), *w
 
 
+V3_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 V3_LAYER = {"E": 256, "topk": 8, "K": 7168, "I": 2048, "none": 0.0}
-V3_BATCHES = [
-    {"T": T, **V3_LAYER, "skewed": skewed}
-    for T in (1, 8, 32, 128, 512, 2048, 8192)
-    for skewed in (False, True)
-]
+V3_BATCHES = [{"T": T, **V3_LAYER, "skewed": skewed} for T in V3_TOKENS for skewed in (False, True)]
+BALANCE = Sizes(
+    small=[
+        {"B": 3, "S": 37, "E": 10, "topk": 3},
+        {"B": 2, "S": 5, "E": 256, "topk": 8, "score": "softmax", "dtype": BF16},
+        {"B": 1, "S": 70, "E": 64, "topk": 6, "score": "sqrtsoftplus"},
+        {"B": 2, "S": 1, "E": 1, "topk": 1, "dtype": torch.float16},
+        {"B": 0, "S": 4, "E": 8, "topk": 2},
+        {"B": 2, "S": 0, "E": 8, "topk": 2},
+        {"B": 2, "S": 4, "E": 8, "topk": 0},
+    ],
+    cpu=[{"B": 2, "S": 512, "E": 256, "topk": 8}],
+    gpu=[{"B": 4, "S": 4096, "E": 256, "topk": 8}],
+    inspect=[
+        {"B": 4, "S": 4096, "E": 256, "topk": 8},
+        {"B": 4, "S": 4096, "E": 160, "topk": 6, "score": "softmax"},
+        {"B": 4, "S": 4096, "E": 256, "topk": 6, "score": "sqrtsoftplus"},
+    ],
+)
 SIZES = {
+    "expert_load": Sizes(
+        small=[
+            {"T": 200, "E": 20, "topk": 3},
+            {"T": 3, "E": 1, "topk": 1},
+            {"T": 0, "E": 8, "topk": 2},
+            {"T": 3, "E": 8, "topk": 0},
+        ],
+        cpu=[{"T": 8192, "E": 256, "topk": 8}],
+        gpu=[{"T": 8192, "E": 256, "topk": 8}],
+        inspect=[{"T": 8192, "E": 256, "topk": 8}],
+    ),
+    "update_expert_bias": Sizes(
+        small=[{"E": 10}, {"E": 1500, "rate": 0.1}, {"E": 1}, {"E": 0}],
+        cpu=[{"E": 256}],
+        gpu=[{"E": 256}],
+        inspect=[{"E": 256}],
+    ),
+    "sequence_balance_loss": BALANCE,
+    "sequence_balance_loss_backward": BALANCE,
     "moe_forward": Sizes(
         small=[
             {"T": 6, "E": 4, "topk": 3, "K": 256, "I": 128},
@@ -236,7 +299,7 @@ SIZES = {
             {"T": 0, "E": 8, "topk": 2},
         ],
         cpu=[{"T": 512, "E": 256, **V3}],
-        gpu=[{"T": 4096, "E": 256, **V3}, {"T": 128, "E": 256, **V3}],
+        gpu=[{"T": T, "E": 256, **V3} for T in V3_TOKENS],
         inspect=[
             {"T": 4096, "E": 256, **V3},
             {"T": 4096, "E": 160, "topk": 6, "num_groups": 8, "topk_groups": 3, **V2},
@@ -275,11 +338,12 @@ SIZES = {
         ],
         cpu=[{"T": 512, "E": 256, "topk": 8, "K": 7168, "dtype": FP8, "none": 0.0}],
         gpu=[
-            {"T": 4096, "E": 256, "topk": 8, "K": 7168, "dtype": FP8, "none": 0.0},
-            {"T": 128, "E": 256, "topk": 8, "K": 7168, "none": 0.0},
-            {"T": 4096, "E": 256, "topk": 8, "K": 7168, "alignment": 128, "none": 0.5},
-            {"T": 4096, "E": 256, "topk": 8, "K": 7168, "cast": "ue8m0", "none": 0.0},
-        ],
+            {"T": T, "E": 256, "topk": 8, "K": 7168, "none": 0.0, "skewed": skewed, **form}
+            for T in V3_TOKENS
+            for skewed in (False, True)
+            for form in ({"dtype": FP8}, {"cast": "ue8m0"})
+        ]
+        + [{"T": 4096, "E": 256, "topk": 8, "K": 7168, "alignment": 128, "none": 0.5}],
         inspect=[
             {"T": 4096, "E": 256, "topk": 8, "K": 7168, "dtype": FP8},
             {"T": 4096, "E": 64, "topk": 6, "K": 2048},
@@ -307,11 +371,8 @@ SIZES = {
             {"T": 2, "topk": 0, "K": 16, "shared": torch.float32},
         ],
         cpu=[{"T": 512, "topk": 8, "K": 7168, "none": 0.0}],
-        gpu=[
-            {"T": 4096, "topk": 8, "K": 7168, "none": 0.0},
-            {"T": 4096, "topk": 8, "K": 7168, "none": 0.0, "shared": BF16},
-            {"T": 128, "topk": 8, "K": 7168, "none": 0.0},
-        ],
+        gpu=[{"T": T, "topk": 8, "K": 7168, "none": 0.0} for T in V3_TOKENS]
+        + [{"T": 4096, "topk": 8, "K": 7168, "none": 0.0, "shared": BF16}],
         inspect=[
             {"T": 4096, "topk": 8, "K": 7168},
             {"T": 4096, "topk": 6, "K": 2048, "shared": BF16},
