@@ -20,8 +20,22 @@ import triton
 import triton.language as tl
 
 from ..quant.fp8 import matrix_operand
+from ..runtime.arch import Arch
 
 WIDE = 128  # of the head dimension, multiplied at a time
+
+
+# (keys, columns, warps, stages) that compile without spills: where one product takes all heads and
+# all of D, and where sums over parts, or the addresses of single bytes, take registers too.
+TILES = {
+    "sm_80": ((64, 64, 4, 3), (64, 64, 8, 3)),
+    "sm_89": ((64, 128, 4, 3), (64, 64, 8, 3)),
+    "sm_90": ((64, 256, 4, 3), (64, 128, 4, 3)),
+    "sm_100": ((64, 128, 4, 3), (64, 64, 4, 3)),
+    "sm_120": ((64, 128, 4, 3), (64, 64, 4, 3)),
+    "gfx942": ((64, 64, 4, 2), (64, 64, 4, 2)),
+    "gfx950": ((64, 128, 4, 2), (64, 64, 4, 2)),
+}
 
 
 class Tile(NamedTuple):
@@ -35,16 +49,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(keys: int, columns: int, warps: int, stages: int, H: int, D: int, most: int) -> Tile:
-    """A tile of so many columns for H heads, at most `most` queries wide.
-
-    A sum over parts takes registers, and so do loads of single bytes: then half the columns.
-    """
-    if columns > 64 and (D > WIDE or D % 16 or columns < H):
-        columns //= 2
+def tile_for(target: Arch, H: int, D: int, most: int) -> Tile:
+    """The tile for H heads of D values, at most `most` queries wide."""
+    at_once, in_parts = TILES[target.name]
+    keys, columns, warps, stages = at_once
+    if at_once[1] < H or D > WIDE or D % 16:
+        keys, columns, warps, stages = in_parts
     heads = min(max(triton.next_power_of_2(H), 2), columns)
     wide = min(max(triton.next_power_of_2(D), 32), WIDE)
-    return Tile(keys, max(min(columns // heads, most), 16 // heads, 1), heads, wide, warps, stages)
+    queries = max(min(columns // heads, most), 16 // heads, 1)
+    return Tile(keys, queries, heads, wide, warps, stages)
 
 
 @triton.jit

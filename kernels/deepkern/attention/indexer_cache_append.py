@@ -65,7 +65,7 @@ def launch(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str) ->
     native_fp8 = arch.of(cache.device).native_fp8_cast
     values, scales = page_parts(cache, FP8 if native_fp8 else torch.uint8)
     D_TILE = max(triton.next_power_of_2(D), 16)
-    ROWS = max(4096 // D_TILE, 1)
+    ROWS = max(2048 // D_TILE, 1)
     kernel[(triton.cdiv(T, ROWS),)](
         k, values, scales, slot_mapping, T, D, blocks * page, page,
         k.stride(0), values.stride(0), scales.stride(0),

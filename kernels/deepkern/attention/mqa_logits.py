@@ -65,22 +65,9 @@ def mqa_logits(
     return q.new_empty(q.shape[0], Skv, dtype=torch.float32)
 
 
-def tile(q, kv, *_) -> Tile:
+def tile(q: Tensor, *_) -> Tile:
     """The tile for these shapes."""
-    target = arch.of(q.device)
-    return tile_for(*SHAPES[target.name], q.shape[1], q.shape[2], most=256)
-
-
-# (keys, columns, warps, stages): what compiles without spills.
-SHAPES = {
-    "sm_80": (64, 64, 8, 3),
-    "sm_89": (64, 128, 4, 3),
-    "sm_90": (64, 256, 4, 3),
-    "sm_100": (64, 128, 4, 3),
-    "sm_120": (64, 128, 4, 3),
-    "gfx942": (64, 64, 4, 2),
-    "gfx950": (64, 128, 4, 2),
-}
+    return tile_for(arch.of(q.device), q.shape[1], q.shape[2], most=128)
 
 
 @mqa_logits.backend("triton")
@@ -90,7 +77,7 @@ def launch(q, kv, kv_scale, weights, starts, ends) -> Tensor:
         return out
     (S, H, D), Skv = q.shape, kv.shape[0]
     native_fp8 = arch.of(q.device).native_fp8
-    t = tile(q, kv)
+    t = tile(q)
     blocks = triton.cdiv(S, t.queries)
     kernel[(blocks * triton.cdiv(Skv, CHUNK),)](
         as_bits(q, native_fp8), as_bits(kv, native_fp8), kv_scale, weights, starts, ends, out,
@@ -134,8 +121,8 @@ def kernel(
     for n in range(first, last, KEYS):
         at = (n + key).to(tl.int64)
         kv_row, present = kv_ptr + at * kv_key, n + key < Skv
+        scale = tl.load(kv_scale_ptr + at, mask=present, other=0.0)  # on its way while multiplying
         sums = head_sums(kv_row, present, q, weights, held, H, D, HEADS, WIDE, WHOLE, NATIVE_FP8)
-        scale = tl.load(kv_scale_ptr + at, mask=present, other=0.0)
         seen = (n + key[:, None] >= start[None, :]) & (n + key[:, None] < end[None, :])
         logits = tl.where(seen, sums * scale[:, None], float("-inf"))  # [KEYS, QUERIES]
         tl.store(out + at[:, None], logits, mask=present[:, None] & known[None, :])

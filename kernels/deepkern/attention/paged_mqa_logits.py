@@ -81,23 +81,10 @@ def paged_mqa_logits(
     return q.new_empty(B * next_n, max_context_len, dtype=torch.float32)
 
 
-# (keys, columns, warps, stages): what compiles without spills.
-SHAPES = {
-    "sm_80": (64, 64, 8, 3),
-    "sm_89": (64, 128, 4, 3),
-    "sm_90": (64, 128, 4, 4),
-    "sm_100": (64, 128, 4, 4),
-    "sm_120": (64, 128, 4, 3),
-    "gfx942": (64, 64, 4, 2),
-    "gfx950": (64, 128, 4, 2),
-}
-
-
 def tile(q: Tensor, *_) -> Tile:
     """The tile for these shapes."""
     _, next_n, H, D = q.shape
-    shape = SHAPES[arch.of(q.device).name]
-    return tile_for(*shape, H, D, most=triton.next_power_of_2(max(next_n, 1)))
+    return tile_for(arch.of(q.device), H, D, most=triton.next_power_of_2(max(next_n, 1)))
 
 
 @paged_mqa_logits.backend("triton")
@@ -164,8 +151,9 @@ def kernel(
         present = (block >= 0) & (block < blocks)  # [KEYS]
         block, offset = block.to(tl.int64), key % page
         kv_row = values_ptr + block * values_block + offset * D
-        sums = head_sums(kv_row, present, q, weights, held, H, D, HEADS, WIDE, WHOLE, NATIVE_FP8)
+        # Before the product, so that it is on its way while multiplying.
         scale = load(scales_ptr + block * scales_block, offset, present, tl.float32)
+        sums = head_sums(kv_row, present, q, weights, held, H, D, HEADS, WIDE, WHOLE, NATIVE_FP8)
         seen = present[:, None] & (key[:, None] < limit[None, :])
         logits = tl.where(seen, sums * scale[:, None], float("-inf"))  # [KEYS, QUERIES]
         inside = (key < width)[:, None] & known[None, :]
