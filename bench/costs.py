@@ -79,6 +79,29 @@ def _indexer_cache_append_bytes(args: tuple, out) -> int:
     return tensor_bytes(k, slots) + int((slots >= 0).sum()) * cache.shape[-1]
 
 
+def visible_pairs(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> int:
+    """Pairs of a query and a key that it sees, of one head, all sequences together."""
+    ragged = [cu.clamp(0, x.shape[0]).cummax(0).values.diff() for cu, x in ((cu_q, q), (cu_k, k))]
+    pairs = 0
+    for Lq, Lk in zip(*(x.tolist() for x in ragged), strict=True):
+        rows = min(Lq, Lk)  # the last of them sees Lk keys, the one before it a key less
+        pairs += rows * Lk - rows * (rows - 1) // 2 if causal else Lq * Lk
+    return pairs
+
+
+def _mla_prefill_flops(args: tuple, out) -> int:
+    q, k, v, cu_q, cu_k, _, causal = args
+    per_pair = 2 * q.shape[1] * (q.shape[2] + v.shape[2])
+    return per_pair * visible_pairs(q, k, cu_q, cu_k, causal)
+
+
+def _mla_prefill_backward_flops(args: tuple, out) -> int:
+    """Of five products, the least that do; ours recomputes two of them."""
+    _, q, k, v, _, _, cu_q, cu_k, _, causal, _ = args
+    per_pair = 2 * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2])
+    return per_pair * visible_pairs(q, k, cu_q, cu_k, causal)
+
+
 def _gemm_nt_flops(args: tuple, out) -> int:
     a, b = args[0], args[2]
     return 2 * a.shape[0] * a.shape[1] * b.shape[0]
@@ -131,6 +154,8 @@ FLOPS = {
     "mla_decode": _mla_decode_flops,
     "mqa_logits": _mqa_logits_flops,
     "paged_mqa_logits": _paged_mqa_logits_flops,
+    "mla_prefill": _mla_prefill_flops,
+    "mla_prefill_backward": _mla_prefill_backward_flops,
 }
 # Whose roof is the FP8 rate of the tensor cores.
 FP8_PRODUCTS = {op for op in FLOPS if any(x in op for x in ("fp8_gemm", "mqa_logits", "moe"))}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .quant import FP8, cast_per_token
-from .registry import baseline
+from .registry import baseline, others
 
 BF16 = torch.bfloat16
 
@@ -130,3 +132,106 @@ def merge_states_backward(grad_out, grad_lse, out_a, lse_a, out_b, lse_b) -> tup
     of_out = [g.masked_fill(neither.mT[..., None], 0).to(out_a.dtype) for g in grads[::2]]
     of_lse = [g.masked_fill(neither, 0) for g in grads[1::2]]
     return of_out[0], of_lse[0], of_out[1], of_lse[1]
+
+
+@baseline
+def mla_prefill(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal=True
+) -> tuple[Tensor, None]:
+    """SDPA, sequence by sequence."""
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    for rows, keys in _sequences(q, k, cu_seqlens_q, cu_seqlens_k, causal):
+        out[rows] = _sdpa(q[rows], k[keys], v[keys], softmax_scale, causal)
+    return out, None
+
+
+@baseline
+def mla_prefill_backward(
+    grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal=True,
+    grad_lse=None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """SDPA and its backward, sequence by sequence."""
+    found = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    for rows, keys in _sequences(q, k, cu_seqlens_q, cu_seqlens_k, causal):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q[rows], k[keys], v[keys])]
+            outputs, grads = [_sdpa(*inputs, softmax_scale, causal)], [grad_out[rows]]
+            if grad_lse is not None:
+                outputs.append(_lse(*inputs[:2], softmax_scale, causal))
+                grads.append(grad_lse[:, rows])
+        grads = torch.autograd.grad(outputs, inputs, grads)
+        for to, at, grad in zip(found, (rows, keys, keys), grads, strict=True):
+            to[at] = grad
+    return tuple(found)
+
+
+def _sequences(q, k, cu_seqlens_q, cu_seqlens_k, causal) -> list[tuple[slice, slice]]:
+    """Rows of q that see a key and rows of k, of every sequence; the lengths are read back."""
+    slices = []
+    for cu, x in ((cu_seqlens_q, q), (cu_seqlens_k, k)):
+        edges = cu.clamp(0, x.shape[0]).cummax(0).values.tolist()
+        slices.append(list(zip(edges, edges[1:], strict=False)))
+    found = []
+    for (q0, q1), (k0, k1) in zip(*slices, strict=True):
+        q0 = max(q0, q1 - (k1 - k0)) if causal else q0
+        if q0 < q1 and k0 < k1 and q.shape[1]:
+            found.append((slice(q0, q1), slice(k0, k1)))
+    return found
+
+
+def _sdpa(q, k, v, softmax_scale, causal) -> Tensor:
+    """One sequence, [Lq, H, Dqk] -> [Lq, H, Dv]."""
+    square = causal and q.shape[0] == k.shape[0]  # otherwise is_causal aligns the wrong ends
+    seen = None if square or not causal else _seen(q, k)
+    shared = q.shape[1] != k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, seen, is_causal=square, scale=softmax_scale, enable_gqa=shared
+    )
+    return out[0].transpose(0, 1)
+
+
+def _seen(q, k) -> Tensor:
+    Lq, Lk = q.shape[0], k.shape[0]
+    return torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)
+
+
+def _lse(q, k, softmax_scale, causal) -> Tensor:
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("mhd,nhd->hmn", q.float(), k.float()) * softmax_scale
+    return (scores.masked_fill(~_seen(q, k), -torch.inf) if causal else scores).logsumexp(-1)
+
+
+@others("mla_prefill")
+def _flash_prefill(args: tuple) -> dict[str, Callable[[], object]]:
+    """FlashAttention-2, where it is installed and takes these tensors."""
+    q, k, v, cu_q, cu_k, scale, causal = args
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return {}
+    if q.dtype == torch.float32 or max(q.shape[2], v.shape[2]) > 256:
+        return {}
+    padded = F.pad(v, (0, q.shape[2] - v.shape[2]))  # it wants keys and values of one width
+    longest = [int(cu.diff().max()) for cu in (cu_q, cu_k)]
+    return {
+        "flash_attn_varlen_func, values padded": lambda: flash_attn_varlen_func(
+            q, k, padded, cu_q, cu_k, *longest, softmax_scale=scale, causal=causal
+        )
+    }
+
+
+@others("mla_prefill_backward")
+def _sdpa_backward(args: tuple) -> dict[str, Callable[[], object]]:
+    """SDPA's backward without its forward."""
+    grad_out, q, k, v, _, _, cu_q, cu_k, scale, causal, _ = args
+    graphs = []
+    for rows, keys in _sequences(q, k, cu_q, cu_k, causal):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q[rows], k[keys], v[keys])]
+            graphs.append((_sdpa(*inputs, scale, causal), inputs, grad_out[rows]))
+    return {
+        "SDPA's backward alone": lambda: [
+            torch.autograd.grad(*g, retain_graph=True) for g in graphs
+        ]
+    }

@@ -46,6 +46,21 @@ def test_cost_of_attention_counts_what_is_cached_and_no_more():
     assert moved == 8 * (64 + 16) * 2 + costs.tensor_bytes(q, table, lengths)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_cost_of_prefill_counts_what_is_seen(causal):
+    lengths, lengths_k = (5, 0, 3, 2), (5, 4, 7, 1)
+    size = {"lengths": lengths, "lengths_k": lengths_k, "H": 2, "Dqk": 6, "Dv": 4}
+    args = inputs.make("mla_prefill", torch.Generator().manual_seed(0), **size, causal=causal)
+    _, operations = costs.cost("mla_prefill", args, ())
+    pairs = sum(
+        j <= i + Lk - Lq or not causal
+        for Lq, Lk in zip(lengths, lengths_k, strict=True)
+        for i in range(Lq)
+        for j in range(Lk)
+    )
+    assert operations == pairs * 2 * 2 * (6 + 4)
+
+
 def test_interpreted_triton_is_never_timed(monkeypatch):
     monkeypatch.setattr("deepkern.runtime.backends.interpreting", lambda: True)
     for op in deepkern.OPS:

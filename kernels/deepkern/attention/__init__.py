@@ -7,6 +7,8 @@ from .merge_states import merge_states, merge_states_backward
 from .mla_cache_append import mla_cache_append
 from .mla_cache_gather import mla_cache_gather
 from .mla_decode import mla_decode
+from .mla_prefill import mla_prefill
+from .mla_prefill_backward import mla_prefill_backward
 from .mqa_logits import mqa_logits
 from .paged_mqa_logits import paged_mqa_logits
 from .topk_indices import topk_indices
@@ -23,4 +25,6 @@ __all__ = [
     "mqa_logits",
     "paged_mqa_logits",
     "topk_indices",
+    "mla_prefill",
+    "mla_prefill_backward",
 ]

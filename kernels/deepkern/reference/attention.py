@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import indexer
+from . import indexer, prefill
 from .exact import inverse_rms, sum_pairs
 from .indexer import *  # noqa: F403
+from .prefill import *  # noqa: F403
 from .quant import BLOCK, cast_per_token
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "mla_cache_gather",
     "mla_decode",
     *indexer.__all__,
+    *prefill.__all__,
 ]
 
 

@@ -162,6 +162,48 @@ def merge_states_backward(generator: Generator, lead, S, H, D, dtype=BF16, empty
     return grad_out, grad_lse, *merge_states(generator, lead, S, H, D, dtype, empty)
 
 
+def mla_prefill(
+    generator: Generator,
+    lengths: tuple[int, ...] | list[int],
+    lengths_k: tuple[int, ...] | list[int] | None = None,
+    H: int = 16,
+    Hk: int | None = None,
+    Dqk: int = 192,
+    Dv: int = 128,
+    dtype: torch.dtype = BF16,
+    causal: bool = True,
+    unused: int = 0,
+) -> tuple:
+    """`unused` rows before the first and past the last sequence are NaN."""
+    device = generator.device
+    made, boundaries = [], []
+    for ragged, widths in ((lengths, ((H, Dqk),)), (lengths_k, ((Hk, Dqk), (Hk, Dv)))):
+        ragged = lengths if ragged is None else ragged
+        edges = [unused]
+        for length in ragged:
+            edges.append(edges[-1] + length)
+        boundaries.append(torch.tensor(edges, dtype=torch.int32, device=device))
+        for heads, width in widths:
+            shape = edges[-1] + unused, H if heads is None else heads, width
+            x = torch.randn(shape, generator=generator, device=device).to(dtype)
+            x[:unused] = torch.nan
+            x[edges[-1] :] = torch.nan
+            made.append(x)
+    return *made, *boundaries, Dqk**-0.5, causal
+
+
+def mla_prefill_backward(
+    generator: Generator, lengths: tuple[int, ...] | list[int], from_lse: bool = False, **size
+) -> tuple:
+    """`from_lse`: a gradient of lse as well."""
+    q, k, v, *rest = mla_prefill(generator, lengths, **size)
+    (T, H, _), Dv, device = q.shape, v.shape[2], q.device
+    grad_out = torch.randn(T, H, Dv, generator=generator, device=device).to(q.dtype)
+    grad_lse = torch.randn(H, T, generator=generator, device=device) if from_lse else None
+    out, lse = torch.ops.deepkern.mla_prefill(q, k, v, *rest)
+    return grad_out, q, k, v, out, lse, *rest, grad_lse
+
+
 FP32 = {"dtype": torch.float32, "cache_dtype": torch.float32}
 FP8 = {"cache_dtype": FP8_BYTES}
 
@@ -241,6 +283,79 @@ SIZES = {
             {"lengths": (4096,), "H": 128},
             {"lengths": (4096,), "H": 16, **FP8},
             {"lengths": (4096,), "H": 128, **FP8},
+        ],
+    ),
+    "mla_prefill": Sizes(
+        small=[
+            {"lengths": (70, 0, 129), "H": 3, "unused": 2},
+            {"lengths": (9, 40), "lengths_k": (70, 0), "H": 4, "Hk": 2, "Dqk": 40, "Dv": 24},
+            {
+                "lengths": (33, 5),
+                "lengths_k": (20, 50),
+                "H": 2,
+                "Hk": 1,
+                "Dqk": 24,
+                "Dv": 16,
+                "dtype": torch.float32,
+                "causal": False,
+                "unused": 1,
+            },
+            {"lengths": (20,), "H": 1, "Dqk": 64, "Dv": 64, "dtype": torch.float16},
+            {"lengths": ()},
+            {"lengths": (0, 0), "H": 2, "unused": 3},
+            {"lengths": (4,), "lengths_k": (0,), "H": 2},
+            {"lengths": (4,), "H": 0},
+        ],
+        cpu=[{"lengths": (512,), "H": 8}],
+        gpu=[
+            {"lengths": (2048,) * 4, "H": 128},
+            {"lengths": (8192,), "H": 128},
+            {"lengths": (16384,), "H": 128},
+            {"lengths": (8192,), "H": 128, "causal": False},
+            {"lengths": (8192,), "H": 64, "Hk": 8, "Dqk": 128},
+        ],
+        inspect=[
+            {"lengths": (4096,)},
+            {"lengths": (4096,), "causal": False},
+            {"lengths": (4096,), "Dqk": 128},
+            {"lengths": (1024,), "dtype": torch.float32},
+        ],
+    ),
+    "mla_prefill_backward": Sizes(
+        small=[
+            {"lengths": (40, 0, 70), "H": 2, "unused": 2, "from_lse": True},
+            {"lengths": (80, 9), "lengths_k": (60, 0), "H": 4, "Hk": 2, "Dqk": 40, "Dv": 24},
+            {
+                "lengths": (33, 5),
+                "lengths_k": (20, 50),
+                "H": 4,
+                "Hk": 1,
+                "Dqk": 24,
+                "Dv": 16,
+                "dtype": torch.float32,
+                "causal": False,
+                "unused": 1,
+                "from_lse": True,
+            },
+            {"lengths": (20,), "H": 1, "Dqk": 64, "Dv": 64, "dtype": torch.float16},
+            {"lengths": ()},
+            {"lengths": (0, 0), "H": 2, "unused": 3},
+            {"lengths": (4,), "lengths_k": (0,), "H": 2},
+            {"lengths": (0,), "lengths_k": (4,), "H": 2},
+            {"lengths": (4,), "H": 0, "Hk": 2},
+        ],
+        cpu=[{"lengths": (512,), "H": 8}],
+        gpu=[
+            {"lengths": (2048,) * 4, "H": 128},
+            {"lengths": (8192,), "H": 128},
+            {"lengths": (16384,), "H": 128},
+            {"lengths": (8192,), "H": 128, "causal": False},
+            {"lengths": (8192,), "H": 64, "Hk": 8, "Dqk": 128},
+        ],
+        inspect=[
+            {"lengths": (4096,)},
+            {"lengths": (4096,), "Dqk": 128},
+            {"lengths": (1024,), "dtype": torch.float32},
         ],
     ),
 }

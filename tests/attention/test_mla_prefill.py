@@ -1,0 +1,374 @@
+"""mla_prefill and its backward: ragged, hostile and empty sequences, precision, invariance.
+
+Rows that belong to no sequence are NaN here, and so is every output before it is written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import deepkern
+from deepkern.testing import compare
+from deepkern.testing.inputs import attention
+
+FAR = 2**31 - 1
+SMALL = {"Dqk": 48, "Dv": 32}
+FP32 = {"dtype": torch.float32}
+
+
+def check(args: tuple) -> tuple:
+    got = deepkern.mla_prefill(*args)
+    compare.assert_matches("mla_prefill", got, deepkern.reference.mla_prefill(*args))
+    return got
+
+
+def plain(args: tuple, b: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Sequence b by torch's scaled_dot_product_attention in `dtype`, [Lq, H, Dv]."""
+    q, k, v, cu_q, cu_k, scale, causal = args
+    rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
+    q, k, v = (x.transpose(0, 1).to(dtype) for x in (q[rows], k[keys], v[keys]))
+    seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril(k.shape[1] - q.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[0] != k.shape[0]
+    )
+    return out.transpose(0, 1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", [{}, {"Hk": 1}, {"Hk": 2, "Dqk": 20, "Dv": 36}])
+def test_against_torchs_attention(backend, kind, causal, generator):
+    size = {"H": 4, **SMALL, **FP32, **kind}
+    args = attention.mla_prefill(generator, (30, 9), (45, 9), causal=causal, **size)
+    out, lse = deepkern.mla_prefill(*args)
+    for b, rows in enumerate((slice(0, 30), slice(30, 39))):
+        compare.assert_close(out[rows], plain(args, b))
+    q, k, _, _, cu_k, scale, _ = args
+    keys = k[: cu_k[1]].double().repeat_interleave(4 // k.shape[1], 1)
+    scores = torch.einsum("mhd,nhd->hmn", q[:30].double(), keys) * scale
+    ahead = torch.ones_like(scores, dtype=torch.bool).triu(45 - 30 + 1) & causal
+    compare.assert_close(lse[:, :30], scores.masked_fill(ahead, -math.inf).logsumexp(-1))
+
+
+@pytest.mark.parametrize(("H", "Hk"), [(1, 1), (3, 3), (3, 1), (16, 16), (16, 1), (6, 2)])
+def test_heads(backend, H, Hk, generator):
+    check(attention.mla_prefill(generator, (40, 0, 3), H=H, Hk=Hk, unused=1, **SMALL))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("widths", [(192, 128), (1, 1), (65, 3), (100, 130), (17, 0), (0, 16)])
+def test_widths(backend, widths, dtype, generator):
+    Dqk, Dv = widths
+    scaled = attention.mla_prefill(generator, (37,), H=2, Dqk=max(Dqk, 1), Dv=Dv, dtype=dtype)
+    q, k, *rest = scaled
+    check((q[..., :Dqk], k[..., :Dqk], *rest))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths(backend, causal, generator):
+    """Both sides empty, one key, one query, a tile more and less a row, q longer than k."""
+    lengths, lengths_k = (0, 1, 63, 129, 5, 130, 0), (0, 63, 1, 129, 0, 257, 7)
+    args = attention.mla_prefill(
+        generator, lengths, lengths_k, H=2, causal=causal, unused=2, **SMALL
+    )
+    out, lse = check(args)
+    for lonely in (slice(0, 2), slice(195, 200), slice(-2, None)):  # no sequence, or no keys
+        assert (out[lonely] == 0).all() and (lse[:, lonely] == -math.inf).all()
+    if causal:  # 63 queries, one key: only the last sees it
+        assert (lse[:, 3:65] == -math.inf).all() and lse[:, 65].isfinite().all()
+
+
+def test_strides(backend, generator):
+    q, k, v, *rest = attention.mla_prefill(generator, (50, 20), H=3, **SMALL)
+    want = deepkern.mla_prefill(q, k, v, *rest)
+    wide = torch.full((70, 3, 100), torch.nan, dtype=q.dtype, device=q.device)
+    wide[..., 1:49], wide[..., 60:92] = k, v
+    q = q.transpose(0, 1).contiguous().transpose(0, 1)  # heads outermost
+    got = deepkern.mla_prefill(q, wide[..., 1:49], wide[..., 60:92], *rest)
+    for a, b in zip(got, want, strict=True):
+        compare.assert_bitwise(a, b)
+
+
+def test_a_sequence_does_not_see_the_batch(backend, generator):
+    """Alone, or anywhere in a batch: the same bits."""
+    lengths, lengths_k = (129, 40, 3), (200, 70, 3)
+    args = attention.mla_prefill(generator, lengths, lengths_k, H=2, unused=3, **SMALL)
+    q, k, v, cu_q, cu_k, *rest = args
+    out, lse = deepkern.mla_prefill(*args)
+    for b in range(3):
+        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
+        edges = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device)
+                 for x in (q[rows], k[keys])]  # fmt: skip
+        alone, alone_lse = deepkern.mla_prefill(q[rows], k[keys], v[keys], *edges, *rest)
+        compare.assert_bitwise(alone, out[rows])
+        compare.assert_bitwise(alone_lse, lse[:, rows])
+
+
+@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, 25])
+@pytest.mark.parametrize("side", [3, 4])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_hostile_boundaries(backend, hostile, side, at, generator):
+    args = list(attention.mla_prefill(generator, (10, 0, 20), H=2, **SMALL))
+    args[side][at] = hostile
+    check(tuple(args))
+
+
+@pytest.mark.parametrize("round", range(4))
+def test_any_boundaries(backend, round, generator):
+    """Whatever they hold, nothing outside the tensors is touched and every output is written."""
+    q, k, v, _, _, *rest = attention.mla_prefill(generator, (140,), (150,), H=1, **SMALL)
+    B = int(torch.randint(0, 9, (), generator=generator, device=q.device))
+    bits = torch.randint(
+        -(2**31), 2**31, (2, B + 1), generator=generator, device=q.device, dtype=torch.int64
+    )
+    near = torch.randint(-20, 180, (2, B + 1), generator=generator, device=q.device)
+    use_near = torch.rand(2, B + 1, generator=generator, device=q.device) < 0.8
+    cu_q, cu_k = torch.where(use_near, near, bits).int()
+    check((q, k, v, cu_q, cu_k, *rest))
+
+
+def test_chunks_of_keys_and_of_queries_come_to_the_whole(backend, generator):
+    """Queries in two chunks over the keys so far; keys in two parts, merged by their lse."""
+    q, k, v, _, _, scale, _ = attention.mla_prefill(generator, (100,), H=2, **SMALL, **FP32)
+
+    def attend(q, k, v, causal):
+        edges = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device) for x in (q, k)]
+        return deepkern.mla_prefill(q, k, v, *edges, scale, causal)
+
+    out, lse = attend(q, k, v, True)
+    head, head_lse = attend(q[:60], k[:60], v[:60], True)
+    tail, tail_lse = attend(q[60:], k, v, True)
+    compare.assert_close(torch.cat((head, tail)), out.double())
+    compare.assert_close(torch.cat((head_lse, tail_lse), 1), lse.double())
+    old, old_lse = attend(q[60:], k[:60], v[:60], False)
+    new, new_lse = attend(q[60:], k[60:], v[60:], True)
+    merged, merged_lse = deepkern.merge_states(old, old_lse, new, new_lse)
+    compare.assert_close(merged, out[60:].double())
+    compare.assert_close(merged_lse, lse[:, 60:].double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_worse_than_twice_plain_pytorch(backend, dtype, generator):
+    args = attention.mla_prefill(generator, (200,), H=2, dtype=dtype)
+    q, k, v, _, _, scale, _ = args
+    exact = plain(args, 0)
+    scores = torch.einsum("mhd,nhd->hmn", q.float(), k.float()) * scale
+    ahead = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(ahead, -math.inf).softmax(-1).to(dtype)
+    rounded = torch.einsum("hmn,nhd->mhd", weights, v)
+    got = deepkern.mla_prefill(*args)[0]
+    assert compare.diff(got, exact) <= 2 * compare.diff(rounded, exact) + 1e-6
+
+
+def test_large_scores(backend, generator):
+    """Scores of hundreds: no overflow, and lse to fp32's precision."""
+    q, k, v, *rest = attention.mla_prefill(generator, (80,), H=1, **SMALL, **FP32)
+    check((q * 30, k * 30, v, *rest))
+    check((q, k, v, *rest[:2], 0.0, True))
+
+
+GRADIENTS = ("q", "k", "v")
+
+
+def gradients(args: tuple, grad_out: torch.Tensor, grad_lse: torch.Tensor | None) -> tuple:
+    """Through deepkern's autograd; of the loss <grad_out, out> + <grad_lse, lse where finite>."""
+    inputs = [x.detach().requires_grad_() for x in args[:3]]
+    out, lse = deepkern.mla_prefill(*inputs, *args[3:])
+    outputs, grads = [out], [grad_out]
+    if grad_lse is not None:
+        outputs, grads = [out, lse], [grad_out, grad_lse]
+    return torch.autograd.grad(outputs, inputs, grads)
+
+
+def plain_gradients(args: tuple, grad_out, grad_lse, dtype=torch.float64) -> tuple:
+    """The same by torch's autograd in `dtype` through a softmax over all rows and keys at once."""
+    q, k, v = (x.detach().nan_to_num().to(dtype).requires_grad_() for x in args[:3])
+    cu_q, cu_k, scale, causal = args[3:]
+    group = q.shape[1] // k.shape[1]
+    row = torch.arange(len(q), device=q.device)[:, None]
+    key = torch.arange(len(k), device=q.device)
+    seen = torch.zeros(len(q), len(k), dtype=torch.bool, device=q.device)
+    edges = list(zip(cu_q.tolist(), cu_k.tolist(), strict=True))
+    for (q0, k0), (q1, k1) in zip(edges, edges[1:], strict=False):
+        inside = (q0 <= row) & (row < q1) & (k0 <= key) & (key < k1)
+        seen |= inside & (key - k1 <= row - q1) if causal else inside
+    shared_k, shared_v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("mhd,nhd->hmn", q, shared_k) * scale
+    lonely = ~seen.any(1)
+    scores = scores.masked_fill(~(seen | lonely[:, None]), -math.inf)
+    weights = scores.softmax(-1).masked_fill(lonely[:, None], 0)
+    out = torch.einsum("hmn,nhd->mhd", weights, shared_v)
+    loss = (out * grad_out).sum()
+    if grad_lse is not None:
+        loss = loss + (scores.logsumexp(-1) * grad_lse.to(dtype))[:, ~lonely].sum()
+    return torch.autograd.grad(loss, (q, k, v))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "with_lse"),
+    [
+        ({}, False),
+        ({"Hk": 1}, True),
+        ({"H": 2, "Hk": 1, **FP32}, True),
+        ({"dtype": torch.float16, "Dqk": 20, "Dv": 36}, True),
+    ],
+)
+def test_gradients_against_autograd(backend, kind, with_lse, causal, generator):
+    """Ragged: q longer than k, k longer than q, either empty, rows of no sequence."""
+    size = {"H": 4, "unused": 2, **SMALL, **kind}
+    args = attention.mla_prefill(generator, (50, 40, 7, 0), (75, 30, 0, 8), causal=causal, **size)
+    q, v = args[0], args[2]
+    grad_out = torch.randn(*q.shape[:2], v.shape[2], generator=generator, device=q.device).to(
+        q.dtype
+    )
+    grad_lse = None
+    if with_lse:
+        grad_lse = torch.randn(q.shape[1], len(q), generator=generator, device=q.device)
+    got = gradients(args, grad_out, grad_lse)
+    # The op takes delta from the rounded `out`, as any flash attention does: part of its error.
+    want = plain_gradients(args, grad_out, grad_lse)
+    for name, a, b in zip(GRADIENTS, got, want, strict=True):
+        compare.assert_close(a, b, name)
+
+
+def test_gradients_no_worse_than_twice_plain_pytorch(backend, generator):
+    args = attention.mla_prefill(generator, (150,), H=2)
+    grad_out = torch.randn(150, 2, 128, generator=generator, device=generator.device).bfloat16()
+    exact = plain_gradients(args, grad_out, None)
+    plain = plain_gradients(args, grad_out, None, torch.bfloat16)
+    got = gradients(args, grad_out, None)
+    for a, b, c in zip(got, plain, exact, strict=True):
+        assert compare.diff(a, c) <= 2 * compare.diff(b, c) + 1e-6
+
+
+def test_gradient_of_lse_alone(backend, generator):
+    """What context parallelism's merging sends back through lse."""
+    q, k, v, *rest = attention.mla_prefill(generator, (40,), H=2, **SMALL, **FP32)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    grad_lse = torch.randn(2, 40, generator=generator, device=q.device)
+    got = torch.autograd.grad(deepkern.mla_prefill(*inputs, *rest)[1], inputs, grad_lse)
+    none = torch.zeros(40, 2, 32, device=q.device)
+    want = plain_gradients((q, k, v, *rest), none, grad_lse)
+    for name, a, b in zip(GRADIENTS[:2], got, want, strict=False):
+        compare.assert_close(a, b, name)
+    assert (got[2] == 0).all()
+
+
+def test_gradients_of_merged_parts_are_those_of_the_whole(backend, generator):
+    """Keys in two parts, merged by lse; some queries see nothing of the second part."""
+    q, k, v, _, _, scale, _ = attention.mla_prefill(generator, (60,), H=2, **SMALL, **FP32)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def attend(q, k, v):
+        edges = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device) for x in (q, k)]
+        return deepkern.mla_prefill(q, k, v, *edges, scale, True)
+
+    whole, _ = attend(q, k, v)
+    new = attend(q, k[25:], v[25:])  # queries 0 to 24 see none of these
+    head, _ = attend(q[:25], k[:25], v[:25])
+    edges = [torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (60, 25)]
+    old = deepkern.mla_prefill(q, k[:25], v[:25], *edges, scale, False)
+    merged = torch.cat((head, deepkern.merge_states(*old, *new)[0][25:]))
+    grad = torch.randn(60, 2, 32, generator=generator, device=q.device)
+    got = torch.autograd.grad(merged, inputs, grad)
+    for a, b in zip(got, torch.autograd.grad(whole, inputs, grad), strict=True):
+        compare.assert_close(a, b.double())
+
+
+def test_gradients_of_a_sequence_do_not_see_the_batch(backend, generator):
+    args = attention.mla_prefill(generator, (70, 33), (90, 20), H=2, Hk=1, unused=3, **SMALL)
+    q, k, v, cu_q, cu_k, *rest = args
+    grad = torch.randn(len(q), 2, 32, generator=generator, device=q.device).to(q.dtype)
+    together = gradients(args, grad, None)
+    for b in range(2):
+        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
+        edges = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device)
+                 for x in (q[rows], k[keys])]  # fmt: skip
+        alone = gradients((q[rows], k[keys], v[keys], *edges, *rest), grad[rows], None)
+        for got, want, where in zip(alone, together, (rows, keys, keys), strict=True):
+            compare.assert_bitwise(got, want[where])
+
+
+@pytest.mark.parametrize("round", range(4))
+def test_gradients_with_any_boundaries(backend, round, generator):
+    """Nothing outside the tensors is touched, and every gradient is written."""
+    args = list(attention.mla_prefill(generator, (150,), (140,), H=2, Hk=1, **SMALL, **FP32))
+    for side in (3, 4):
+        near = torch.randint(-20, 180, (6,), generator=generator, device=generator.device).int()
+        near[round] = (-1, FAR, -FAR - 1, 0)[round]
+        args[side] = near
+    out, lse = deepkern.reference.mla_prefill(*args)
+    grad = torch.randn(out.shape, generator=generator, device=out.device)
+    backward = grad, *args[:3], out, lse, *args[3:]
+    got = deepkern.mla_prefill_backward(*backward)
+    want = deepkern.reference.mla_prefill_backward(*backward)
+    compare.assert_matches("mla_prefill_backward", got, want)
+
+
+def test_debug_names_what_is_wrong(generator, monkeypatch):
+    q, k, v, cu_q, cu_k, *rest = attention.mla_prefill(generator, (4, 5), H=1, **SMALL)
+    monkeypatch.setenv("DEEPKERN_DEBUG", "1")
+    with pytest.raises(ValueError, match="mla_prefill: cu_seqlens_q: expected ascending values in"):
+        deepkern.mla_prefill(q, k, v, cu_q + 1, cu_k, *rest)
+    with pytest.raises(ValueError, match="mla_prefill: cu_seqlens_k: expected ascending values in"):
+        deepkern.mla_prefill(q, k, v, cu_q, cu_k.flip(0), *rest)
+
+
+def test_refuses(generator):
+    q, k, v, cu_q, cu_k, scale, causal = attention.mla_prefill(generator, (4, 5), H=4, **SMALL)
+    with pytest.raises(TypeError, match="mla_prefill: v: expected dtype torch.bfloat16"):
+        deepkern.mla_prefill(q, k, v.half(), cu_q, cu_k, scale)
+    with pytest.raises(ValueError, match="mla_prefill: k: expected heads of which the 4 of q"):
+        deepkern.mla_prefill(q, k[:, :3], v[:, :3], cu_q, cu_k, scale)
+    with pytest.raises(ValueError, match="mla_prefill: k: expected heads of which the 4 of q"):
+        deepkern.mla_prefill(q, k[:, :0], v[:, :0], cu_q, cu_k, scale)
+    with pytest.raises(ValueError, match="mla_prefill: cu_seqlens_q: expected B"):
+        deepkern.mla_prefill(q, k, v, cu_q[:0], cu_k[:0], scale)
+    with pytest.raises(ValueError, match="mla_prefill: softmax_scale: expected a number >= 0"):
+        deepkern.mla_prefill(q, k, v, cu_q, cu_k, -1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(2048, 0, 3000), (4097,), (8192,), (1,) * 300])
+@pytest.mark.parametrize(("H", "Hk"), [(16, 16), (16, 1), (128, 128)])
+def test_long_sequences(lengths, H, Hk, causal, generator):
+    """Against float64 head by head, which the oracle's scores of all heads leave no room for."""
+    args = attention.mla_prefill(generator, lengths, H=H, Hk=Hk, causal=causal, unused=5)
+    q, k, v, *rest = args
+    with deepkern.backend("triton"):
+        out, lse = deepkern.mla_prefill(*args)
+    for head in range(0, H, max(H // 4, 1)):
+        mine, shared = slice(head, head + 1), slice(head // (H // Hk), head // (H // Hk) + 1)
+        want = deepkern.reference.mla_prefill(q[:, mine], k[:, shared], v[:, shared], *rest)
+        compare.assert_matches("mla_prefill", (out[:, mine], lse[mine]), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(2048, 0, 3000), (8192,), (1,) * 300])
+@pytest.mark.parametrize(("H", "Hk"), [(16, 16), (16, 2), (128, 128)])
+def test_gradients_of_long_sequences(lengths, H, Hk, causal, generator):
+    size = {"H": H, "Hk": Hk, "causal": causal, "unused": 5, "from_lse": True}
+    with deepkern.backend("triton"):
+        args = attention.mla_prefill_backward(generator, lengths, **size)
+        got = deepkern.mla_prefill_backward(*args)
+        again = deepkern.mla_prefill_backward(*args)
+    for a, b in zip(got, again, strict=True):
+        compare.assert_bitwise(a, b)
+    grad_out, q, k, v, out, lse, *rest, grad_lse = args
+    group = H // Hk
+    for shared in range(0, Hk, max(Hk // 4, 1)):
+        mine, one = slice(shared * group, (shared + 1) * group), slice(shared, shared + 1)
+        want = deepkern.reference.mla_prefill_backward(
+            grad_out[:, mine], q[:, mine], k[:, one], v[:, one], out[:, mine], lse[mine],
+            *rest, grad_lse[mine],
+        )  # fmt: skip
+        for a, b in zip((got[0][:, mine], got[1][:, one], got[2][:, one]), want, strict=True):
+            compare.assert_close(a, b)
