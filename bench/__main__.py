@@ -123,8 +123,16 @@ def accumulation(keep: bool = _KEEP, folder: Path = _FOLDER) -> None:
 
 
 @app.command()
+def prove() -> None:
+    """Runs the GPU tests of the Hopper kernels; if all pass, auto takes them from then on."""
+    from . import prove as proof
+
+    raise typer.Exit(proof.run())
+
+
+@app.command()
 def gpu(
-    family: str = typer.Argument(..., help="quant, matmul, attention or experts"),
+    family: str = typer.Argument(..., help="quant, matmul, attention, experts or hopper"),
     stage: list[str] = _STAGE,
     out: Path = _OUT,
 ) -> None:

@@ -27,13 +27,15 @@ from . import machine, tune
 from .inspect import ROOT
 from .progress import screen
 
-FAMILIES = ("quant", "matmul", "attention", "experts")
-STAGES = ("build", "tests", "ops", "speed", "tune", "accumulation")
+FAMILIES = ("quant", "matmul", "attention", "experts", "hopper")
+STAGES = ("build", "tests", "ops", "speed", "tune", "accumulation", "prove")
 LIMIT = 590  # seconds of a stage
 
 
 def ops_of(family: str) -> list[str]:
-    """The ops whose files lie in the family's folder."""
+    """The ops whose files lie in the family's folder; for hopper, those that have such a kernel."""
+    if family == "hopper":
+        return list(tune.OPS)
     return [n for n, op in sorted(deepkern.OPS.items()) if op.__module__.split(".")[1] == family]
 
 
@@ -48,6 +50,9 @@ def commands(family: str, out: Path) -> dict[str, list[str]]:
         "ops": [*pytest, "tests/test_every_op.py", "-k", " or ".join(ops)],
         "speed": [python, "-m", "bench", "ops", *ops, "--folder", str(out)],
     }
+    if family == "hopper":  # csrc/sm90, beside the Triton kernels of the same ops
+        build, speed = found["build"], found["speed"]
+        return {"build": build, "prove": [python, "-m", "bench", "prove"], "speed": speed}
     if set(ops) & set(tune.OPS):
         for stage in ("tune", "accumulation"):
             found[stage] = [python, "-m", "bench", stage, "--folder", str(out)]

@@ -3,7 +3,7 @@
 //
 // They live in the namespace `deepkern_native` under the names of the Python ops:
 // torch.ops.deepkern_native.X on CPU tensors is the `cpu` backend of torch.ops.deepkern.X, and on
-// CUDA tensors, where nvcc compiled csrc/sm90, the `cuda` backend.
+// CUDA tensors, where nvcc compiled csrc/sm90, the `cuda` backend (sm90/ops.cpp).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,15 +16,10 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/cast_per_token.h"
 #include "cpu/fp8_gemm_nt.h"
 #include "cpu/topk_indices.h"
-#ifdef DEEPKERN_CUDA
-#include "sm90/launch.h"
-// Of torch's CUDA build. Weak, so that a CPU build of torch can load this file.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                             void** stream);
-#endif
 #include "python_module.h"
 
 namespace deepkern {
@@ -32,14 +27,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-Real real_type(const char* op, const char* argument, ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) return Real::bf16;
-  if (dtype == ScalarType::Half) return Real::fp16;
-  STD_TORCH_CHECK(dtype == ScalarType::Float, op, ": ", argument,
-                  ": expected dtype bfloat16, float16 or float32, got ", dtype);
-  return Real::fp32;
-}
 
 // A scale tensor not yet written, a value per row of x and block of K, and how it lies. By columns
 // the rows of one block stand together, `pitch` floats from those of the next block: a view of a
@@ -194,46 +181,6 @@ Tensor fp8_gemm_nt(const Tensor& a_codes, const Tensor& a_scale, const Tensor& b
   return out;
 }
 
-#ifdef DEEPKERN_CUDA
-// Codes whose rows start at multiples of 16 bytes, as TMA wants them: `x`, or a copy.
-Tensor for_tma(const char* name, const Tensor& x) {
-  const Tensor rows = codes_of(name, x);
-  const int64_t M = rows.size(0), K = rows.size(1);
-  const bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
-  if (aligned && (M <= 1 || rows.stride(0) % 16 == 0)) return rows;
-  Tensor wide = torch::stable::new_empty(rows, {M, (K + 15) / 16 * 16});
-  Tensor copy = torch::stable::narrow(wide, 1, 0, K);
-  return torch::stable::copy_(copy, rows);
-}
-
-Tensor fp8_gemm_nt_cuda(const Tensor& a_codes, const Tensor& a_scale, const Tensor& b_codes,
-                        const Tensor& b_scale, ScalarType out_dtype,
-                        const std::optional<Tensor>& c) {
-  const Tensor a = for_tma("a", a_codes), b = for_tma("b", b_codes);
-  Fp8Gemm gemm = fp8_gemm(a, a_scale, b, b_scale, out_dtype, c);
-  const int64_t M = gemm.a.rows, N = gemm.b.rows;
-  STD_TORCH_CHECK(gemm.b.scale_rows == kBlock || N <= 1,
-                  "fp8_gemm_nt: b_scale: expected, on backend cuda, a scale per 128 rows of b, "
-                  "got one per row");
-  STD_TORCH_CHECK(std::max({M, N, gemm.K}) < INT32_MAX - 256,
-                  "fp8_gemm_nt: a, b: expected, on backend cuda, sizes below 2^31");
-  if (gemm.K == 0) {
-    Tensor out = torch::stable::new_zeros(a, {M, N}, out_dtype);
-    return c.has_value() ? torch::stable::copy_(out, *c) : out;
-  }
-  Tensor out = torch::stable::new_empty(a, {M, N}, out_dtype);
-  if (M * N == 0) return out;
-  gemm.out = out.mutable_data_ptr();
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                      aoti_torch_get_current_cuda_stream(a.get_device(), &stream) == 0,
-                  "fp8_gemm_nt: this torch has no CUDA stream");
-  const std::string wrong = launch_fp8_gemm_nt(gemm, stream);
-  STD_TORCH_CHECK(wrong.empty(), "fp8_gemm_nt: backend cuda: ", wrong);
-  return out;
-}
-#endif
-
 Tensor topk_indices(const Tensor& logits, int64_t k, const std::optional<Tensor>& lengths) {
   STD_TORCH_CHECK(logits.dim() == 2, "topk_indices: logits: expected rank 2, got rank ",
                   logits.dim());
@@ -279,6 +226,15 @@ STABLE_TORCH_LIBRARY(deepkern_native, m) {
   m.def(
       "fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType out_dtype, "
       "Tensor? c) -> Tensor");
+  m.def(
+      "m_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, "
+      "Tensor group_index, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "m_grouped_fp8_gemm_nt_masked(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, "
+      "Tensor masked_m, ScalarType out_dtype, int? expected_m) -> Tensor");
+  m.def(
+      "k_grouped_fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, "
+      "Tensor group_offsets, Tensor? c) -> Tensor");
   m.def("topk_indices(Tensor logits, int k, Tensor? lengths=None) -> Tensor");
 }
 
@@ -287,12 +243,6 @@ STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
   m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm_nt));
   m.impl("topk_indices", TORCH_BOX(&topk_indices));
 }
-
-#ifdef DEEPKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CUDA, m) {
-  m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm_nt_cuda));
-}
-#endif
 
 }  // namespace
 }  // namespace deepkern

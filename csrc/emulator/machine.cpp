@@ -203,6 +203,10 @@ void Machine::wait(Channel& channel, const std::string& what, const std::functio
   }
 }
 
+void Machine::pause(int odds) {
+  if (draw(*this, odds) == 0) current().fiber->leave();
+}
+
 void Machine::wake(Channel& channel) {
   for (Thread* t : channel.waiting) {
     t->waits_for.clear();

@@ -166,6 +166,7 @@ struct Machine {
 
   void wait(Channel& channel, const std::string& what, const std::function<bool()>& ready);
   void wake(Channel& channel);
+  void pause(int odds);  // lets other threads run, one time in `odds`: a warp's lanes may diverge
   void add(std::function<void()> work, int queue = -1);
   int initial_registers() const;
 

@@ -136,6 +136,7 @@ fp16 to_fp16(float x) {
   const uint16_t sign = bits >> 16 & 0x8000;
   if (std::isnan(x)) return {0x7fff};
   const float size = std::fabs(x);
+  if (size == 0.0f) return {sign};
   if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
   int exponent;
   std::frexp(size, &exponent);
@@ -194,6 +195,7 @@ void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) 
 
 void fence_async_proxy() {
   Thread& t = current();
+  machine().pause(8);
   for (const auto& [at, bytes] : t.dirty) {
     for (uint32_t i = at; i < at + bytes; ++i) {
       if (t.block->dirty[i] == t.index + 1) t.block->dirty[i] = 0;
@@ -222,6 +224,7 @@ void barrier_init_fence() {
 }
 
 void barrier_arrive(Barrier* barrier) {
+  machine().pause(8);
   Block& block = *current().block;
   arrive(block, block.mbarrier(barrier, "barrier_arrive"), 0);
 }
@@ -245,6 +248,7 @@ void barrier_wait(Barrier* barrier, uint32_t parity) {
   Block& block = *current().block;
   Mbarrier& b = block.mbarrier(barrier, "barrier_wait");
   if (parity > 1) fail("barrier_wait: parity " + std::to_string(parity));
+  machine().pause(8);
   if ((b.phase & 1) != parity) return;
   const uint32_t at = block.offset(barrier, 8, "barrier_wait");
   machine().wait(b.channel, text(b, at, parity), [&] { return (b.phase & 1) != parity; });

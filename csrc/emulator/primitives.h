@@ -59,10 +59,14 @@ void store_shared(void* p, T value) {
 template <class T>
 T load_shared(const void* p) {
   emulator::current().block->offset(p, sizeof(T), "load_shared");
+  emulator::current().block->machine->pause(32);
   T value;
   std::memcpy(&value, p, sizeof(T));
   return value;
 }
+struct alignas(16) Chunk {
+  uint16_t half[8];
+};
 void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
 void fence_async_proxy();
 
@@ -154,6 +158,8 @@ template <class T>
 T load_global(const T* p) {
   return *p;
 }
+inline void atomic_min(int* p, int x) { *p = x < *p ? x : *p; }
+inline void atomic_max(int* p, int x) { *p = x > *p ? x : *p; }
 inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 }  // namespace sm90

@@ -184,7 +184,10 @@ void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
       block->rank * 8 + group);
 }
 
-void wgmma_commit() { current().commits.push_back(current().issued); }
+void wgmma_commit() {
+  current().commits.push_back(current().issued);
+  current().block->machine->pause(8);
+}
 
 void wgmma_wait_groups(int left) {
   Thread& t = current();

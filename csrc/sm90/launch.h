@@ -4,11 +4,23 @@
 #include <string>
 
 #include "../cpu/fp8_gemm_nt.h"
+#include "choose.h"
 
 namespace deepkern {
 
-// Launches gemm on the current device, which is a Hopper GPU; what went wrong, or "". The codes'
-// rows start at multiples of 16 bytes, b has a scale per 128 rows, K > 0, and out is not empty.
-std::string launch_fp8_gemm_nt(const Fp8Gemm& gemm, void* stream);
+// A product in any of its forms. `gemm` has the matrices of all groups one under another, K > 0,
+// and no empty `out`; codes' rows start at multiples of 16 bytes.
+struct Fp8Product {
+  GemmForm form;
+  Fp8Gemm gemm;
+  int64_t M, N, groups;                    // M: rows of A, of each group if masked
+  int64_t a_scale_group, b_scale_group;    // strides
+  int64_t scale_blocks;                    // columns of the scales
+  const int* sizes;                        // by form: group_index, masked_m or group_offsets
+  int* lie;                                // contiguous: room for 2 * groups
+};
+
+// Launches it on the current device, which is a Hopper GPU; what went wrong, or "".
+std::string launch_fp8_product(const Fp8Product& product, void* stream);
 
 }  // namespace deepkern

@@ -82,6 +82,11 @@ SM90_DEVICE T load_shared(const void* p) {
   return *static_cast<const T*>(p);
 }
 
+// 16 bytes that move together.
+struct __align__(16) Chunk {
+  uint16_t half[8];
+};
+
 // Four 8x8 matrices of 16-bit values: lane l holds of each the values at row l / 4, columns
 // 2 (l % 4) and the next, and says where row l % 8 of matrix l / 8 goes.
 SM90_DEVICE void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -339,6 +344,8 @@ template <class T>
 SM90_DEVICE T load_global(const T* p) {
   return __ldg(p);
 }
+SM90_DEVICE void atomic_min(int* p, int x) { atomicMin(p, x); }
+SM90_DEVICE void atomic_max(int* p, int x) { atomicMax(p, x); }
 SM90_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 
 }  // namespace sm90

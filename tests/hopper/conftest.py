@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,11 +22,32 @@ CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "emulator"
 FLAGS = ["-std=c++17", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off"]
 ORDERS = {"random": 0, "earliest": 1, "latest": 2}  # emulator::Order
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # sm90::Type
-FORMS = (
-    "128x128",
-    "128x128, pairs of blocks",
-    "64x64",
-)  # as csrc/emulator/kernels/fp8_gemm_nt.cpp has them
+
+
+class Tile(NamedTuple):
+    """A row of csrc/sm90/fp8_gemm_tiles.h."""
+
+    form: str
+    groups: int
+    columns: int
+    stages: int
+    cluster: int
+    swapped: bool
+    b_rows: int
+
+    def __str__(self) -> str:
+        words = [f"{self.form} {64 * self.groups}x{self.columns}"]
+        words += ["pairs"] * (self.cluster > 1) + ["swapped"] * self.swapped
+        return " ".join([*words, f"scale per {self.b_rows}"])
+
+
+def tiles() -> tuple[Tile, ...]:
+    text = (CSRC / "sm90" / "fp8_gemm_tiles.h").read_text()
+    rows = [line[5:-1].split(", ") for line in text.splitlines() if line.startswith("TILE(")]
+    return tuple(Tile(r[0], *map(int, r[1:5]), r[5] == "true", int(r[6])) for r in rows)
+
+
+TILES = tiles()
 
 
 def compiler() -> str:
@@ -70,19 +93,32 @@ def run(command: list[str], output: Path) -> None:
 def sources() -> dict[str, str]:
     """The emulator and the kernels, name below csrc/ -> text."""
     paths = [p for p in (CSRC / "emulator").rglob("*") if p.is_file()]
-    paths += (CSRC / "sm90").glob("*.cuh")
+    paths += [*(CSRC / "sm90").glob("*.cuh"), CSRC / "sm90" / "fp8_gemm_tiles.h"]
     return {str(p.relative_to(CSRC)): p.read_text() for p in sorted(paths)}
+
+
+class Scales(ctypes.Structure):
+    """sm90::Scales."""
+
+    _fields_ = [("data", ctypes.c_void_p),
+                *((name, ctypes.c_int64) for name in ("group", "row", "block"))]  # fmt: skip
+
+    @classmethod
+    def of(cls, scale: Tensor) -> Scales:
+        return cls(
+            scale.data_ptr(), *(scale.stride() if scale.dim() == 3 else (0, *scale.stride()))
+        )
 
 
 class GemmArguments(ctypes.Structure):
     """sm90::GemmArguments."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("a_scale", "b_scale", "c", "out")),
-        *((name, ctypes.c_int64) for name in ("a_scale_row", "a_scale_block", "b_scale_row",
-                                              "b_scale_block", "c_row", "out_row")),
-        *((name, ctypes.c_int) for name in ("M", "N", "K", "c_type", "out_type", "band")),
-        ("store_by_tma", ctypes.c_bool),
+        ("a_scale", Scales), ("b_scale", Scales), ("c", ctypes.c_void_p), ("out", ctypes.c_void_p),
+        ("c_row", ctypes.c_int64), ("sizes", ctypes.c_void_p), ("group_index", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "groups", "scale_blocks", "band",
+                                            "c_type", "out_type")),
+        ("aligned", ctypes.c_bool), ("store_by_tma", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -90,37 +126,61 @@ class EmulatorFailure(AssertionError):
     """What the emulator found a kernel doing."""
 
 
-def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
-    """fp8_gemm_nt as `library` has it."""
+@dataclass
+class Run:
+    """How the emulator runs a kernel."""
 
-    def fp8_gemm_nt(
-        a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype=torch.bfloat16,
-        c: Tensor | None = None, *, form: str = FORMS[0], seed: int = 0, order: str = "random",
-        blocks: int = 4, accumulator_bits: int = 0, by_tma: bool | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        (M, K), N = a.shape, b.shape[0]
-        out = torch.full((M, N), torch.nan, dtype=out_dtype) if out is None else out
+    tile: Tile = TILES[1]
+    seed: int = 0
+    order: str = "random"
+    blocks: int = 4
+    accumulator_bits: int = 0
+    by_tma: bool | None = None
+    out: Tensor | None = None
+
+
+def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
+    """The FP8 products as `library` has them: `gemm(a, a_scale, b, b_scale, ..., tile=TILES[0])`.
+
+    The form of the tile says what the fifth argument is: nothing, group_index, masked_m or
+    group_offsets.
+    """
+
+    def gemm(a, a_scale, b, b_scale, sizes=None, out_dtype=torch.bfloat16, c=None, **how) -> Tensor:
+        run = Run(**how)
+        form, G = run.tile.form, b.shape[0] if b.dim() == 3 else 1
+        (M, K), N = a.shape[-2:], b.shape[-2]
+        if form == "k_grouped":
+            G, out_dtype = len(sizes) - 1, torch.float32
+        shape = (G, M, N) if form in ("masked", "k_grouped") else (M, N)
+        out = torch.full(shape, torch.nan, dtype=out_dtype) if run.out is None else run.out
+        aligned = N * out.element_size() % 16 == 0
         p = GemmArguments(
-            a_scale.data_ptr(), b_scale.data_ptr(), 0 if c is None else c.data_ptr(),
-            out.data_ptr(), *a_scale.stride(), *b_scale.stride(), 0 if c is None else c.stride(0),
-            N, M, N, K, 0 if c is None else TYPES[c.dtype], TYPES[out_dtype], 8,
-            N * out.element_size() % 16 == 0 if by_tma is None else by_tma,
+            Scales.of(a_scale), Scales.of(b_scale), 0 if c is None else c.data_ptr(),
+            out.data_ptr(), 0 if c is None else c.stride(-2),
+            0 if sizes is None else sizes.data_ptr(), 0 if sizes is None else sizes.data_ptr(),
+            M, N, K, G, a_scale.shape[-1], 8, 0 if c is None else TYPES[c.dtype], TYPES[out_dtype],
+            aligned, aligned if run.by_tma is None else run.by_tma,
         )  # fmt: skip
         message = ctypes.create_string_buffer(4096)
-        failed = library.emulate_fp8_gemm_nt(
-            *(ctypes.c_void_p(x.data_ptr()) for x in (a, b)), ctypes.byref(p),
-            *(ctypes.c_int64(x.stride(0)) for x in (a, b)), FORMS.index(form), blocks,
-            ctypes.c_uint64(seed), ORDERS[order], accumulator_bits, message, len(message),
+        matrices = []
+        for x in (a, b):
+            rows = x.flatten(0, -2)
+            place = ctypes.c_void_p(rows.data_ptr())
+            matrices += [place, ctypes.c_int64(len(rows)), ctypes.c_int64(rows.stride(0))]
+        failed = library.emulate_fp8_gemm(
+            *matrices, ctypes.byref(p), TILES.index(run.tile), run.blocks,
+            ctypes.c_uint64(run.seed), ORDERS[run.order], run.accumulator_bits, message,
+            len(message),
         )  # fmt: skip
         if failed:
             raise EmulatorFailure(message.value.decode())
         return out
 
-    return fp8_gemm_nt
+    return gemm
 
 
 @pytest.fixture(scope="session")
 def emulated() -> Callable[..., Tensor]:
-    """fp8_gemm_nt of csrc/sm90, run in the emulator."""
+    """The FP8 products of csrc/sm90, run in the emulator."""
     return gemm_of(build(sources()))

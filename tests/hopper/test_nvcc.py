@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, TILES, Tile
 
+FORMS = ("dense", "contiguous", "masked", "k_grouped")  # sm90::Form
 NVCC = shutil.which("nvcc")
-# A tile's template arguments -> the registers that it may have.
-REGISTERS = {(2, 128, 4, 1): 168, (2, 128, 4, 2): 168, (1, 64, 6, 1): 128}
-# What a tile must use: WGMMA on FP8, TMA to load and to store.
-NEEDED = ("QGMMA", "UTMALDG", "UTMASTG")
+REGISTERS = {1: 128, 2: 168}  # of a thread, by warpgroups that multiply
 
 
 def run(*command: str) -> str:
@@ -25,8 +23,13 @@ def run(*command: str) -> str:
     return got.stdout + got.stderr
 
 
-def tile_of(mangled: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"Li(\d+)E", mangled))
+def tile_of(name: str) -> Tile | None:
+    """The tile that a mangled kernel's name is about, if it is about one."""
+    found = re.search(r"4FormE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)ELi(\d+)E", name)
+    if not found:
+        return None
+    form, groups, columns, stages, cluster, swapped, b_rows = map(int, found.groups())
+    return Tile(FORMS[form], groups, columns, stages, cluster, bool(swapped), b_rows)
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +37,26 @@ def compiled(tmp_path_factory) -> tuple[Path, str]:
     """The machine code, and what ptxas says of it."""
     if NVCC is None:
         pytest.skip("no nvcc on PATH: csrc/sm90 is not compiled for a GPU here")
-    cubin = tmp_path_factory.mktemp("nvcc") / "fp8_gemm_nt.cubin"
-    source = ROOT / "csrc" / "sm90" / "fp8_gemm_nt.cu"
+    cubin = tmp_path_factory.mktemp("nvcc") / "fp8_gemm.cubin"
+    source = ROOT / "csrc" / "sm90" / "fp8_gemm.cu"
     target = ("-gencode", "arch=compute_90a,code=sm_90a")
-    said = run(NVCC, *target, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-o", str(cubin),
-               str(source))  # fmt: skip
+    flags = (*target, "-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "-cubin")
+    said = run(NVCC, *flags, "-o", str(cubin), str(source))
     return cubin, said
 
 
 @pytest.mark.slow
 def test_registers_and_spills(compiled):
     parts = compiled[1].split("Compiling entry function '")[1:]
-    found = {}
+    seen = set()
     for part in parts:
+        tile = tile_of(part.splitlines()[0])
+        seen.add(tile)
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", part))
-        found[tile_of(part.splitlines()[0])] = (
-            int(re.search(r"Used (\d+) registers", part)[1]),
-            spilled,
-        )
-    assert found.keys() == REGISTERS.keys()
-    for tile, (registers, spilled) in found.items():
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
         assert spilled == 0, f"{tile} spills {spilled} bytes"
-        assert registers <= REGISTERS[tile], f"{tile} takes {registers} registers"
+        assert registers <= (REGISTERS[tile.groups] if tile else 32), f"{tile}: {registers}"
+    assert seen == {*TILES, None}
 
 
 @pytest.mark.slow
@@ -64,8 +65,10 @@ def test_instructions(compiled):
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     for part in run(str(tool), "-sass", str(compiled[0])).split("Function : ")[1:]:
-        counts = Counter(re.findall(r"\b(QGMMA|UTMALDG|UTMASTG|STL|LDL)\b", part))
         tile = tile_of(part.splitlines()[0])
-        assert all(counts[name] for name in NEEDED), f"{tile}: {counts}"
+        counts = Counter(re.findall(r"\b(QGMMA|UTMALDG|UTMASTG|STL|LDL)\b", part))
         assert not counts["STL"] and not counts["LDL"], f"{tile}: {counts}"
-        assert (".MULTICAST" in part) == (tile[3] > 1)
+        if tile:
+            assert counts["QGMMA"] == 4 and counts["UTMALDG"], f"{tile}: {counts}"
+            assert bool(counts["UTMASTG"]) == (not tile.swapped and tile.form != "contiguous")
+            assert (".MULTICAST" in part) == (tile.cluster > 1), f"{tile}: {counts}"

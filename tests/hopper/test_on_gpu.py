@@ -10,13 +10,15 @@ from deepkern.runtime import arch, backends
 from deepkern.testing import compare, inputs
 
 pytestmark = pytest.mark.gpu
+GROUPED = ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked",
+           "k_grouped_fp8_gemm_nt")  # fmt: skip
 SHAPES = [(M, N, K) for M in (1, 3, 64, 127, 129, 257, 4096) for N, K in (
     (8, 128), (100, 129), (576, 7168), (2112, 7168), (4096, 512), (129, 100))]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def cuda_backend(device):
-    reason = backends.why_not(deepkern.OPS["fp8_gemm_nt"], "cuda", device)
+    reason = backends.why_not(deepkern.OPS["k_grouped_fp8_gemm_nt"], "cuda", device)
     if reason and device.type == "cuda" and arch.of(device).name == "sm_90":
         pytest.fail(f"a Hopper GPU without the cuda backend: {reason}")
     if reason:
@@ -72,8 +74,32 @@ def test_in_a_graph_and_on_another_stream(generator):
     compare.assert_bitwise(got, want)
 
 
-def test_refuses_a_scale_per_row(generator):
-    a, a_scale, b, _ = operands(generator, 4, 256, 256)[:4]
-    scale = torch.ones(256, 2, device=a.device)
-    with pytest.raises(RuntimeError, match="fp8_gemm_nt: b_scale: expected, on backend cuda"):
-        deepkern.fp8_gemm_nt(a, a_scale, b, scale)
+@pytest.mark.parametrize("b_rows", [128, 1])
+@pytest.mark.parametrize("M", [1, 17, 300])
+def test_scales_per_row(b_rows, M, generator):
+    args = inputs.make("fp8_gemm_nt", generator, M=M, N=520, K=1024, b_rows=b_rows)
+    got = deepkern.fp8_gemm_nt(*args)
+    compare.assert_close(got, deepkern.reference.fp8_gemm_nt(*args))
+
+
+@pytest.mark.parametrize("op", GROUPED)
+@pytest.mark.parametrize("shape", [(1, 64, 128, 1), (37, 100, 400, 5), (700, 576, 1024, 16),
+                                   (4096, 4096, 7168, 4), (64, 512, 7168, 256)])  # fmt: skip
+def test_groups(op, shape, generator):
+    size = dict(zip("MNKG", shape, strict=True))
+    args = deepkern.OPS[op].positional(inputs.make(op, generator, **size))
+    got = getattr(deepkern, op)(*args)
+    want = getattr(deepkern.reference, op)(*args)
+    compare.assert_close(got, want, dtype=torch.bfloat16)
+    compare.assert_bitwise(getattr(deepkern, op)(*args), got)
+
+
+@pytest.mark.parametrize("op", GROUPED)
+@pytest.mark.parametrize("value", [-(2**31), -1, 3, 2**31 - 1])
+def test_hostile_sizes(op, value, generator):
+    """compute-sanitizer sees no access outside; the values are the oracle's."""
+    args = list(deepkern.OPS[op].positional(inputs.make(op, generator, M=70, N=96, K=256, G=3)))
+    args[4] = args[4].clone()
+    args[4][::2] = value
+    got, want = getattr(deepkern, op)(*args), getattr(deepkern.reference, op)(*args)
+    compare.assert_close(got, want, dtype=torch.bfloat16)

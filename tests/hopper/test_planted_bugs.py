@@ -11,116 +11,151 @@ import re
 import pytest
 import torch
 
-import deepkern
 from deepkern.testing import compare
 
-from .conftest import FORMS, EmulatorFailure, build, gemm_of, sources
-from .test_fp8_gemm_nt import operands
+from .conftest import TILES, EmulatorFailure, Tile, build, gemm_of, sources
+from .test_fp8_gemm import operands, reference, run
 
-KERNEL = "sm90/fp8_gemm_nt.cuh"
-WHOLE, PAIRS = FORMS[0], FORMS[1]
+KERNEL, SCHEDULE = "sm90/fp8_gemm.cuh", "sm90/schedule.cuh"
+
+
+def first(form: str, **what) -> Tile:
+    """The first compiled tile of that form with these properties."""
+    fits = (t for t in TILES if t.form == form)
+    return next(t for t in fits if all(getattr(t, k) == v for k, v in what.items()))
+
+
+WHOLE, PAIRS = first("dense", cluster=1), first("dense", cluster=2)
+SCALED, SWAPPED = first("dense", b_rows=1, swapped=False), first("dense", swapped=True)
+CONTIGUOUS, MASKED, K_GROUPED = first("contiguous"), first("masked"), first("k_grouped")
 WRONG = "wrong result"
 SOMEHOW = "."  # a race: which of its consequences shows first is chance
-# What is planted: (form, what stands in the source, what in its place, how it is found out).
+WAIT_FULL, WAIT_EMPTY = (
+    "barrier_wait(&full[stage], round);",
+    "barrier_wait(&empty[stage], round ^ 1);",
+)
+EMPTY = """    Barrier* empty = &ring.empty[ring.stage];
+    if (Tile::RIGHT_ROWS == 1) warp_sync();  // all lanes have their scales
+    if (Tile::CLUSTER == 1) {
+      if (lane_index() == 0) barrier_arrive(empty);
+"""
+WAIT_AND_RELEASE, RELEASE_AND_WAIT = "    wgmma_wait<0>();\n" + EMPTY, EMPTY + "wgmma_wait<0>();\n"
+# What is planted: (tile, what stands in the source, what in its place, how it is found out).
 BUGS = {
-    "no wait for a free buffer": (
-        WHOLE, "barrier_wait(&empty[ring.stage], ring.round ^ 1);", "", SOMEHOW),
-    "no wait for the data": (WHOLE, "barrier_wait(&full[ring.stage], ring.round);", "", SOMEHOW),
+    "no wait for a free buffer": (WHOLE, WAIT_EMPTY, "", SOMEHOW),
+    "no wait for the data": (WHOLE, WAIT_FULL, "", SOMEHOW),
     "loader waits for the wrong parity": (
-        WHOLE, "ring.round ^ 1);", "ring.round);", "deadlock.*lanes wait for barrier"),
+        WHOLE, WAIT_EMPTY, "barrier_wait(&empty[stage], round);",
+        "deadlock.*lanes wait for barrier"),
     "reader waits for the wrong parity": (
-        WHOLE, "barrier_wait(&full[ring.stage], ring.round);",
-        "barrier_wait(&full[ring.stage], ring.round ^ 1);", SOMEHOW),
+        WHOLE, WAIT_FULL, "barrier_wait(&full[stage], round ^ 1);", SOMEHOW),
     "no wait for WGMMA": (WHOLE, "wgmma_wait<0>();", "", SOMEHOW),
-    "waits for all WGMMAs but the last": (
-        WHOLE, "wgmma_wait<0>();", "wgmma_wait<1>();", SOMEHOW),
-    "buffer handed on before it was read": (
-        WHOLE, "    wgmma_commit();\n    wgmma_wait<0>();",
-        "    if (lane_index() == 0) barrier_arrive(&empty[ring.stage]);\n    wgmma_commit();\n"
-        "    wgmma_wait<0>();\n    if (false)", SOMEHOW),
+    "waits for all WGMMAs but the last": (WHOLE, "wgmma_wait<0>();", "wgmma_wait<1>();", SOMEHOW),
+    "buffer handed on before it was read": (WHOLE, WAIT_AND_RELEASE, RELEASE_AND_WAIT, SOMEHOW),
     "no commit": (WHOLE, "    wgmma_commit();\n", "", SOMEHOW),
     "no fence before WGMMA": (WHOLE, "    wgmma_fence();\n", "", "no wgmma_fence"),
     "accumulates what it should begin": (WHOLE, "step > 0);", "true);", SOMEHOW),
-    "wrong descriptor": (WHOLE, "(a + step * 32, 0, 1024)", "(a + step * 32, 0, 512)", WRONG),
+    "wrong descriptor": (WHOLE, "(rows + step * 32, 0, 1024)", "(rows + step * 32, 0, 512)", WRONG),
     "reads beyond shared memory": (
-        WHOLE, "memory + ring.stage * Tile::STAGE_BYTES + group * 64 * Tile::K",
-        "memory + Tile::SHARED_BYTES - 1000 / 16 * 16", "not in the"),
+        WHOLE, "ring.left() + group * 64 * Tile::K",
+        "ring.memory + Tile::SHARED_BYTES / 16 * 16", "not in the"),
     "fewer bytes announced": (
-        WHOLE, "&full[ring.stage], Tile::STAGE_BYTES);", "&full[ring.stage], Tile::A_BYTES);",
-        SOMEHOW),
+        WHOLE, "(full, Tile::STAGE_BYTES)", "(full, Tile::LEFT_BYTES)", SOMEHOW),
     "more bytes announced": (
-        WHOLE, "&full[ring.stage], Tile::STAGE_BYTES);",
-        "&full[ring.stage], Tile::STAGE_BYTES + 16);", "deadlock"),
+        WHOLE, "(full, Tile::STAGE_BYTES)", "(full, Tile::STAGE_BYTES + 16)", "deadlock"),
     "no fence between threads' stores and TMA": (
-        WHOLE, "    fence_async_proxy();\n", "", "no fence_async_proxy followed"),
+        WHOLE, "  fence_async_proxy();\n  named_barrier_sync(1 + group, 128);\n",
+        "  named_barrier_sync(1 + group, 128);\n", "no fence_async_proxy followed"),
     "TMA stores what others still write": (
-        WHOLE, "    fence_async_proxy();\n    named_barrier_sync(1 + group, 128);\n",
-        "    fence_async_proxy();\n", SOMEHOW),
+        WHOLE, "  fence_async_proxy();\n  named_barrier_sync(1 + group, 128);\n",
+        "  fence_async_proxy();\n", SOMEHOW),
     "next tile written while TMA reads": (
-        WHOLE, "    if (storing) tma_store_wait_read<0>();\n    named", "    named", SOMEHOW),
+        WHOLE, "  if (storing) tma_store_wait_read<0>();\n", "", SOMEHOW),
     "block ends while TMA reads": (
-        WHOLE, "  if (storing) tma_store_wait_read<0>();\n}", "}", "ends while a TMA store"),
-    "both groups at one barrier": (WHOLE, "named_barrier_sync(1 + group, 128)",
-                                   "named_barrier_sync(1, 128)",
-                                   SOMEHOW),
-    "one group less at a barrier": (WHOLE, "named_barrier_sync(1 + group, 128)",
-                                    "named_barrier_sync(1 + group, 256)", "deadlock"),
+        WHOLE, "  if (!Tile::SWAPPED && thread_index() % 128 == 0) tma_store_wait_read<0>();\n", "",
+        "ends while a TMA store"),
+    "both groups at one barrier": (
+        WHOLE, "named_barrier_sync(1 + group, 128)", "named_barrier_sync(1, 128)", SOMEHOW),
+    "one group less at a barrier": (
+        WHOLE, "named_barrier_sync(1 + group, 128)", "named_barrier_sync(1 + group, 256)",
+        "deadlock"),
     "barriers not fenced": (WHOLE, "    barrier_init_fence();\n", "", "no barrier_init_fence"),
-    "too many registers": (WHOLE, "registers_decrease<40>", "registers_decrease<96>",
-                           "deadlock.*registers"),
-    "registers that nobody has": (WHOLE, "registers_increase<232>", "registers_increase<264>",
-                                  "setmaxnreg"),
+    "too many registers": (
+        WHOLE, "registers_decrease<40>", "registers_decrease<96>", "deadlock.*registers"),
+    "registers that nobody has": (
+        WHOLE, "registers_increase<232>", "registers_increase<264>", "setmaxnreg"),
     "one arrival too few expected": (
-        WHOLE, "barrier_init(&empty[s], 4 * GROUPS * CLUSTER)",
-        "barrier_init(&empty[s], 4 * GROUPS * CLUSTER - 1)", SOMEHOW),
+        WHOLE, "4 * Tile::GROUPS * Tile::CLUSTER)", "4 * Tile::GROUPS * Tile::CLUSTER - 1)",
+        SOMEHOW),
     "neighbour's buffers not waited for": (
-        PAIRS, "barrier_init(&empty[s], 4 * GROUPS * CLUSTER)",
-        "barrier_init(&empty[s], 4 * GROUPS)", SOMEHOW),
-    "neighbour not told": (PAIRS, "lane_index() < CLUSTER", "lane_index() < 1", "deadlock"),
-    "half of B twice": (PAIRS, "+ rank * half * Tile::K", "", SOMEHOW),
+        PAIRS, "4 * Tile::GROUPS * Tile::CLUSTER)", "4 * Tile::GROUPS)", SOMEHOW),
+    "neighbour not told": (PAIRS, "lane_index() < Tile::CLUSTER", "lane_index() < 1", "deadlock"),
+    "half of B twice": (PAIRS, "ring.right() + rank * half * Tile::K", "ring.right()", SOMEHOW),
     "block ends before its neighbour": (
-        PAIRS, "  if (CLUSTER > 1) cluster_sync();\n}", "}", "block that has ended"),
+        PAIRS, "  if (Tile::CLUSTER > 1) cluster_sync();\n}", "}", "block that has ended"),
     "stores beyond its rows": (
-        WHOLE, "if (m >= p.M || n >= p.N) continue;", "if (m >= p.M + 1 || n >= p.N) continue;",
-        "beyond"),
+        WHOLE, "if (row >= w.end) return false;", "if (row > w.end) return false;", "beyond"),
+    "scales not waited for": (SCALED, "(RIGHT_ROWS == 1 ? 32 : 0)", "0", SOMEHOW),
+    "buffer handed on before its scales were read": (
+        SCALED, "if (Tile::RIGHT_ROWS == 1) warp_sync();", "", SOMEHOW),
+    "scales of the wrong operand": (
+        SWAPPED, "Tile::SWAPPED ? p.a_scale : p.b_scale;\n  Work w;",
+        "p.b_scale;\n  Work w;", WRONG),
+    "another group's rows": (
+        CONTIGUOUS, "load_global(p.group_index + row) == w.group", "true", WRONG),
+    "another group's weights": (
+        CONTIGUOUS, "w.group * p.N + w.column : w.column", "w.column : w.column", WRONG),
+    "rows not in use": (MASKED, "if (m >= w.valid) sum[i] = 0.0f;", "", WRONG),
+    "another group's values of K": (
+        K_GROUPED, "Tile::FORM == Form::k_grouped && w.length", "false && w.length", WRONG),
+    "cleared after the fence": (
+        K_GROUPED, "  fence_async_proxy();\n  named_barrier_sync(1 + Tile::GROUPS, threads);",
+        "  named_barrier_sync(1 + Tile::GROUPS, threads);", "no fence_async_proxy followed"),
+    "scales of the group before": (K_GROUPED, "scale_block += (length + 127) / 128", "", WRONG),
 }  # fmt: skip
 
 
-def caught(gemm, form: str, generator) -> str:
-    """How the bug shows, or nothing."""
-    args = operands(generator, 140, 136, 1152)
-    want = deepkern.reference.fp8_gemm_nt(*args, torch.bfloat16, None)
+def looked_for(gemm, tile: Tile, generator) -> None:
+    """Raises what the emulator or a comparison finds."""
+    many = operands(tile, generator, 270, 264, 128)  # tiles with little to do between them
+    deep = operands(tile, generator, 140, 136, 1152, G=2)
+    few = operands(tile, generator, 70, 72, 128)
+    want = [reference(tile, args) for args in (many, deep)]
     beside = torch.full((71, 72), torch.nan, dtype=torch.bfloat16)
     for seed in range(40):
-        order = ("random", "earliest", "latest")[seed % 3]
-        try:
-            got = gemm(*args, form=form, seed=seed, order=order, blocks=2)
-            compare.assert_close(got, want)
-            # Many tiles one after the other, with little to do between them.
-            many = operands(generator, 270, 264, 128)
-            got = gemm(*many, form=form, seed=seed, order=order, blocks=1)
-            compare.assert_close(got, deepkern.reference.fp8_gemm_nt(*many, torch.bfloat16, None))
-            few = operands(generator, 70, 72, 128)
-            gemm(*few, form=form, seed=seed, order=order, by_tma=False, out=beside[:70])
+        how = {"seed": seed, "order": ("random", "earliest", "latest")[seed % 3]}
+        for args, exact, blocks in ((many, want[0], 1), (deep, want[1], 2)):
+            compare.assert_close(run(gemm, tile, args, blocks=blocks, **how), exact)
+        if tile.form == "dense":
+            run(gemm, tile, few, by_tma=False, out=beside[:70], **how)
             if not beside[70].isnan().all():
-                return "wrote beyond its rows"
-        except EmulatorFailure as failure:
-            return str(failure)
-        except compare.Mismatch:
-            return WRONG
+                raise compare.Mismatch("wrote beyond its rows")
+
+
+def caught(gemm, tile: Tile, generator) -> str:
+    """How the bug shows, or nothing."""
+    try:
+        looked_for(gemm, tile, generator)
+    except EmulatorFailure as failure:
+        return str(failure)
+    except compare.Mismatch as mismatch:
+        return str(mismatch) if "beyond" in str(mismatch) else WRONG
     return ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
 def test_is_caught(name, generator):
-    form, right, wrong, how = BUGS[name]
+    tile, right, wrong, how = BUGS[name]
     whole = sources()
-    assert right in whole[KERNEL], f"the kernel has no {right!r} any more: plant another bug"
-    library = build(whole | {KERNEL: whole[KERNEL].replace(right, wrong)})
-    found = caught(gemm_of(library), form, generator)
+    file = next((f for f in (KERNEL, SCHEDULE) if right in whole[f]), None)
+    assert file, f"no kernel has {right!r} any more: plant another bug"
+    library = build(whole | {file: whole[file].replace(right, wrong)})
+    found = caught(gemm_of(library), tile, generator)
     assert re.search(how, found, re.DOTALL), f"expected {how!r}, found {found!r}"
 
 
-def test_no_bug_is_found_where_none_is(emulated, generator):
-    assert caught(emulated, WHOLE, generator) == ""
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_no_bug_is_found_where_none_is(emulated, tile, generator):
+    assert caught(emulated, tile, generator) == ""

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import arch, native
+from . import arch, evidence, native
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
-# Fastest first. Interpreted Triton is a check, not a way to compute: auto never takes it. Nor does
-# it take the Hopper kernels of `cuda`, which have run in an emulator alone so far.
-_AUTO = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
+# Fastest first. Interpreted Triton is a check, not a way to compute: auto never takes it.
+_AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
 _forced: list[str] = []
 
 
@@ -55,11 +54,16 @@ def choose(op, device: torch.device) -> str:
     name = requested()
     if name == "auto":
         candidates = _AUTO.get(device.type, ("torch",))
-        return next(c for c in candidates if why_not(op, c, device) is None)
+        return next(c for c in candidates if why_not(op, c, device) is None and trusted(op, c))
     reason = why_not(op, name, device)
     if reason is not None:
         raise BackendError(f"{op.name}: backend {name!r} was asked for but cannot serve: {reason}")
     return name
+
+
+def trusted(op, name: str) -> bool:
+    """Whether auto may take backend `name`: the Hopper kernels only once a GPU has proven them."""
+    return name != "cuda" or evidence.why_unproven(op.name) is None
 
 
 def why_not(op, name: str, device: torch.device) -> str | None:
@@ -138,10 +142,11 @@ def explain(op, *args, **kwargs) -> Explanation:
     for name in BACKENDS:
         reason = why_not(described, name, device)
         serves = "serves" if requested() != "auto" or name == chosen else "serves, but slower"
-        if name == "cuda" and name != chosen:
-            serves = "serves if forced; no run on a GPU has proven it yet"
+        if not trusted(described, name):
+            serves = f"serves if forced; {evidence.why_unproven(described.name)}"
         reasons[name] = reason or serves
     if chosen not in ("cuda", "triton"):
         return Explanation(described.name, chosen, reasons, str(device), None)
-    tile = described.tile(*args) if described.tile else None
+    # Those of the Hopper kernels are chosen in C++ (csrc/sm90/choose.h).
+    tile = described.tile(*args) if described.tile and chosen == "triton" else None
     return Explanation(described.name, chosen, reasons, arch.of(device).name, tile)

@@ -1,0 +1,85 @@
+// csrc/sm90/fp8_gemm.cuh in the emulator, for tests: one C function.
+#include "../../sm90/fp8_gemm.cuh"
+
+#include <algorithm>
+#include <climits>
+#include <cstdio>
+#include <vector>
+
+#include "../primitives.h"
+
+namespace {
+
+using emulator::Launch;
+using sm90::Form;
+using sm90::GemmArguments;
+using sm90::GemmTile;
+using sm90::TensorMap;
+
+struct Operand {
+  char* data;
+  uint64_t rows, row_bytes;
+};
+
+template <class Tile>
+void run(const Operand& a, const Operand& b, GemmArguments p, Launch launch) {
+  const auto K = static_cast<uint64_t>(p.K), N = static_cast<uint64_t>(p.N);
+  const uint32_t left = Tile::M, right = Tile::N / Tile::CLUSTER;
+  const TensorMap a_map{a.data, K, a.rows, a.row_bytes, 128, Tile::SWAPPED ? right : left, 1, true};
+  const TensorMap b_map{b.data, K, b.rows, b.row_bytes, 128, Tile::SWAPPED ? left : right, 1, true};
+  const uint32_t size = p.out_type == sm90::Type::fp32 ? 4 : 2;
+  const uint64_t rows =
+      uint64_t{Tile::FORM == Form::masked || Tile::FORM == Form::k_grouped ? 1u * p.groups : 1u} *
+      p.M;
+  const TensorMap out{static_cast<char*>(p.out), N, rows, N * size, 128 / size, 64, size, true};
+  std::vector<int> lie(2 * p.groups, 0);
+  if (Tile::FORM == Form::contiguous) {
+    std::fill_n(lie.begin(), p.groups, INT_MAX);
+    p.sizes = lie.data();
+    Launch small = launch;
+    small.blocks = 2;
+    emulator::Machine(small, [&] {
+      sm90::find_groups(p.group_index, lie.data(), static_cast<char*>(p.out), p.M, p.groups,
+                        int64_t{p.N} * size);
+    }).run();
+  }
+  launch.cluster = Tile::CLUSTER;
+  launch.blocks = std::max(launch.blocks / Tile::CLUSTER, 1) * Tile::CLUSTER;
+  launch.threads = Tile::THREADS;
+  launch.shared_bytes = Tile::SHARED_BYTES;
+  emulator::Machine(launch, [&] { sm90::fp8_gemm<Tile>(a_map, b_map, out, p); }).run();
+}
+
+void run_tile(int tile, const Operand& a, const Operand& b, const GemmArguments& p,
+              const Launch& launch) {
+  int number = 0;
+#define TILE(form, ...)                                                    \
+  if (number++ == tile) {                                                  \
+    return run<GemmTile<Form::form, __VA_ARGS__>>(a, b, p, launch);        \
+  }
+#include "../../sm90/fp8_gemm_tiles.h"
+#undef TILE
+  throw emulator::Failure("no such tile");
+}
+
+}  // namespace
+
+// 0, or 1 and what went wrong in `message`. `tile` counts in sm90/fp8_gemm_tiles.h.
+extern "C" int emulate_fp8_gemm(char* a, int64_t a_rows, int64_t a_row, char* b, int64_t b_rows,
+                                int64_t b_row, const GemmArguments* p, int tile, int blocks,
+                                uint64_t seed, int order, int accumulator_bits, char* message,
+                                int room) {
+  Launch launch;
+  launch.blocks = blocks;
+  launch.seed = seed;
+  launch.order = static_cast<emulator::Order>(order);
+  launch.accumulator_bits = accumulator_bits;
+  try {
+    run_tile(tile, {a, static_cast<uint64_t>(a_rows), static_cast<uint64_t>(a_row)},
+             {b, static_cast<uint64_t>(b_rows), static_cast<uint64_t>(b_row)}, *p, launch);
+  } catch (const std::exception& error) {
+    std::snprintf(message, room, "%s", error.what());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,168 @@
+// The `cuda` backend: the FP8 products on CUDA tensors. Compiled where nvcc compiled the kernels.
+//
+// The Python ops have checked their arguments; what is checked here is what the kernels cannot do.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "../arguments.h"
+#include "launch.h"
+
+// Of torch's CUDA build. Weak, so that a CPU build of torch can load this file.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                            void** stream);
+
+// The hash of this folder's files, by which runtime/evidence.py knows what a GPU has proven.
+extern "C" __attribute__((visibility("default"))) const char* deepkern_sm90_sources() {
+  return DEEPKERN_SM90_SOURCES;
+}
+
+namespace deepkern {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// x [.., rows, K] as one matrix, whose rows start at multiples of 16 bytes as TMA wants them: a
+// view, or a copy.
+Tensor for_tma(const Tensor& x) {
+  const int64_t K = x.size(x.dim() - 1), rows = K ? x.numel() / K : 0;
+  const Tensor flat = torch::stable::reshape(x, {rows, K});
+  const bool aligned = reinterpret_cast<uintptr_t>(flat.const_data_ptr()) % 16 == 0;
+  const bool by_row = K <= 1 || flat.stride(1) == 1;
+  if (aligned && by_row && (rows <= 1 || flat.stride(0) % 16 == 0)) return flat;
+  Tensor wide = torch::stable::new_empty(flat, {rows, (K + 15) / 16 * 16});
+  Tensor copy = torch::stable::narrow(wide, 1, 0, K);
+  return torch::stable::copy_(copy, flat);
+}
+
+Fp8Matrix matrix(const Tensor& x, const Tensor& scale, int64_t scale_rows) {
+  const int64_t d = scale.dim();
+  return {static_cast<const uint8_t*>(x.const_data_ptr()),
+          x.size(0),
+          x.stride(0),
+          static_cast<const float*>(scale.const_data_ptr()),
+          scale_rows,
+          scale.stride(d - 2),
+          scale.stride(d - 1)};
+}
+
+// A product before its sizes, its addend and its result are put in.
+struct Product {
+  Tensor a, b;  // as the kernels read them
+  Fp8Product x{};
+
+  Product(const char* op, GemmForm form, const Tensor& a_codes, const Tensor& a_scale,
+          const Tensor& b_codes, const Tensor& b_scale, int64_t groups)
+      : a(for_tma(a_codes)), b(for_tma(b_codes)) {
+    x.form = form;
+    x.groups = groups;
+    x.M = a_codes.size(a_codes.dim() - 2);
+    x.N = b_codes.size(b_codes.dim() - 2);
+    x.gemm.K = a_codes.size(a_codes.dim() - 1);
+    const bool per_row = b_scale.size(b_scale.dim() - 2) == x.N && x.N > 1;
+    x.gemm.a = matrix(a, a_scale, 1);
+    x.gemm.b = matrix(b, b_scale, per_row || form == GemmForm::k_grouped ? 1 : kBlock);
+    x.a_scale_group = a_scale.dim() == 3 ? a_scale.stride(0) : 0;
+    x.b_scale_group = b_scale.dim() == 3 ? b_scale.stride(0) : 0;
+    x.scale_blocks = a_scale.size(a_scale.dim() - 1);
+    const int64_t largest = std::max({x.gemm.a.rows, x.gemm.b.rows, x.gemm.K, groups * x.M});
+    STD_TORCH_CHECK(largest < INT32_MAX - 256, op,
+                    ": a, b: expected, on backend cuda, fewer than 2^31 rows, got ", largest);
+  }
+
+  void add(const char* op, const std::optional<Tensor>& c) {
+    if (!c.has_value()) return;
+    x.gemm.c = c->const_data_ptr();
+    x.gemm.c_row = c->stride(c->dim() - 2);
+    x.gemm.c_type = real_type(op, "c", c->scalar_type());
+  }
+
+  Tensor run(const char* op, Tensor out, ScalarType dtype) {
+    x.gemm.out = out.mutable_data_ptr();
+    x.gemm.out_type = real_type(op, "out_dtype", dtype);
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
+                        aoti_torch_get_current_cuda_stream(a.get_device_index(), &stream) == 0,
+                    op, ": this torch has no CUDA stream");
+    const std::string wrong = launch_fp8_product(x, stream);
+    STD_TORCH_CHECK(wrong.empty(), op, ": backend cuda: ", wrong);
+    return out;
+  }
+};
+
+const int* data(const Tensor& sizes) { return static_cast<const int*>(sizes.const_data_ptr()); }
+
+// What a product over K = 0 is: c, or zeros.
+Tensor nothing_summed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                      ScalarType dtype, const std::optional<Tensor>& c) {
+  Tensor out = torch::stable::new_zeros(like, shape, dtype);
+  return c.has_value() ? torch::stable::copy_(out, *c) : out;
+}
+
+Tensor fp8_gemm_nt(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+                   ScalarType out_dtype, const std::optional<Tensor>& c) {
+  const char* op = "fp8_gemm_nt";
+  const int64_t M = a.size(0), N = b.size(0), K = a.size(1);
+  if (K == 0) return nothing_summed(a, {M, N}, out_dtype, c);
+  Tensor out = torch::stable::new_empty(a, {M, N}, out_dtype);
+  if (M * N == 0) return out;
+  Product product(op, GemmForm::dense, a, a_scale, b, b_scale, 1);
+  product.add(op, c);
+  return product.run(op, out, out_dtype);
+}
+
+Tensor contiguous(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+                  const Tensor& group_index, ScalarType out_dtype) {
+  const char* op = "m_grouped_fp8_gemm_nt_contiguous";
+  const int64_t M = a.size(0), N = b.size(1), G = b.size(0);
+  if (a.size(1) == 0 || G == 0) return nothing_summed(a, {M, N}, out_dtype, std::nullopt);
+  Tensor out = torch::stable::new_empty(a, {M, N}, out_dtype);
+  if (M * N == 0) return out;
+  Product product(op, GemmForm::contiguous, a, a_scale, b, b_scale, G);
+  Tensor lie = torch::stable::new_empty(a, {2 * G}, ScalarType::Int);
+  product.x.lie = static_cast<int*>(lie.mutable_data_ptr());
+  product.x.sizes = data(group_index);
+  return product.run(op, out, out_dtype);
+}
+
+Tensor masked(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+              const Tensor& masked_m, ScalarType out_dtype, std::optional<int64_t> /*expected_m*/) {
+  const char* op = "m_grouped_fp8_gemm_nt_masked";
+  const int64_t G = a.size(0), M = a.size(1), N = b.size(1);
+  if (a.size(2) == 0) return nothing_summed(a, {G, M, N}, out_dtype, std::nullopt);
+  Tensor out = torch::stable::new_empty(a, {G, M, N}, out_dtype);
+  if (G * M * N == 0) return out;
+  Product product(op, GemmForm::masked, a, a_scale, b, b_scale, G);
+  product.x.sizes = data(masked_m);
+  return product.run(op, out, out_dtype);
+}
+
+Tensor k_grouped(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+                 const Tensor& group_offsets, const std::optional<Tensor>& c) {
+  const char* op = "k_grouped_fp8_gemm_nt";
+  const int64_t M = a.size(0), N = b.size(0), G = group_offsets.size(0) - 1;
+  if (a.size(1) == 0 || G < 1) return nothing_summed(a, {G, M, N}, ScalarType::Float, c);
+  Tensor out = torch::stable::new_empty(a, {G, M, N}, ScalarType::Float);
+  if (M * N == 0) return out;
+  Product product(op, GemmForm::k_grouped, a, a_scale, b, b_scale, G);
+  // The kernel steps from group to group of c as rows follow each other.
+  const Tensor addend = c.has_value() ? torch::stable::contiguous(*c) : a;
+  if (c.has_value()) product.add(op, addend);
+  product.x.sizes = data(group_offsets);
+  return product.run(op, out, ScalarType::Float);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CUDA, m) {
+  m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm_nt));
+  m.impl("m_grouped_fp8_gemm_nt_contiguous", TORCH_BOX(&contiguous));
+  m.impl("m_grouped_fp8_gemm_nt_masked", TORCH_BOX(&masked));
+  m.impl("k_grouped_fp8_gemm_nt", TORCH_BOX(&k_grouped));
+}
+
+}  // namespace
+}  // namespace deepkern

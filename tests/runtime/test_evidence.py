@@ -1,0 +1,87 @@
+"""`auto` takes a Hopper kernel only with a record of its GPU tests, of the very sources."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+import deepkern
+from bench import machine, prove
+from deepkern.runtime import backends, evidence
+
+OP, CUDA = "fp8_gemm_nt", torch.device("cuda", 0)
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """Writes an evidence file; what is cached of it is forgotten before and after."""
+    file = tmp_path / "evidence.json"
+    monkeypatch.setattr(evidence, "FILE", file)
+    monkeypatch.setattr(evidence, "sources", lambda: "abc")
+    evidence.recorded.cache_clear()
+    yield lambda **found: (file.write_text(json.dumps(found)), evidence.recorded.cache_clear())
+    evidence.recorded.cache_clear()
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As on a Hopper GPU whose `cuda` and `triton` backends both serve."""
+    served = {"cuda", "triton", "torch"}
+    monkeypatch.setattr(
+        backends, "why_not", lambda op, name, device: None if name in served else "absent"
+    )
+
+
+def test_unproven_is_left_alone(record, hopper):
+    assert backends.choose(deepkern.OPS[OP], CUDA) == "triton"
+    assert "no run on a GPU" in evidence.why_unproven(OP)
+    with deepkern.backend("cuda"):
+        assert backends.choose(deepkern.OPS[OP], CUDA) == "cuda"
+
+
+def test_proven_is_taken_until_the_sources_change(record, hopper, monkeypatch):
+    record(ops=[OP], gpu="NVIDIA H200", sources="abc", result="x.jsonl")
+    assert backends.choose(deepkern.OPS[OP], CUDA) == "cuda"
+    assert backends.choose(deepkern.OPS["mla_decode"], CUDA) == "triton"
+    monkeypatch.setattr(evidence, "sources", lambda: "other")
+    assert backends.choose(deepkern.OPS[OP], CUDA) == "triton"
+    assert evidence.why_unproven(OP).endswith("changed since they were proven on NVIDIA H200")
+
+
+def test_a_damaged_record_is_named(record):
+    record(ops=[OP])
+    with pytest.raises(ValueError, match="evidence.json: expected ops, gpu, sources and result"):
+        evidence.why_unproven(OP)
+
+
+def run(tmp_path, **counts) -> tuple[int, str]:
+    said = io.StringIO()
+    counts = dict.fromkeys(prove.COUNTS, 0) | counts
+    file = tmp_path / "evidence.json"
+    code = prove.run(lambda: counts, tmp_path, file, Console(file=said, width=200))
+    return code, said.getvalue()
+
+
+def test_prove_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_gpu", lambda: None)
+    code, said = run(tmp_path)
+    assert code == 2 and "nothing was run" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", [{}, {"tests": 9, "skipped": 1}, {"tests": 9, "failures": 1},
+                                 {"tests": 9, "errors": 1}])  # fmt: skip
+def test_prove_records_a_clean_run_only(tmp_path, monkeypatch, bad):
+    gpu = {"name": "NVIDIA H200", "target": "sm_90"}
+    monkeypatch.setattr(machine, "_gpu", lambda: gpu)
+    monkeypatch.setattr(evidence, "sources", lambda: "abc")
+    monkeypatch.setattr(prove.native, "native_op", lambda op, device: op == OP)
+    assert run(tmp_path, **bad)[0] == 1 and not list(tmp_path.iterdir())
+    assert run(tmp_path, tests=9)[0] == 0
+    found = json.loads((tmp_path / "evidence.json").read_text())
+    assert found["ops"] == [OP] and found["sources"] == "abc" and found["gpu"] == "NVIDIA H200"
+    lines = (tmp_path / found["result"]).read_text().splitlines()
+    assert json.loads(lines[1])["tests"] == 9
