@@ -114,6 +114,14 @@ def tune(
     raise typer.Exit(tuning.run([op] if op else tuning.OPS, sizes, seconds, folder))
 
 
+@app.command("expert-parallel")
+def expert_parallel(keep: bool = _KEEP, folder: Path = _FOLDER) -> None:
+    """Measures bytes and time of dispatch and combine between 2, 4 and 8 processes over gloo."""
+    from . import expert_parallel as parallel
+
+    raise typer.Exit(parallel.run(keep, folder=folder))
+
+
 @app.command()
 def accumulation(keep: bool = _KEEP, folder: Path = _FOLDER) -> None:
     """Emulates the tensor core's short sums of FP8 products: why they are promoted every 128."""
