@@ -320,6 +320,8 @@ def check_bad_arguments():
     """They raise before anything is sent, so the ranks stay in step."""
     raises(ValueError, "num_experts: expected at least 1, got 0", ExpertParallel, None, 0)
     raises(ValueError, "timeout: expected more than 0", ExpertParallel, None, 1, timeout=0)
+    if not torch.cuda.is_available():
+        raises(ValueError, "peer_buffer: expected 0", ExpertParallel, None, 1, peer_buffer=1 << 20)
     raises(ValueError, "ranks_per_node: expected a divisor", ExpertParallel, None, 1, 64)
     raises(TypeError, "group: expected a ProcessGroup", ExpertParallel, "world", 1)
     ep = ExpertParallel(None, 4, timeout=30)
@@ -419,6 +421,33 @@ def killed_on_the_way(timeout: float) -> tuple[str, float]:
     start = time.monotonic()
     message = raises(ExpertParallelError, "waiting for rows", ep.dispatch, x, idx, w)
     return message, time.monotonic() - start
+
+
+def over_peer_memory() -> bool:
+    """On a GPU that the ranks share: rows through its memory arrive as rows through gloo do."""
+    world, me = dist.get_world_size(), dist.get_rank()
+    torch.cuda.set_device(0)
+    peers = ExpertParallel(None, 2 * world, timeout=60, peer_buffer=64 << 20)
+    gloo = ExpertParallel(None, 2 * world, timeout=60)
+    for K, dtype in ((1, torch.float32), (100, FP8), (7168, FP8), (7168, torch.bfloat16)):
+        for repetition in range(3):
+            mine = tokens_of_all(uneven(world), 2 * world, 4, K, dtype, seed=repetition)[me]
+            parts = [getattr(mine, field) for field in FIELDS]
+            on_gpu = Tokens(*(None if part is None else part.cuda() for part in parts))
+            got, want = layer(peers, on_gpu), layer(gloo, on_gpu)
+            for a, b in zip(got, want, strict=True):
+                assert a is b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    real = tokens_of_all(uneven(world), 2 * world, 4, 64, torch.float32)[me]
+    real = Tokens(real.x.cuda(), real.idx.cuda(), real.weights.cuda())
+    towards = torch.ones_like(real.x)
+    got = gradients(lambda t: layer(peers, t)[0], real, towards)
+    for a, b in zip(got, gradients(lambda t: layer(gloo, t)[0], real, towards), strict=True):
+        assert torch.equal(a, b)
+    small = ExpertParallel(None, 2 * world, timeout=10, peer_buffer=4096)
+    x = torch.zeros(500, 64, device="cuda")
+    idx, w = torch.zeros(500, 1, device="cuda").long(), torch.ones(500, 1, device="cuda")
+    raises(ExpertParallelError, "has room for", small.dispatch, x, idx, w)
+    return True
 
 
 def everything(names: list[str] | None = None) -> dict[str, str | float]:

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .peer_memory import PeerMemory
+
 CALLS = ("dispatch", "combine", "backward of combine", "backward of dispatch")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 GRADIENTS = ("none", "x", "topk_weights", "x and topk_weights")
@@ -57,6 +59,7 @@ class Exchange:
         self.timeout, self.limit = timeout, timedelta(seconds=timeout - self.patience)
         self.calls = 0
         self.failure: str | None = None
+        self.memory: PeerMemory | None = None  # through which rows travel, where there is one
         _made[group.group_name] += 1
         self.note = f"deepkern/exchange{_made[group.group_name]}/"
 
@@ -105,8 +108,9 @@ class Exchange:
 
     def start(self, call: str, rows: Tensor, sent: list, received: list) -> Transfer:
         """Sends uint8 [Σ sent, width], ordered by rank, to whom it concerns."""
-        return Transfer(self, f"{call} {self.calls} of {self}: waiting for rows",
-                        rows[: sum(sent)], sent, received)  # fmt: skip
+        kind = Transfer if self.memory is None else PeerTransfer
+        what = f"{call} {self.calls} of {self}: waiting for rows"
+        return kind(self, what, rows[: sum(sent)], sent, received)
 
     def _all_to_all(self, out: Tensor, rows: Tensor, received, sent, what: str) -> dist.Work:
         options = dist.AllToAllOptions()
@@ -177,4 +181,27 @@ class Transfer:
         if self.work is not None:
             self.exchange._wait(self.work, self.what, block=self.out.device.type == "cpu")
             self.work = self.rows = None
+        return self.out
+
+
+class PeerTransfer:
+    """The same through the ranks' shared memory; at most two may be under way."""
+
+    def __init__(self, exchange: Exchange, what: str, rows: Tensor, sent: list, received: list):
+        self.exchange, self.what, self.received = exchange, what, received
+        most, room = max(*sent, *received) * rows.shape[1], exchange.memory.region_bytes
+        if most > room:
+            exchange._fail(f"{what}: {most} bytes go from one rank to another, and the peer buffer "
+                           f"has room for {room}")  # fmt: skip
+        self.out = rows.new_empty((sum(received), rows.shape[1]))
+        self.call = exchange.memory.put(rows, sent)
+
+    def wait(self) -> Tensor:
+        if self.call is not None:
+            self.exchange.memory.take(self.out, self.received, self.call)
+            silent = self.exchange.memory.silent()
+            if silent:
+                ranks = ", ".join(str(self.exchange.ranks[i]) for i in silent)
+                self.exchange._fail(f"{self.what}: nothing came from rank {ranks}")
+            self.call = None
         return self.out

@@ -34,6 +34,7 @@ from .exchange import Exchange
 from .expert_combine import expert_combine
 from .expert_dispatch import check_contents, expert_dispatch
 from .links import Hop, Link, Return, start_return
+from .peer_memory import connect
 
 TIMEOUT = 300.0  # seconds, where the group's own is longer
 
@@ -87,6 +88,10 @@ class ExpertParallel:
             the same time. A DeviceMesh of two dimensions says so itself.
         timeout: seconds that a call may wait for other ranks; by default as long as the group
             itself would, at most 300.
+        peer_buffer: bytes of memory on this GPU, the same on all ranks, into which the others write
+            their rows themselves, in place of an all_to_all: for ranks that share NVLink or one GPU
+            (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1). Of two hops, the one within the node goes
+            through it. A rank may send another one 1 / (2 · ranks) of it at a time.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
@@ -101,12 +106,17 @@ class ExpertParallel:
         num_experts: int,
         ranks_per_node: int | None = None,
         timeout: float | None = None,
+        peer_buffer: int = 0,
     ):
         name = "ExpertParallel"
         check_that(name, "num_experts", num_experts >= 1, "at least 1", num_experts)
         check_that(name, "timeout", timeout is None or timeout > 0, "more than 0", timeout)
         groups, shape, position = _groups(name, group, ranks_per_node, timeout)
         exchanges = [Exchange(g, timeout or limit_of(g).total_seconds()) for g in groups]
+        if peer_buffer:
+            has_cuda = torch.cuda.is_available()
+            check_that(name, "peer_buffer", has_cuda, "0 without a GPU", peer_buffer)
+            exchanges[-1].memory = connect(groups[-1], peer_buffer, exchanges[-1].timeout)
         size = shape[0] * shape[1]
         rank = position[0] * shape[1] + position[1]
         share, more = divmod(num_experts, size)
