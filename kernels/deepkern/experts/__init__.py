@@ -6,6 +6,7 @@ from .expert_combine import expert_combine, expert_combine_backward
 from .expert_dispatch import expert_dispatch, expert_dispatch_backward
 from .expert_load import expert_load
 from .expert_parallel import ExpertParallel
+from .fp8_experts import fp8_experts
 from .load_statistics import LoadStatistics
 from .moe_forward import moe_forward, moe_forward_backward
 from .placement_bound import gpu_loads, placement_bound
@@ -26,6 +27,7 @@ __all__ = [
     "expert_dispatch",
     "expert_dispatch_backward",
     "expert_load",
+    "fp8_experts",
     "gpu_loads",
     "moe_forward",
     "moe_forward_backward",

@@ -260,25 +260,33 @@ def launch_backward(
     return sum_rows(y, None, rows.handle, grad_x), grad_weights
 
 
-class MoeForward(torch.autograd.Function):
-    """With a gradient to come the forward pass is the ops one by one, the same launches, so that
-    gate_up is at hand to be kept."""
+def step_by_step(
+    x: Tensor, topk_weights: Tensor, topk_idx: Tensor,
+    w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, alignment: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The layer op by op, the same bits as in one, for what a gradient needs of it: (out, gate_up
+    in FP8, its scale), gate_up in the order of `expert_dispatch` with this alignment."""
+    multiply = m_grouped_fp8_gemm_nt_contiguous.overload
+    q, scale, group_index, _, handle = expert_dispatch.overload(
+        x, topk_idx, len(w13), None, alignment, "fp32"
+    )
+    gate_up = multiply(q, scale, w13, w13_scale, group_index, x.dtype)
+    y = multiply(*swiglu_cast.overload(gate_up), w2, w2_scale, group_index, x.dtype)
+    out = expert_combine.overload(y, topk_weights, handle)
+    return out, *cast_per_token.overload(gate_up)
 
+
+class MoeForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale):
-        w = w13, w13_scale, w2, w2_scale
+        args = x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            return moe_forward.overload(x, topk_weights, topk_idx, *w)
-        moe_forward.allocate(x, topk_weights, topk_idx, *w)
-        check_blocks("moe_forward", *w)
-        multiply = m_grouped_fp8_gemm_nt_contiguous.overload
-        q, scale, group_index, _, handle = expert_dispatch.overload(
-            x, topk_idx, len(w13), None, 1, "fp32"
-        )
-        gate_up = multiply(q, scale, w13, w13_scale, group_index, x.dtype)
-        y = multiply(*swiglu_cast.overload(gate_up), w2, w2_scale, group_index, x.dtype)
-        ctx.save_for_backward(topk_weights, topk_idx, *cast_per_token.overload(gate_up), *w)
-        return expert_combine.overload(y, topk_weights, handle)
+            return moe_forward.overload(*args)
+        moe_forward.allocate(*args)  # its checks
+        check_blocks("moe_forward", *args[3:])
+        out, *gate_up = step_by_step(*args)
+        ctx.save_for_backward(topk_weights, topk_idx, *gate_up, *args[3:])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
