@@ -5,9 +5,9 @@
 A tile multiplies KEYS keys (rows) by the heads of some queries (columns), each query's heads padded
 to a power of two. Keys are the rows because a tensor core's result has a thread hold most heads of
 a key and query, so the sum over heads is taken in registers, and needs no more than two shuffles.
-Its order is fixed whatever the tile: neighbours by a multiplication and a fused multiply-add, then
-halves onto halves. Hence a query's bits depend on no other query and on no choice of tile. Launch
-with `enable_fp_fusion=False`.
+Its order is fixed: neighbours by a multiplication and a fused multiply-add, then halves onto halves
+(and where HEADS is less than H, such sums in turn). Hence a query's bits depend on no other query
+and not on how many a tile takes. Launch with `enable_fp_fusion=False`.
 
 Source: DeepSeek-V3.2 (arXiv 2512.02556), section 2.1; DeepGEMM has the keys as rows, too.
 """
@@ -23,7 +23,6 @@ from ..quant.fp8 import matrix_operand
 from ..runtime.arch import Arch
 
 WIDE = 128  # of the head dimension, multiplied at a time
-
 
 # (keys, columns, warps, stages) that compile without spills: where one product takes all heads and
 # all of D, and where sums over parts, or the addresses of single bytes, take registers too.
