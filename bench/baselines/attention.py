@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .quant import FP8, cast_per_token
-from .registry import baseline, others
+from .registry import baseline, others, prepared
 
 BF16 = torch.bfloat16
 
@@ -83,6 +85,91 @@ def mla_decode(
     )
     out = out.masked_fill(~rows.any(-1, keepdim=True), 0)  # nothing to attend to
     return out.view(B, Sq, H, v_head_dim), None
+
+
+@others("mla_decode")
+def other_mla_decode(args: tuple) -> dict[str, Callable[[], object]]:
+    """The naive form anywhere; on a GPU FlexAttention, and FlashMLA and FlashInfer if installed."""
+    q, cache, table = args[:3]
+    found: dict[str, Callable[[], object]] = {}
+    page = cache.shape[1]
+    naive_bytes = table.numel() * page * q.shape[2] * (192 + 128) * q.element_size()
+    if naive_bytes < 16 << 30:  # 80 KB a token at 128 heads
+        found["naive form: keys and values of every head ready, SDPA"] = prepared(
+            lambda: naive(args)
+        )
+    if q.device.type != "cuda":
+        return found
+    found["FlexAttention, compiled, cache gathered before"] = prepared(lambda: flex(args))
+    bf16 = q.dtype == cache.dtype == BF16 and page == 64 and q.shape[3] == 576
+    for module, prepare in (("flash_mla", flash_mla), ("flashinfer", flashinfer)):
+        if bf16 and importlib.util.find_spec(module):
+            found[module] = prepared(functools.partial(prepare, args))
+    return found
+
+
+def limits(args: tuple) -> Tensor:
+    """How many tokens each query sees: [B, Sq]."""
+    q, seqlens, causal = args[0], args[3], args[5]
+    ahead = torch.arange(q.shape[1] - 1, -1, -1, device=q.device)
+    return seqlens[:, None] - (ahead if causal else torch.zeros_like(ahead))
+
+
+def naive(args: tuple) -> Callable[[], object]:
+    """SDPA over keys of 192 and values of 128 for every head, as V3 has them."""
+    (B, Sq, H, _), (q, cache, table) = args[0].shape, args[:3]
+    S = table.shape[1] * cache.shape[1]
+    query, keys, values = (
+        torch.randn(B, H, length, width, dtype=q.dtype, device=q.device)
+        for length, width in ((Sq, 192), (S, 192), (S, 128))
+    )
+    seen = (torch.arange(S, device=q.device) < limits(args)[..., None])[:, None]
+    return lambda: F.scaled_dot_product_attention(query, keys, values, seen, scale=args[4])
+
+
+def flex(args: tuple) -> Callable[[], object]:
+    """FlexAttention on the absorbed form: the heads share one key."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, cache, table, _, scale, _, R = args
+    keys = gather(cache, table, R, q.dtype).nan_to_num()[:, None]
+    limit = limits(args)
+    mask = create_block_mask(
+        lambda b, h, query, key: key < limit[b, query],
+        len(q), None, q.shape[1], keys.shape[2], device=q.device,
+    )  # fmt: skip
+    compiled, query, values = torch.compile(flex_attention), q.transpose(1, 2), keys[..., :R]
+    return lambda: compiled(query, keys, values, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+def flash_mla(args: tuple) -> Callable[[], object]:
+    import flash_mla as library
+
+    q, cache, table, seqlens, scale, causal, R = args
+    cache = cache.contiguous()
+    metadata = library.get_mla_metadata(seqlens, q.shape[1] * q.shape[2], 1)
+    call = library.flash_mla_with_kvcache
+    return lambda: call(q, cache, table, seqlens, R, *metadata, scale, causal)
+
+
+def flashinfer(args: tuple) -> Callable[[], object]:
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+
+    q, cache, table, seqlens, scale, causal, R = args
+    (B, Sq, H, W), page = q.shape, cache.shape[1]
+    pages = (seqlens + page - 1) // page
+    used = table[torch.arange(table.shape[1], device=q.device) < pages[:, None]]
+    wrapper = BatchMLAPagedAttentionWrapper(
+        torch.empty(128 << 20, dtype=torch.int8, device=q.device)
+    )
+    wrapper.plan(
+        torch.arange(B + 1, dtype=torch.int32, device=q.device) * Sq,
+        F.pad(pages.cumsum(0), (1, 0)).int(), used, seqlens, H, R, W - R, page, causal, scale,
+        q.dtype, cache.dtype,
+    )  # fmt: skip
+    parts = [x.contiguous() for whole in (q.flatten(0, 1), cache[:, :, 0])
+             for x in whole.split((R, W - R), -1)]  # fmt: skip
+    return lambda: wrapper.run(*parts)
 
 
 @baseline

@@ -9,6 +9,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import deepkern
 from deepkern.runtime import arch
@@ -74,6 +76,13 @@ def test_split_boundaries(backend, length, generator):
     check(attention.mla_decode(generator, (length,), H=2, R=32, D=16, **FP32))
 
 
+@pytest.mark.parametrize("kind", [{}, FP8])
+def test_flashmla_lengths_half_of_them_zero(backend, kind, generator):
+    """Up to eight splits in one sequence, none in the next."""
+    lengths = (0, 4096, 0, 20, 140, 0)
+    check(attention.mla_decode(generator, lengths, Sq=2, H=2, R=32, D=16, **kind))
+
+
 def test_more_new_tokens_than_there_are(backend, generator):
     """The first queries of a sequence shorter than Sq see nothing: out 0, lse -inf."""
     args = attention.mla_decode(generator, (2, 0), Sq=4, H=3, page=16, **SMALL)
@@ -132,11 +141,17 @@ def test_hostile_lengths_are_clamped(backend, generator):
     compare.assert_bitwise(lse, want_lse)
 
 
-def test_no_worse_than_twice_plain_pytorch(backend, generator):
-    args = attention.mla_decode(generator, (150,), H=8, **SMALL)
-    exact, _ = naive(args, 0)
-    q, cache, table, seqlens, scale, _, R = args
-    keys = torch.cat([cache[i] for i in table[0]])[:150, 0]
+@pytest.mark.parametrize("kind", [{}, FP8])
+@pytest.mark.parametrize("length", [1, 3, 150])
+def test_no_worse_than_twice_plain_pytorch(backend, kind, length, generator):
+    """Plain PyTorch: softmax in fp32, the rest in bf16, an FP8 cache dequantised to that before."""
+    args = attention.mla_decode(generator, (length,), H=8, R=256, D=16, **kind)
+    q, cache, table, seqlens, scale, causal, R = args
+    unpack = deepkern.reference.attention.unpack
+    keys = unpack(torch.cat([cache[i] for i in table[0]])[:length, 0], R)
+    wide = keys.view(1, -1, 1, keys.shape[1]), table.new_zeros(1, 1)
+    exact, _ = naive((q, *wide, seqlens, scale, causal, R), 0)
+    keys = keys.bfloat16()
     scores = (q[0, 0].float() @ keys.float().T * scale).softmax(-1)
     plain = (scores.bfloat16() @ keys[:, :R])[None]
     got = deepkern.mla_decode(*args)[0][0]
@@ -184,6 +199,31 @@ def test_append_then_decode_is_attention_with_keys_and_values(backend, generator
     compare.assert_close(got[0], want.transpose(0, 1))
 
 
+numbers = st.one_of(
+    st.integers(-2, 8), st.sampled_from([FAR, -FAR - 1, attention.ABSENT, FAR - 5, 2**30])
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    table=st.lists(numbers, min_size=6, max_size=6),
+    lengths=st.lists(st.one_of(numbers, st.integers(0, 20)), min_size=2, max_size=2),
+    fp8=st.booleans(),
+    causal=st.booleans(),
+)
+def test_no_contents_read_outside(table, lengths, fp8, causal):
+    """Under the memory-checking interpreter any table and lengths are safe, and mean one thing."""
+    generator = torch.Generator().manual_seed(0)
+    kind = FP8 if fp8 else FP32
+    q, cache, _, _, scale, _, R = attention.mla_decode(
+        generator, (21, 20), Sq=2, H=2, R=32, D=16, page=7, **kind
+    )
+    cache = cache.nan_to_num() if not fp8 else cache.masked_fill(cache == 0xFF, 0)
+    table, lengths = (torch.tensor(x, dtype=torch.int32) for x in (table, lengths))
+    with deepkern.backend("triton"):
+        check((q, cache, table.view(2, 3), lengths, scale, causal, R))
+
+
 def test_debug_names_what_is_wrong(generator, monkeypatch):
     q, cache, table, seqlens, *rest = attention.mla_decode(generator, (30,), H=1, page=16, **SMALL)
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
@@ -210,3 +250,35 @@ def test_flashmla_grid_in_full(H, Sq, page, kind, generator):
     lengths = [n * (i % 2) for n in (20, 140, 4096) for i in range(4)]
     with deepkern.backend("triton"):
         check(attention.mla_decode(generator, lengths, Sq=Sq, H=H, page=page, **kind))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [{}, FP8])
+def test_cuda_graph_with_changing_lengths(kind, generator):
+    """A graph captured at one set of lengths gives the bits of an eager call at every other."""
+    args = attention.mla_decode(generator, (3000, 1, 700, 64), Sq=2, H=16, **kind)
+    q, cache, table, seqlens, *rest = args
+    with deepkern.backend("triton"):
+        deepkern.mla_decode(*args)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse = deepkern.mla_decode(*args)
+        for lengths in ((3000, 1, 700, 64), (0, 1, 0, 0), (2999, 0, 1, 63), (512, 1, 513, 2)):
+            seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
+            graph.replay()
+            want, want_lse = deepkern.mla_decode(q, cache, table, seqlens, *rest)
+            compare.assert_bitwise(out, want)
+            compare.assert_bitwise(lse, want_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [{}, FP8])
+@pytest.mark.parametrize("H", [16, 32, 128])
+def test_a_hundred_times_the_same_bits(H, kind, generator):
+    args = attention.mla_decode(generator, (4096, 0, 20, 9000, 513), Sq=2, H=H, **kind)
+    with deepkern.backend("triton"):
+        out, lse = deepkern.mla_decode(*args)
+        for _ in range(100):
+            again, again_lse = deepkern.mla_decode(*args)
+            compare.assert_bitwise(again, out)
+            compare.assert_bitwise(again_lse, lse)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import deepkern
 from bench import costs, timings
 from bench.__main__ import app
+from deepkern.runtime import arch
 from deepkern.testing import inputs
 from deepkern.testing.timing import time_call
 
@@ -59,6 +60,19 @@ def test_cost_of_prefill_counts_what_is_seen(causal):
         for j in range(Lk)
     )
     assert operations == pairs * 2 * 2 * (6 + 4)
+
+
+@pytest.mark.parametrize(("cache_dtype", "crossover"), [(torch.bfloat16, 109), (torch.uint8, 62)])
+def test_cost_of_attention_gives_the_crossover_of_memory_and_matrix_units(cache_dtype, crossover):
+    """On an H200, so many rows of queries take as long to multiply as their tokens to read."""
+    size = {"lengths": (4096,), "H": 1, "cache_dtype": cache_dtype}
+    made = inputs.make("mla_decode", torch.Generator().manual_seed(0), **size)
+    args = deepkern.OPS["mla_decode"].positional(made)
+    moved, operations = costs.cost("mla_decode", args, ())
+    moved -= costs.tensor_bytes(*(args[i] for i in (0, 2, 3)))
+    h200 = arch.ARCHS["sm_90"]
+    rows = (moved / (h200.bandwidth * 1e9)) / (operations / (h200.bf16_tflops * 1e12))
+    assert round(rows) == crossover
 
 
 def test_interpreted_triton_is_never_timed(monkeypatch):

@@ -114,6 +114,31 @@ def store(row_ptr, index, value, mask):
 
 
 @triton.jit
+def e4m3_over_256(words, DTYPE: tl.constexpr):
+    """int32 [N, W], four e4m3 to a word -> DTYPE [N, 4 * W], the values times 2^-8, exactly.
+
+    By integer arithmetic even where e4m3 is a type: a conversion would be moved behind the way
+    through shared memory, and matrix operands of 8 bits cannot be transposed on that way. Sign and
+    the other 7 bits, at their places in a float16, are the value times 2^-8; two fit into a word.
+    """
+    # 0x7f is NaN, and the only code that a one carries into the eighth bit; there, it makes a
+    # float16's NaN of it.
+    carried = (words & 0x7F7F7F7F) + 0x01010101
+    magnitude = (words & 0x7F7F7F7F) | (carried & -0x7F7F7F80)
+    even = ((words << 8) & -0x7FFF8000) | ((magnitude << 7) & 0x7F807F80)  # values 0 and 2
+    odd = (words & -0x7FFF8000) | ((magnitude >> 1) & 0x7F807F80)  # values 1 and 3
+    low = tl.join(lower_half(even).to(DTYPE), lower_half(even >> 16).to(DTYPE))
+    high = tl.join(lower_half(odd).to(DTYPE), lower_half(odd >> 16).to(DTYPE))
+    return tl.reshape(tl.join(low, high), (words.shape[0], 4 * words.shape[1]))
+
+
+@triton.jit
+def lower_half(word):
+    """The float16 in the lower half of an int32, as float32."""
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def unpack_e4m3(words, DTYPE: tl.constexpr):
     """int32 [N, W], four e4m3 to a word -> DTYPE (bf16 or fp32) [N, 4 * W], exactly.
 

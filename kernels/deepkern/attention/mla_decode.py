@@ -28,9 +28,8 @@ from torch import Tensor
 from ..runtime import arch
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .cache import alignment, check_width, load, parts, strides, unpack_e4m3
+from .cache import alignment, check_width, e4m3_over_256, load, parts, strides
 
-MIN_SPLIT = 512  # tokens: a split's partial result costs as much traffic as 3.6 tokens a row
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -98,6 +97,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     max_splits: int
+    min_split: int = 512  # tokens: a split's result costs as much traffic as 3.6 tokens a row
 
 
 def tile(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim) -> Tile:
@@ -111,7 +111,10 @@ def tile(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim
     while keys > 16 and keys * q.shape[3] > room:
         keys //= 2
     tiles = triton.next_power_of_2(triton.cdiv(max(total, 1), rows))
-    return Tile(rows, keys, wide, warps, stages, max(64 // tiles, 8))
+    # A lone long sequence gets as many programs as keep the memory busy, where that bounds it, and
+    # otherwise about as many as there are multiprocessors.
+    max_splits = 64 if tiles == 1 else max(128 // tiles, 8)
+    return Tile(rows, keys, wide, warps, stages, max_splits, 512 if total <= 32 else 1024)
 
 
 def _tile(target, dot: torch.dtype, cached: torch.dtype, total: int) -> tuple[int, ...]:
@@ -122,7 +125,8 @@ def _tile(target, dot: torch.dtype, cached: torch.dtype, total: int) -> tuple[in
     if not nvidia:
         return (16 if total <= 16 or cached == torch.uint8 else 32, 32, 128, 4, 2)
     if cached == torch.uint8:
-        return (16, 16 if target.name in ("sm_100", "sm_120") else 32, 128, 8, 2)
+        # 32 and 64 rows spill: besides the results, they hold a scale for each key and block.
+        return (16, 32, 128, 8 if target.name in ("sm_100", "sm_120") else 4, 2)
     if total <= 16:
         return (16, 64, 128, 4, 2)
     if total > 32 and target.wgmma:
@@ -155,7 +159,7 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
     capacity = block_table.shape[1] * page
     target = arch.of(q.device)
     t = tile(*args)
-    splits = max(min(triton.cdiv(capacity, MIN_SPLIT), t.max_splits), 1)
+    splits = max(min(triton.cdiv(capacity, t.min_split), t.max_splits), 1)
     partial = partial_lse = None
     if splits > 1:
         partial = q.new_empty(B, splits, Sq * H, R, dtype=torch.float32)
@@ -171,7 +175,7 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
         PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
         ROWS=t.rows, KEYS=t.keys, WIDE=t.wide, BLOCKS=triton.cdiv(R, t.wide), EVEN=R % t.wide == 0,
         D_TILE=max(triton.next_power_of_2(W - R), 16),
-        MIN_SPLIT=MIN_SPLIT, MAX_SPLITS=t.max_splits,
+        MIN_SPLIT=t.min_split, MAX_SPLITS=t.max_splits,
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     if splits > 1:
@@ -179,7 +183,7 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
         combine[(B * triton.cdiv(Sq * H, ROWS),)](
             partial, partial_lse, cache_seqlens, out, lse, Sq, H, R, capacity, splits,
             ROWS=ROWS, R_TILE=max(triton.next_power_of_2(R), 1), KEYS=t.keys,
-            MIN_SPLIT=MIN_SPLIT, MAX_SPLITS=t.max_splits, num_warps=4,
+            MIN_SPLIT=t.min_split, MAX_SPLITS=t.max_splits, num_warps=4,
         )  # fmt: skip
     return out, lse
 
@@ -251,22 +255,23 @@ def kernel(
         inside = present[:, None] & (rope_column < D)
         rope = load(rope_row, rope_column, inside, ROPE).to(DOT)  # [KEYS, D_TILE]
         scores = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
-        latent, scale = (), ()
+        latent, scale = (), ()  # BLOCKS of [KEYS, WIDE]; FP8: of [1, KEYS]
         for j in tl.static_range(BLOCKS):
             at = j * WIDE + column
             inside = present[:, None] & ((at < R) | EVEN)
             if FP8:
                 word = j * (WIDE // 4) + tl.arange(0, WIDE // 4)[None, :]
                 inside_word = present[:, None] & ((word * 4 < R) | EVEN)
-                values = unpack_e4m3(load(latent_row, word, inside_word, tl.int32), DOT)
+                values = e4m3_over_256(load(latent_row, word, inside_word, tl.int32), DOT)
                 if not EVEN:
                     values = tl.where(inside, values, 0.0)  # the last word may be of R % 4 values
                 # The scale is applied outside the product, where nothing rounds it.
-                scale = scale + (load(scale_row, j * WIDE // 128, present, tl.float32)[None, :],)
+                block_scale = load(scale_row, j * WIDE // 128, present, tl.float32) * 256.0
+                scale = scale + (block_scale[None, :],)
                 product = tl.dot(q_latent[j], tl.trans(values), input_precision=PRECISION)
                 scores += product * scale[j]
             else:
-                values = tl.load(latent_row + at, mask=inside, other=0.0).to(DOT)  # [KEYS, WIDE]
+                values = tl.load(latent_row + at, mask=inside, other=0.0).to(DOT)
                 scores = tl.dot(q_latent[j], tl.trans(values), scores, input_precision=PRECISION)
             latent = latent + (values,)
         seen = present[None, :] & (key[None, :] < limit[:, None])

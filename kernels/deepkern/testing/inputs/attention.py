@@ -103,8 +103,11 @@ def mla_decode(
     cache_dtype: torch.dtype = BF16,
     causal: bool = True,
     width: int | None = None,
+    batch: int = 1,
 ) -> tuple:
+    """`batch` times the sequences of `lengths`."""
     device = generator.device
+    lengths = tuple(lengths) * batch
     seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     cache, table = paged(generator, seqlens, page, R, D, cache_dtype, width)
     q = torch.randn(len(lengths), Sq, H, R + D, generator=generator, device=device).to(dtype)
@@ -273,16 +276,28 @@ SIZES = {
         ],
         cpu=[{"lengths": (1024,) * 4, "H": 16}],
         gpu=[
-            {"lengths": (4096,) * 128, "H": 16},
-            {"lengths": (4096,) * 128, "H": 128},
             {"lengths": (8192,), "H": 128},
-            {"lengths": (4096,) * 128, "H": 16, **FP8},
+            {"lengths": (65536,), "H": 16},
+            {"lengths": (65536,), "H": 128},
+            {"lengths": (65536,), "H": 16, **FP8},
+            {"lengths": (4096,), "batch": 32, "H": 16, "Sq": 4},
+            {"lengths": (4096,), "batch": 32, "H": 64, "Sq": 2},
+            {"lengths": (16384,), "batch": 32, "H": 64},
+            {"lengths": (16384,), "batch": 32, "H": 64, **FP8},
+            {"lengths": (65536,), "batch": 32, "H": 16},
+            {"lengths": (1024,), "batch": 128, "H": 16},
+            {"lengths": (1024, 16384), "batch": 64, "H": 16},
+            {"lengths": (4096,), "batch": 128, "H": 16},
+            {"lengths": (4096,), "batch": 128, "H": 16, **FP8},
+            {"lengths": (4096,), "batch": 128, "H": 128},
+            {"lengths": (8192,), "batch": 128, "H": 128},
+            {"lengths": (8192,), "batch": 128, "H": 128, **FP8},
         ],
         inspect=[
             {"lengths": (4096,), "H": 16},
+            {"lengths": (4096,), "H": 32},
             {"lengths": (4096,), "H": 128},
             {"lengths": (4096,), "H": 16, **FP8},
-            {"lengths": (4096,), "H": 128, **FP8},
         ],
     ),
     "mla_prefill": Sizes(
