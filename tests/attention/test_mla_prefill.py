@@ -61,10 +61,10 @@ def test_heads(backend, H, Hk, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("widths", [(192, 128), (1, 1), (65, 3), (100, 130), (17, 0), (0, 16)])
+@pytest.mark.parametrize("widths", [(192, 128), (1, 130), (100, 1), (65, 3), (17, 0), (0, 16)])
 def test_widths(backend, widths, dtype, generator):
-    Dqk, Dv = widths
-    scaled = attention.mla_prefill(generator, (37,), H=2, Dqk=max(Dqk, 1), Dv=Dv, dtype=dtype)
+    Dqk, Dv = widths  # narrow ones want many heads: of few values the error varies much
+    scaled = attention.mla_prefill(generator, (100,), H=8, Dqk=max(Dqk, 1), Dv=Dv, dtype=dtype)
     q, k, *rest = scaled
     check((q[..., :Dqk], k[..., :Dqk], *rest))
 
@@ -113,7 +113,7 @@ def test_a_sequence_does_not_see_the_batch(backend, generator):
 @pytest.mark.parametrize("side", [3, 4])
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_hostile_boundaries(backend, hostile, side, at, generator):
-    args = list(attention.mla_prefill(generator, (10, 0, 20), H=2, **SMALL))
+    args = list(attention.mla_prefill(generator, (10, 0, 20), H=2, **SMALL, **FP32))
     args[side][at] = hostile
     check(tuple(args))
 
@@ -121,7 +121,7 @@ def test_hostile_boundaries(backend, hostile, side, at, generator):
 @pytest.mark.parametrize("round", range(4))
 def test_any_boundaries(backend, round, generator):
     """Whatever they hold, nothing outside the tensors is touched and every output is written."""
-    q, k, v, _, _, *rest = attention.mla_prefill(generator, (140,), (150,), H=1, **SMALL)
+    q, k, v, _, _, *rest = attention.mla_prefill(generator, (140,), (150,), H=1, **SMALL, **FP32)
     B = int(torch.randint(0, 9, (), generator=generator, device=q.device))
     bits = torch.randint(
         -(2**31), 2**31, (2, B + 1), generator=generator, device=q.device, dtype=torch.int64
