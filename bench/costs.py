@@ -48,6 +48,52 @@ def _mla_cache_gather_bytes(args: tuple, out) -> int:
     return tokens * cache.shape[-1] * cache.element_size() + tensor_bytes(table, cu_seqlens, out)
 
 
+def _named_tokens(indices: Tensor, slots: int, topk_length: Tensor | None) -> int:
+    """Indices of a sparse attention that count."""
+    counts = (indices >= 0) & (indices < slots)
+    if topk_length is not None:
+        place = torch.arange(indices.shape[-1], device=indices.device)
+        counts &= place < topk_length[:, None, None]
+    return int(counts.sum())
+
+
+def _mla_sparse_decode_bytes(args: tuple, out) -> int:
+    """A token is read once for each query that names it."""
+    q, cache, indices, _, topk_length = args[:5]
+    tokens = _named_tokens(indices, cache.shape[0] * cache.shape[1], topk_length)
+    return tokens * cache.shape[-1] * cache.element_size() + tensor_bytes(q, indices, out)
+
+
+def _mla_sparse_decode_flops(args: tuple, out) -> int:
+    q, cache, indices, _, topk_length, _, v_head_dim = args
+    tokens = _named_tokens(indices, cache.shape[0] * cache.shape[1], topk_length)
+    return tokens * 2 * q.shape[2] * (q.shape[3] + v_head_dim)
+
+
+def _mla_sparse_prefill_bytes(args: tuple, out) -> int:
+    q, kv, indices = args[:3]
+    tokens = _named_tokens(indices, len(kv), args[6])
+    return tokens * kv.shape[-1] * kv.element_size() + tensor_bytes(q, indices, out)
+
+
+def _mla_sparse_prefill_flops(args: tuple, out) -> int:
+    q, kv, indices, _, v_head_dim = args[:5]
+    return _named_tokens(indices, len(kv), args[6]) * 2 * q.shape[1] * (q.shape[2] + v_head_dim)
+
+
+def _mla_sparse_prefill_backward_bytes(args: tuple, out) -> int:
+    kv, indices = args[3:5]
+    tokens = _named_tokens(indices, len(kv), args[9])
+    return tokens * kv.shape[-1] * kv.element_size() + tensor_bytes(args, out) - tensor_bytes(kv)
+
+
+def _mla_sparse_prefill_backward_flops(args: tuple, out) -> int:
+    """Scores, gradients of weights and of q, and both parts of kv's gradient."""
+    q, kv, indices, forward_out = args[2:6]
+    per_token = 2 * q.shape[1] * (3 * q.shape[2] + 2 * forward_out.shape[-1])
+    return _named_tokens(indices, len(kv), args[9]) * per_token
+
+
 def _mqa_logits_flops(args: tuple, out) -> int:
     q, kv, _, _, starts, ends = args
     starts, ends = (x.clamp(0, len(kv)).long() for x in (starts, ends))
@@ -139,6 +185,9 @@ BYTES = {
     "moe_forward": _moe_bytes,
     "moe_forward_backward": _moe_bytes,
     "mla_decode": _mla_decode_bytes,
+    "mla_sparse_decode": _mla_sparse_decode_bytes,
+    "mla_sparse_prefill": _mla_sparse_prefill_bytes,
+    "mla_sparse_prefill_backward": _mla_sparse_prefill_backward_bytes,
     "mla_cache_append": _mla_cache_append_bytes,
     "indexer_cache_append": _indexer_cache_append_bytes,
     "paged_mqa_logits": _paged_mqa_logits_bytes,
@@ -152,6 +201,9 @@ FLOPS = {
     "m_grouped_fp8_gemm_nt_contiguous": _contiguous_flops,
     "m_grouped_fp8_gemm_nt_masked": _masked_flops,
     "mla_decode": _mla_decode_flops,
+    "mla_sparse_decode": _mla_sparse_decode_flops,
+    "mla_sparse_prefill": _mla_sparse_prefill_flops,
+    "mla_sparse_prefill_backward": _mla_sparse_prefill_backward_flops,
     "mqa_logits": _mqa_logits_flops,
     "paged_mqa_logits": _paged_mqa_logits_flops,
     "mla_prefill": _mla_prefill_flops,

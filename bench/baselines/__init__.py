@@ -12,7 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import attention, experts, indexer, matmul, quant  # noqa: F401  (each enters its baselines)
+from . import (  # noqa: F401  (each enters its baselines)
+    attention,
+    experts,
+    indexer,
+    matmul,
+    quant,
+    sparse_attention,
+)
 from .registry import BASELINES, OTHERS
 
 

@@ -181,11 +181,21 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
     if splits > 1:
         ROWS = 4
         combine[(B * triton.cdiv(Sq * H, ROWS),)](
-            partial, partial_lse, cache_seqlens, out, lse, Sq, H, R, capacity, splits,
+            partial, partial_lse, cache_seqlens, None, out, lse, Sq, H, R, capacity, splits,
             ROWS=ROWS, R_TILE=max(triton.next_power_of_2(R), 1), KEYS=t.keys,
             MIN_SPLIT=t.min_split, MAX_SPLITS=t.max_splits, num_warps=4,
         )  # fmt: skip
     return out, lse
+
+
+@triton.jit
+def length_of(length_ptr, sequence, capacity):
+    """Tokens of a sequence, clamped to [0, capacity]; all of the capacity without lengths."""
+    if length_ptr is None:
+        length = capacity
+    else:
+        length = tl.minimum(tl.maximum(tl.load(length_ptr + sequence), 0), capacity)
+    return length
 
 
 @triton.jit
@@ -213,7 +223,7 @@ def kernel(
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
-    length = tl.minimum(tl.maximum(tl.load(length_ptr + sequence), 0), capacity)
+    length = length_of(length_ptr, sequence, capacity)
     split_length = split_length_of(length, KEYS, MIN_SPLIT, MAX_SPLITS)
     begin = split * split_length
     if (begin >= length) & (split > 0):
@@ -319,16 +329,31 @@ def kernel(
 
 
 @triton.jit
+def share_beside_sink(sink_ptr, head, known, lse):
+    """exp(lse) / (exp(lse) + exp(sink)) of rows whose lse is to the base 2; 1 without sinks."""
+    share = tl.full(lse.shape, 1.0, tl.float32)
+    if sink_ptr is not None:
+        sink = tl.load(sink_ptr + head, mask=known, other=0.0) * 1.4426950408889634
+        # Where nothing is attended to, the result is 0 as it is, and inf - inf would be NaN.
+        share = tl.where(lse == float("-inf"), 1.0, 1.0 / (1.0 + tl.exp2(sink - lse)))
+    return share
+
+
+@triton.jit
 def combine(
-    partial_ptr, partial_lse_ptr, length_ptr, out_ptr, lse_ptr, Sq, H, R, capacity, splits,
+    partial_ptr, partial_lse_ptr, length_ptr, sink_ptr, out_ptr, lse_ptr,
+    Sq, H, R, capacity, splits,
     ROWS: tl.constexpr, R_TILE: tl.constexpr, KEYS: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the splits of ROWS rows, each weighted with its share of the sum of exponentials."""
+    """Adds up the splits of ROWS rows, each weighted with its share of the sum of exponentials.
+
+    Also for `mla_sparse_decode`, which has sinks and may have no lengths.
+    """
     tiles = tl.cdiv(Sq * H, ROWS)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    length = tl.minimum(tl.maximum(tl.load(length_ptr + sequence), 0), capacity)
+    length = length_of(length_ptr, sequence, capacity)
     split_length = split_length_of(length, KEYS, MIN_SPLIT, MAX_SPLITS)
     if split_length >= length:
         return
@@ -353,9 +378,10 @@ def combine(
         acc += weight[:, None] * result
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
+    query, head = row // H, row % H
+    result *= share_beside_sink(sink_ptr, head, known, lse)[:, None]
     out = out_ptr + (sequence * Sq * H + row)[:, None] * R + column
     tl.store(out, result.to(out_ptr.dtype.element_ty), mask=inside)
-    query, head = row // H, row % H
     tl.store(lse_ptr + (sequence * H + head) * Sq + query, lse * LN_2, mask=known)
 
 

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from . import indexer, prefill
+from . import indexer, prefill, sparse_attention
 from .exact import inverse_rms, sum_pairs
 from .indexer import *  # noqa: F403
 from .prefill import *  # noqa: F403
 from .quant import BLOCK, cast_per_token
+from .sparse_attention import *  # noqa: F403
 
 __all__ = [
     "merge_states",
@@ -21,6 +22,7 @@ __all__ = [
     "mla_decode",
     *indexer.__all__,
     *prefill.__all__,
+    *sparse_attention.__all__,
 ]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-FAMILIES = ("quant", "matmul", "attention", "indexer", "experts")
+FAMILIES = ("quant", "matmul", "attention", "indexer", "sparse_attention", "experts")
 
 
 @dataclass(frozen=True)

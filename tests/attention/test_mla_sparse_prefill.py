@@ -1,0 +1,437 @@
+"""mla_sparse_prefill and its backward: FlashMLA's grid at an interpreter's size, hostile indices.
+
+Every row of kv here that no index names is NaN. Gradients are held against float64 autograd of a
+formula that is not the reference's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import deepkern
+from deepkern.attention import sparse_gradients
+from deepkern.testing import compare
+from deepkern.testing.inputs import sparse_attention
+
+FP32 = {"dtype": torch.float32}
+SMALL = {"R": 64, "D": 16}
+OPTIONS = sparse_attention.OPTIONS
+FAR = 2**31 - 1
+HOSTILE = [-1, -FAR - 1, FAR, "rows"]
+
+
+def counting(args: tuple) -> torch.Tensor:
+    """Which indices count, [S, topk]."""
+    _, kv, indices, _, _, _, topk_length = args
+    counts = (indices >= 0) & (indices < kv.shape[0])
+    if topk_length is not None:
+        place = torch.arange(indices.shape[-1], device=indices.device)
+        counts &= place < topk_length[:, None, None]
+    return counts[:, 0]
+
+
+def poisoned(args: tuple) -> tuple:
+    """The arguments with NaN in every row of kv that no index which counts names."""
+    q, kv, indices, *rest = args
+    named = torch.zeros(kv.shape[0], dtype=torch.bool, device=kv.device)
+    named[indices[:, 0][counting(args)].long()] = True
+    return q, kv.masked_fill(~named[:, None, None], math.nan), indices, *rest
+
+
+def check(args: tuple) -> tuple:
+    """The op against the oracle, whose result stays in float64."""
+    args = poisoned(args)
+    got = deepkern.mla_sparse_prefill(*args)
+    want = deepkern.reference.mla_sparse_prefill(args[0].double(), *args[1:])
+    for g, w in zip(got, want, strict=True):
+        compare.assert_close(g, w)
+    return got
+
+
+def naive(q, kv, indices, scale, R, sink, counts) -> tuple[torch.Tensor, ...]:
+    """All queries at once by torch's softmax, the sink one more column; lonely ones are not 0."""
+    keys = kv[indices[:, 0].long().clamp(0, kv.shape[0] - 1), 0]  # [S, topk, W]
+    scores = torch.einsum("shw,snw->shn", q, keys) * scale
+    scores = scores.masked_fill(~counts[:, None], -math.inf)
+    column = torch.full_like(scores[..., :1], -math.inf)
+    column = column if sink is None else sink[None, :, None] + torch.zeros_like(column)
+    weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+    out = torch.einsum("shn,snr->shr", weights, keys[..., :R])
+    return out, scores.amax(-1), scores.logsumexp(-1)
+
+
+def exact_gradients(args: tuple, grad_out, grad_lse) -> tuple[torch.Tensor, ...]:
+    """Of q, kv and the sink, in float64."""
+    q, kv, indices, scale, R, sink, _ = args
+    leaves = [x.detach().double().requires_grad_() for x in (q, kv, sink) if x is not None]
+    out, _, lse = naive(*leaves[:2], indices, scale, R, leaves[2] if sink is not None else None,
+                        counting(args))  # fmt: skip
+    total = (out * grad_out.double()).sum()
+    if grad_lse is not None:
+        total = total + (lse * grad_lse.double()).sum()
+    return torch.autograd.grad(total, leaves)
+
+
+def gradients(args: tuple, grad_out, grad_lse) -> tuple[torch.Tensor, ...]:
+    """The same through the public function."""
+    q, kv, indices, scale, R, sink, topk_length = args
+    leaves = [x.detach().requires_grad_() for x in (q, kv, sink) if x is not None]
+    q, kv, *rest = leaves
+    out, _, lse = deepkern.mla_sparse_prefill(
+        q, kv, indices, scale, R, rest[0] if rest else None, topk_length
+    )
+    outputs, grads = (out,), (grad_out,)
+    if grad_lse is not None:
+        outputs, grads = (out, lse), (grad_out, grad_lse)
+    return torch.autograd.grad(outputs, leaves, grads)
+
+
+def with_gradients(generator, args: tuple, lse: bool = True) -> tuple:
+    """Arguments of `gradients`: random gradients of out and lse, which is finite everywhere."""
+    q, _, indices, _, R, _, topk_length = args
+    indices[:, 0, 0] = 0  # no lonely query, for which the naive formula has no gradient
+    if topk_length is not None:
+        topk_length.clamp_(min=1)
+    grad_out = torch.randn(*q.shape[:2], R, generator=generator, device=q.device).to(q.dtype)
+    grad_lse = torch.randn(q.shape[:2], generator=generator, device=q.device) if lse else None
+    return args, grad_out, grad_lse
+
+
+def check_gradients(inputs: tuple) -> None:
+    """Against autograd in fp32; in bf16 against the oracle with this out, whose rounding it knows.
+
+    bf16 results are also held to twice plain PyTorch's error, below.
+    """
+    args, grad_out, grad_lse = inputs
+    q, kv, indices, scale, _, sink, lengths = args
+    got = gradients(*inputs)
+    if q.dtype == torch.float32:
+        want = exact_gradients(*inputs)
+    else:
+        out, _, lse = deepkern.mla_sparse_prefill(*args)
+        want = deepkern.reference.mla_sparse_prefill_backward(
+            grad_out, grad_lse, q.double(), kv.double(), indices, out, lse, scale, sink, lengths
+        )
+    for g, w in zip(got, want if sink is not None else want[:2], strict=True):
+        compare.assert_close(g, w)
+
+
+def test_against_torchs_softmax(backend, generator):
+    args = sparse_attention.mla_sparse_prefill(
+        generator, H=5, sink=True, holes=False, **SMALL, **FP32
+    )
+    q, kv, indices, scale, R, sink, _ = args
+    want = naive(q.double(), kv.double(), indices, scale, R, sink.double(), counting(args))
+    for g, w in zip(deepkern.mla_sparse_prefill(*args), want, strict=True):
+        compare.assert_close(g, w)
+
+
+@pytest.mark.parametrize("H", [1, 9, 16, 64, 128])
+def test_any_number_of_heads(backend, H, generator):
+    check(sparse_attention.mla_sparse_prefill(generator, H=H, **SMALL, **OPTIONS))
+
+
+@pytest.mark.parametrize("kind", [{}, {"dtype": torch.float16}, FP32])
+def test_v3_widths(backend, kind, generator):
+    check(sparse_attention.mla_sparse_prefill(generator, S=2, H=9, topk=70, **kind))
+
+
+@pytest.mark.parametrize(("R", "D"), [(130, 6), (1, 1), (16, 0), (0, 20)])
+def test_odd_widths(backend, R, D, generator):
+    check(sparse_attention.mla_sparse_prefill(generator, H=2, R=R, D=D, **FP32))
+
+
+@pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 600])
+def test_any_topk(backend, topk, generator):
+    size = {"S": 2, "H": 2, "topk": topk, "Skv": 300, **SMALL, **FP32}
+    check(sparse_attention.mla_sparse_prefill(generator, **size, **OPTIONS))
+
+
+def test_strided_operands(backend, generator):
+    args = sparse_attention.mla_sparse_prefill(generator, H=4, **SMALL)
+    q, kv, indices, *rest = args
+    apart = q.new_full((*q.shape[:2], 96), math.nan)
+    apart[..., :80] = q
+    wide = torch.cat((kv, torch.full_like(kv, math.nan)), 1)
+    got = deepkern.mla_sparse_prefill(apart[..., :80], wide[:, :1], indices, *rest)
+    for g, w in zip(got, deepkern.mla_sparse_prefill(*args), strict=True):
+        compare.assert_bitwise(g, w)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_indices_name_nothing(backend, hostile, generator):
+    args = sparse_attention.mla_sparse_prefill(generator, H=2, sink=True, **SMALL, **FP32)
+    q, kv, indices, *rest = args
+    hostile = kv.shape[0] if hostile == "rows" else hostile
+    some = indices.clone()
+    some[..., ::3] = hostile
+    got = check((q, kv, some, *rest))
+    kept = torch.arange(32, device=q.device) % 3 != 0
+    want = deepkern.reference.mla_sparse_prefill(q, kv, indices[..., kept], *rest)
+    for g, w in zip(got, want, strict=True):
+        compare.assert_close(g, w)
+    out, max_logits, lse = check((q, kv, torch.full_like(indices, hostile), *rest))
+    assert (out == 0).all() and (lse == -math.inf).all() and (max_logits == -math.inf).all()
+
+
+def test_lengths_are_clamped_and_cut_the_indices(backend, generator):
+    q, kv, indices, *rest, _ = sparse_attention.mla_sparse_prefill(generator, S=4, H=2, **SMALL)
+    lengths = torch.tensor([-5, 7, FAR, -FAR - 1], dtype=torch.int32, device=q.device)
+    out, _, lse = check((q, kv, indices, *rest, lengths))
+    assert (out[[0, 3]] == 0).all() and (lse[[0, 3]] == -math.inf).all()
+    short = deepkern.mla_sparse_prefill(q[1:2], kv, indices[1:2, :, :7], *rest)
+    compare.assert_bitwise(out[1:2], short[0])
+    compare.assert_bitwise(lse[1:2], short[2])
+
+
+def test_sinks(backend, generator):
+    """-inf changes no bit, +inf gives 0; max_logits and lse do not know of them."""
+    args = sparse_attention.mla_sparse_prefill(generator, H=4, **SMALL)
+    q, kv, indices, scale, R, _, _ = args
+    indices[1] = -1
+    sink = torch.tensor([math.inf, -math.inf, 0.5, -3.0], device=q.device)
+    out, max_logits, lse = check((q, kv, indices, scale, R, sink, None))
+    plain, plain_max, plain_lse = deepkern.mla_sparse_prefill(*args)
+    compare.assert_bitwise(lse, plain_lse)
+    compare.assert_bitwise(max_logits, plain_max)
+    compare.assert_bitwise(out[:, 1], plain[:, 1])
+    assert (out[:, 0] == 0).all() and (out[1] == 0).all() and (out[0, 1:] != 0).any()
+
+
+def test_a_query_does_not_see_the_others(backend, generator):
+    args = sparse_attention.mla_sparse_prefill(generator, S=4, H=3, **SMALL, **OPTIONS)
+    q, kv, indices, scale, R, sink, lengths = args
+    got = deepkern.mla_sparse_prefill(*args)
+    for s in range(4):
+        one = slice(s, s + 1)
+        alone = deepkern.mla_sparse_prefill(q[one], kv, indices[one], scale, R, sink, lengths[one])
+        for g, a in zip(got, alone, strict=True):
+            compare.assert_bitwise(a[0], g[s])
+
+
+def test_is_mla_sparse_decode_of_as_many_sequences(backend, generator):
+    """Up to where decode begins to split: bit for bit, lse included."""
+    args = sparse_attention.mla_sparse_prefill(generator, H=3, **SMALL, **OPTIONS)
+    q, kv, indices, scale, R, sink, lengths = args
+    out, _, lse = deepkern.mla_sparse_prefill(*args)
+    got = deepkern.mla_sparse_decode(q[:, None], kv[:, None], indices, scale, lengths, sink, R)
+    compare.assert_bitwise(got[0][:, 0], out)
+    compare.assert_bitwise(got[1][..., 0], lse)
+
+
+@pytest.mark.parametrize("kind", [{}, FP32])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"H": 9, **SMALL, **OPTIONS},
+        {"H": 17, "topk": 70, "Skv": 30, **SMALL},
+        {"H": 18, "R": 130, "D": 6, "sink": True},
+        {"S": 2, "H": 16, "topk": 40, "Skv": 64, "sink": True},
+    ],
+)
+def test_gradients(backend, size, kind, generator):
+    args = sparse_attention.mla_sparse_prefill(generator, **size, **kind)
+    inputs = with_gradients(generator, args)
+    check_gradients(inputs)
+
+
+@pytest.mark.parametrize("kind", [{}, FP32])
+def test_gradients_in_several_rounds(backend, kind, generator, monkeypatch):
+    """With room for the shares of one query at a time."""
+    monkeypatch.setattr(sparse_gradients, "WORKSPACE", 1)
+    size = {"S": 5, "H": 6, "Skv": 20, "sink": True}
+    args = sparse_attention.mla_sparse_prefill(generator, **size, **SMALL, **kind)
+    inputs = with_gradients(generator, args, lse=False)
+    check_gradients(inputs)
+
+
+def test_gradients_of_one_row_named_by_all(backend, generator):
+    """Every index of every query is the same row: its gradient is the sum of all shares."""
+    args = sparse_attention.mla_sparse_prefill(generator, S=4, H=2, topk=50, **SMALL, **FP32)
+    args[2].fill_(7)
+    inputs = with_gradients(generator, args, lse=False)
+    args[2].fill_(7)
+    got, want = gradients(*inputs), exact_gradients(*inputs)
+    compare.assert_close(got[1], want[1])
+    assert (got[1][torch.arange(50, device=args[0].device) != 7] == 0).all()
+
+
+def test_gradients_without_anything_to_attend_to(backend, generator):
+    """Lonely queries, past-the-end indices and infinite sinks: gradients 0, and no NaN."""
+    args = sparse_attention.mla_sparse_prefill(generator, S=3, H=3, sink=True, **SMALL)
+    q, kv, indices, scale, R, sink, _ = args
+    sink[:2] = torch.tensor([math.inf, -math.inf])
+    indices[0], indices[1] = -1, FAR
+    args = poisoned(args)
+    grad_out = torch.randn(3, 3, R, generator=generator, device=q.device).to(q.dtype)
+    grad_q, grad_kv, grad_sink = gradients(args, grad_out, None)
+    named = indices[2, 0][indices[2, 0] >= 0].long().unique()
+    assert (grad_q[:2] == 0).all() and (grad_q[2, 0] == 0).all() and (grad_q[2, 1:] != 0).any()
+    assert (grad_sink[:2] == 0).all() and grad_sink[2] != 0
+    assert grad_kv.isfinite().all() and (grad_kv[named] != 0).any()
+    grad_kv[named] = 0
+    assert (grad_kv == 0).all()
+
+
+def test_grad_q_does_not_see_the_other_queries(backend, generator):
+    args = sparse_attention.mla_sparse_prefill_backward(
+        generator, grad_lse=True, H=3, **SMALL, **OPTIONS
+    )
+    grad_out, grad_lse, q, kv, indices, out, lse, scale, sink, lengths = args
+    grad_q = deepkern.mla_sparse_prefill_backward(*args)[0]
+    one = slice(1, 2)
+    alone = deepkern.mla_sparse_prefill_backward(
+        grad_out[one], grad_lse[one], q[one], kv, indices[one], out[one], lse[one], scale, sink,
+        lengths[one],
+    )  # fmt: skip
+    compare.assert_bitwise(alone[0][0], grad_q[1])
+
+
+def test_gradients_no_worse_than_twice_plain_pytorch(backend, generator):
+    args = sparse_attention.mla_sparse_prefill(generator, S=8, H=16, Skv=60, topk=48, **SMALL)
+    inputs = with_gradients(generator, args, lse=False)
+    q, kv, indices, scale, R, sink, _ = args
+    leaves = [x.detach().requires_grad_() for x in (q, kv)]
+    keys = leaves[1][indices[:, 0].long().clamp(min=0), 0]
+    scores = torch.einsum("shw,snw->shn", leaves[0], keys).float() * scale
+    weights = scores.masked_fill(~counting(args)[:, None], -math.inf).softmax(-1).bfloat16()
+    out = torch.einsum("shn,snr->shr", weights, keys[..., :R])
+    plain = torch.autograd.grad(out, leaves, inputs[1])
+    for g, p, e in zip(gradients(*inputs), plain, exact_gradients(*inputs), strict=True):
+        assert compare.diff(g, e) <= 2 * compare.diff(p, e) + 1e-6
+
+
+def peak(call) -> int:
+    """The most bytes of CPU memory that torch held during a call, over what it held before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def test_peak_memory_of_the_backward(generator, monkeypatch):
+    """The workspace, fp32 sums and the gradients, however many queries there are."""
+    if generator.device.type != "cpu":
+        pytest.skip("counts CPU memory; test_peak_memory_on_a_gpu counts a GPU's")
+    monkeypatch.setattr(sparse_gradients, "WORKSPACE", 1 << 20)
+    args = sparse_attention.mla_sparse_prefill_backward(generator, S=8, H=4, topk=700, **SMALL)
+    q, kv = args[2:4]
+    launch = deepkern.OPS["mla_sparse_prefill_backward"].launcher("triton")
+    bound = (1 << 20) + 4 * kv.numel() + 2 * (kv.numel() + q.numel()) + 4096
+    assert (1 << 19) < peak(lambda: launch(*args)) <= bound
+    at_once = sparse_gradients.queries_at_once(8, 4, 80, 700, 2)
+    assert 1 <= at_once < 8, "the bound says nothing if all queries fit"
+
+
+@pytest.mark.parametrize("what", ["forward", "backward"])
+def test_fuzzed_indices_reach_no_other_memory(what, generator):
+    """Any int32 for an index or a length: the interpreter raises for an access outside."""
+    device = generator.device
+
+    def hostile(high, *shape):
+        """A third of them within bounds, a third about them, a third any int32."""
+        kind = torch.randint(0, 3, shape, generator=generator, device=device)
+        near = torch.randint(-2, high + 3, shape, generator=generator, device=device)
+        wide = torch.randint(-FAR - 1, FAR, shape, generator=generator, device=device)
+        return torch.where(kind == 0, near.clamp(0, high), torch.where(kind == 1, near, wide)).int()
+
+    for _ in range(3):
+        args = sparse_attention.mla_sparse_prefill(
+            generator, S=4, H=2, topk=80, sink=True, **SMALL, **FP32
+        )
+        q, kv, _, scale, R, sink, _ = args
+        args = q, kv, hostile(50, 4, 1, 80), scale, R, sink, hostile(80, 4)
+        with deepkern.backend("triton"):
+            got = deepkern.mla_sparse_prefill(*args)
+        compare.assert_matches(
+            "mla_sparse_prefill", got, deepkern.reference.mla_sparse_prefill(*args)
+        )
+        if what == "backward":
+            grad = torch.randn_like(got[0])
+            back = (grad, None, q, kv, args[2], got[0], got[2], scale, sink, args[6])
+            want = deepkern.reference.mla_sparse_prefill_backward(*back)
+            with deepkern.backend("triton"):
+                got = deepkern.mla_sparse_prefill_backward(*back)
+            compare.assert_matches("mla_sparse_prefill_backward", got, want)
+
+
+def test_debug_names_what_is_wrong(generator, monkeypatch):
+    args = sparse_attention.mla_sparse_prefill(generator, S=1, H=1, topk=5, lengths=True, **SMALL)
+    *rest, lengths = args
+    monkeypatch.setenv("DEEPKERN_DEBUG", "1")
+    lengths.fill_(4)
+    args[2][..., 4] = FAR  # past the length
+    deepkern.mla_sparse_prefill(*args)
+    with pytest.raises(ValueError, match=r"mla_sparse_prefill: topk_length: expected lengths in"):
+        deepkern.mla_sparse_prefill(*rest, lengths + 2)
+    with pytest.raises(ValueError, match=r"mla_sparse_prefill: indices: expected values in \[-1"):
+        deepkern.mla_sparse_prefill(*rest, lengths + 1)
+
+
+def test_refuses(generator):
+    args = sparse_attention.mla_sparse_prefill(generator, S=1, H=1, **SMALL)
+    with pytest.raises(TypeError, match="mla_sparse_prefill: kv: expected q's dtype"):
+        deepkern.mla_sparse_prefill(args[0], args[1].float(), *args[2:])
+    with pytest.raises(ValueError, match="mla_sparse_prefill: v_head_dim: expected a part of"):
+        deepkern.mla_sparse_prefill(*args[:4], 81, *args[5:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, OPTIONS])
+@pytest.mark.parametrize("H", [1, 16, 64, 126, 128])
+@pytest.mark.parametrize("S", [1, 62, 213])
+def test_flashmla_grid_in_full(S, H, options, generator):
+    for Skv, topk in ((128, 128), (592, 128), (1521, 512), (114, 384), (32, 2048), (4321, 2048)):
+        args = sparse_attention.mla_sparse_prefill(
+            generator, S=S, Skv=Skv, H=H, topk=topk, **options
+        )
+        with deepkern.backend("triton"):
+            check(args)
+
+
+@pytest.mark.gpu
+def test_more_queries_than_a_second_grid_dimension(generator):
+    args = sparse_attention.mla_sparse_prefill(generator, S=70000, Skv=256, H=16, topk=8, **SMALL)
+    with deepkern.backend("triton"):
+        got = deepkern.mla_sparse_prefill(*args)
+        last = slice(69990, 70000)
+        alone = deepkern.mla_sparse_prefill(args[0][last], args[1], args[2][last], *args[3:])
+    for g, a in zip(got, alone, strict=True):
+        compare.assert_bitwise(g[last], a)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [16, 128])
+def test_gradients_in_full(H, generator):
+    size = {"S": 40, "Skv": 4096, "H": H, "topk": 2048, "grad_lse": True}
+    args = sparse_attention.mla_sparse_prefill_backward(generator, **size, **OPTIONS)
+    with deepkern.backend("triton"):
+        got = deepkern.mla_sparse_prefill_backward(*args)
+        again = deepkern.mla_sparse_prefill_backward(*args)
+    want = deepkern.reference.mla_sparse_prefill_backward(*args)
+    for g, a, w in zip(got, again, want, strict=True):
+        compare.assert_close(g, w, dtype=torch.bfloat16)
+        compare.assert_bitwise(g, a)
+
+
+@pytest.mark.gpu
+def test_peak_memory_on_a_gpu(generator):
+    args = sparse_attention.mla_sparse_prefill_backward(
+        generator, S=512, Skv=8192, H=128, topk=2048
+    )
+    q, kv = args[2:4]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with deepkern.backend("triton"):
+        deepkern.mla_sparse_prefill_backward(*args)
+    torch.cuda.synchronize()
+    most = torch.cuda.max_memory_allocated() - before
+    assert most <= sparse_gradients.WORKSPACE + 6 * kv.numel() + 2 * q.numel() + (32 << 20)
