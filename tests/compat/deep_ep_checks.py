@@ -246,5 +246,5 @@ def check_errors():
     assert called == [1] and event.event is None
 
 
-def everything():
-    return run_checks(globals())
+def everything(backend):
+    return run_checks(globals(), backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 
 import pytest
 
@@ -12,10 +13,12 @@ from tests.compat import deep_ep_checks as checks
 from tests.experts.parallel_checks import assert_passed
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks(world):
+@pytest.mark.parametrize(("world", "backend"), [(1, "torch"), (2, "triton"), (3, "torch")])
+def test_ranks(world, backend):
+    if backend == "triton" and "TRITON_INTERPRET" not in os.environ:
+        pytest.skip("Triton is not interpreted here")
     names = [name for name in vars(checks) if name.startswith("check_")]
-    assert_passed(ranks.run(world, checks.everything, timeout=240), names)
+    assert_passed(ranks.run(world, checks.everything, backend, timeout=240), names)
 
 
 def test_signatures():
