@@ -303,6 +303,30 @@ def test_more_rows_than_int32_can_name(device):
         deepkern.expert_dispatch(x, topk_idx, 2**20, None, 2**12)
 
 
+def test_more_assignments_than_int32_counts(device):
+    """Even where few rows are asked for: a kernel's number of an assignment would turn negative."""
+    one = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    many, x = one.expand(2**31, 1), torch.empty(1, 0, device=device).expand(2**31, 0)
+    y, weights = torch.empty(1, 0, device=device), torch.ones(1, 1, device=device).expand(2**31, 1)
+    calls = {
+        "expert_dispatch: topk_idx": lambda: deepkern.expert_dispatch(x, many, 2, num_assigned=1),
+        "expert_dispatch_backward: handle": lambda: deepkern.experts.expert_dispatch_backward(
+            y, many
+        ),
+        "expert_combine: handle": lambda: deepkern.expert_combine(y, weights, many),
+        "expert_combine_backward: handle": lambda: deepkern.experts.expert_combine_backward(
+            x, y, weights, many
+        ),
+        "expert_load: topk_idx": lambda: deepkern.expert_load(many, 2),
+    }
+    for name, call in calls.items():
+        with (
+            deepkern.backend("triton"),
+            pytest.raises(ValueError, match=f"^{name}: expected fewer"),
+        ):
+            call()
+
+
 def test_debug_names_the_index(backend, device, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     x, topk_idx = torch.ones(2, 4, device=device), torch.tensor([[0, -1], [2, 3]], device=device)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .rows import BLOCK_K, TOKENS, ZERO_ROWS, slots_in_flight, zero_rows
+from .rows import BLOCK_K, TOKENS, ZERO_ROWS, check_assignments, slots_in_flight, zero_rows
 
 
 @op(
@@ -52,6 +52,7 @@ def expert_combine(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
+    check_assignments("expert_combine", "handle", handle)
     return y.new_empty((handle.shape[0], y.shape[1]))
 
 
@@ -150,6 +151,7 @@ def expert_combine_backward(
             handle[t, j] names, 0 in rows that none does.
         grad_weights: fp32 [T, topk]: <grad[t], y[handle[t, j]]>, 0 where there is no row.
     """
+    check_assignments("expert_combine_backward", "handle", handle)
     return y.new_empty(y.shape), y.new_empty(handle.shape, dtype=torch.float32)
 
 

@@ -25,7 +25,15 @@ from ..runtime.contract import FP8, check_choice, check_that
 from ..runtime.op import op
 from .expert_combine import sum_rows
 from .placement import place
-from .rows import BLOCK_K, TOKENS, ZERO_ROWS, as_integers, slots_in_flight, zero_rows
+from .rows import (
+    BLOCK_K,
+    TOKENS,
+    ZERO_ROWS,
+    as_integers,
+    check_assignments,
+    slots_in_flight,
+    zero_rows,
+)
 
 
 @op(x="real|fp8 [T, K]", topk_idx="int64|int32 [T, topk]", x_scale="fp32 [T, K/128] strided")
@@ -77,7 +85,7 @@ def expert_dispatch(
         check_choice(name, "cast", cast, ("fp32", "ue8m0"))
         check_that(name, "cast", x.dtype != FP8 and x_scale is None, "None with FP8 rows or scales",
                    repr(cast))  # fmt: skip
-    N = T * topk
+    N = check_assignments(name, "topk_idx", topk_idx)
     if num_assigned is not None:
         check_that(name, "num_assigned", num_assigned >= 0, "at least 0", num_assigned)
         N = min(N, num_assigned)
@@ -216,6 +224,7 @@ def expert_dispatch_backward(grad: Tensor, handle: Tensor) -> Tensor:
 
     Summed in fp32 in the order of the slots, rounded once to the dtype of `grad`.
     """
+    check_assignments("expert_dispatch_backward", "handle", handle)
     return grad.new_empty((handle.shape[0], grad.shape[1]))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..runtime.contract import check_that
 from ..runtime.op import op
 from .placement import count
+from .rows import check_assignments
 
 
 @op(topk_idx="int64|int32 [T, topk]")
@@ -33,9 +34,8 @@ def expert_load(topk_idx: Tensor, num_experts: int) -> Tensor:
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    name, assignments = "expert_load", topk_idx.numel()
-    check_that(name, "num_experts", num_experts >= 1, "at least 1", num_experts)
-    check_that(name, "topk_idx", assignments < 2**31, "fewer than 2^31 assignments", assignments)
+    check_that("expert_load", "num_experts", num_experts >= 1, "at least 1", num_experts)
+    check_assignments("expert_load", "topk_idx", topk_idx)
     return topk_idx.new_empty(num_experts, dtype=torch.int32)
 
 

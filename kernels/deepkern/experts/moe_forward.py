@@ -49,6 +49,7 @@ from .expert_combine import expert_combine, sum_rows
 from .expert_dispatch import check_contents as check_indices
 from .expert_dispatch import expert_dispatch
 from .layer import Rows, tile_of_rows
+from .rows import check_assignments
 
 WEIGHTS = {
     "w13": "fp8 [E, J, K] strided",
@@ -100,8 +101,7 @@ def moe_forward(
     """
     name = "moe_forward"
     check_weights(name, w13, w13_scale, w2, w2_scale)
-    rows = topk_idx.numel()
-    check_that(name, "topk_idx", rows < 2**31, "fewer than 2^31 assignments", rows)
+    check_assignments(name, "topk_idx", topk_idx)
     return x.new_empty(x.shape)
 
 
@@ -219,7 +219,7 @@ def moe_forward_backward(
     name = "moe_forward_backward"
     check_weights(name, w13, w13_scale, w2, w2_scale)
     check_blocks(name, w13, w13_scale, w2, w2_scale)
-    rows = topk_idx.numel()
+    rows = check_assignments(name, "topk_idx", topk_idx)
     check_that(name, "gate_up", len(gate_up) == rows, f"{rows} rows", tuple(gate_up.shape))
     return grad.new_empty(grad.shape), grad.new_empty(topk_idx.shape, dtype=torch.float32)
 

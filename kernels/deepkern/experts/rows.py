@@ -1,4 +1,4 @@
-"""What dispatch and combine share: rows by expert, and writing zeros to the rows of no token.
+"""What dispatch and combine share: limits, rows by expert, zeros for the rows of no token.
 
 A block of memory work is TOKENS rows by BLOCK_K columns (ROWS by BLOCK_K for zeros): with 128
 threads every one moves 16 bytes at a time, several times.
@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.contract import check_that
+
 TOKENS = 4
 BLOCK_K = 1024
 ZERO_ROWS = 64  # rows that one program clears
@@ -21,6 +23,13 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 def as_integers(x: Tensor) -> Tensor:
     """`x` for kernels that copy: the same bits as integers, whatever the target knows of FP8."""
     return x.view(_BITS[x.element_size()])
+
+
+def check_assignments(op: str, argument: str, slots: Tensor) -> int:
+    """How many slots [T, topk] there are: kernels count them in int32."""
+    count = slots.numel()
+    check_that(op, argument, count < 2**31, "fewer than 2^31 assignments", count)
+    return count
 
 
 def slots_in_flight(topk: int) -> int:
