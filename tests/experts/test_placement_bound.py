@@ -52,8 +52,17 @@ def test_gpu_loads():
     phy2log = torch.tensor([[0, 1, 0, 2, 0, 0]])
     got = deepkern.gpu_loads(load, phy2log, 3)
     assert got.tolist() == [[5.5, 2.5, 3.0]]
-    for wrong, named in (((load, phy2log, 4), "num_gpus"), ((-load, phy2log, 3), "load")):
-        with pytest.raises(ValueError, match=f"gpu_loads: {named}: expected"):
+    for wrong, named in (
+        ((load, phy2log, 4), "num_gpus"),
+        ((load, phy2log, 0), "num_gpus"),
+        ((-load, phy2log, 3), "load"),
+        ((load, phy2log[0], 3), "phy2log"),
+        ((load, phy2log.expand(2, 6), 3), "phy2log"),
+        ((load, phy2log + 1, 3), "phy2log"),
+        ((load, phy2log - 1, 3), "phy2log"),
+        ((load, phy2log.int(), 3), "phy2log"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^gpu_loads: {named}: expected .* got "):
             deepkern.gpu_loads(*wrong)
 
 

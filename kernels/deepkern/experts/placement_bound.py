@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from ..reference.placement import replicate
-from ..runtime.contract import check_that
+from ..runtime.contract import Contract, check_that
 from .rebalance_experts import check_cluster, checked_load
+
+CONTRACT = Contract("gpu_loads", phy2log="int64 [L, R]")
 
 
 def gpu_loads(load: Tensor | np.ndarray, phy2log: Tensor, num_gpus: int) -> Tensor:
@@ -18,11 +20,20 @@ def gpu_loads(load: Tensor | np.ndarray, phy2log: Tensor, num_gpus: int) -> Tens
         load: real or integer [L, E], as for `rebalance_experts`.
         phy2log: int64 [L, R] on the CPU, from there.
         num_gpus: a divisor of R.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; a slot holds no expert of [0, E).
     """
-    load = torch.from_numpy(checked_load("gpu_loads", load))
-    L, R = phy2log.shape
-    check_that("gpu_loads", "phy2log", len(load) == L, f"L = {len(load)} layers", f"{L}")
-    check_that("gpu_loads", "num_gpus", R % num_gpus == 0, f"a divisor of R = {R}", num_gpus)
+    name = "gpu_loads"
+    load = torch.from_numpy(checked_load(name, load))
+    CONTRACT.check({"phy2log": phy2log})
+    on, E, (L, R) = phy2log.device, load.shape[1], phy2log.shape
+    check_that(name, "phy2log", on.type == "cpu", "a tensor on the CPU", f"one on {on}")
+    check_that(name, "phy2log", len(load) == L, f"L = {len(load)} layers", f"{L}")
+    fits = num_gpus >= 1 and R % num_gpus == 0
+    check_that(name, "num_gpus", fits, f"a divisor of R = {R}", num_gpus)
+    wrong = phy2log[(phy2log < 0) | (phy2log >= E)].tolist()
+    check_that(name, "phy2log", not wrong, f"experts in [0, {E})", wrong[0] if wrong else None)
     count = torch.zeros(load.shape, dtype=torch.float64)
     count.scatter_add_(1, phy2log, torch.ones(L, R, dtype=torch.float64))
     return (load / count).gather(1, phy2log).view(L, num_gpus, R // num_gpus).sum(2)

@@ -37,8 +37,8 @@ def plan_moves(
             without a row keep what they hold. Read sources before they are overwritten.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; an expert < 0, or one of the new
-            placement that is not in the old.
+        TypeError, ValueError: an argument is not as above; an expert outside [0, R), or one of the
+            new placement that is not in the old.
         ImportError: deepkern._host was not built.
     """
     name = "plan_moves"
@@ -49,8 +49,9 @@ def plan_moves(
     check_that(name, "old_phy2log", R > 0, "at least one slot", f"shape {(L, R)}")
     placements = {"old_phy2log": old_phy2log, "new_phy2log": new_phy2log}
     for argument, phy2log in placements.items():
-        lowest = int(phy2log.min()) if L else 0
-        check_that(name, argument, lowest >= 0, "experts of at least 0", lowest)
+        wrong = phy2log[(phy2log < 0) | (phy2log >= R)].tolist()
+        expected = f"experts in [0, {R}), of which each has a slot"
+        check_that(name, argument, not wrong, expected, wrong[0] if wrong else None)
     E = 1 + max(int(p.max()) if L else 0 for p in placements.values())
     for argument, part, whole in (("num_gpus", num_gpus, R), ("num_nodes", num_nodes, num_gpus)):
         check_that(name, argument, part >= 1 and whole % part == 0, f"a divisor of {whole}", part)
