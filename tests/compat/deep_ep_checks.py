@@ -17,12 +17,13 @@ FP8 = torch.float8_e4m3fn
 
 
 def tokens(T: int, E: int, topk: int, hidden: int, rank: int, dtype=torch.bfloat16):
-    """x, distinct experts with some -1 (and values of no expert), weights."""
+    """x, distinct experts with some -1 and other values of no expert among them, weights."""
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(T, hidden, generator=generator).to(dtype)
     idx = torch.rand(T, E, generator=generator).argsort(1)[:, :topk]
     none = torch.rand(T, topk, generator=generator) < 0.15
-    return x, torch.where(none, -1, idx), torch.rand(T, topk, generator=generator)
+    wrong = torch.tensor([-1, E, 2**62])[torch.arange(topk) % 3]
+    return x, torch.where(none, wrong, idx), torch.rand(T, topk, generator=generator)
 
 
 def all_tokens(world: int, E: int, topk: int, hidden: int):
@@ -109,7 +110,7 @@ def check_layout_and_dispatch():
             # Each token's own row, as often as it went out: exact but for the roundings.
             compare.assert_close(summed, reference.bfloat16().double() * times)
             if with_topk:
-                sent = (idx >= 0) & in_rank.any(1)[:, None]
+                sent = (idx >= 0) & (idx < E)
                 assert torch.equal(summed_weights, torch.where(sent, weights, 0.0))
             bias = (torch.ones_like(x), torch.full_like(x, 2.0))
             biased = buffer.combine(*back, bias=bias)[0]
@@ -178,7 +179,10 @@ def check_low_latency():
             y = cast_back((data, scale)).bfloat16() if use_fp8 else data.clone()
             sent = cast_back(deepkern.cast_per_token(x, "ue8m0" if round_scale else "fp32"))
             sent = sent.bfloat16() if use_fp8 else x
-            want = sent.double() * weights.masked_fill(idx < 0, 0).sum(1, keepdim=True).double()
+            want = (
+                sent.double()
+                * weights.masked_fill((idx < 0) | (idx >= E), 0).sum(1, keepdim=True).double()
+            )
             for e in range(per_rank):
                 y[e, count[e] :] = torch.nan  # rows of nobody
             out = torch.empty_like(x)
@@ -232,6 +236,17 @@ def check_errors():
     handle = buffer.dispatch(x, **how)[4]
     rows = x.new_ones(99, 4)
     raises(ValueError, "Buffer.combine: x: expected", buffer.combine, rows, handle)
+    words = "Buffer.dispatch: x: expected 2 tokens"
+    raises(ValueError, words, buffer.dispatch, x.new_ones(3, 4), handle=handle)
+    words = "Buffer.dispatch: is_token_in_rank: expected bool"
+    raises(ValueError, words, buffer.dispatch, x, is_token_in_rank=in_rank.int(),
+           num_tokens_per_expert=per_expert)  # fmt: skip
+    came = x.new_ones(sum(handle.link.received), 4)
+    raises(ValueError, "Buffer.combine: bias: expected shape (2, 4)", buffer.combine, came, handle,
+           bias=x[:1])  # fmt: skip
+    (recv, _), _, slots, _, _ = buffer.low_latency_dispatch(x, idx, 2, world)
+    words = "Buffer.low_latency_combine: topk_idx: expected shape (2, 1)"
+    raises(ValueError, words, buffer.low_latency_combine, recv.bfloat16(), idx[:1], w[:1], slots)
     raises(TypeError, "handle", buffer.low_latency_combine, x[None], idx, w, handle)
     deep_ep.Buffer.set_num_sms(24)
     assert deep_ep.Buffer.get_dispatch_config(3).num_sms == 24

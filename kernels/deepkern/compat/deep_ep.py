@@ -189,12 +189,8 @@ class Buffer:
         _wait(previous_event)
         data = [x] if scales is None else [x, scales]
         if handle is not None:
-            _check_handle(name, handle)
             check_that(name, "topk_idx", topk_idx is None, "None with a handle", "a tensor")
-            handle.link.agree("dispatch", False, x, x.shape[1], 0)
-            transfer = handle.link.start("dispatch", data)
-            received = [part.contiguous() for part in unpack(transfer.wait(), _shapes(data))]
-            return _as_given(received), None, None, None, None, EventOverlap(EventHandle())
+            return self._dispatch_again(name, data, handle)
 
         given = topk_idx is not None
         check_that(name, "topk_weights", given == (topk_weights is not None), "given with topk_idx",
@@ -204,8 +200,9 @@ class Buffer:
             if value is None:
                 raise TypeError(f"{name}: {argument}: expected a Tensor, got None")
         shape = (x.shape[0], self.group_size)
-        check_that(name, "is_token_in_rank", is_token_in_rank.shape == shape, f"shape {shape}",
-                   tuple(is_token_in_rank.shape))  # fmt: skip
+        fits = is_token_in_rank.shape == shape and is_token_in_rank.dtype == torch.bool
+        got = f"{is_token_in_rank.dtype} of shape {tuple(is_token_in_rank.shape)}"
+        check_that(name, "is_token_in_rank", fits, f"bool of shape {shape}", got)
         num_experts = num_tokens_per_expert.shape[0]
         per_rank = self._experts_per_rank("dispatch", num_experts)
         token = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)[:, None]
@@ -240,6 +237,17 @@ class Buffer:
                 (weights,) = _padded(name, [weights], num_worst_tokens)
         return _as_given(came), idx, weights, per_expert, handle, EventOverlap(EventHandle())
 
+    def _dispatch_again(self, name: str, data: list[Tensor], handle: Handle):
+        """Other rows the way of an earlier dispatch."""
+        _check_handle(name, handle)
+        x, link = data[0], handle.link
+        rows = len(link.target)
+        check_that(name, "x", len(x) == rows, f"{rows} tokens, as in the handle's dispatch", len(x))
+        link.agree("dispatch", False, x, x.shape[1], 0)
+        transfer = link.start("dispatch", data)
+        received = [part.contiguous() for part in unpack(transfer.wait(), _shapes(data))]
+        return _as_given(received), None, None, None, None, EventOverlap(EventHandle())
+
     @torch.no_grad()
     def combine(
         self, x: Tensor, handle: Handle, topk_weights: Tensor | None = None,
@@ -262,11 +270,14 @@ class Buffer:
         COMBINE.check({"x": x, "topk_weights": topk_weights})
         rows = sum(handle.link.received)
         check_that(name, "x", x.shape[0] == rows, f"{rows} rows, as dispatched", x.shape[0])
+        biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
+        shape = (len(handle.link.target), x.shape[1])
+        for b in biases:
+            check_that(name, "bias", b.shape == shape, f"shape {shape}", tuple(b.shape))
         _wait(previous_event)
         data = [x] if topk_weights is None else [x, topk_weights]
         handle.link.agree("combine", True, x, x.shape[1], 0)
         came = unpack(handle.link.start_back("combine", data).wait(), _shapes(data))
-        biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
         if biases:
             total = expert_dispatch_backward(came[0].float(), handle.link.rows)
             for b in biases:
@@ -375,7 +386,11 @@ class Buffer:
         LL_COMBINE.check({"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights})
         shape = (*handle[0].shape, handle[3])
         check_that(name, "x", x.shape == shape, f"shape {shape}", tuple(x.shape))
-        link, weights = handle.link, topk_weights.masked_fill(topk_idx < 0, 0.0)
+        link = handle.link
+        slots = tuple(link.target.shape)
+        check_that(name, "topk_idx", topk_idx.shape == slots, f"shape {slots}, as dispatched",
+                   tuple(topk_idx.shape))  # fmt: skip
+        weights = topk_weights.masked_fill(topk_idx < 0, 0.0)
         link.agree("dispatch", False, weights, weights.shape[1], 0)
         transfer = link.start("dispatch", [weights])
         (weights_here,) = unpack(transfer.wait(), _shapes([weights]))
