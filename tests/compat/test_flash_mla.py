@@ -66,6 +66,104 @@ def test_dense_decode(backend, kind, style, generator):
     assert lse[2].isfinite().all()
 
 
+def sparse_case(generator, topk, Sq=2, H=4, page=16, pages=3, fp8=True):
+    device = generator.device
+    cache = attention.empty_cache(
+        generator, pages, page, 512, 64, torch.uint8 if fp8 else torch.bfloat16
+    )
+    slots = torch.arange(pages * page, device=device)
+    latent = torch.randn(len(slots), 512, generator=generator, device=device)
+    k_rope = torch.randn(len(slots), 64, generator=generator, device=device)
+    used = slots[slots % 3 > 0]  # the others stay NaN, and no index names one
+    deepkern.reference.mla_cache_append(latent[used], k_rope[used], cache, used)
+    q = torch.randn(2, Sq, H, 576, generator=generator, device=device).bfloat16()
+    pick = torch.randint(len(used), (2, Sq, topk), generator=generator, device=device)
+    indices = used[pick].int()
+    indices[0, 0, 1::3] = -1
+    indices[1, 1] = torch.tensor([-1, pages * page, 2147483647, -2147483648],
+                                 dtype=torch.int32, device=device).repeat(topk)[:topk]  # fmt: skip
+    return q, cache, indices
+
+
+def attend_indices(q, scopes, scale, sink=None):
+    """`scopes`: (cache, indices [B, Sq, topk], topk_length [B] or None), attended to together."""
+    B, Sq, H, _ = q.shape
+    out = torch.zeros(B, Sq, H, 512, dtype=torch.float64, device=q.device)
+    lse = torch.zeros(B, H, Sq, dtype=torch.float64, device=q.device)
+    for b in range(B):
+        for s in range(Sq):
+            keys, seen = [], []
+            for cache, indices, length in scopes:
+                token, index = values(cache), indices[b, s].long()
+                count = len(index) if length is None else int(length[b])
+                there = (index >= 0) & (index < len(token))
+                there &= torch.arange(len(index), device=q.device) < count
+                keys.append(token[index.where(there, 0)])
+                seen.append(there)
+            out[b, s], lse[b, :, s] = attend(
+                q[b, s], torch.cat(keys), torch.cat(seen), scale, 512, sink
+            )
+    return out, lse
+
+
+def sinks(device):
+    return torch.tensor([0.3, -INF, INF, 5.0], device=device)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("with_length", [False, True])
+def test_sparse_decode(backend, with_sink, with_length, generator):
+    q, cache, indices = sparse_case(generator, 20)
+    sink = sinks(q.device) if with_sink else None
+    length = None
+    if with_length:
+        length = torch.tensor([7, 20], dtype=torch.int32, device=q.device)
+    got = flash_mla.flash_mla_with_kvcache(
+        q, cache.view(torch.float8_e4m3fn), None, None, 512, *flash_mla.get_mla_metadata(),
+        0.05, False, True, indices, sink, topk_length=length,
+    )  # fmt: skip
+    check(got, attend_indices(q, [(cache, indices, length)], 0.05, sink))
+    assert (got[0][1, 1] == 0).all() and (got[1][1, :, 1] == INF).all()
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_sparse_decode_over_two_caches(backend, with_sink, generator):
+    q, cache, indices = sparse_case(generator, 20)
+    _, extra, more = sparse_case(generator, 9, page=4, pages=5)
+    more[0, 0] = -1  # nothing in one of them, or in both
+    sink = sinks(q.device) if with_sink else None
+    length = torch.tensor([4, 9], dtype=torch.int32, device=q.device)
+    got = flash_mla.flash_mla_with_kvcache(
+        q, cache, None, None, 512, flash_mla.get_mla_metadata()[0], None, 0.05,
+        is_fp8_kvcache=True, indices=indices, attn_sink=sink, extra_k_cache=extra,
+        extra_indices_in_kvcache=more, extra_topk_length=length,
+    )  # fmt: skip
+    check(got, attend_indices(q, [(cache, indices, None), (extra, more, length)], 0.05, sink))
+    assert (got[0][1, 1] == 0).all() and (got[1][1, :, 1] == INF).all()
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_sparse_prefill(backend, with_sink, generator):
+    device = generator.device
+    q = torch.randn(3, 4, 576, generator=generator, device=device).bfloat16()
+    kv = torch.randn(30, 1, 576, generator=generator, device=device).bfloat16()
+    indices = torch.randint(-5, 35, (3, 1, 20), generator=generator, device=device).int()
+    indices[2] = -1
+    length = torch.tensor([20, 6, 20], dtype=torch.int32, device=device)
+    sink = sinks(device) if with_sink else None
+    out, max_logits, lse = flash_mla.flash_mla_sparse_fwd(
+        q, kv, indices, 0.05, attn_sink=sink, topk_length=length
+    )
+    for s in range(3):
+        index = indices[s, 0].long()
+        seen = (index >= 0) & (index < 30) & (torch.arange(20, device=device) < length[s])
+        keys = kv[index.where(seen, 0), 0].double()
+        check((out[s], lse[s]), attend(q[s], keys, seen, 0.05, 512, sink))
+        top = (q[s].double() @ keys.T * 0.05).masked_fill(~seen, -INF).amax(-1)
+        compare.assert_close(max_logits[s], top)
+    assert (lse[2] == INF).all() and (max_logits[2] == -INF).all()
+
+
 def varlen(generator, Hk=2):
     device = generator.device
     lengths_q, lengths_k = (5, 0, 3), (9, 4, 2)
