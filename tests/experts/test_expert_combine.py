@@ -18,7 +18,9 @@ def plain(y: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("topk", "K"), [(1, 5), (3, 1030), (8, 128), (11, 17)])
+@pytest.mark.parametrize(
+    ("topk", "K"), [(1, 1), (3, 1030), (8, 100), (11, 17), (2, 3584), (2, 7168)]
+)
 def test_plain_sum(backend, dtype, topk, K, generator):
     y, weights, handle = inputs.make("expert_combine", generator, T=9, topk=topk, K=K, dtype=dtype)
     got = deepkern.expert_combine(y, weights, handle)
@@ -118,7 +120,7 @@ def test_tokens_do_not_see_each_other(backend, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("topk", "K"), [(3, 1030), (8, 20)])
+@pytest.mark.parametrize(("topk", "K"), [(3, 1030), (8, 20), (4, 1), (3, 7168)])
 def test_gradients(backend, topk, K, dtype, generator):
     y, weights, handle = inputs.make(
         "expert_combine", generator, T=9, topk=topk, K=K, dtype=dtype, none=0.3

@@ -145,6 +145,24 @@ def test_every_bit_of_fp8_and_its_scale(backend, generator):
     assert (out.view(torch.uint8)[5:] == 0).all() and (out_scale[5:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
+@pytest.mark.parametrize("K", [1, 100, 3584, 7168])
+def test_hidden_sizes(backend, K, dtype, generator):
+    args = inputs.make("expert_dispatch", generator, T=5, E=4, topk=3, K=K, dtype=dtype)
+    want = reference.expert_dispatch(*args)
+    compare.assert_matches("expert_dispatch", deepkern.expert_dispatch(*args), want)
+
+
+@pytest.mark.parametrize("alignment", [1, 4])
+def test_every_token_to_every_expert(backend, alignment, generator):
+    """topk = E: each expert has all tokens, in their order."""
+    x = torch.randn(11, 6, generator=generator, device=generator.device)
+    topk_idx = torch.rand(11, 7, generator=generator, device=generator.device).argsort(1)
+    got = deepkern.expert_dispatch(x, topk_idx, 7, alignment=alignment)
+    assert_as_loop(got, x, topk_idx, 7, alignment)
+    assert got[3].tolist() == [11] * 7 and torch.equal(got[0][:11], x)
+
+
 @pytest.mark.parametrize("cast", ["fp32", "ue8m0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("K", [1, 100, 3584, 7168])
