@@ -91,7 +91,8 @@ class ExpertParallel:
         peer_buffer: bytes of memory on this GPU, the same on all ranks, into which the others write
             their rows themselves, in place of an all_to_all: for ranks that share NVLink or one GPU
             (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1). Of two hops, the one within the node goes
-            through it. A rank may send another one 1 / (2 · ranks) of it at a time.
+            through it. A rank may send another one 1 / (2 · ranks) of it at a time. At most two
+            calls may be under way, and each waits on the host for its rows.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
