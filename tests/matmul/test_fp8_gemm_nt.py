@@ -73,10 +73,11 @@ def test_edges(backend, generator, M, N, K, b_rows):
 
 # Off every grid, each N with each K, and each M with some of them.
 OFF_GRID = [
-    ((0, 1, 3, 127, 129, 257)[(i + 2 * j) % 6], N, K)
+    pytest.param((0, 1, 3, 127, 129, 257)[(i + 2 * j) % 6], N, K,
+                 marks=[pytest.mark.slow] if N * K > 1 << 20 else [])
     for i, N in enumerate((1, 8, 100, 576, 2112))
     for j, K in enumerate((1, 100, 128, 129, 7168))
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("M", "N", "K"), OFF_GRID)
@@ -106,6 +107,7 @@ def test_any_shape(M, N, K, b_rows, out_dtype, c, seed):
         check(make(generator, M, N, K, b_rows=b_rows, out_dtype=out_dtype, c=c))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("b_rows", [128, 1])
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
@@ -121,6 +123,7 @@ def test_every_tile_of_every_target(target, b_rows, generator, monkeypatch):
                 compare.assert_bitwise(deepkern.fp8_gemm_nt(*args), want, str(tile))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", [512, 640, 700])
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
@@ -139,6 +142,7 @@ def test_splits_of_k_at_once_or_one_after_the_other(target, K, generator, monkey
     compare.assert_close(seen[0], plain(*args[:4], args[5]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("N", [40, 300])
 def test_a_row_has_the_same_bits_where_k_is_split(generator, N):
     """M from 1 to 257 goes from splits at once, over small tiles, to splits in large ones."""

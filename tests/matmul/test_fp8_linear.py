@@ -82,6 +82,7 @@ def test_dtypes(backend, generator, dtype, weight_dtype):
     assert_recipe(*make(generator, 70, 40, 150, dtype, weight_dtype))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     M=st.integers(0, 140),

@@ -97,6 +97,7 @@ def test_any_offsets(offsets, M, N, K, more, seed):
         check(with_offsets(args, offsets))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
 def test_every_tile_of_every_target(target, generator, monkeypatch):

@@ -129,6 +129,7 @@ def test_a_row_has_the_same_bits_on_a_gpu(generator, N, K):
             compare.assert_bitwise(product(a, a_scale, b, b_scale, index, F32), whole, "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("b_rows", [128, 1])
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
