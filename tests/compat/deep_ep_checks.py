@@ -233,6 +233,7 @@ def check_errors():
     per_token, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, world)
     how = {"is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
     raises(ValueError, "topk_weights", buffer.dispatch, x, **how, topk_idx=idx)
+    raises(ValueError, "expert_alignment", buffer.dispatch, x, **how, expert_alignment=0)
     handle = buffer.dispatch(x, **how)[4]
     rows = x.new_ones(99, 4)
     raises(ValueError, "Buffer.combine: x: expected", buffer.combine, rows, handle)

@@ -423,26 +423,39 @@ def killed_on_the_way(timeout: float) -> tuple[str, float]:
     return message, time.monotonic() - start
 
 
-def over_peer_memory() -> bool:
-    """On a GPU that the ranks share: rows through its memory arrive as rows through gloo do."""
+def assert_as_gloo(ep: ExpertParallel, device: str) -> None:
+    """Rows, sums and gradients of `ep`, of all ranks, are those that gloo brings, bit for bit."""
     world, me = dist.get_world_size(), dist.get_rank()
-    torch.cuda.set_device(0)
-    peers = ExpertParallel(None, 2 * world, timeout=60, peer_buffer=64 << 20)
     gloo = ExpertParallel(None, 2 * world, timeout=60)
     for K, dtype in ((1, torch.float32), (100, FP8), (7168, FP8), (7168, torch.bfloat16)):
         for repetition in range(3):
             mine = tokens_of_all(uneven(world), 2 * world, 4, K, dtype, seed=repetition)[me]
             parts = [getattr(mine, field) for field in FIELDS]
-            on_gpu = Tokens(*(None if part is None else part.cuda() for part in parts))
-            got, want = layer(peers, on_gpu), layer(gloo, on_gpu)
-            for a, b in zip(got, want, strict=True):
+            there = Tokens(*(None if part is None else part.to(device) for part in parts))
+            for a, b in zip(layer(ep, there), layer(gloo, there), strict=True):
                 assert a is b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     real = tokens_of_all(uneven(world), 2 * world, 4, 64, torch.float32)[me]
-    real = Tokens(real.x.cuda(), real.idx.cuda(), real.weights.cuda())
+    real = Tokens(real.x.to(device), real.idx.to(device), real.weights.to(device))
     towards = torch.ones_like(real.x)
-    got = gradients(lambda t: layer(peers, t)[0], real, towards)
+    got = gradients(lambda t: layer(ep, t)[0], real, towards)
     for a, b in zip(got, gradients(lambda t: layer(gloo, t)[0], real, towards), strict=True):
         assert torch.equal(a, b)
+
+
+def over_nccl() -> bool:
+    """On a GPU for each rank."""
+    torch.cuda.set_device(dist.get_rank())
+    group = dist.new_group(backend="nccl")
+    ep = ExpertParallel(group, 2 * dist.get_world_size(), timeout=60)
+    assert_as_gloo(ep, f"cuda:{dist.get_rank()}")
+    return True
+
+
+def over_peer_memory() -> bool:
+    """On a GPU that the ranks share."""
+    world = dist.get_world_size()
+    torch.cuda.set_device(0)
+    assert_as_gloo(ExpertParallel(None, 2 * world, timeout=60, peer_buffer=64 << 20), "cuda")
     small = ExpertParallel(None, 2 * world, timeout=10, peer_buffer=4096)
     x = torch.zeros(500, 64, device="cuda")
     idx, w = torch.zeros(500, 1, device="cuda").long(), torch.ones(500, 1, device="cuda")

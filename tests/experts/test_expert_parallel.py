@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from deepkern.testing import ranks
 from tests.experts import parallel_checks as checks
@@ -73,3 +74,9 @@ def test_a_process_ends_after_the_error():
     assert done.returncode == 0, done.stderr
     assert "no word from rank 1 within 2 s" in done.stdout
     assert time.monotonic() - start < 60  # the group's timeout is ten minutes
+
+
+@pytest.mark.gpu
+def test_nccl():
+    """A rank for each GPU, on one GPU a rank alone."""
+    assert all(ranks.run(min(4, torch.cuda.device_count()), checks.over_nccl, timeout=240))

@@ -195,14 +195,8 @@ class Buffer:
         given = topk_idx is not None
         check_that(name, "topk_weights", given == (topk_weights is not None), "given with topk_idx",
                    "one of the two")  # fmt: skip
-        for argument, value in (("is_token_in_rank", is_token_in_rank),
-                                ("num_tokens_per_expert", num_tokens_per_expert)):  # fmt: skip
-            if value is None:
-                raise TypeError(f"{name}: {argument}: expected a Tensor, got None")
-        shape = (x.shape[0], self.group_size)
-        fits = is_token_in_rank.shape == shape and is_token_in_rank.dtype == torch.bool
-        got = f"{is_token_in_rank.dtype} of shape {tuple(is_token_in_rank.shape)}"
-        check_that(name, "is_token_in_rank", fits, f"bool of shape {shape}", got)
+        check_that(name, "expert_alignment", expert_alignment >= 1, "at least 1", expert_alignment)
+        self._check_layout(name, x, is_token_in_rank, num_tokens_per_expert)
         num_experts = num_tokens_per_expert.shape[0]
         per_rank = self._experts_per_rank("dispatch", num_experts)
         token = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)[:, None]
@@ -236,6 +230,16 @@ class Buffer:
                 (idx,) = _padded(name, [idx], num_worst_tokens, -1)
                 (weights,) = _padded(name, [weights], num_worst_tokens)
         return _as_given(came), idx, weights, per_expert, handle, EventOverlap(EventHandle())
+
+    def _check_layout(self, name: str, x: Tensor, is_token_in_rank, num_tokens_per_expert) -> None:
+        for argument, value in (("is_token_in_rank", is_token_in_rank),
+                                ("num_tokens_per_expert", num_tokens_per_expert)):  # fmt: skip
+            if value is None:
+                raise TypeError(f"{name}: {argument}: expected a Tensor, got None")
+        shape = (x.shape[0], self.group_size)
+        fits = is_token_in_rank.shape == shape and is_token_in_rank.dtype == torch.bool
+        got = f"{is_token_in_rank.dtype} of shape {tuple(is_token_in_rank.shape)}"
+        check_that(name, "is_token_in_rank", fits, f"bool of shape {shape}", got)
 
     def _dispatch_again(self, name: str, data: list[Tensor], handle: Handle):
         """Other rows the way of an earlier dispatch."""
