@@ -76,6 +76,14 @@ def model(keep: bool = _KEEP) -> None:
 
 
 @app.command()
+def placement() -> None:
+    """Compares rebalance_experts with DeepSeek's EPLB and keeps the result: about a minute."""
+    from . import placement as comparison
+
+    raise typer.Exit(comparison.run())
+
+
+@app.command()
 def inspect(
     op: str = typer.Argument(None, help="one op; all if left out"),
     target: list[str] = _TARGET,

@@ -25,8 +25,7 @@ namespace deepkern {
 namespace {
 
 constexpr double kGain = 1 - 1e-9;   // a step lowers the fullest GPU by more than rounding does
-constexpr double kNear = 1 + 1e-4;   // this near to the bound, nothing is searched
-constexpr double kClose = 1 + 1e-3;  // this near to it, only what is cheap
+constexpr double kNear = 1 + 5e-4;   // this near to the bound, the search ends
 constexpr double kFar = 1 + 5e-3;    // only as far from it are replicas packed anew
 constexpr int kRepacks = 16;         // so often at most is a pool packed anew
 constexpr int64_t kWork = 1 << 23;   // sums to look at before the search of a pool ends anyway
@@ -36,18 +35,28 @@ constexpr int64_t kWork = 1 << 23;   // sums to look at before the search of a p
 template <typename Real>
 std::vector<int> pack(const std::vector<Real>& weight, int bins) {
   const int items = static_cast<int>(weight.size()), room = items / bins;
-  std::vector<int> order(items), packed(items), used(bins, 0);
-  std::iota(order.begin(), order.end(), 0);
-  if (room == 1) return order;
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return weight[a] > weight[b]; });
-  using Bin = std::pair<Real, int>;
-  std::priority_queue<Bin, std::vector<Bin>, std::greater<Bin>> lightest;
-  for (int b = 0; b < bins; ++b) lightest.push({0, b});
-  for (int item : order) {
-    const auto [sum, b] = lightest.top();
-    lightest.pop();
-    packed[b * room + used[b]] = item;
-    if (++used[b] < room) lightest.push({sum + weight[item], b});
+  std::vector<int> packed(items);
+  if (room == 1) {
+    std::iota(packed.begin(), packed.end(), 0);
+    return packed;
+  }
+  using Weighed = std::pair<Real, int>;
+  std::vector<Weighed> order(items), open(bins);  // open: bins with room, the lightest first
+  for (int i = 0; i < items; ++i) order[i] = {-weight[i], i};
+  std::sort(order.begin(), order.end());
+  for (int b = 0; b < bins; ++b) open[b] = {0, b};
+  std::vector<int> used(bins, 0);
+  auto lightest = open.begin();
+  for (const auto& [negative, item] : order) {
+    const Weighed filled{lightest->first - negative, lightest->second};
+    packed[filled.second * room + used[filled.second]] = item;
+    if (++used[filled.second] == room) {
+      ++lightest;
+      continue;
+    }
+    auto at = lightest;
+    for (; at + 1 != open.end() && at[1] < filled; ++at) *at = at[1];
+    *at = filled;
   }
   return packed;
 }
@@ -81,7 +90,6 @@ class Pool {
       if (held_[full] <= enough * kNear) return;
       work -= int64_t{2} * gpus_ * slots_ * slots_;
       if (swap(full) || recount(full)) continue;
-      if (held_[full] <= enough * kClose) return;
       work -= int64_t{1} * gpus_ * slots_ * slots_ * slots_ * slots_ / 4;
       if (work > 0 && swap_pairs(full)) continue;
       if (held_[full] <= enough * kFar || !repack(full, enough, &repacks)) return;
@@ -110,8 +118,9 @@ class Pool {
     auto after = [](const Share& a, const Share& b) {
       return a.first != b.first ? a.first < b.first : a.second > b.second;
     };
-    std::priority_queue<Share, std::vector<Share>, decltype(after)> largest(after);
-    for (int e : expert) largest.push({weight[e], e});
+    std::vector<Share> one_each;
+    for (int e : expert) one_each.push_back({weight[e], e});
+    std::priority_queue<Share, std::vector<Share>, decltype(after)> largest(after, one_each);
     while (static_cast<int>(expert.size()) < gpus_ * slots_) {
       const int e = largest.top().second;
       largest.pop();
@@ -142,7 +151,7 @@ class Pool {
     double best = held_[full] * kGain;
     int from = -1, to = -1;
     for (int g = 0; g < gpus_; ++g) {
-      if (held_[g] >= best) continue;
+      if (held_[full] + held_[g] >= 2 * best) continue;  // not even if they end up alike
       for (int s = full * slots_; s < (full + 1) * slots_; ++s) {
         for (int t = g * slots_; t < (g + 1) * slots_; ++t) {
           const double moved = share_[expert_at_[s]] - share_[expert_at_[t]];
@@ -161,7 +170,7 @@ class Pool {
     double best = held_[full] * kGain;
     int from[2], to[2], other = -1;
     for (int g = 0; g < gpus_; ++g) {
-      if (held_[g] >= best) continue;
+      if (held_[full] + held_[g] >= 2 * best) continue;
       for (int i = full * slots_; i < (full + 1) * slots_; ++i) {
         for (int j = full * slots_; j < i; ++j) {
           const double ours = share_[expert_at_[i]] + share_[expert_at_[j]];

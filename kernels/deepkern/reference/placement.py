@@ -40,11 +40,13 @@ def pack(weight: Tensor, bins: int) -> Tensor:
     for x, order in enumerate(weight.sort(dim=1, descending=True, stable=True).indices.tolist()):
         held: list[list[int]] = [[] for _ in range(bins)]
         total = [torch.zeros(())] * bins
+        with_room = list(range(bins))
         for item in order:
-            with_room = [b for b in range(bins) if len(held[b]) < n // bins]
-            lightest = min(with_room, key=lambda b: total[b])
+            lightest = min(with_room, key=total.__getitem__)
             held[lightest].append(item)
             total[lightest] = total[lightest] + weight[x, item]
+            if len(held[lightest]) == n // bins:
+                with_room.remove(lightest)
         packed[x] = torch.tensor(held).flatten()
     return packed
 
