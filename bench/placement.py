@@ -39,7 +39,7 @@ DRIFT = 0.2  # by how much the load changes between two plans, for the moves
 
 def uniform(layers: int, experts: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(layers, experts, generator=generator, dtype=torch.float64)
+    return torch.rand(layers, experts, generator=generator).double()
 
 
 def fullness(load: Tensor, phy2log: Tensor, num_gpus: int) -> Tensor:

@@ -118,9 +118,11 @@ class Pool {
     auto after = [](const Share& a, const Share& b) {
       return a.first != b.first ? a.first < b.first : a.second > b.second;
     };
-    std::vector<Share> one_each;
-    for (int e : expert) one_each.push_back({weight[e], e});
-    std::priority_queue<Share, std::vector<Share>, decltype(after)> largest(after, one_each);
+    std::vector<Share> one_each(weight.size());
+    for (int e : expert) one_each[e] = {weight[e], e};
+    std::priority_queue<Share, std::vector<Share>, decltype(after)> largest(
+        after, std::move(one_each));
+    expert.reserve(gpus_ * slots_);
     while (static_cast<int>(expert.size()) < gpus_ * slots_) {
       const int e = largest.top().second;
       largest.pop();
@@ -153,8 +155,9 @@ class Pool {
     for (int g = 0; g < gpus_; ++g) {
       if (held_[full] + held_[g] >= 2 * best) continue;  // not even if they end up alike
       for (int s = full * slots_; s < (full + 1) * slots_; ++s) {
+        const double mine = share_[expert_at_[s]];
         for (int t = g * slots_; t < (g + 1) * slots_; ++t) {
-          const double moved = share_[expert_at_[s]] - share_[expert_at_[t]];
+          const double moved = mine - share_[expert_at_[t]];
           const double worse = std::max(held_[full] - moved, held_[g] + moved);
           if (worse < best) best = worse, from = s, to = t;
         }
@@ -193,8 +196,10 @@ class Pool {
   }
 
   bool recount(int full) {
-    places_.assign(load_.size(), {});
-    for (int s = 0; s < gpus_ * slots_; ++s) places_[expert_at_[s]].push_back(s);
+    first_.assign(load_.size(), -1);
+    next_.resize(expert_at_.size());
+    for (int s = gpus_ * slots_ - 1; s >= 0; --s)
+      next_[s] = std::exchange(first_[expert_at_[s]], s);
     double best = held_[full] * kGain;
     int to = -1, taker = -1;
     auto consider = [&](int expert, int t) {
@@ -212,7 +217,7 @@ class Pool {
     share_[taker] = load_[taker] / ++count_[taker];
     share_[giver] = load_[giver] / --count_[giver];
     for (int e : {taker, giver})
-      for (int u : places_[e]) weigh(u / slots_);
+      for (int u = first_[e]; u >= 0; u = next_[u]) weigh(u / slots_);
     return true;
   }
 
@@ -247,8 +252,8 @@ class Pool {
       return sum;
     };
     double worst = sum_after(full);
-    for (size_t i = 0; i < places_[giver].size() && worst < stop; ++i)
-      worst = std::max(worst, sum_after(places_[giver][i] / slots_));
+    for (int u = first_[giver]; u >= 0 && worst < stop; u = next_[u])
+      worst = std::max(worst, sum_after(u / slots_));
     return worst;
   }
 
@@ -299,7 +304,8 @@ class Pool {
   std::vector<int> expert_at_;        // [gpus * slots]
   std::vector<double> held_;          // [gpus]
   double bound_;                      // what the fullest GPU holds at least
-  std::vector<std::vector<int>> places_;  // [experts]: slots; for recount alone
+  // For recount alone: an expert's first slot or -1 [experts], and the next slot of a slot's expert.
+  std::vector<int> first_, next_;
 };
 
 struct Plan {
@@ -317,10 +323,11 @@ Plan plan_nodes(const std::vector<double>& load, const Cluster& c, const std::ve
   for (size_t g = 0; g < groups.size(); ++g)
     for (size_t e = 0; e < size; ++e)
       plan.experts[g / groups_per_node].push_back(static_cast<int>(groups[g] * size + e));
+  plan.pools.reserve(nodes);
   double least = 0;
   for (const auto& experts : plan.experts) {
-    std::vector<double> mine;
-    for (int e : experts) mine.push_back(load[e]);
+    std::vector<double> mine(experts.size());
+    for (size_t e = 0; e < experts.size(); ++e) mine[e] = load[experts[e]];
     plan.pools.emplace_back(std::move(mine), c.gpus / nodes, c.replicas / c.gpus);
     least = std::max(least, plan.pools.back().bound());
   }
@@ -345,9 +352,13 @@ void place_experts(const double* load, const Cluster& c, int64_t* phy2log) {
   int exponent = 0;
   std::frexp(*std::max_element(load, load + c.experts), &exponent);
   std::vector<double> scaled(c.experts), group_load(groups, 0);
-  for (int e = 0; e < c.experts; ++e) {
-    scaled[e] = std::ldexp(load[e], -exponent);
-    group_load[e / (c.experts / groups)] += static_cast<float>(scaled[e]);
+  // In two factors, as the whole one may be too large for a double.
+  const double half = std::ldexp(1.0, -exponent / 2), rest = std::ldexp(1.0, exponent / 2 - exponent);
+  for (int g = 0, e = 0; g < groups; ++g) {
+    for (const int end = e + c.experts / groups; e < end; ++e) {
+      scaled[e] = load[e] * half * rest;
+      group_load[g] += static_cast<float>(scaled[e]);
+    }
   }
   const std::vector<float> group_weight(group_load.begin(), group_load.end());
   Plan plan = plan_nodes(scaled, c, pack(group_weight, nodes), nodes);
