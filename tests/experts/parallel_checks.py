@@ -423,6 +423,20 @@ def killed_on_the_way(timeout: float) -> tuple[str, float]:
     return message, time.monotonic() - start
 
 
+def killed_among_nodes(timeout: float) -> tuple[str, float]:
+    """Rank 1 of two nodes dies; the others stay, those too that no message of it was due to."""
+    ep = ExpertParallel(None, 4, ranks_per_node=2, timeout=timeout)
+    x, idx, w = torch.ones(5, 8), torch.arange(20).view(5, 4) % 4, torch.ones(5, 4)
+    ep.dispatch(x, idx, w)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    message = raises(ExpertParallelError, "(ranks ", ep.dispatch, x, idx, w)
+    seconds = time.monotonic() - start
+    time.sleep(max(0.0, timeout + 1 - seconds))
+    return message, seconds
+
+
 def assert_as_gloo(ep: ExpertParallel, device: str) -> None:
     """Rows, sums and gradients of `ep`, of all ranks, are those that gloo brings, bit for bit."""
     world, me = dist.get_world_size(), dist.get_rank()

@@ -64,6 +64,15 @@ def test_rank_killed_between_headers_and_rows():
         assert "no word from rank 1 " in message and seconds < 8.0
 
 
+@pytest.mark.slow
+def test_rank_killed_among_nodes():
+    """Every rank hears of it in time, those too that share no group with the one that died."""
+    outcomes = ranks.run(4, checks.killed_among_nodes, 3.0, timeout=60, may_die=[1])
+    for rank, group in ((0, "node 0"), (2, "node 1"), (3, "place 1 of each node")):
+        message, seconds = outcomes[rank]
+        assert f"group '{group}'" in message and seconds < 6.0  # a wait for each hop at most
+
+
 def test_a_process_ends_after_the_error():
     """Not only does the call return: no thread of gloo keeps the process until the group's end."""
     start = time.monotonic()
