@@ -53,7 +53,11 @@ def check(op: str, backend: str, device: torch.device, seed: int = 0) -> Iterato
         generator = torch.Generator(device).manual_seed(seed)
         try:
             args = deepkern.OPS[op].positional(inputs.make(op, generator, **size))
-            yield _check(op, backend, text(size), args)
+            declined = backends.why_not(deepkern.OPS[op], backend, device, args)
+            if declined:
+                yield Check(op, backend, text(size), "oracle", None, None, 0.0, declined)
+            else:
+                yield _check(op, backend, text(size), args)
         except Exception as error:
             note = f"{type(error).__name__}: {error}"[:300]
             yield Check(op, backend, text(size), "oracle", False, None, 0.0, note)

@@ -35,7 +35,7 @@ LIMIT = 590  # seconds of a stage
 def ops_of(family: str) -> list[str]:
     """The ops whose files lie in the family's folder; for hopper, those that have such a kernel."""
     if family == "hopper":
-        return list(tune.OPS)
+        return [*tune.OPS, "mla_decode"]
     return [n for n, op in sorted(deepkern.OPS.items()) if op.__module__.split(".")[1] == family]
 
 

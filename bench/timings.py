@@ -77,7 +77,10 @@ def copy_bandwidth(device: torch.device) -> float:
 def time_op(
     op: str, size: dict, backend: str, device: torch.device, bandwidth: float, seconds: float
 ) -> list[Speed]:
-    """Times `op` beside each of its baselines, after checking that they agree at this size."""
+    """Times `op` beside each of its baselines, after checking that they agree at this size.
+
+    Nothing, where the backend serves the op but not these arguments.
+    """
     label = (op, backend, checks.text(size))
     plain = baselines.BASELINES.get(op)
     call = deepkern.OPS[op]
@@ -85,6 +88,8 @@ def time_op(
         try:
             made = inputs.make(op, torch.Generator(device).manual_seed(1), **size)
             args = deepkern.OPS[op].positional(made)
+            if backends.why_not(call, backend, device, args):
+                return []
             got = checks.outputs(call, args)
             if plain is not None:
                 agreed, _, why = checks.roughly(op, args, got, checks.outputs(plain, args))

@@ -235,6 +235,9 @@ STABLE_TORCH_LIBRARY(deepkern_native, m) {
   m.def(
       "k_grouped_fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, "
       "Tensor group_offsets, Tensor? c) -> Tensor");
+  m.def(
+      "mla_decode(Tensor q, Tensor cache, Tensor block_table, Tensor cache_seqlens, "
+      "float softmax_scale, bool causal, int v_head_dim) -> (Tensor, Tensor)");
   m.def("topk_indices(Tensor logits, int k, Tensor? lengths=None) -> Tensor");
 }
 

@@ -161,5 +161,7 @@ T load_global(const T* p) {
 inline void atomic_min(int* p, int x) { *p = x < *p ? x : *p; }
 inline void atomic_max(int* p, int x) { *p = x > *p ? x : *p; }
 inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float exp2_of(float x) { return __builtin_exp2f(x); }
+inline float log2_of(float x) { return __builtin_log2f(x); }
 
 }  // namespace sm90

@@ -1,13 +1,13 @@
 // Launches fp8_gemm.cuh: the tensor maps, the attributes, the choice among the compiled tiles.
 #include "fp8_gemm.cuh"
 
-#include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <atomic>
 
 #include "launch.h"
+#include "tensor_map.h"
 
 namespace deepkern {
 namespace {
@@ -48,33 +48,7 @@ int multiprocessors(int device) {
   return count;
 }
 
-// cuTensorMapEncodeTiled of whatever driver is there: the package links to none.
-PFN_cuTensorMapEncodeTiled_v12000 encoder() {
-  static void* const found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                     &result);
-    return result == cudaDriverEntryPointSuccess ? function : nullptr;
-  }();
-  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
-}
-
-// Boxes of 128 bytes by `box_rows`, swizzled.
-bool encode(TensorMap* map, CUtensorMapDataType type, const void* base, int64_t rows,
-            int64_t columns, int64_t row_bytes, int element_bytes, int box_rows) {
-  const cuuint64_t shape[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / element_bytes),
-                            static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[] = {1, 1};
-  return encoder()(map, type, 2, const_cast<void*>(base), shape, strides, box, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-bool encode(TensorMap* map, const Fp8Matrix& x, int64_t K, int box_rows) {
+bool encode_codes(TensorMap* map, const Fp8Matrix& x, int64_t K, int box_rows) {
   const int64_t row = x.rows > 1 ? x.row : (K + 15) / 16 * 16;
   return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, x.codes, x.rows, K, row, 1, box_rows);
 }
@@ -140,8 +114,8 @@ std::string launch_fp8_product(const Fp8Product& x, void* stream) {
   GemmArguments p = arguments(x, tile);
   TensorMap a, b, out{};
   const int left = tile.left(), right = tile.columns / tile.cluster;
-  bool encoded = encode(&a, x.gemm.a, K, tile.swapped ? right : left) &&
-                 encode(&b, x.gemm.b, K, tile.swapped ? left : right);
+  bool encoded = encode_codes(&a, x.gemm.a, K, tile.swapped ? right : left) &&
+                 encode_codes(&b, x.gemm.b, K, tile.swapped ? left : right);
   if (p.store_by_tma) {
     const int size = x.gemm.out_type == Real::fp32 ? 4 : 2;
     const auto type = size == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16;

@@ -5,6 +5,7 @@
 
 #include "../cpu/fp8_gemm_nt.h"
 #include "choose.h"
+#include "mla_arguments.h"
 
 namespace deepkern {
 
@@ -22,5 +23,6 @@ struct Fp8Product {
 
 // Launches it on the current device, which is a Hopper GPU; what went wrong, or "".
 std::string launch_fp8_product(const Fp8Product& product, void* stream);
+std::string launch_mla_decode(MlaArguments arguments, void* stream);
 
 }  // namespace deepkern

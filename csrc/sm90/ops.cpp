@@ -1,4 +1,4 @@
-// The `cuda` backend: the FP8 products on CUDA tensors. Compiled where nvcc compiled the kernels.
+// The `cuda` backend: the FP8 products and mla_decode on CUDA tensors. Compiled where nvcc compiled the kernels.
 //
 // The Python ops have checked their arguments; what is checked here is what the kernels cannot do.
 #include <torch/csrc/stable/library.h>
@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
+#include <utility>
 
 #include "../arguments.h"
 #include "launch.h"
@@ -26,6 +28,14 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+void* current_stream(const char* op, const Tensor& x) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
+                      aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0,
+                  op, ": this torch has no CUDA stream");
+  return stream;
+}
 
 // x [.., rows, K] as one matrix, whose rows start at multiples of 16 bytes as TMA wants them: a
 // view, or a copy.
@@ -85,11 +95,7 @@ struct Product {
   Tensor run(const char* op, Tensor out, ScalarType dtype) {
     x.gemm.out = out.mutable_data_ptr();
     x.gemm.out_type = real_type(op, "out_dtype", dtype);
-    void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                        aoti_torch_get_current_cuda_stream(a.get_device_index(), &stream) == 0,
-                    op, ": this torch has no CUDA stream");
-    const std::string wrong = launch_fp8_product(x, stream);
+    const std::string wrong = launch_fp8_product(x, current_stream(op, a));
     STD_TORCH_CHECK(wrong.empty(), op, ": backend cuda: ", wrong);
     return out;
   }
@@ -157,11 +163,82 @@ Tensor k_grouped(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
   return product.run(op, out, ScalarType::Float);
 }
 
+// Whether rows of 16-bit values start at multiples of 16 bytes.
+bool rows_are_aligned(const Tensor& x) {
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16) return false;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
+    if (x.size(d) > 1 && x.stride(d) % 8) return false;
+  }
+  return x.stride(x.dim() - 1) == 1;
+}
+
+Tensor with_aligned_rows(const Tensor& x) {
+  if (rows_are_aligned(x)) return x;
+  const Tensor copy = torch::stable::new_empty(x, x.sizes());
+  return torch::stable::copy_(const_cast<Tensor&>(copy), x);
+}
+
+constexpr int64_t MLA_WIDTH = 576, MLA_VALUES = 512;
+
+void check_mla(const Tensor& q, const Tensor& cache, const Tensor& table, int64_t v_head_dim) {
+  for (const auto& [name, x] : {std::pair{"q", &q}, std::pair{"cache", &cache}}) {
+    STD_TORCH_CHECK(x->scalar_type() == ScalarType::BFloat16 && x->size(3) == MLA_WIDTH,
+                    "mla_decode: ", name, ": expected, on backend cuda, bfloat16 of width 576, got ",
+                    torch::headeronly::toString(x->scalar_type()), " of width ", x->size(3));
+  }
+  STD_TORCH_CHECK(v_head_dim == MLA_VALUES,
+                  "mla_decode: v_head_dim: expected, on backend cuda, 512, got ", v_head_dim);
+  STD_TORCH_CHECK(rows_are_aligned(cache),
+                  "mla_decode: cache: expected, on backend cuda, tokens that start at multiples of "
+                  "16 bytes, got strides ", cache.stride(0), " and ", cache.stride(1));
+  const int64_t capacity = table.size(1) * cache.size(1);
+  const int64_t largest = std::max({capacity, cache.size(0), q.size(1) * q.size(2)});
+  STD_TORCH_CHECK(largest < INT32_MAX - 65536, "mla_decode: q, cache, block_table: expected, on "
+                  "backend cuda, fewer than 2^31 - 65536 queries, blocks and tokens, got ", largest);
+}
+
+std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache,
+                                      const Tensor& table, const Tensor& lengths,
+                                      double softmax_scale, bool causal, int64_t v_head_dim) {
+  check_mla(queries, cache, table, v_head_dim);
+  const int64_t B = queries.size(0), Sq = queries.size(1), H = queries.size(2), rows = Sq * H;
+  Tensor out = torch::stable::new_empty(queries, {B, Sq, H, MLA_VALUES});
+  Tensor lse = torch::stable::new_empty(queries, {B, H, Sq}, ScalarType::Float);
+  if (B * rows == 0) return {out, lse};
+  const Tensor q = with_aligned_rows(queries);
+
+  MlaArguments p{};
+  p.q = q.const_data_ptr(), p.cache = cache.const_data_ptr();
+  p.table = data(table), p.lengths = data(lengths);
+  p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.q_batch = q.stride(0), p.q_query = q.stride(1), p.q_head = q.stride(2);
+  p.table_row = table.stride(0), p.block = cache.stride(0), p.slot = cache.stride(1);
+  p.score_scale = static_cast<float>(softmax_scale * 1.4426950408889634);
+  p.batch = static_cast<int>(B), p.Sq = static_cast<int>(Sq), p.H = static_cast<int>(H);
+  p.blocks = static_cast<int>(cache.size(0)), p.page = static_cast<int>(cache.size(1));
+  p.capacity = static_cast<int>(table.size(1) * cache.size(1));
+  p.causal = causal;
+  cut_mla(p);
+  STD_TORCH_CHECK(B * p.tiles * p.splits < INT32_MAX && B * rows < INT32_MAX,
+                  "mla_decode: q: expected, on backend cuda, fewer than 2^31 rows, got ", B * rows);
+  Tensor partial, partial_lse;
+  if (p.splits > 1) {
+    partial = torch::stable::new_empty(q, {B, p.splits, rows, MLA_VALUES}, ScalarType::Float);
+    partial_lse = torch::stable::new_empty(q, {B, p.splits, rows}, ScalarType::Float);
+    p.partial = static_cast<float*>(partial.mutable_data_ptr());
+    p.partial_lse = static_cast<float*>(partial_lse.mutable_data_ptr());
+  }
+  const std::string wrong = launch_mla_decode(p, current_stream("mla_decode", q));
+  STD_TORCH_CHECK(wrong.empty(), "mla_decode: backend cuda: ", wrong);
+  return {out, lse};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CUDA, m) {
   m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm_nt));
   m.impl("m_grouped_fp8_gemm_nt_contiguous", TORCH_BOX(&contiguous));
   m.impl("m_grouped_fp8_gemm_nt_masked", TORCH_BOX(&masked));
   m.impl("k_grouped_fp8_gemm_nt", TORCH_BOX(&k_grouped));
+  m.impl("mla_decode", TORCH_BOX(&mla_decode));
 }
 
 }  // namespace

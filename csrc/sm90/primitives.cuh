@@ -344,9 +344,20 @@ template <class T>
 SM90_DEVICE T load_global(const T* p) {
   return __ldg(p);
 }
+SM90_DEVICE Chunk load_global(const Chunk* p) {
+  const uint4 words = __ldg(reinterpret_cast<const uint4*>(p));
+  return *reinterpret_cast<const Chunk*>(&words);
+}
 SM90_DEVICE void atomic_min(int* p, int x) { atomicMin(p, x); }
 SM90_DEVICE void atomic_max(int* p, int x) { atomicMax(p, x); }
 SM90_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+// 2^x as the special function unit has it, to 2 units in the last place; and log2, rounded well.
+SM90_DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SM90_DEVICE float log2_of(float x) { return log2f(x); }
 
 }  // namespace sm90
 

@@ -93,7 +93,8 @@ def run(command: list[str], output: Path) -> None:
 def sources() -> dict[str, str]:
     """The emulator and the kernels, name below csrc/ -> text."""
     paths = [p for p in (CSRC / "emulator").rglob("*") if p.is_file()]
-    paths += [*(CSRC / "sm90").glob("*.cuh"), CSRC / "sm90" / "fp8_gemm_tiles.h"]
+    paths += [p for p in (CSRC / "sm90").iterdir() if p.suffix == ".cuh"]
+    paths += [CSRC / "sm90" / name for name in ("fp8_gemm_tiles.h", "mla_arguments.h")]
     return {str(p.relative_to(CSRC)): p.read_text() for p in sorted(paths)}
 
 
@@ -184,3 +185,59 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
 def emulated() -> Callable[..., Tensor]:
     """The FP8 products of csrc/sm90, run in the emulator."""
     return gemm_of(build(sources()))
+
+
+class MlaArguments(ctypes.Structure):
+    """MlaArguments of csrc/sm90/mla_arguments.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "cache", "table", "lengths", "out", "lse",
+                                               "partial", "partial_lse")),
+        *((name, ctypes.c_int64) for name in ("q_batch", "q_query", "q_head", "table_row", "block",
+                                              "slot")),
+        ("score_scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("batch", "Sq", "H", "capacity", "blocks", "page",
+                                            "tiles", "splits", "min_split",
+                                            "max_splits")),
+        ("causal", ctypes.c_bool), ("by_tma", ctypes.c_bool), ("page_rows", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
+    """mla_decode as `library` has it: the op's arguments, then how to run it.
+
+    `by_tma=False` gathers all pages; by default what the launcher decides.
+    """
+
+    def mla(q, cache, table, lengths, scale, causal=True, v_head_dim=512, *,
+            seed=0, order="random", by_tma=True) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert v_head_dim == 512 and q.dtype == cache.dtype == torch.bfloat16
+        (B, Sq, H, _), (blocks, page) = q.shape, cache.shape[:2]
+        out = torch.full((B, Sq, H, 512), torch.nan, dtype=torch.bfloat16)
+        lse = torch.full((B, H, Sq), torch.nan)
+        p = MlaArguments(
+            *(x.data_ptr() for x in (q, cache, table, lengths, out, lse)), 0, 0,
+            *q.stride()[:3], table.stride(0), *cache.stride()[:2], scale * 1.4426950408889634,
+            B, Sq, H, table.shape[1] * page, blocks, page, causal=causal,
+        )  # fmt: skip
+        library.emulate_cut_mla(ctypes.byref(p))
+        p.by_tma &= by_tma
+        partial = torch.full((B, p.splits, Sq * H, 512), torch.nan)
+        partial_lse = torch.full((B, p.splits, Sq * H), torch.nan)
+        p.partial, p.partial_lse = partial.data_ptr(), partial_lse.data_ptr()
+        message = ctypes.create_string_buffer(4096)
+        failed = library.emulate_mla_decode(
+            ctypes.byref(p), ctypes.c_uint64(seed), ORDERS[order],
+            message, len(message),
+        )  # fmt: skip
+        if failed:
+            raise EmulatorFailure(message.value.decode())
+        return out, lse
+
+    return mla
+
+
+@pytest.fixture(scope="session")
+def emulated_mla() -> Callable[..., tuple[Tensor, Tensor]]:
+    """mla_decode of csrc/sm90, run in the emulator."""
+    return mla_of(build(sources()))

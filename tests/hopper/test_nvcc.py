@@ -32,17 +32,29 @@ def tile_of(name: str) -> Tile | None:
     return Tile(FORMS[form], groups, columns, stages, cluster, bool(swapped), b_rows)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> tuple[Path, str]:
-    """The machine code, and what ptxas says of it."""
+def compile(name: str, folder: Path) -> tuple[Path, str]:
+    """The machine code of csrc/sm90/`name`.cu, and what ptxas says of it."""
     if NVCC is None:
         pytest.skip("no nvcc on PATH: csrc/sm90 is not compiled for a GPU here")
-    cubin = tmp_path_factory.mktemp("nvcc") / "fp8_gemm.cubin"
-    source = ROOT / "csrc" / "sm90" / "fp8_gemm.cu"
+    cubin = folder / f"{name}.cubin"
+    source = ROOT / "csrc" / "sm90" / f"{name}.cu"
     target = ("-gencode", "arch=compute_90a,code=sm_90a")
     flags = (*target, "-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "-cubin")
     said = run(NVCC, *flags, "-o", str(cubin), str(source))
     return cubin, said
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> tuple[Path, str]:
+    return compile("fp8_gemm", tmp_path_factory.mktemp("nvcc"))
+
+
+def functions(cubin: Path) -> list[str]:
+    """The machine code of each function, its name first."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return run(str(tool), "-sass", str(cubin)).split("Function : ")[1:]
 
 
 @pytest.mark.slow
@@ -61,10 +73,7 @@ def test_registers_and_spills(compiled):
 
 @pytest.mark.slow
 def test_instructions(compiled):
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for part in run(str(tool), "-sass", str(compiled[0])).split("Function : ")[1:]:
+    for part in functions(compiled[0]):
         tile = tile_of(part.splitlines()[0])
         counts = Counter(re.findall(r"\b(QGMMA|UTMALDG|UTMASTG|STL|LDL)\b", part))
         assert not counts["STL"] and not counts["LDL"], f"{tile}: {counts}"
@@ -72,3 +81,24 @@ def test_instructions(compiled):
             assert counts["QGMMA"] == 4 and counts["UTMALDG"], f"{tile}: {counts}"
             assert bool(counts["UTMASTG"]) == (not tile.swapped and tile.form != "contiguous")
             assert (".MULTICAST" in part) == (tile.cluster > 1), f"{tile}: {counts}"
+
+
+@pytest.mark.slow
+def test_mla_decode(tmp_path):
+    """Registers and instructions; WGMMAs follow each other without waits that ptxas put between."""
+    cubin, said = compile("mla_decode", tmp_path)
+    assert "serialized" not in said, said
+    parts = said.split("Compiling entry function '")[1:]
+    for part in parts:
+        name = "combine" if "mla_combine" in part.splitlines()[0] else "decode"
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", part))
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        assert spilled == 0, f"{name} spills {spilled} bytes"
+        assert registers <= {"combine": 80, "decode": 168}[name], f"{name}: {registers}"
+    assert len(parts) == 2
+    for part in functions(cubin):
+        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|STSM|STL|LDL)\b", part))
+        assert not counts["STL"] and not counts["LDL"], counts
+        if "mla_combine" not in part.splitlines()[0]:
+            # 36 of 16 values of q and key, 4 of 16 tokens; nine columns by TMA.
+            assert (counts["HGMMA"], counts["UTMALDG"], counts["STSM"]) == (40, 9, 2), counts

@@ -103,3 +103,75 @@ def test_hostile_sizes(op, value, generator):
     args[4][::2] = value
     got, want = getattr(deepkern, op)(*args), getattr(deepkern.reference, op)(*args)
     compare.assert_close(got, want, dtype=torch.bfloat16)
+
+
+def decode_operands(generator, **size):
+    return deepkern.OPS["mla_decode"].positional(inputs.make("mla_decode", generator, **size))
+
+
+def check_decode(args) -> tuple:
+    got, want = deepkern.mla_decode(*args), deepkern.reference.mla_decode(*args)
+    for mine, exact in zip(got, want, strict=True):
+        compare.assert_close(mine, exact)
+    return got
+
+
+@pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
+@pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
+@pytest.mark.parametrize("Sq", [1, 2, 4])
+def test_decode(Sq, H, page, generator):
+    """FlashMLA's lengths, half of them zero, in poisoned caches and tables."""
+    for causal in (True, False):
+        lengths = (20, 0, 140, 0, 4096, 0, 63, 0, 577, 0)
+        check_decode(decode_operands(generator, lengths=lengths, Sq=Sq, H=H, page=page,
+                                     causal=causal))  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [64, 53])
+def test_decode_of_many_sequences_gives_each_its_own_bits(page, generator):
+    lengths = torch.randint(0, 9000, (64,), generator=torch.Generator().manual_seed(3)).tolist()
+    q, cache, table, seqlens, *rest = decode_operands(generator, lengths=lengths, H=128, page=page)
+    out, lse = deepkern.mla_decode(q, cache, table, seqlens, *rest)
+    for _ in range(100):
+        again = deepkern.mla_decode(q, cache, table, seqlens, *rest)
+        compare.assert_bitwise(again[0], out)
+        compare.assert_bitwise(again[1], lse)
+    for i in (0, 17, 63):
+        one = slice(i, i + 1)
+        alone = deepkern.mla_decode(q[one], cache, table[one], seqlens[one], *rest)
+        compare.assert_bitwise(alone[0], out[one])
+        compare.assert_bitwise(alone[1], lse[one])
+
+
+def test_decode_in_a_graph_with_other_lengths(generator):
+    """A graph follows the lengths that stand there when it runs."""
+    q, cache, table, seqlens, *rest = decode_operands(generator, lengths=(3000, 700, 64), H=16)
+    want = deepkern.mla_decode(q, cache, table, seqlens, *rest)
+    full, graph = seqlens.clone(), torch.cuda.CUDAGraph()
+    seqlens.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = deepkern.mla_decode(q, cache, table, seqlens, *rest)
+    seqlens.copy_(full)
+    graph.replay()
+    for mine, other in zip(got, want, strict=True):
+        compare.assert_bitwise(mine, other)
+
+
+@pytest.mark.parametrize("value", [-(2**31), -1, 2147480000, 2**31 - 1])
+def test_decode_with_hostile_contents(value, generator):
+    q, cache, table, seqlens, *rest = decode_operands(generator, lengths=(700, 200, 200), H=3)
+    table[:, ::2] = value
+    check_decode((q, cache, table, seqlens, *rest))
+    seqlens[1] = value if value < 0 else 199
+    check_decode((q, cache, table, seqlens, *rest))
+
+
+def test_decode_declines_what_it_does_not_serve(generator):
+    for size in ({"dtype": torch.float16}, {"cache_dtype": torch.uint8}, {"R": 128}):
+        args = decode_operands(generator, lengths=(9,), **size)
+        with pytest.raises(deepkern.BackendError, match="mla_decode: .* it takes"):
+            deepkern.mla_decode(*args)
+        native = torch.ops.deepkern_native.mla_decode
+        with pytest.raises(RuntimeError, match="expected, on backend cuda"):
+            native(*args)

@@ -142,7 +142,7 @@ def test_launches_happen_on_the_device_of_the_tensors(x, monkeypatch):
         yield
 
     monkeypatch.setattr(OP, "device", lambda args: torch.device("cuda", 1))
-    monkeypatch.setattr(backends, "choose", lambda op, device: "torch")
+    monkeypatch.setattr(backends, "choose", lambda op, device, args: "torch")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", current)
     OP.run(x)

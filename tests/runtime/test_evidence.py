@@ -12,6 +12,7 @@ from rich.console import Console
 import deepkern
 from bench import machine, prove
 from deepkern.runtime import backends, evidence
+from deepkern.testing import inputs
 
 OP, CUDA = "fp8_gemm_nt", torch.device("cuda", 0)
 
@@ -32,7 +33,7 @@ def hopper(monkeypatch):
     """As on a Hopper GPU whose `cuda` and `triton` backends both serve."""
     served = {"cuda", "triton", "torch"}
     monkeypatch.setattr(
-        backends, "why_not", lambda op, name, device: None if name in served else "absent"
+        backends, "_why_not_at_all", lambda op, name, device: None if name in served else "absent"
     )
 
 
@@ -50,6 +51,24 @@ def test_proven_is_taken_until_the_sources_change(record, hopper, monkeypatch):
     monkeypatch.setattr(evidence, "sources", lambda: "other")
     assert backends.choose(deepkern.OPS[OP], CUDA) == "triton"
     assert evidence.why_unproven(OP).endswith("changed since they were proven on NVIDIA H200")
+
+
+def test_arguments_that_a_proven_kernel_declines_go_to_the_next(record, hopper):
+    described = deepkern.OPS["mla_decode"]
+    record(ops=["mla_decode"], gpu="NVIDIA H200", sources="abc", result="x.jsonl")
+
+    def chosen(**size) -> str:
+        args = inputs.make("mla_decode", torch.Generator().manual_seed(0), lengths=(3,), **size)
+        return backends.choose(described, CUDA, described.positional(args))
+
+    assert chosen() == "cuda"
+    for size in ({"dtype": torch.float16}, {"cache_dtype": torch.uint8}, {"D": 32}, {"R": 128}):
+        assert chosen(**size) == "triton", size
+        with (
+            deepkern.backend("cuda"),
+            pytest.raises(deepkern.BackendError, match="mla_decode: .* it takes"),
+        ):
+            chosen(**size)
 
 
 def test_a_damaged_record_is_named(record):

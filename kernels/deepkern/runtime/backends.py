@@ -49,13 +49,18 @@ def requested() -> str:
     return _forced[-1] if _forced else _known(os.environ.get("DEEPKERN_BACKEND") or "auto")
 
 
-def choose(op, device: torch.device) -> str:
-    """The backend for a call of `op` on `device`; BackendError if the forced one cannot serve."""
+def choose(op, device: torch.device, args: tuple | None = None) -> str:
+    """The backend for a call of `op` on `device`; BackendError if the forced one cannot serve.
+
+    `args`: all of the call's arguments, by position, not yet checked; a backend may decline them.
+    """
     name = requested()
     if name == "auto":
         candidates = _AUTO.get(device.type, ("torch",))
-        return next(c for c in candidates if why_not(op, c, device) is None and trusted(op, c))
-    reason = why_not(op, name, device)
+        return next(
+            c for c in candidates if why_not(op, c, device, args) is None and trusted(op, c)
+        )
+    reason = why_not(op, name, device, args)
     if reason is not None:
         raise BackendError(f"{op.name}: backend {name!r} was asked for but cannot serve: {reason}")
     return name
@@ -66,8 +71,15 @@ def trusted(op, name: str) -> bool:
     return name != "cuda" or evidence.why_unproven(op.name) is None
 
 
-def why_not(op, name: str, device: torch.device) -> str | None:
-    """Why backend `name` cannot serve `op` on `device`, or None if it can."""
+def why_not(op, name: str, device: torch.device, args: tuple | None = None) -> str | None:
+    """Why `name` cannot serve `op` on `device`, or this call of it; None if it can."""
+    reason = _why_not_at_all(op, name, device)
+    if reason is None and args is not None and name in op.declines:
+        return op.declines[name](*args)
+    return reason
+
+
+def _why_not_at_all(op, name: str, device: torch.device) -> str | None:
     if name == "torch":
         return None
     if name == "triton":
@@ -137,10 +149,10 @@ def explain(op, *args, **kwargs) -> Explanation:
     args = described.positional(args, kwargs)
     device = described.device(args)
     described.check(*args)
-    chosen = choose(described, device)
+    chosen = choose(described, device, args)
     reasons = {}
     for name in BACKENDS:
-        reason = why_not(described, name, device)
+        reason = why_not(described, name, device, args)
         serves = "serves" if requested() != "auto" or name == chosen else "serves, but slower"
         if not trusted(described, name):
             serves = f"serves if forced; {evidence.why_unproven(described.name)}"

@@ -53,6 +53,8 @@ class Op:
         self.names = tuple(name for name, _ in self.parameters)
         self.tensors = tuple((i, n) for i, (n, _) in enumerate(self.parameters) if n in rules)
         self.launchers: dict[str, Callable] = {}
+        # By backend: (*args), not yet checked -> why it does not serve these arguments, or None.
+        self.declines: dict[str, Callable] = {}
         self.autograd: type[torch.autograd.Function] | None = None
         self.tile: Callable | None = None  # (*args) -> the tile a launch would use, for explain()
         self.check_contents: Callable | None = None  # run under DEEPKERN_DEBUG=1
@@ -129,7 +131,7 @@ class Op:
         """The op's one implementation: picks the backend, then calls its launcher."""
         args = self.positional(args, kwargs)
         device = self.device(args)
-        launch = self.launcher(backends.choose(self, device))
+        launch = self.launcher(backends.choose(self, device, args))
         if os.environ.get("DEEPKERN_DEBUG") == "1" and self.check_contents is not None:
             self.check(*args)
             self.check_contents(*args)

@@ -1,0 +1,36 @@
+// csrc/sm90/mla_decode.cuh in the emulator, for tests: one C function.
+#include "../../sm90/mla_decode.cuh"
+
+#include <cstdio>
+
+#include "../primitives.h"
+
+// What sm90/ops.cpp asks to know how much scratch memory there must be.
+extern "C" void emulate_cut_mla(MlaArguments* p) { cut_mla(*p); }
+
+// 0, or 1 and what went wrong in `message`.
+extern "C" int emulate_mla_decode(const MlaArguments* p, uint64_t seed, int order, char* message,
+                                  int room) {
+  using sm90::MlaTile;
+  emulator::Launch launch;
+  launch.seed = seed;
+  launch.order = static_cast<emulator::Order>(order);
+  launch.blocks = p->batch * p->tiles * p->splits;
+  launch.threads = MlaTile::THREADS;
+  launch.shared_bytes = MlaTile::SHARED_BYTES;
+  const sm90::TensorMap map{static_cast<char*>(const_cast<void*>(p->cache)), MlaTile::WIDTH,
+                            static_cast<uint64_t>(p->map_rows()),
+                            static_cast<uint64_t>(p->slot) * 2, 64, MlaTile::TOKENS, 2, true};
+  try {
+    emulator::Machine(launch, [&] { sm90::mla_decode(map, *p); }).run();
+    if (p->splits == 1) return 0;
+    launch.blocks = p->batch * ((p->Sq * p->H + 3) / 4);
+    launch.threads = 128;
+    launch.shared_bytes = 0;
+    emulator::Machine(launch, [&] { sm90::mla_combine(*p); }).run();
+  } catch (const std::exception& error) {
+    std::snprintf(message, room, "%s", error.what());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,59 @@
+// Launches mla_decode.cuh: the tensor map, the attributes, the combination of splits behind it.
+#include "mla_decode.cuh"
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "launch.h"
+#include "tensor_map.h"
+
+namespace deepkern {
+
+using sm90::MlaTile;
+
+std::string launch_mla_decode(MlaArguments p, void* stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  CUtensorMap map{};
+  if (p.by_tma) {
+    if (encoder() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
+    if (!encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, p.cache, p.map_rows(), MlaTile::WIDTH,
+                p.slot * 2, 2, MlaTile::TOKENS)) {
+      return "cuTensorMapEncodeTiled refused the cache";
+    }
+  }
+  static std::atomic<uint64_t> prepared{0};  // a bit for each device
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((prepared.load() & bit) == 0) {
+    error = cudaFuncSetAttribute(sm90::mla_decode, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(MlaTile::SHARED_BYTES));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    prepared.fetch_or(bit);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(p.batch * p.tiles * p.splits));
+  config.blockDim = dim3(MlaTile::THREADS);
+  config.dynamicSmemBytes = MlaTile::SHARED_BYTES;
+  config.stream = queue;
+  error = cudaLaunchKernelEx(&config, sm90::mla_decode, map, p);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (p.splits == 1) return "";
+
+  // It comes up while the last blocks still run, and waits for their results.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config = {};
+  config.gridDim = dim3(static_cast<unsigned>(p.batch * ((p.Sq * p.H + 3) / 4)));
+  config.blockDim = dim3(128);
+  config.stream = queue;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, sm90::mla_combine, p);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+}  // namespace deepkern
