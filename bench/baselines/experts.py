@@ -56,7 +56,7 @@ def route_topk_backward(grad_weights, logits, idx, score="sigmoid", normalize=Tr
 
 @baseline
 def expert_dispatch(
-    x, topk_idx, num_experts, x_scale=None, alignment=1, cast=None
+    x, topk_idx, num_experts, x_scale=None, alignment=1, cast=None, num_assigned=None
 ) -> tuple:  # fmt: skip
     """Cast if asked, stable argsort, index_select."""
     if cast is not None:
@@ -66,11 +66,13 @@ def expert_dispatch(
     expert = torch.where((flat >= 0) & (flat < E), flat, E)
     counts = torch.bincount(expert, minlength=E + 1)[:E]
     order = expert.argsort(stable=True)[: int(counts.sum())]
-    rows = (T * topk + min(E, T * topk) * (alignment - 1)) // alignment * alignment
+    N = T * topk if num_assigned is None else min(num_assigned, T * topk)
+    rows = (N + min(E, N) * (alignment - 1)) // alignment * alignment
     row = torch.arange(len(order), device=x.device)
     if alignment > 1:
         padding = -counts % alignment
         row = row + (padding.cumsum(0) - padding)[expert[order]]
+    order, row = order[row < rows], row[row < rows]
 
     def sort(source: Tensor) -> Tensor:
         source = source.view(torch.uint8) if source.dtype == FP8 else source  # not every op has FP8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import deepkern
-from bench import costs, timings
+from bench import baselines, costs, timings
 from bench.__main__ import app
 from deepkern.runtime import arch
 from deepkern.testing import inputs
@@ -100,3 +101,10 @@ def test_inspect_checks_and_prints_a_table():
     assert done.exit_code == 0, done.output
     for word in ("cast_per_token", "sm_90", "0 with problems"):
         assert word in done.output
+
+
+@pytest.mark.parametrize("op", sorted(deepkern.OPS))
+def test_a_baseline_takes_what_its_op_takes(op):
+    if op in baselines.BASELINES:
+        names = deepkern.OPS[op].names
+        inspect.signature(baselines.BASELINES[op]).bind(*names)
