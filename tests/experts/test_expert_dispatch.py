@@ -317,8 +317,11 @@ def test_what_is_fp8_already_is_not_cast(backend, dtype, scaled, device):
 def test_more_rows_than_int32_can_name(device):
     x = torch.empty(2**20, 0, device=device)
     topk_idx = torch.empty(2**20, 1, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="expert_dispatch: topk_idx: expected fewer than 2\\^31"):
-        deepkern.expert_dispatch(x, topk_idx, 2**20, None, 2**12)
+    for most in (None, 1):
+        with pytest.raises(
+            ValueError, match="expert_dispatch: topk_idx: expected fewer than 2\\^31"
+        ):
+            deepkern.expert_dispatch(x, topk_idx, 2**20, None, 2**12, num_assigned=most)
 
 
 def test_more_assignments_than_int32_counts(device):

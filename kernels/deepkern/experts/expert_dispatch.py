@@ -78,7 +78,7 @@ def expert_dispatch(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    name, (T, topk) = "expert_dispatch", topk_idx.shape
+    name = "expert_dispatch"
     check_that(name, "num_experts", num_experts >= 1, "at least 1", num_experts)
     check_that(name, "alignment", alignment >= 1, "at least 1", alignment)
     if cast is not None:
@@ -86,11 +86,12 @@ def expert_dispatch(
         check_that(name, "cast", x.dtype != FP8 and x_scale is None, "None with FP8 rows or scales",
                    repr(cast))  # fmt: skip
     N = check_assignments(name, "topk_idx", topk_idx)
+    # Of all assignments: kernels count rows in int32, those too that are not made.
+    rows = most_rows(N, num_experts, alignment)
+    check_that(name, "topk_idx", rows < 2**31, "fewer than 2^31 rows to write", rows)
     if num_assigned is not None:
         check_that(name, "num_assigned", num_assigned >= 0, "at least 0", num_assigned)
-        N = min(N, num_assigned)
-    rows = (N + min(num_experts, N) * (alignment - 1)) // alignment * alignment
-    check_that(name, "topk_idx", rows < 2**31, "fewer than 2^31 rows to write", rows)
+        rows = most_rows(min(N, num_assigned), num_experts, alignment)
     scale = (0,) if x_scale is None and cast is None else (rows, -(-x.shape[1] // 128))
     int32 = {"dtype": torch.int32, "device": x.device}
     return (
@@ -98,8 +99,13 @@ def expert_dispatch(
         x.new_empty(scale, dtype=torch.float32),
         torch.empty(rows, **int32),
         torch.empty(num_experts, **int32),
-        torch.empty((T, topk), **int32),
+        torch.empty(topk_idx.shape, **int32),
     )
+
+
+def most_rows(N: int, E: int, alignment: int) -> int:
+    """The rows that N assignments to E experts can need."""
+    return (N + min(E, N) * (alignment - 1)) // alignment * alignment
 
 
 expert_dispatch.optional_output = (1, "x_scale", "cast")
