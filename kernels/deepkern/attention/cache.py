@@ -136,25 +136,3 @@ def e4m3_over_256(words, DTYPE: tl.constexpr):
 def lower_half(word):
     """The float16 in the lower half of an int32, as float32."""
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def unpack_e4m3(words, DTYPE: tl.constexpr):
-    """int32 [N, W], four e4m3 to a word -> DTYPE (bf16 or fp32) [N, 4 * W], exactly.
-
-    By integer arithmetic even where e4m3 is a type: a conversion would be moved behind the way
-    through shared memory, and matrix operands of 8 bits cannot be transposed on that way.
-    """
-    low = tl.join(e4m3_byte(words, DTYPE), e4m3_byte(words >> 16, DTYPE))  # values 0 and 2
-    high = tl.join(e4m3_byte(words >> 8, DTYPE), e4m3_byte(words >> 24, DTYPE))  # 1 and 3
-    return tl.reshape(tl.join(low, high), (words.shape[0], 4 * words.shape[1]))
-
-
-@triton.jit
-def e4m3_byte(word, DTYPE: tl.constexpr):
-    """The e4m3 in the lowest byte of an int32."""
-    magnitude = word & 0x7F
-    # Sign and exponent at their places in a float32: the value times 2^-120.
-    bits = ((word & 0x80) << 24) | (magnitude << 20)
-    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
-    return tl.where(magnitude == 0x7F, float("nan"), value).to(DTYPE)
