@@ -7,7 +7,7 @@ A cached token is one key for all heads, and its first R values are its value to
 
 Cut: the Sq * H queries of a sequence, which all read the same tokens, are rows of a tile; the
 tokens are cut into splits, and a program takes one tile of rows over one split, reading each token
-once for both products. Partial results are then combined in the order of the splits (`combine`).
+once for both products. Partial results are then combined in the order of the splits (splits.py).
 Where the cuts fall depends on the sequence's own length alone, which a program reads for itself:
 neither the batch nor the width of the block table can change a bit, and nothing is read back.
 
@@ -29,9 +29,9 @@ from ..runtime import arch
 from ..runtime.contract import check_that
 from ..runtime.op import op
 from .cache import alignment, check_width, e4m3_over_256, load, parts, strides
+from .splits import LN_2, combine, length_of, split_length_of
 
 LOG2_E = 1.4426950408889634
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @op(
@@ -189,22 +189,6 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
 
 
 @triton.jit
-def length_of(length_ptr, sequence, capacity):
-    """Tokens of a sequence, clamped to [0, capacity]; all of the capacity without lengths."""
-    if length_ptr is None:
-        length = capacity
-    else:
-        length = tl.minimum(tl.maximum(tl.load(length_ptr + sequence), 0), capacity)
-    return length
-
-
-@triton.jit
-def split_length_of(length, KEYS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Tokens in each split (but the last) of a sequence: a function of its own length alone."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, MAX_SPLITS), KEYS) * KEYS, MIN_SPLIT)
-
-
-@triton.jit
 def kernel(
     q_ptr, latent_ptr, scale_ptr, rope_ptr, table_ptr, length_ptr, out_ptr, lse_ptr,
     partial_ptr, partial_lse_ptr,
@@ -326,63 +310,6 @@ def kernel(
             tl.store(out_ptr + out_row[:, None] * R + at, cast, mask=inside)
         elif partial_ptr is not None:
             tl.store(partial_ptr + partial_row[:, None] * R + at, result, mask=inside)
-
-
-@triton.jit
-def share_beside_sink(sink_ptr, head, known, lse):
-    """exp(lse) / (exp(lse) + exp(sink)) of rows whose lse is to the base 2; 1 without sinks."""
-    share = tl.full(lse.shape, 1.0, tl.float32)
-    if sink_ptr is not None:
-        sink = tl.load(sink_ptr + head, mask=known, other=0.0) * 1.4426950408889634
-        # Where nothing is attended to, the result is 0 as it is, and inf - inf would be NaN.
-        share = tl.where(lse == float("-inf"), 1.0, 1.0 / (1.0 + tl.exp2(sink - lse)))
-    return share
-
-
-@triton.jit
-def combine(
-    partial_ptr, partial_lse_ptr, length_ptr, sink_ptr, out_ptr, lse_ptr,
-    Sq, H, R, capacity, splits,
-    ROWS: tl.constexpr, R_TILE: tl.constexpr, KEYS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Adds up the splits of ROWS rows, each weighted with its share of the sum of exponentials.
-
-    Also for `mla_sparse_decode`, which has sinks and may have no lengths.
-    """
-    tiles = tl.cdiv(Sq * H, ROWS)
-    sequence = (tl.program_id(0) // tiles).to(tl.int64)
-    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    length = length_of(length_ptr, sequence, capacity)
-    split_length = split_length_of(length, KEYS, MIN_SPLIT, MAX_SPLITS)
-    if split_length >= length:
-        return
-    known = row < Sq * H
-    count = tl.cdiv(length, split_length)
-    first = sequence * splits * Sq * H + row  # [ROWS], of split 0
-    split = tl.arange(0, MAX_SPLITS)[None, :]
-    used = known[:, None] & (split < count)
-    all_lse = partial_lse_ptr + first[:, None] + split * (Sq * H)
-    top = tl.max(tl.load(all_lse, mask=used, other=float("-inf")), 1)
-    zero = tl.where(top == float("-inf"), 0.0, top)  # [ROWS]
-
-    column = tl.arange(0, R_TILE)[None, :]
-    inside = known[:, None] & (column < R)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, R_TILE), tl.float32)
-    for i in range(0, count):
-        at = first + i * (Sq * H)
-        weight = tl.exp2(tl.load(partial_lse_ptr + at, mask=known, other=float("-inf")) - zero)
-        total += weight
-        result = tl.load(partial_ptr + at[:, None] * R + column, mask=inside, other=0.0)
-        acc += weight[:, None] * result
-    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
-    query, head = row // H, row % H
-    result *= share_beside_sink(sink_ptr, head, known, lse)[:, None]
-    out = out_ptr + (sequence * Sq * H + row)[:, None] * R + column
-    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + (sequence * H + head) * Sq + query, lse * LN_2, mask=known)
 
 
 def check_contents(q, cache, block_table, cache_seqlens, *_) -> None:

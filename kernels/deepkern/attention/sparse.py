@@ -23,18 +23,8 @@ from torch import Tensor
 from ..runtime import arch
 from ..runtime.contract import check_that
 from .cache import alignment, e4m3_over_256, load, parts, strides
-from .mla_decode import (
-    LN_2,
-    LOG2_E,
-    Tile,
-    combine,
-    dot_dtype,
-    length_of,
-    rope_dtype,
-    share_beside_sink,
-    split_length_of,
-    triton_dtype,
-)
+from .mla_decode import LOG2_E, Tile, dot_dtype, rope_dtype, triton_dtype
+from .splits import LN_2, combine, length_of, share_beside_sink, split_length_of
 
 MAX_SPLITS = 8
 

@@ -28,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime import arch
-from .mla_decode import length_of, share_beside_sink, triton_dtype
+from .mla_decode import triton_dtype
 from .sparse import load_block, load_rope
+from .splits import length_of, share_beside_sink
 
 WORKSPACE = 1 << 30  # bytes
 LOG2_E = tl.constexpr(1.4426950408889634)
