@@ -239,6 +239,10 @@ def test_refuses(generator):
         deepkern.mla_decode(q, cache, table, seqlens, scale, causal, 81)
     with pytest.raises(ValueError, match="mla_decode: cache: expected last dimension 80"):
         deepkern.mla_decode(q, cache[..., :-1], table, seqlens, scale, causal, R)
+    big = torch.empty(1, 2**20, 1, 1, dtype=torch.bfloat16, device=q.device)
+    pages = table.new_zeros(1, 2**10 + 1)
+    with pytest.raises(ValueError, match=r"mla_decode: block_table: expected at most 2\*\*30 tok"):
+        deepkern.mla_decode(q[..., :1], big, pages, seqlens, scale, causal, 1)
 
 
 @pytest.mark.gpu

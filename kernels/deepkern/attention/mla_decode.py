@@ -57,7 +57,7 @@ def mla_decode(
         cache: as `mla_cache_append` writes it: [blocks, page, 1, R + D] bf16, fp16 or fp32, or
             the FP8 format uint8 [blocks, page, 1, R + 4 * ceil(R / 128) + 2 * D].
         block_table: int32 [B, P], the pages of each sequence, in order. The tokens of a page
-            that is not in [0, blocks) count as absent.
+            that is not in [0, blocks) count as absent. P * page is at most 2**30.
         cache_seqlens: int32 [B], tokens of each sequence, the Sq new ones included; taken as 0
             if negative, as P * page if larger.
         softmax_scale: multiplies the scores.
@@ -79,8 +79,9 @@ def mla_decode(
     check_that("mla_decode", "v_head_dim", 0 <= v_head_dim <= W,
                f"a part of q's last dimension {W}", v_head_dim)  # fmt: skip
     check_width("mla_decode", cache, v_head_dim, W - v_head_dim)
-    check_that("mla_decode", "block_table", block_table.shape[1] * cache.shape[1] < 2**31,
-               "fewer than 2**31 tokens a sequence",
+    # Not 2**31: the end of a split that reaches past the sequence is computed in 32 bits.
+    check_that("mla_decode", "block_table", block_table.shape[1] * cache.shape[1] <= 2**30,
+               "at most 2**30 tokens a sequence",
                f"{block_table.shape[1]} pages of {cache.shape[1]}")  # fmt: skip
     check_that("mla_decode", "cache", cache.shape[1] * cache.stride(1) < 2**31,
                "pages of fewer than 2**31 elements", f"shape {tuple(cache.shape)}")  # fmt: skip
