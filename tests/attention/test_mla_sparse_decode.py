@@ -263,9 +263,9 @@ def test_refuses(generator):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [{}, FP8])
-@pytest.mark.parametrize("page", [1, 2, 53, 64, 576])
+@pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 @pytest.mark.parametrize("Sq", [1, 2, 4])
-@pytest.mark.parametrize("H", [1, 9, 16, 64, 126, 128])
+@pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
 def test_flashmla_grid_in_full(H, Sq, page, kind, generator):
     for topk, tokens in ((64, 512), (576, 1024), (2048, 2046), (2048, 32768)):
         size = {"B": 4, "topk": topk, "tokens": tokens, "lengths": True, "sink": True}

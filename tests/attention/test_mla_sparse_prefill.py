@@ -385,7 +385,7 @@ def test_refuses(generator):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, OPTIONS])
-@pytest.mark.parametrize("H", [1, 16, 64, 126, 128])
+@pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
 @pytest.mark.parametrize("S", [1, 62, 213])
 def test_flashmla_grid_in_full(S, H, options, generator):
     for Skv, topk in ((128, 128), (592, 128), (1521, 512), (114, 384), (32, 2048), (4321, 2048)):
