@@ -69,14 +69,14 @@ def test_against_torchs_softmax(backend, generator):
         compare.assert_close(got, want.to(torch.float64))
 
 
-@pytest.mark.parametrize("H", [1, 9, 16, 64, 128])
+@pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
 def test_any_number_of_heads(backend, H, generator):
     check(sparse_attention.mla_sparse_decode(generator, H=H, lengths=True, sink=True, **SMALL))
 
 
 @pytest.mark.parametrize("kind", [{}, FP8])
 @pytest.mark.parametrize("Sq", [1, 2, 4])
-@pytest.mark.parametrize("page", [1, 16, 53, 64])
+@pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 def test_any_page_and_several_new_tokens(backend, page, Sq, kind, generator):
     check(
         sparse_attention.mla_sparse_decode(

@@ -129,7 +129,7 @@ def test_against_torchs_softmax(backend, generator):
         compare.assert_close(g, w)
 
 
-@pytest.mark.parametrize("H", [1, 9, 16, 64, 128])
+@pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
 def test_any_number_of_heads(backend, H, generator):
     check(sparse_attention.mla_sparse_prefill(generator, H=H, **SMALL, **OPTIONS))
 
