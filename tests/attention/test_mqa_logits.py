@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepkern
 from deepkern.runtime import arch
@@ -162,6 +163,16 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
         deepkern.mqa_logits(q, kv, scale, weights, starts - 1, ends)
     with pytest.raises(ValueError, match="mqa_logits: ends: expected values in"):
         deepkern.mqa_logits(q, kv, scale, weights, starts, ends + 1)
+
+
+def test_refuses_heads_out_of_reach():
+    """Head 2 of each query would begin 2**31 elements away, past what 32-bit offsets reach."""
+    with FakeTensorMode():
+        q = torch.empty(3, 2**30, dtype=torch.float8_e4m3fn)[:, :16].unsqueeze(0)
+        kv, scale = torch.empty(5, 16, dtype=q.dtype), torch.empty(5)
+        ends = torch.empty(1, dtype=torch.int32)
+        with pytest.raises(ValueError, match="mqa_logits: q: expected heads within"):
+            deepkern.mqa_logits(q, kv, scale, torch.empty(1, 3), ends, ends)
 
 
 @pytest.mark.gpu

@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..quant.fp8 import matrix_operand
 from ..runtime.arch import Arch
+from ..runtime.contract import check_that
 
 WIDE = 128  # of the head dimension, multiplied at a time
 
@@ -58,6 +60,12 @@ def tile_for(target: Arch, H: int, D: int, most: int) -> Tile:
     wide = min(max(triton.next_power_of_2(D), 32), WIDE)
     queries = max(min(columns // heads, most), 16 // heads, 1)
     return Tile(keys, queries, heads, wide, warps, stages)
+
+
+def check_queries(op: str, q: Tensor) -> None:
+    """Raises ValueError unless the heads of a query are in reach of 32-bit offsets."""
+    check_that(op, "q", (q.shape[-2] - 1) * q.stride(-2) < 2**31,
+               "heads within 2**31 elements", f"strides {q.stride()}")  # fmt: skip
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from ..quant.fp8 import as_bits, matrix_operand
 from ..runtime import arch
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .head_sums import Tile, head_sums, load_queries, load_weights, tile_for
+from .head_sums import Tile, check_queries, head_sums, load_queries, load_weights, tile_for
 
 CHUNK = 2048  # keys of a program
 
@@ -60,6 +60,7 @@ def mqa_logits(
         TypeError, ValueError: an argument is not as above; with DEEPKERN_DEBUG=1 also for starts
             and ends outside [0, Skv].
     """
+    check_queries("mqa_logits", q)
     Skv = kv.shape[0]
     check_that("mqa_logits", "kv", Skv <= 2**31 - 2 * CHUNK, "fewer than 2**31 - 4096 keys", Skv)
     return q.new_empty(q.shape[0], Skv, dtype=torch.float32)

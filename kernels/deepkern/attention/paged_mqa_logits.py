@@ -25,7 +25,7 @@ from ..runtime import arch
 from ..runtime.contract import FP8, check_that
 from ..runtime.op import op
 from .cache import load
-from .head_sums import Tile, head_sums, load_queries, load_weights, tile_for
+from .head_sums import Tile, check_queries, head_sums, load_queries, load_weights, tile_for
 from .indexer_cache import check_pages, page_parts
 from .mqa_logits import fill
 
@@ -69,6 +69,7 @@ def paged_mqa_logits(
     """
     B, next_n, H, D = q.shape
     check_pages("paged_mqa_logits", cache, D)
+    check_queries("paged_mqa_logits", q)
     check_that("paged_mqa_logits", "weights", weights.shape[0] == B * next_n,
                f"B * next_n = {B * next_n} rows", f"shape {tuple(weights.shape)}")  # fmt: skip
     check_that("paged_mqa_logits", "context_lens", context_lens.shape in ((B,), (B, next_n)),
