@@ -87,8 +87,6 @@ class BuildExt(build_ext):
             extension.library_dirs += [
                 str(p.parent) for p in toolkit.glob("lib*/libcudart_static.a")
             ]
-            # libtorch is kept though nothing seems to need it: with CUDA it has the weak symbol.
-            extension.extra_link_args += ["-Wl,--no-as-needed"]
             extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
         super().build_extension(extension)
 

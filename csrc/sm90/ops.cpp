@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -13,10 +15,6 @@
 
 #include "../arguments.h"
 #include "launch.h"
-
-// Of torch's CUDA build. Weak, so that a CPU build of torch can load this file.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                            void** stream);
 
 // The hash of this folder's files, by which runtime/evidence.py knows what a GPU has proven.
 extern "C" __attribute__((visibility("default"))) const char* deepkern_sm90_sources() {
@@ -29,11 +27,22 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// How torch's CUDA build says which stream is current, or nothing. It is looked up by name in what
+// `import torch` has loaded, not linked: one file serves builds of torch with CUDA and without, and
+// where it was built does not matter.
+using CurrentStream = int32_t (*)(int32_t device, void** stream);
+
+CurrentStream stream_finder() {
+  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  static void* const found =
+      library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+  return reinterpret_cast<CurrentStream>(found);
+}
+
 void* current_stream(const char* op, const Tensor& x) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                      aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0,
-                  op, ": this torch has no CUDA stream");
+  STD_TORCH_CHECK(stream_finder() && stream_finder()(x.get_device_index(), &stream) == 0, op,
+                  ": this torch has no CUDA stream");
   return stream;
 }
 
