@@ -19,10 +19,15 @@ backward = deepkern.swiglu_cast_backward
 
 
 def plain(gate_up, weights=None, limit=None) -> torch.Tensor:
-    """y in the dtype of `gate_up`, as one writes it in torch."""
+    """y in the dtype of `gate_up`, as one writes it in torch.
+
+    A value at the limit has its gradient, as torch's clamp gave it until 2.13; from 2.14 on it
+    gives 0 there.
+    """
     gate, up = gate_up.tensor_split(2, 1)
     if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up.abs() > limit, limit * up.sign(), up)
     y = F.silu(gate) * up
     return y if weights is None else y * weights.to(y)[:, None]
 
