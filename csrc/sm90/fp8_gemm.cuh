@@ -21,71 +21,9 @@
 // Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2; DeepGEMM.
 #pragma once
 
-#include "schedule.cuh"
+#include "fp8_gemm_store.cuh"
 
 namespace sm90 {
-
-// LEFT_ROWS, RIGHT_ROWS: how many rows of an operand share a scale, 1 or 128.
-template <Form FORM_, int GROUPS_, int N_, int STAGES_, int CLUSTER_, bool SWAPPED_, int B_ROWS>
-struct GemmTile {
-  static constexpr Form FORM = FORM_;
-  static constexpr int GROUPS = GROUPS_, M = 64 * GROUPS, N = N_, K = 128, STAGES = STAGES_;
-  static constexpr int CLUSTER = CLUSTER_;
-  static constexpr bool SWAPPED = SWAPPED_;
-  static constexpr int LEFT_ROWS = SWAPPED ? B_ROWS : 1, RIGHT_ROWS = SWAPPED ? 1 : B_ROWS;
-  static constexpr int THREADS = 128 * (GROUPS + 1);
-  static constexpr uint32_t LEFT_BYTES = M * K, STAGE_BYTES = LEFT_BYTES + N * K;
-  // Where a tile of D is put in order, which a swapped one is not.
-  static constexpr uint32_t ORDERED_BYTES = SWAPPED ? 0 : M * N * 4;
-  static constexpr uint32_t ORDERED = STAGES * STAGE_BYTES;
-  static constexpr uint32_t SCALES = ORDERED + ORDERED_BYTES;
-  static constexpr uint32_t SCALE_BYTES = RIGHT_ROWS == 1 ? N * 4 : 0;  // of a stage
-  static constexpr uint32_t BARRIERS = SCALES + STAGES * SCALE_BYTES;
-  static constexpr uint32_t SHARED_BYTES = BARRIERS + 2 * STAGES * sizeof(Barrier);
-  static constexpr int LOADS = 1 + (RIGHT_ROWS == 1 ? 32 : 0);  // arrivals that fill a buffer
-  using Tiles = Schedule<FORM, (SWAPPED ? N : M) * CLUSTER, SWAPPED ? M : N>;
-  static_assert(RIGHT_ROWS == 1 || 128 % N == 0, "a tile has one scale of its right operand");
-  static_assert(CLUSTER == 1 || (FORM == Form::dense && !SWAPPED && RIGHT_ROWS == 128));
-  static_assert(SHARED_BYTES <= 232448);
-};
-
-// What all warps know: the ring's buffers and barriers, and where this warp stands in it.
-template <class Tile>
-struct Ring {
-  char* memory;
-  Barrier *full, *empty;
-  int stage = 0;
-  uint32_t round = 0;
-
-  SM90_DEVICE explicit Ring(char* shared)
-      : memory(shared),
-        full(reinterpret_cast<Barrier*>(shared + Tile::BARRIERS)),
-        empty(full + Tile::STAGES) {}
-  SM90_DEVICE void wait_empty() { barrier_wait(&empty[stage], round ^ 1); }
-  SM90_DEVICE void wait_full() { barrier_wait(&full[stage], round); }
-  SM90_DEVICE char* left() { return memory + stage * Tile::STAGE_BYTES; }
-  SM90_DEVICE char* right() { return left() + Tile::LEFT_BYTES; }
-  SM90_DEVICE char* scales() { return memory + Tile::SCALES + stage * Tile::SCALE_BYTES; }
-  SM90_DEVICE void next() {
-    if (++stage == Tile::STAGES) stage = 0, round ^= 1;
-  }
-};
-
-SM90_DEVICE float load_real(const void* p, int64_t i, Type type) {
-  if (type == Type::fp32) return static_cast<const float*>(p)[i];
-  if (type == Type::bf16) return to_float(static_cast<const bf16*>(p)[i]);
-  return to_float(static_cast<const fp16*>(p)[i]);
-}
-
-SM90_DEVICE void store_real(void* p, int64_t i, float x, Type type) {
-  if (type == Type::fp32) {
-    static_cast<float*>(p)[i] = x;
-  } else if (type == Type::bf16) {
-    static_cast<bf16*>(p)[i] = to_bf16(x);
-  } else {
-    static_cast<fp16*>(p)[i] = to_fp16(x);
-  }
-}
 
 // The scales of one row of an operand, from the tile's first block on.
 SM90_DEVICE const float* scale_row(const Scales& s, int group, int row, int rows) {
@@ -96,7 +34,7 @@ SM90_DEVICE const float* scale_row(const Scales& s, int group, int row, int rows
 template <class Tile>
 SM90_DEVICE void load_tiles(const TensorMap* a, const TensorMap* b, char* memory,
                             typename Tile::Tiles tiles) {
-  Ring<Tile> ring(memory);
+  Buffers<Tile> ring(memory);
   const int rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
   const int half = Tile::N / Tile::CLUSTER;
   Work w;
@@ -125,7 +63,7 @@ SM90_DEVICE void load_tiles(const TensorMap* a, const TensorMap* b, char* memory
 // The warp that brings the scales of the right operand's rows.
 template <class Tile>
 SM90_DEVICE void load_scales(const GemmArguments& p, char* memory, typename Tile::Tiles tiles) {
-  Ring<Tile> ring(memory);
+  Buffers<Tile> ring(memory);
   const Scales& scales = Tile::SWAPPED ? p.a_scale : p.b_scale;
   Work w;
   while (tiles.next(w)) {
@@ -161,7 +99,7 @@ SM90_DEVICE void clear_tail(char* memory, int length) {
 
 // The products of one tile, promoted. Thread t's rows are `row` and `row` + 8 of the left operand.
 template <class Tile>
-SM90_DEVICE void multiply(float (&sum)[Tile::N / 2], Ring<Tile>& ring, const GemmArguments& p,
+SM90_DEVICE void multiply(float (&sum)[Tile::N / 2], Buffers<Tile>& ring, const GemmArguments& p,
                           const Work& w, int row) {
   const int group = thread_index() / 128, last = Tile::SWAPPED ? p.N : p.M;
   const Scales& left = Tile::SWAPPED ? p.b_scale : p.a_scale;
@@ -214,110 +152,11 @@ SM90_DEVICE void multiply(float (&sum)[Tile::N / 2], Ring<Tile>& ring, const Gem
   }
 }
 
-// A warpgroup's 64 rows into boxes of 128-byte rows, swizzled as TMA expects them: with eight rows
-// to a multiple of 1024 bytes, the chunks that a warp writes at once lie in different banks.
-template <int N>
-SM90_DEVICE void arrange(const float (&sum)[N / 2], char* to, Type type) {
-  const int row = thread_index() % 128 / 32 * 16 + lane_index() / 4, pair = lane_index() % 4;
-  for (int i = 0; i < N / 2; i += 2) {
-    const int m = row + i / 2 % 2 * 8, size = type == Type::fp32 ? 4 : 2;
-    const int at = (i / 4 * 8 + pair * 2) * size;  // bytes from the start of the tile's row
-    char* box = to + at / 128 * (64 * 128) + m * 128;
-    char* place = box + ((at % 128 / 16) ^ (m % 8)) * 16 + at % 16;
-    if (type == Type::fp32) {
-      store_shared(place, uint64_t{float_bits(sum[i])} | uint64_t{float_bits(sum[i + 1])} << 32);
-    } else if (type == Type::bf16) {
-      store_shared(place, pack(to_bf16(sum[i]), to_bf16(sum[i + 1])));
-    } else {
-      store_shared(place, pack(to_fp16(sum[i]), to_fp16(sum[i + 1])));
-    }
-  }
-}
-
-// A warp's 16 arranged rows to D, 16 bytes a lane.
-template <class Tile>
-SM90_DEVICE void store_rows(const char* from, const GemmArguments& p, const Work& w,
-                            const typename Tile::Tiles& tiles, int top) {
-  const int size = p.out_type == Type::fp32 ? 4 : 2, chunks = Tile::N * size / 16;
-  const int first = thread_index() % 128 / 32 * 16;
-  for (int i = lane_index(); i < 16 * chunks; i += 32) {
-    const int m = first + i / chunks, chunk = i % chunks, column = w.column + chunk * 16 / size;
-    if (column >= p.N || !tiles.owns(w, top + m)) continue;
-    const char* place = from + chunk / 8 * (64 * 128) + m * 128 + ((chunk % 8) ^ (m % 8)) * 16;
-    const auto values = load_shared<Chunk>(place);
-    char* to = static_cast<char*>(p.out) +
-               (tiles.out_row(w, top + m) * p.N + column) * static_cast<int64_t>(size);
-    if (p.aligned) {
-      *reinterpret_cast<Chunk*>(to) = values;
-      continue;
-    }
-    const int left = (p.N - column) * size;
-    for (int at = 0; at < 16 && at < left; at += 2) {
-      reinterpret_cast<uint16_t*>(to)[at / 2] = values.half[at / 2];
-    }
-  }
-}
-
-// Few rows of A: element i of thread t is D[m, n] with n along the left operand's rows.
-template <class Tile>
-SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], const GemmArguments& p,
-                               const Work& w, const typename Tile::Tiles& tiles, int row) {
-  for (int i = 0; i < Tile::N / 2; ++i) {
-    const int n = row + i / 2 % 2 * 8, m = w.row + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
-    if (n >= p.N || !tiles.owns(w, m)) continue;
-    const int64_t at = tiles.out_row(w, m);
-    float value = m < w.valid ? sum[i] : 0.0f;
-    if (p.c != nullptr) value += load_real(p.c, at * p.c_row + n, p.c_type);
-    store_real(p.out, at * p.N + n, value, p.out_type);
-  }
-}
-
-// A warpgroup's rows of a finished tile, A being the left operand.
-template <class Tile>
-SM90_DEVICE void store(float (&sum)[Tile::N / 2], const TensorMap* out, const GemmArguments& p,
-                       const Work& w, const typename Tile::Tiles& tiles, char* ordered, int top) {
-  const int group = thread_index() / 128;
-  const int row = top + thread_index() % 128 / 32 * 16 + lane_index() / 4;
-  for (int i = 0; i < Tile::N / 2; ++i) {
-    const int m = row + i / 2 % 2 * 8, n = w.column + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
-    if (m >= w.valid) sum[i] = 0.0f;
-    if (p.c != nullptr && m < w.end && n < p.N) {
-      sum[i] += load_real(p.c, tiles.out_row(w, m) * p.c_row + n, p.c_type);
-    }
-  }
-  // TMA leaves out what lies beyond D, but knows nothing of groups.
-  const bool whole = Tile::FORM == Form::dense || top + 64 <= w.end;
-  const bool by_tma = p.store_by_tma && whole && Tile::FORM != Form::contiguous;
-  const bool storing = thread_index() % 128 == 0;
-  // The last tile must have been read before this one takes its place.
-  if (storing) tma_store_wait_read<0>();
-  named_barrier_sync(1 + group, 128);
-  arrange<Tile::N>(sum, ordered, p.out_type);
-  if (!by_tma) {
-    warp_sync();
-    store_rows<Tile>(ordered, p, w, tiles, top);
-    warp_sync();
-    return;
-  }
-  fence_async_proxy();
-  named_barrier_sync(1 + group, 128);
-  if (storing) {
-    const int wide = p.out_type == Type::fp32 ? 32 : 64;  // columns of a box
-    for (int n = 0; n < Tile::N && w.column + n < p.N; n += wide) {
-      if (top < w.end) {
-        tma_store(out, ordered + n / wide * (64 * 128), w.column + n,
-                  static_cast<int>(tiles.out_row(w, top)));
-      }
-    }
-    tma_store_commit();
-  }
-}
-
 // A warpgroup's part of all tiles.
 template <class Tile>
 SM90_DEVICE void multiply_tiles(const TensorMap* out, const GemmArguments& p, char* memory,
                                 typename Tile::Tiles tiles) {
-  Ring<Tile> ring(memory);
+  Buffers<Tile> ring(memory);
   const int group = thread_index() / 128, rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
   const int inside = group * 64 + thread_index() % 128 / 32 * 16 + lane_index() / 4;
   char* ordered = memory + Tile::ORDERED + group * 64 * Tile::N * 4;
@@ -341,16 +180,12 @@ SM90_KERNEL(Tile::THREADS, Tile::GROUPS == 1 ? 2 : 1)
 void fp8_gemm(SM90_PARAMETER TensorMap a, SM90_PARAMETER TensorMap b,
               SM90_PARAMETER TensorMap out, SM90_PARAMETER GemmArguments p) {
   char* memory = shared_memory();
-  Ring<Tile> ring(memory);
+  Buffers<Tile> ring(memory);
   const int warp = warp_index(), loader = 4 * Tile::GROUPS;
   if (warp == loader && elect_one()) {
     prefetch(&a);
     prefetch(&b);
-    for (int s = 0; s < Tile::STAGES; ++s) {
-      barrier_init(&ring.full[s], Tile::LOADS);
-      // A warp of each block that reads it.
-      barrier_init(&ring.empty[s], 4 * Tile::GROUPS * Tile::CLUSTER);
-    }
+    ring.init(Tile::LOADS, 4 * Tile::GROUPS * Tile::CLUSTER);  // each warp that reads
     barrier_init_fence();
   }
   if (Tile::CLUSTER > 1) {

@@ -16,7 +16,8 @@ from deepkern.testing import compare
 from .conftest import TILES, EmulatorFailure, Tile, build, gemm_of, sources
 from .test_fp8_gemm import operands, reference, run
 
-KERNEL, SCHEDULE = "sm90/fp8_gemm.cuh", "sm90/schedule.cuh"
+FILES = tuple(f"sm90/{name}.cuh" for name in (
+    "fp8_gemm", "fp8_gemm_store", "fp8_gemm_tile", "ring", "schedule"))  # fmt: skip
 
 
 def first(form: str, **what) -> Tile:
@@ -148,7 +149,7 @@ def caught(gemm, tile: Tile, generator) -> str:
 def test_is_caught(name, generator):
     tile, right, wrong, how = BUGS[name]
     whole = sources()
-    file = next((f for f in (KERNEL, SCHEDULE) if right in whole[f]), None)
+    file = next((f for f in FILES if right in whole[f]), None)
     assert file, f"no kernel has {right!r} any more: plant another bug"
     library = build(whole | {file: whole[file].replace(right, wrong)})
     found = caught(gemm_of(library), tile, generator)
