@@ -82,7 +82,7 @@ class BuildExt(build_ext):
                 done = folder / f"{source.stem}.o"
                 self.spawn(["nvcc", *NVCC_FLAGS, "-c", str(source), "-o", str(done)])
                 extension.extra_objects.append(str(done))
-            extension.sources.append("csrc/sm90/ops.cpp")
+            extension.sources += sources("sm90")
             extension.define_macros.append(("DEEPKERN_SM90_SOURCES", f'"{hash_of_sm90()}"'))
             extension.library_dirs += [
                 str(p.parent) for p in toolkit.glob("lib*/libcudart_static.a")

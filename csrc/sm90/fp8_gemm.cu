@@ -84,14 +84,19 @@ GemmArguments arguments(const Fp8Product& x, const Sm90Tile& tile) {
 }
 
 // Finds where the groups of a contiguous product lie, and clears the rows of none.
-void launch_find_groups(const Fp8Product& x, int units, cudaStream_t stream) {
+cudaError_t launch_find_groups(const Fp8Product& x, int units, cudaStream_t stream) {
   const int size = x.gemm.out_type == Real::fp32 ? 4 : 2;
-  cudaMemsetAsync(x.lie, 0x7f, x.groups * sizeof(int), stream);
-  cudaMemsetAsync(x.lie + x.groups, 0, x.groups * sizeof(int), stream);
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((x.M + 3) / 4, 8 * units));
-  sm90::find_groups<<<blocks, 128, 0, stream>>>(x.sizes, x.lie, static_cast<char*>(x.gemm.out),
-                                                static_cast<int>(x.M), static_cast<int>(x.groups),
-                                                x.N * size);
+  cudaError_t error = cudaMemsetAsync(x.lie, 0x7f, x.groups * sizeof(int), stream);
+  if (error != cudaSuccess) return error;
+  error = cudaMemsetAsync(x.lie + x.groups, 0, x.groups * sizeof(int), stream);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>((x.M + 3) / 4, 8 * units)));
+  config.blockDim = dim3(128);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, sm90::find_groups, x.sizes, x.lie,
+                            static_cast<char*>(x.gemm.out), static_cast<int>(x.M),
+                            static_cast<int>(x.groups), x.N * size);
 }
 
 }  // namespace
@@ -108,7 +113,10 @@ std::string launch_fp8_product(const Fp8Product& x, void* stream) {
   if (number < 0) return "no tile is compiled for this product";
   const Sm90Tile& tile = SM90_TILES[number];
   const Kernel& kernel = KERNELS[number];
-  if (x.form == GemmForm::contiguous) launch_find_groups(x, units, queue);
+  if (x.form == GemmForm::contiguous) {
+    error = launch_find_groups(x, units, queue);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
 
   // Made anew for each launch and passed by value: nothing of them can go stale.
   GemmArguments p = arguments(x, tile);
@@ -145,8 +153,7 @@ std::string launch_fp8_product(const Fp8Product& x, void* stream) {
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  void* passed[] = {&a, &b, &out, &p};
-  error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel.run), passed);
+  error = cudaLaunchKernelEx(&config, kernel.run, a, b, out, p);
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 

@@ -25,4 +25,7 @@ struct Fp8Product {
 std::string launch_fp8_product(const Fp8Product& product, void* stream);
 std::string launch_mla_decode(MlaArguments arguments, void* stream);
 
+// Of the device's work as torch has it now; false if this torch has no CUDA.
+bool current_stream(int device, void** stream);
+
 }  // namespace deepkern

@@ -6,8 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -27,21 +25,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// How torch's CUDA build says which stream is current, or nothing. It is looked up by name in what
-// `import torch` has loaded, not linked: one file serves builds of torch with CUDA and without, and
-// where it was built does not matter.
-using CurrentStream = int32_t (*)(int32_t device, void** stream);
-
-CurrentStream stream_finder() {
-  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  static void* const found =
-      library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-  return reinterpret_cast<CurrentStream>(found);
-}
-
-void* current_stream(const char* op, const Tensor& x) {
+void* stream_of(const char* op, const Tensor& x) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(stream_finder() && stream_finder()(x.get_device_index(), &stream) == 0, op,
+  STD_TORCH_CHECK(current_stream(x.get_device_index(), &stream), op,
                   ": this torch has no CUDA stream");
   return stream;
 }
@@ -50,7 +36,7 @@ void* current_stream(const char* op, const Tensor& x) {
 // view, or a copy.
 Tensor for_tma(const Tensor& x) {
   const int64_t K = x.size(x.dim() - 1), rows = K ? x.numel() / K : 0;
-  const Tensor flat = torch::stable::reshape(x, {rows, K});
+  const Tensor flat = x.dim() == 2 ? x : torch::stable::reshape(x, {rows, K});
   const bool aligned = reinterpret_cast<uintptr_t>(flat.const_data_ptr()) % 16 == 0;
   const bool by_row = K <= 1 || flat.stride(1) == 1;
   if (aligned && by_row && (rows <= 1 || flat.stride(0) % 16 == 0)) return flat;
@@ -104,7 +90,7 @@ struct Product {
   Tensor run(const char* op, Tensor out, ScalarType dtype) {
     x.gemm.out = out.mutable_data_ptr();
     x.gemm.out_type = real_type(op, "out_dtype", dtype);
-    const std::string wrong = launch_fp8_product(x, current_stream(op, a));
+    const std::string wrong = launch_fp8_product(x, stream_of(op, a));
     STD_TORCH_CHECK(wrong.empty(), op, ": backend cuda: ", wrong);
     return out;
   }
@@ -237,12 +223,17 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache
     p.partial = static_cast<float*>(partial.mutable_data_ptr());
     p.partial_lse = static_cast<float*>(partial_lse.mutable_data_ptr());
   }
-  const std::string wrong = launch_mla_decode(p, current_stream("mla_decode", q));
+  const std::string wrong = launch_mla_decode(p, stream_of("mla_decode", q));
   STD_TORCH_CHECK(wrong.empty(), "mla_decode: backend cuda: ", wrong);
   return {out, lse};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CUDA, m) {
+// Tests register the same functions for CPU tensors, where kernels run in the emulator.
+#ifndef DEEPKERN_SM90_LIBRARY
+#define DEEPKERN_SM90_LIBRARY deepkern_native
+#define DEEPKERN_SM90_DEVICE CUDA
+#endif
+STABLE_TORCH_LIBRARY_IMPL(DEEPKERN_SM90_LIBRARY, DEEPKERN_SM90_DEVICE, m) {
   m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm_nt));
   m.impl("m_grouped_fp8_gemm_nt_contiguous", TORCH_BOX(&contiguous));
   m.impl("m_grouped_fp8_gemm_nt_masked", TORCH_BOX(&masked));

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
-CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "emulator"
-FLAGS = ["-std=c++17", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off"]
-ORDERS = {"random": 0, "earliest": 1, "latest": 2}  # emulator::Order
+from bench.emulator import CSRC, ORDERS, build, compiler, sources
+
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # sm90::Type
 
 
@@ -48,54 +40,6 @@ def tiles() -> tuple[Tile, ...]:
 
 
 TILES = tiles()
-
-
-def compiler() -> str:
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    return found or pytest.skip("no C++ compiler")
-
-
-def build(sources: dict[str, str]) -> ctypes.CDLL:
-    """A library of `sources`, name below csrc/ -> text, compiled once for each content."""
-    parts = [compile_one(name, text, sources) for name, text in sources.items()
-             if name.endswith(".cpp")]  # fmt: skip
-    digest = hashlib.sha256("".join(map(str, parts)).encode()).hexdigest()[:16]
-    library = BUILD / f"{digest}.so"
-    if not library.exists():
-        run([compiler(), "-shared", *map(str, parts)], library)
-    return ctypes.CDLL(str(library))
-
-
-def compile_one(name: str, text: str, sources: dict[str, str]) -> Path:
-    # The machine itself knows no kernel, so a changed kernel does not compile it anew.
-    seen = ("emulator/", "sm90/") if name.startswith("emulator/kernels/") else ("emulator/",)
-    headers = [sources[h] for h in sorted(sources) if not h.endswith(".cpp") and h.startswith(seen)]
-    content = "\0".join([compiler(), *FLAGS, name, text, *headers])
-    done = BUILD / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.o"
-    if not done.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            for path, body in sources.items():
-                Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
-                Path(folder, path).write_text(body)
-            run([compiler(), *FLAGS, "-c", str(Path(folder, name))], done)
-    return done
-
-
-def run(command: list[str], output: Path) -> None:
-    """Runs a compiler; `output` is whole or not there, whoever else compiles it."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    fresh = output.with_suffix(f".{os.getpid()}")
-    got = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, timeout=300)
-    assert got.returncode == 0, got.stderr[-3000:]
-    os.replace(fresh, output)
-
-
-def sources() -> dict[str, str]:
-    """The emulator and the kernels, name below csrc/ -> text."""
-    paths = [p for p in (CSRC / "emulator").rglob("*") if p.is_file()]
-    paths += [p for p in (CSRC / "sm90").iterdir() if p.suffix == ".cuh"]
-    paths += [CSRC / "sm90" / name for name in ("fp8_gemm_tiles.h", "mla_arguments.h")]
-    return {str(p.relative_to(CSRC)): p.read_text() for p in sorted(paths)}
 
 
 class Scales(ctypes.Structure):
@@ -179,6 +123,12 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
         return out
 
     return gemm
+
+
+@pytest.fixture(scope="session", autouse=True)
+def needs_a_compiler() -> None:
+    if compiler() is None:
+        pytest.skip("no C++ compiler")
 
 
 @pytest.fixture(scope="session")

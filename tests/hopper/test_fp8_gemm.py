@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import deepkern
+from bench.emulator import ORDERS
 from deepkern.testing import compare, inputs
 
-from .conftest import ORDERS, TILES, Tile
+from .conftest import TILES, Tile
 
 OPS = {
     "dense": "fp8_gemm_nt",

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import deepkern
+from bench.emulator import ORDERS
 from deepkern.testing import compare, inputs
 from deepkern.testing.inputs.attention import ABSENT
-
-from .conftest import ORDERS
 
 LENGTHS = (0, 1, 63, 64, 65, 130)
 

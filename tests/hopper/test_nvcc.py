@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, TILES, Tile
+from bench.emulator import ROOT
+
+from .conftest import TILES, Tile
 
 FORMS = ("dense", "contiguous", "masked", "k_grouped")  # sm90::Form
 NVCC = shutil.which("nvcc")

@@ -11,9 +11,10 @@ import re
 import pytest
 import torch
 
+from bench.emulator import build, sources
 from deepkern.testing import compare
 
-from .conftest import TILES, EmulatorFailure, Tile, build, gemm_of, sources
+from .conftest import TILES, EmulatorFailure, Tile, gemm_of
 from .test_fp8_gemm import operands, reference, run
 
 FILES = tuple(f"sm90/{name}.cuh" for name in (

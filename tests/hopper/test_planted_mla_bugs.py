@@ -7,9 +7,10 @@ import re
 import pytest
 
 import deepkern
+from bench.emulator import build, sources
 from deepkern.testing import compare, inputs
 
-from .conftest import EmulatorFailure, build, mla_of, sources
+from .conftest import EmulatorFailure, mla_of
 
 KERNEL = "sm90/mla_decode.cuh"
 WRONG = "wrong result"

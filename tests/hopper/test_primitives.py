@@ -7,9 +7,10 @@ import ctypes
 import pytest
 import torch
 
+from bench.emulator import build, sources
 from deepkern.testing import compare
 
-from .conftest import EmulatorFailure, build, sources
+from .conftest import EmulatorFailure
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,141 @@
+"""csrc/sm90 compiled for this machine: its kernels run in csrc/emulator, its ops on CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import deepkern
+from deepkern.runtime import backends, native
+
+ROOT = Path(__file__).parents[1]
+CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "emulator"
+FLAGS = ["-std=c++17", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += ["-ffp-contract=off"]
+ORDERS = {"random": 0, "earliest": 1, "latest": 2}  # emulator::Order
+LIBRARY = "deepkern_emulated"
+
+
+def compiler() -> str | None:
+    """The C++ compiler, if there is one."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def sources() -> dict[str, str]:
+    """The emulator and the kernels, name below csrc/ -> text."""
+    paths = [p for p in (CSRC / "emulator").rglob("*") if p.is_file()]
+    paths += [p for p in (CSRC / "sm90").iterdir() if p.suffix == ".cuh"]
+    paths += [CSRC / "sm90" / name for name in ("fp8_gemm_tiles.h", "mla_arguments.h")]
+    found = {str(p.relative_to(CSRC)): p.read_text() for p in sorted(paths)}
+    return {name: text for name, text in found.items() if not name.startswith("emulator/cuda/")}
+
+
+def build(sources: dict[str, str]) -> ctypes.CDLL:
+    """A library of `sources`, name below csrc/ -> text, compiled once for each content."""
+    parts = [compile_one(name, sources) for name in sources if name.endswith(".cpp")]
+    return ctypes.CDLL(str(link(parts)))
+
+
+def compile_one(name: str, sources: dict[str, str], *flags: str) -> Path:
+    # The machine itself knows no kernel, so a changed kernel does not compile it anew.
+    seen = [h for h in sorted(sources) if not h.endswith(".cpp")]
+    headers = [sources[h] for h in seen if of_machine(h) or not of_machine(name)]
+    content = "\0".join([compiler(), *FLAGS, *flags, name, sources[name], *headers])
+    done = BUILD / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.o"
+    if not done.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            for path, body in sources.items():
+                Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
+                Path(folder, path).write_text(body)
+            here = [f.replace("CSRC", folder) for f in flags]
+            run([compiler(), *FLAGS, *here, "-x", "c++", "-c", str(Path(folder, name))], done)
+    return done
+
+
+def of_machine(name: str) -> bool:
+    """Whether a source belongs to the emulated machine, and not to what runs on it."""
+    return name.startswith("emulator/") and name.count("/") == 1
+
+
+def link(parts: list[Path], *flags: str) -> Path:
+    digest = hashlib.sha256("".join(map(str, parts)).encode()).hexdigest()[:16]
+    library = BUILD / f"{digest}.so"
+    if not library.exists():
+        run([compiler(), "-shared", *map(str, parts), *flags], library)
+    return library
+
+
+def run(command: list[str], output: Path) -> None:
+    """Runs a compiler; `output` is whole or not there, whoever else compiles it."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    fresh = output.with_suffix(f".{os.getpid()}")
+    got = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, timeout=300)
+    assert got.returncode == 0, got.stderr[-3000:]
+    os.replace(fresh, output)
+
+
+@functools.cache
+def ops() -> ctypes.CDLL:
+    """The ops of csrc/sm90 with their launchers: torch.ops.deepkern_emulated, for CPU tensors."""
+    paths = sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h"))
+    whole = {str(p.relative_to(CSRC)): p.read_text() for p in paths}
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-ICSRC/emulator/cuda", "-isystem", str(torch_folder / "include"),
+             "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DDEEPKERN_SM90_LIBRARY={LIBRARY}",
+             "-DDEEPKERN_SM90_DEVICE=CPU", '-DDEEPKERN_SM90_SOURCES=""']  # fmt: skip
+    names = [n for n in whole if n.endswith(".cu") or n == "sm90/ops.cpp"]
+    names += [n for n in whole if n.startswith("emulator/cuda/") and n.endswith(".cpp")]
+    parts = [compile_one(n, whole, *flags) for n in names]
+    parts += [compile_one(n, whole) for n in whole if of_machine(n) and n.endswith(".cpp")]
+    library = link(parts, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10")
+    native.why_absent()  # loads deepkern_native, where the schemas stand
+    schemas = torch.library.Library(LIBRARY, "DEF")
+    for name in served():
+        schema = str(getattr(torch.ops.deepkern_native, name).default._schema)
+        schemas.define(schema.split("::", 1)[1])
+    torch.ops.load_library(str(library))
+    loaded = ctypes.CDLL(str(library))
+    loaded.schemas = schemas  # they last as long as somebody holds them
+    return loaded
+
+
+@functools.cache
+def served() -> list[str]:
+    """The ops that csrc/sm90 serves."""
+    text = (CSRC / "sm90" / "ops.cpp").read_text()
+    return [line.split('"')[1] for line in text.splitlines() if line.startswith('  m.impl("')]
+
+
+@contextlib.contextmanager
+def cuda_backend(
+    seed: int = 0, order: str = "random", multiprocessors: int = 132, launches: bool = True
+) -> Iterator[None]:
+    """Forces backend `cuda`, which inside takes CPU tensors and runs its kernels in the emulator.
+
+    Without `launches` nothing is run: what is left is the host's side of a call.
+    """
+    ops().emulate_how(ctypes.c_uint64(seed), ORDERS[order], multiprocessors, int(launches))
+    on_gpu = backends._why_not_at_all
+
+    def why_not(op, name, device):
+        return None if name == "cuda" and op.name in served() else on_gpu(op, name, device)
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(backends, "_why_not_at_all", why_not))
+        for name in served():
+            emulated = getattr(getattr(torch.ops, LIBRARY), name).default
+            op = deepkern.OPS[name]
+            patches.enter_context(mock.patch.dict(op.launchers, cuda=op._checked(emulated)))
+        patches.enter_context(deepkern.backend("cuda"))
+        yield

@@ -1,0 +1,160 @@
+"""The `cuda` backend as a whole on CPU tensors: ops.cpp, launchers, kernels in the emulator.
+
+What runs here is all that runs on a GPU but the driver: checks, copies for TMA, the choice of tile,
+tensor maps, launch configuration, kernel. The stand-in for CUDA refuses what the driver would.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deepkern
+from bench import emulator
+from bench.emulator import cuda_backend
+from deepkern.testing import compare, inputs
+
+OPS = emulator.served()
+GROUPED = [name for name in OPS if "grouped" in name]
+FP8 = torch.float8_e4m3fn
+SIZES = [(1, 8, 128, 1), (40, 100, 257, 3), (200, 136, 256, 5), (3, 9, 100, 9)]  # M, N, K, G
+
+
+def usual(name: str, generator) -> tuple:
+    """All arguments of an op at a size of no special kind."""
+    size = {"M": 20, "N": 40, "K": 160} | ({"G": 3} if name in GROUPED else {})
+    if name == "mla_decode":
+        size = {"lengths": (70,), "H": 3}
+    return deepkern.OPS[name].positional(inputs.make(name, generator, **size))
+
+
+def check(name: str, args, **how) -> torch.Tensor | tuple:
+    """The op's result, held to the oracle."""
+    args = deepkern.OPS[name].positional(args)
+    with cuda_backend(**how):
+        got = getattr(deepkern, name)(*args)
+    want = getattr(deepkern.reference, name)(*args)
+    compare.assert_matches(name, got, want)
+    return got
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_small_sizes(name, generator):
+    for size in inputs.sizes(name).small:
+        args = inputs.make(name, generator, **size)
+        with cuda_backend():
+            try:
+                getattr(deepkern, name)(*args)
+            except deepkern.BackendError as declined:
+                assert "it takes" in str(declined)
+                continue
+        check(name, args, seed=generator.initial_seed())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_runs_the_kernel(name, generator):
+    """With launches switched off nothing is computed: no other backend steps in."""
+    args = usual(name, generator)
+    with cuda_backend(launches=False), pytest.raises(compare.Mismatch):
+        got = getattr(deepkern, name)(*args)
+        compare.assert_matches(name, got, getattr(deepkern.reference, name)(*args))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_and_has_the_schema_of_the_package(name, generator):
+    emulator.ops()
+    args = usual(name, generator)
+    fake = torch.ops.deepkern_emulated
+    schemas = [getattr(ops, name).default._schema for ops in (fake, torch.ops.deepkern_native)]
+    assert str(schemas[0]).split("::")[1] == str(schemas[1]).split("::")[1]
+    with cuda_backend():
+        got = torch.compile(getattr(deepkern, name), backend="aot_eager", fullgraph=True)(*args)
+    compare.assert_matches(name, got, getattr(deepkern.reference, name)(*args))
+
+
+@pytest.mark.parametrize("M", [0, 1, 9, 40, 129, 300])
+@pytest.mark.parametrize(("N", "K"), [(0, 128), (7, 0), (1, 1), (40, 100), (129, 257), (264, 384)])
+def test_any_shape(M, N, K, generator):
+    """K that no TMA row fits is copied; tiles change with M, a row's bits do not."""
+    a, a_scale, b, b_scale = inputs.make("fp8_gemm_nt", generator, M=M, N=N, K=K)[:4]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        whole = check("fp8_gemm_nt", (a, a_scale, b, b_scale, dtype))
+    c = torch.randn(M, N, generator=generator)
+    check("fp8_gemm_nt", (a, a_scale, b, b_scale, torch.float32, c))
+    if M > 1:
+        last = check("fp8_gemm_nt", (a[-1:], a_scale[-1:], b, b_scale, torch.float32))
+        compare.assert_bitwise(last, whole[-1:])
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 78, 132])
+@pytest.mark.parametrize("M", [5, 200])
+def test_any_number_of_multiprocessors_gives_the_same_bits(M, multiprocessors, generator):
+    args = inputs.make("fp8_gemm_nt", generator, M=M, N=300, K=512)
+    compare.assert_bitwise(check("fp8_gemm_nt", args, multiprocessors=multiprocessors),
+                           check("fp8_gemm_nt", args))  # fmt: skip
+
+
+def test_any_layout(generator):
+    """Transposed and sliced operands, codes that start anywhere, scales in any order."""
+    a, a_scale, b, b_scale = inputs.make("fp8_gemm_nt", generator, M=33, N=50, K=144)[:4]
+    want = check("fp8_gemm_nt", (a, a_scale, b, b_scale))
+
+    def inside(x, left, right):
+        """x as a part of a wider tensor of NaN."""
+        wide = torch.full((x.shape[0], left + x.shape[1] + right), 0x7F, dtype=torch.uint8)
+        wide = wide.view(FP8)
+        wide[:, left : left + x.shape[1]] = x
+        return wide[:, left : left + x.shape[1]]
+
+    layouts = [a.T.contiguous().T, inside(a, 16, 16), inside(a, 3, 1), inside(a, 0, 7)]
+    for layout in layouts:
+        compare.assert_bitwise(check("fp8_gemm_nt", (layout, a_scale, b, b_scale)), want)
+        columns = a_scale.T.contiguous().T
+        other = inside(b, 5, 2), b_scale.T.contiguous().T
+        compare.assert_bitwise(check("fp8_gemm_nt", (layout, columns, *other)), want)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("size", SIZES)
+def test_groups(name, size, generator):
+    args = inputs.make(name, generator, **dict(zip("MNKG", size, strict=True)))
+    check(name, args, seed=1)
+
+
+@pytest.mark.parametrize("page", [1, 16, 53, 64, 128])
+@pytest.mark.parametrize(("Sq", "H"), [(1, 1), (2, 9), (1, 128)])
+def test_decode(page, Sq, H, generator):
+    lengths = (20, 0, 140, 577)
+    check(
+        "mla_decode", inputs.make("mla_decode", generator, lengths=lengths, Sq=Sq, H=H, page=page)
+    )
+
+
+def test_decode_of_strided_arguments(generator):
+    """Rows of q that start anywhere are copied; caches and tables are read as they lie."""
+    q, cache, table, lengths, *rest = deepkern.OPS["mla_decode"].positional(
+        inputs.make("mla_decode", generator, lengths=(70, 200), H=5, page=64)
+    )
+    want = check("mla_decode", (q, cache, table, lengths, *rest))
+    odd = torch.full((*q.shape[:-1], q.shape[-1] + 3), torch.nan, dtype=q.dtype)[..., 1:-2]
+    odd.copy_(q)
+    far = torch.full((2 * len(cache), *cache.shape[1:]), torch.nan, dtype=cache.dtype)[::2]
+    far.copy_(cache)
+    for queries in (odd, q.transpose(1, 2).contiguous().transpose(1, 2)):
+        got = check("mla_decode", (queries, far, table, lengths, *rest))
+        for mine, other in zip(got, want, strict=True):
+            compare.assert_bitwise(mine, other)
+
+
+def test_what_cuda_refuses_is_an_error(generator):
+    library, args = emulator.ops(), usual("fp8_gemm_nt", generator)
+    library.emulate_refusal(1)
+    try:
+        with (
+            cuda_backend(),
+            pytest.raises(RuntimeError, match="fp8_gemm_nt: backend cuda: refused"),
+        ):
+            deepkern.fp8_gemm_nt(*args)
+    finally:
+        library.emulate_refusal(0)
+    check("fp8_gemm_nt", args)
