@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <new>
 #include <utility>
+#include <vector>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -17,6 +18,22 @@ namespace {
 
 // The fiber that a new stack is for: a stack starts without arguments.
 Fiber* starting = nullptr;
+
+// Stacks of fibers that are gone, with their size: to map one anew costs more than a fiber's life.
+std::vector<std::pair<void*, size_t>> spare;
+
+void* new_stack(size_t bytes) {
+  if (!spare.empty() && spare.back().second == bytes) {
+    void* stack = spare.back().first;
+    spare.pop_back();
+    return stack;
+  }
+  void* stack = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (stack == MAP_FAILED) throw std::bad_alloc();
+  // An overflow faults instead of spoiling a neighbour.
+  mprotect(stack, static_cast<size_t>(sysconf(_SC_PAGESIZE)), PROT_NONE);
+  return stack;
+}
 
 void first_steps() {
   starting->run_body();
@@ -57,10 +74,7 @@ emulator_switch:
 
 Fiber::Fiber(std::function<void()> body, size_t stack_bytes)
     : body_(std::move(body)), bytes_(stack_bytes) {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  stack_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (stack_ == MAP_FAILED) throw std::bad_alloc();
-  mprotect(stack_, page, PROT_NONE);  // an overflow faults instead of spoiling a neighbour
+  stack_ = new_stack(bytes_);
 #if defined(__x86_64__)
   auto** top = reinterpret_cast<void**>(static_cast<char*>(stack_) + bytes_);
   *--top = nullptr;  // as if called: the stack is 8 off a multiple of 16 at the first instruction
@@ -80,7 +94,7 @@ Fiber::Fiber(std::function<void()> body, size_t stack_bytes)
 }
 
 Fiber::~Fiber() {
-  munmap(stack_, bytes_);
+  spare.emplace_back(stack_, bytes_);
 #if !defined(__x86_64__)
   delete static_cast<ucontext_t*>(own_);
   delete static_cast<ucontext_t*>(caller_);

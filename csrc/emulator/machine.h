@@ -1,13 +1,15 @@
 // A Hopper multiprocessor, as far as the kernels of csrc/sm90 can tell, and an adversary in it.
 //
-// A cluster's threads run as fibers, in an order drawn from a seed. What the hardware does
-// asynchronously (TMA copies, WGMMA) stands in a list of pending work, each piece of which is done
+// The threads of a few clusters run as fibers, in an order drawn from a seed. What the hardware
+// does asynchronously (TMA copies, WGMMA) stands in a list of pending work, each piece of which is done
 // early, late or at any time between, as far as the rules allow. So a wait that is missing shows:
 // shared memory and accumulators hold NaN until the work is done, and a buffer that is handed on
-// too soon is overwritten while it is still read.
+// too soon is overwritten while it is still read. A grid may be followed by one that depends on it
+// (programmatic dependent launch), whose clusters begin as soon as they may.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <deque>
 #include <functional>
 #include <map>
@@ -18,6 +20,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "memory.h"
 #include "tensor_map.h"
 
 namespace emulator {
@@ -43,6 +46,7 @@ struct Launch {
 };
 
 struct Block;
+struct Cluster;
 struct Machine;
 
 // Something a thread can wait for.
@@ -74,6 +78,7 @@ struct Thread {
   std::deque<std::shared_ptr<StoreGroup>> stores;
   Channel stores_done;
   int cluster_arrivals = 0;
+  bool waited = false;  // for the grid that its own depends on
   std::map<int, uint64_t> collectives;  // calls of each kind of warp- or group-wide operation
 
   int warp() const { return index / WARP; }
@@ -121,9 +126,11 @@ struct Warpgroup {
 };
 
 struct Block {
+  Cluster* cluster;
   Machine* machine;
   int index, rank;  // in the grid, in its cluster
   char* shared = nullptr;
+  std::unique_ptr<char, void (*)(void*)> arena{nullptr, std::free};
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warpgroup> groups;
   std::map<uint32_t, Mbarrier> mbarriers;
@@ -133,8 +140,10 @@ struct Block {
   std::vector<int> elected;     // per warp
   int running = 0;              // threads not yet finished
   int stores_reading = 0;
+  bool released = false;        // as far as it goes, the dependent grid may begin
   Channel registers_freed;
 
+  const struct Launch& launch() const;
   // The offset of `bytes` at `p`, checked to lie in shared memory.
   uint32_t offset(const void* p, uint32_t bytes, const char* what) const;
   Mbarrier& mbarrier(const void* p, const char* what);
@@ -144,37 +153,71 @@ struct Pending {
   enum Mood { any_time, late } mood;
   std::function<void()> run;
   int queue;  // work of one queue is done in its order; -1: of none
+  Thread* by;
 };
 
-// Runs the clusters of a grid one after the other, in random order.
-struct Machine {
-  Machine(const Launch& launch, std::function<void()> kernel);
-  ~Machine();
-  void run();
-
+// A kernel and how it is launched.
+struct Grid {
   Launch launch;
   std::function<void()> kernel;
-  std::mt19937_64 random;
-  std::vector<std::unique_ptr<Block>> cluster;
+  int number;
+  std::vector<int> clusters = {};  // not yet begun, the next one last
+  int unreleased = 0;              // blocks that neither ended nor let the dependent grid begin
+  int unfinished = 0;              // clusters
+  Channel finished = {};
+};
+
+// Blocks that run together, and what they have under way.
+struct Cluster {
+  Machine* machine;
+  Grid* grid;
+  std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Thread*> runnable;
   std::vector<Pending> pending;
+  int running = 0;  // threads not yet finished
+  int arrived = 0;  // threads at the cluster's barrier
+  uint64_t generation = 0;
+  Channel channel;
+
+  Cluster(Machine& machine, Grid& grid, int number);
+  bool step();  // lets something happen, if anything can
+  bool ended() const { return running == 0 && pending.empty(); }
+  void check_margins() const;
+  void add(std::function<void()> work, int queue = -1);
+
+ private:
+  void add_block(int rank, int index);
+  void add_thread(Block& block, int index);
+  void run_pending(bool all);
+};
+
+// Runs the clusters of a grid, a few at a time, and those of a grid that depends on it.
+struct Machine {
+  Machine(const Launch& launch, std::function<void()> kernel);
+  // A grid launched behind the first with programmatic dependent launch.
+  void dependent(const Launch& launch, std::function<void()> kernel);
+  void run();
+
+  std::vector<std::unique_ptr<Grid>> grids;
+  std::vector<std::unique_ptr<Cluster>> live;
+  std::mt19937_64 random;
+  Order order;
   std::string failure;
-  int cluster_arrived = 0;
-  uint64_t cluster_generation = 0;
-  Channel cluster_channel;
-  int queues = 0;
 
   void wait(Channel& channel, const std::string& what, const std::function<bool()>& ready);
   void wake(Channel& channel);
   void pause(int odds);  // lets other threads run, one time in `odds`: a warp's lanes may diverge
-  void add(std::function<void()> work, int queue = -1);
-  int initial_registers() const;
+  void touch(Touch how, const void* p, int64_t bytes, const char* what,
+             const void* value = nullptr);
+  void release(Block& block);
 
  private:
-  void run_cluster(int first);
-  void run_pending(bool all);
+  void begin_clusters(size_t most);
+  void end_clusters();
   [[noreturn]] void deadlock();
 };
+
+int initial_registers(const Launch& launch);
 
 Thread& current();  // the thread that runs now
 void enter(Thread& thread);

@@ -4,15 +4,26 @@
 #include <cmath>
 
 using emulator::Block;
+using emulator::Cluster;
 using emulator::current;
 using emulator::fail;
 using emulator::Machine;
 using emulator::Mbarrier;
 using emulator::Thread;
+using emulator::Touch;
 
 namespace {
 
 Machine& machine() { return *current().block->machine; }
+Cluster& cluster() { return *current().block->cluster; }
+
+// Block `rank` of the cluster.
+Block& neighbour(int rank, const char* what) {
+  if (rank < 0 || rank >= static_cast<int>(cluster().blocks.size())) {
+    fail(std::string(what) + ": no block of rank " + std::to_string(rank));
+  }
+  return *cluster().blocks[rank];
+}
 
 std::string text(const Mbarrier& b, uint32_t at, uint32_t parity) {
   return "barrier at offset " + std::to_string(at) + ", parity " + std::to_string(parity) + " (" +
@@ -86,13 +97,24 @@ void check_read(Block& block, uint32_t at, uint32_t bytes, const char* what) {
   }
 }
 
-// The bytes of a box's row that lie inside the matrix; the rest of it is zeros.
-int64_t inside(const emulator::TensorMap& map, int64_t column, int64_t row) {
-  if (row < 0 || row >= static_cast<int64_t>(map.rows)) return 0;
-  return std::clamp<int64_t>(static_cast<int64_t>(map.columns) - column, 0, map.box_columns);
-}
+// The part of a box's row that lies inside the matrix; the rest of it is zeros.
+struct Inside {
+  char* memory;
+  int64_t skipped, bytes;  // of the box's row: before it, and of it
 
-void check_box(const emulator::TensorMap& map, uint32_t at, int column, const char* what) {
+  Inside(const emulator::TensorMap& map, int64_t column, int64_t row) {
+    const auto columns = static_cast<int64_t>(map.columns), wide = int64_t{map.box_columns};
+    const int64_t first = std::clamp<int64_t>(column, 0, columns);
+    const int64_t last = std::clamp<int64_t>(column + wide, first, columns);
+    const bool there = row >= 0 && row < static_cast<int64_t>(map.rows);
+    memory = map.base + row * map.row_bytes + first * map.element_bytes;
+    skipped = (first - column) * map.element_bytes;
+    bytes = there ? (last - first) * map.element_bytes : 0;
+  }
+};
+
+// What cuTensorMapEncodeTiled and the copies ask of a map, a box and its place.
+void check_box(const emulator::TensorMap& map, uint32_t at, bool write, const char* what) {
   const uint32_t row = map.box_columns * map.element_bytes;
   if (map.swizzle && row != 128) fail(std::string(what) + ": swizzled rows have 128 bytes");
   if (at % (map.swizzle ? 1024 : 128)) fail(std::string(what) + ": tile is not aligned");
@@ -100,7 +122,14 @@ void check_box(const emulator::TensorMap& map, uint32_t at, int column, const ch
     fail(std::string(what) + ": rows are not multiples of 16 bytes");
   }
   if (map.box_rows > 256 || map.box_columns > 256) fail(std::string(what) + ": box is too large");
-  if (column < 0) fail(std::string(what) + ": negative columns are not emulated");
+  if (map.rows == 0 || map.columns == 0 || map.rows >> 32 || map.columns >> 32 ||
+      map.row_bytes >> 40 || map.row_bytes < map.columns * map.element_bytes) {
+    fail(std::string(what) + ": no tensor map has such a shape");
+  }
+  for (const uint64_t row_inside : {uint64_t{0}, map.rows - 1}) {
+    emulator::memory().check(map.base + row_inside * map.row_bytes,
+                             static_cast<int64_t>(map.columns * map.element_bytes), write, what);
+  }
 }
 
 void load_box(Block& block, uint32_t at, uint32_t barrier, const emulator::TensorMap& map,
@@ -108,10 +137,10 @@ void load_box(Block& block, uint32_t at, uint32_t barrier, const emulator::Tenso
   const uint32_t width = map.box_columns * map.element_bytes;
   for (uint32_t r = 0; r < map.box_rows; ++r) {
     std::vector<char> line(width, 0);
-    const int64_t count = inside(map, column, static_cast<int64_t>(row) + r);
-    if (count) {
-      std::memcpy(line.data(), map.base + (row + r) * map.row_bytes + column * map.element_bytes,
-                  count * map.element_bytes);
+    const Inside part(map, column, static_cast<int64_t>(row) + r);
+    if (part.bytes) {
+      block.machine->touch(Touch::constant, part.memory, part.bytes, "tma_load");
+      std::memcpy(&line[part.skipped], part.memory, part.bytes);
     }
     for (uint32_t c = 0; c < width; c += 16) {
       const uint32_t to = at + r * width + c;
@@ -232,8 +261,7 @@ void barrier_arrive(Barrier* barrier) {
 void barrier_arrive_at(Barrier* barrier, int rank) {
   Block& mine = *current().block;
   const uint32_t at = mine.offset(barrier, 8, "barrier_arrive_at");
-  if (rank < 0 || rank >= machine().launch.cluster) fail("barrier_arrive_at: no such rank");
-  Block& block = *machine().cluster[rank];
+  Block& block = neighbour(rank, "barrier_arrive_at");
   Mbarrier& b = block.mbarrier(block.shared + at, "barrier_arrive_at");
   if (!b.fenced) fail("barrier_arrive_at: no barrier_init_fence after barrier_init");
   arrive(block, b, 0);
@@ -290,22 +318,22 @@ void named_barrier_arrive(int id, int threads) { named_arrival(id, threads); }
 void warp_sync() { warp_meet(SYNC, 0, "warp_sync"); }
 
 void cluster_arrive() {
-  Machine& m = machine();
+  Cluster& c = cluster();
   if (current().cluster_arrivals++ != 0) fail("cluster_arrive: twice without cluster_wait");
-  if (++m.cluster_arrived == m.launch.threads * m.launch.cluster) {
-    m.cluster_arrived = 0;
-    ++m.cluster_generation;
-    for (auto& block : m.cluster) {
+  if (++c.arrived == c.grid->launch.threads * c.grid->launch.cluster) {
+    c.arrived = 0;
+    ++c.generation;
+    for (auto& block : c.blocks) {
       for (auto& t : block->threads) t->cluster_arrivals = -t->cluster_arrivals;
     }
-    m.wake(m.cluster_channel);
+    machine().wake(c.channel);
   }
 }
 
 void cluster_wait() {
   Thread& t = current();
   if (t.cluster_arrivals == 0) fail("cluster_wait: no cluster_arrive before");
-  machine().wait(machine().cluster_channel, "the cluster's other threads",
+  machine().wait(cluster().channel, "the cluster's other threads",
                  [&] { return t.cluster_arrivals < 0; });
   t.cluster_arrivals = 0;
 }
@@ -319,15 +347,14 @@ void tma_load_multicast(void* to, const TensorMap* map, Barrier* barrier, int co
                         uint16_t ranks) {
   Block& mine = *current().block;
   const uint32_t at = mine.offset(to, map->box_bytes(), "tma_load");
-  check_box(*map, at, column, "tma_load");
+  check_box(*map, at, false, "tma_load");
   const Mbarrier& own = mine.mbarrier(barrier, "tma_load");
   if (!own.fenced) fail("tma_load: no barrier_init_fence after barrier_init");
   const uint32_t barrier_at = mine.offset(barrier, 8, "tma_load");
   for (int rank = 0; rank < 16; ++rank) {
     if (!(ranks >> rank & 1)) continue;
-    if (rank >= machine().launch.cluster) fail("tma_load_multicast: no such rank");
-    Block* block = machine().cluster[rank].get();
-    machine().add([=, map = *map] { load_box(*block, at, barrier_at, map, column, row); });
+    Block* block = &neighbour(rank, "tma_load_multicast");
+    cluster().add([=, map = *map] { load_box(*block, at, barrier_at, map, column, row); });
   }
 }
 
@@ -337,9 +364,13 @@ void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
   if (at % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
     fail("bulk_load: addresses and size are multiples of 16 bytes");
   }
-  block->mbarrier(barrier, "bulk_load");
+  if (!block->mbarrier(barrier, "bulk_load").fenced) {
+    fail("bulk_load: no barrier_init_fence after barrier_init");
+  }
   const uint32_t barrier_at = block->offset(barrier, 8, "bulk_load");
-  machine().add([=] {
+  emulator::memory().check(from, bytes, false, "bulk_load");
+  cluster().add([=] {
+    block->machine->touch(Touch::constant, from, bytes, "bulk_load");
     std::memcpy(block->shared + at, from, bytes);
     bytes_came(*block, barrier_at, bytes);
   });
@@ -349,13 +380,14 @@ void tma_store(const TensorMap* map, const void* from, int column, int row) {
   Thread* t = &current();
   Block* block = t->block;
   const uint32_t at = block->offset(from, map->box_bytes(), "tma_store");
-  check_box(*map, at, column, "tma_store");
+  check_box(*map, at, true, "tma_store");
   check_read(*block, at, map->box_bytes(), "tma_store");
   auto group = t->open_stores;
   ++group->reads, ++group->writes;
   ++block->stores_reading;
   Machine* m = &machine();
-  m->add([=, map = *map] {
+  Cluster* c = &cluster();
+  c->add([=, map = *map] {
     std::vector<char> box(map.box_bytes());
     check_read(*block, at, map.box_bytes(), "tma_store");
     for (uint32_t i = 0; i < box.size(); i += 16) {
@@ -365,13 +397,14 @@ void tma_store(const TensorMap* map, const void* from, int column, int row) {
     --group->reads;
     --block->stores_reading;
     m->wake(t->stores_done);
-    m->add([=, box = std::move(box)] {
+    c->add([=, box = std::move(box)] {
       const uint32_t width = map.box_columns * map.element_bytes;
       for (uint32_t r = 0; r < map.box_rows; ++r) {
-        const int64_t count = inside(map, column, static_cast<int64_t>(row) + r);
-        if (!count) continue;
-        std::memcpy(map.base + (row + r) * map.row_bytes + column * map.element_bytes,
-                    &box[r * width], count * map.element_bytes);
+        const Inside part(map, column, static_cast<int64_t>(row) + r);
+        if (!part.bytes) continue;
+        const char* values = &box[r * width + part.skipped];
+        m->touch(Touch::write, part.memory, part.bytes, "tma_store", values);
+        std::memcpy(part.memory, values, part.bytes);
       }
       --group->writes;
       m->wake(t->stores_done);
@@ -429,6 +462,28 @@ float shuffle_xor(float x, int lanes) {
 
 int shuffle_from(int x, int lane) {
   return static_cast<int>(warp_meet(SHUFFLE, static_cast<uint32_t>(x), "shuffle_from")[lane]);
+}
+
+// What the grid before does until it ends is seen after this, and by nobody sooner.
+void grid_dependency_wait() {
+  Thread& t = current();
+  const int number = t.block->cluster->grid->number;
+  if (number > 0) {
+    auto& before = *machine().grids[number - 1];
+    machine().wait(before.finished, "the end of the grid before",
+                   [&] { return before.unfinished == 0; });
+  }
+  t.waited = true;
+}
+
+void grid_dependency_launch() { machine().release(*current().block); }
+
+void touch_global(Touch how, const void* p, uint32_t bytes, const char* what, const void* value) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) {
+    fail(std::string(what) + ": " + std::to_string(bytes) + " bytes at an address that is no " +
+         "multiple of it");
+  }
+  machine().touch(how, p, bytes, what, value);
 }
 
 }  // namespace sm90

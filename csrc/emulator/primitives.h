@@ -43,7 +43,7 @@ inline int thread_index() { return emulator::current().index; }
 inline int warp_index() { return emulator::current().warp(); }
 inline int lane_index() { return emulator::current().lane(); }
 inline int block_index() { return emulator::current().block->index; }
-inline int block_count() { return emulator::current().block->machine->launch.blocks; }
+inline int block_count() { return emulator::current().block->launch().blocks; }
 inline int cluster_rank() { return emulator::current().block->rank; }
 bool elect_one();
 
@@ -81,7 +81,7 @@ void barrier_wait(Barrier* barrier, uint32_t parity);
 // Barriers of threads.
 void named_barrier_sync(int id, int threads);
 void named_barrier_arrive(int id, int threads);
-inline void block_sync() { named_barrier_sync(0, emulator::current().block->machine->launch.threads); }
+inline void block_sync() { named_barrier_sync(0, emulator::current().block->launch().threads); }
 void warp_sync();
 void cluster_arrive();
 void cluster_wait();
@@ -152,14 +152,35 @@ void registers_increase() {
 }
 float shuffle_xor(float x, int lanes);
 int shuffle_from(int x, int lane);
-inline void grid_dependency_wait() {}
-inline void grid_dependency_launch() {}
+void grid_dependency_wait();
+void grid_dependency_launch();
+
+// Global memory.
+void touch_global(emulator::Touch how, const void* p, uint32_t bytes, const char* what,
+                  const void* value = nullptr);
 template <class T>
 T load_global(const T* p) {
+  touch_global(emulator::Touch::constant, p, sizeof(T), "load_global");
   return *p;
 }
-inline void atomic_min(int* p, int x) { *p = x < *p ? x : *p; }
-inline void atomic_max(int* p, int x) { *p = x > *p ? x : *p; }
+template <class T>
+T load_written(const T* p) {
+  touch_global(emulator::Touch::read, p, sizeof(T), "load_written");
+  return *p;
+}
+template <class T>
+void store_global(T* p, T value) {
+  touch_global(emulator::Touch::write, p, sizeof(T), "store_global", &value);
+  *p = value;
+}
+inline void atomic_min(int* p, int x) {
+  touch_global(emulator::Touch::atomic, p, 4, "atomic_min");
+  *p = x < *p ? x : *p;
+}
+inline void atomic_max(int* p, int x) {
+  touch_global(emulator::Touch::atomic, p, 4, "atomic_max");
+  *p = x > *p ? x : *p;
+}
 inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float exp2_of(float x) { return __builtin_exp2f(x); }
 inline float log2_of(float x) { return __builtin_log2f(x); }

@@ -110,7 +110,7 @@ void execute(Block& block, int group, const Wgmma& w) {
       for (int k = 0; k < w.K; ++k) left[m * w.K + k] = a.at(m, k);
     }
   }
-  const int bits = w.fp8 ? block.machine->launch.accumulator_bits : 0;
+  const int bits = w.fp8 ? block.launch().accumulator_bits : 0;
   for (int t = 0; t < WARPGROUP; ++t) {
     auto& values = block.threads[group * WARPGROUP + t]->accumulators.at(w.accumulators[t]).values;
     for (int i = 0; i < w.N / 2; ++i) {
@@ -174,7 +174,7 @@ void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
   w.accumulators[mine] = accumulators;
   if (a) std::copy_n(a, 4, &w.a_registers[mine * 4]);
   if (++w.arrived < WARPGROUP) return;
-  m->add(
+  block->cluster->add(
       [=, &g] {
         emulator::execute(*block, group, g.operations.at(number));
         g.operations.erase(number);

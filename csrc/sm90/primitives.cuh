@@ -340,6 +340,8 @@ SM90_DEVICE int shuffle_from(int x, int lane) { return __shfl_sync(~0u, x, lane)
 SM90_DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 SM90_DEVICE void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;"); }
 
+// Global memory, at multiples of what is moved. load_global is for what nobody writes while the grid
+// runs; load_written for what an earlier grid, waited for, or this block may have written.
 template <class T>
 SM90_DEVICE T load_global(const T* p) {
   return __ldg(p);
@@ -347,6 +349,14 @@ SM90_DEVICE T load_global(const T* p) {
 SM90_DEVICE Chunk load_global(const Chunk* p) {
   const uint4 words = __ldg(reinterpret_cast<const uint4*>(p));
   return *reinterpret_cast<const Chunk*>(&words);
+}
+template <class T>
+SM90_DEVICE T load_written(const T* p) {
+  return *p;
+}
+template <class T>
+SM90_DEVICE void store_global(T* p, T value) {
+  *p = value;
 }
 SM90_DEVICE void atomic_min(int* p, int x) { atomicMin(p, x); }
 SM90_DEVICE void atomic_max(int* p, int x) { atomicMax(p, x); }

@@ -67,6 +67,33 @@ class GemmArguments(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Allocation(ctypes.Structure):
+    """emulator::Allocation."""
+
+    _fields_ = [("tensor", ctypes.c_char_p), ("begin", ctypes.c_void_p),
+                ("bytes", ctypes.c_int64), ("writable", ctypes.c_bool)]  # fmt: skip
+
+
+def pieces(x: Tensor) -> list[tuple[int, int]]:
+    """Where the elements of `x` lie, and nothing between them: addresses and bytes."""
+    run, starts, size = 1, [0], x.element_size()
+    for stride, n in sorted(zip(x.stride(), x.shape, strict=True)):
+        if n > 1 and stride > run:
+            starts = [start + i * stride for start in starts for i in range(n)]
+        elif n > 1 and stride > 0:
+            run += (n - 1) * stride
+    return [(x.data_ptr() + start * size, run * size) for start in starts if x.numel()]
+
+
+def let_touch(library: ctypes.CDLL, read: dict[str, Tensor | None], write: dict[str, Tensor]):
+    """The tensors that kernels may touch from now on, and nothing else."""
+    allowed = [Allocation(name.encode(), begin, count, tensors is write)
+               for tensors in (write, read) for name, x in tensors.items() if x is not None
+               for begin, count in pieces(x)]  # fmt: skip
+    failed = library.emulate_memory((Allocation * len(allowed))(*allowed), len(allowed))
+    assert not failed, f"tensors lie over each other: {sorted([*read, *write])}"
+
+
 class EmulatorFailure(AssertionError):
     """What the emulator found a kernel doing."""
 
@@ -107,6 +134,8 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
             M, N, K, G, a_scale.shape[-1], 8, 0 if c is None else TYPES[c.dtype], TYPES[out_dtype],
             aligned, aligned if run.by_tma is None else run.by_tma,
         )  # fmt: skip
+        read = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "sizes": sizes, "c": c}
+        let_touch(library, read, {"out": out})
         message = ctypes.create_string_buffer(4096)
         matrices = []
         for x in (a, b):
@@ -175,6 +204,11 @@ def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
         partial = torch.full((B, p.splits, Sq * H, 512), torch.nan)
         partial_lse = torch.full((B, p.splits, Sq * H), torch.nan)
         p.partial, p.partial_lse = partial.data_ptr(), partial_lse.data_ptr()
+        let_touch(
+            library,
+            {"q": q, "cache": cache, "table": table, "lengths": lengths},
+            {"out": out, "lse": lse, "partial": partial, "partial_lse": partial_lse},
+        )
         message = ctypes.create_string_buffer(4096)
         failed = library.emulate_mla_decode(
             ctypes.byref(p), ctypes.c_uint64(seed), ORDERS[order],

@@ -36,6 +36,7 @@ void run(const Operand& a, const Operand& b, GemmArguments p, Launch launch) {
   if (Tile::FORM == Form::contiguous) {
     std::fill_n(lie.begin(), p.groups, INT_MAX);
     p.sizes = lie.data();
+    emulator::memory().also({"lie", lie.data(), static_cast<int64_t>(lie.size() * 4), true});
     Launch small = launch;
     small.blocks = 2;
     emulator::Machine(small, [&] {

@@ -22,12 +22,12 @@ extern "C" int emulate_mla_decode(const MlaArguments* p, uint64_t seed, int orde
                             static_cast<uint64_t>(p->map_rows()),
                             static_cast<uint64_t>(p->slot) * 2, 64, MlaTile::TOKENS, 2, true};
   try {
-    emulator::Machine(launch, [&] { sm90::mla_decode(map, *p); }).run();
-    if (p->splits == 1) return 0;
+    emulator::Machine machine(launch, [&] { sm90::mla_decode(map, *p); });
     launch.blocks = p->batch * ((p->Sq * p->H + 3) / 4);
     launch.threads = 128;
     launch.shared_bytes = 0;
-    emulator::Machine(launch, [&] { sm90::mla_combine(*p); }).run();
+    if (p->splits > 1) machine.dependent(launch, [&] { sm90::mla_combine(*p); });
+    machine.run();
   } catch (const std::exception& error) {
     std::snprintf(message, room, "%s", error.what());
     return 1;
