@@ -190,6 +190,21 @@ float to_float(fp16 x) {
   return x.bits & 0x8000 ? -size : size;
 }
 
+uint32_t e4m3_to_bf16(uint16_t codes) {
+  const auto one = [](int code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+    if ((code & 127) == 127) size = NAN;
+    return to_bf16(code & 128 ? -size : size);
+  };
+  return pack(one(codes & 255), one(codes >> 8));
+}
+
+uint32_t multiply_bf16(uint32_t x, uint32_t y) {
+  return pack(to_bf16(to_float(low_bf16(x)) * to_float(low_bf16(y))),
+              to_bf16(to_float(high_bf16(x)) * to_float(high_bf16(y))));
+}
+
 bool elect_one() {
   Thread& t = current();
   warp_meet(ELECT, 0, "elect_one");

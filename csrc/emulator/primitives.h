@@ -35,8 +35,19 @@ inline uint32_t float_bits(float x) {
   std::memcpy(&bits, &x, 4);
   return bits;
 }
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 inline uint32_t pack(bf16 low, bf16 high) { return low.bits | uint32_t{high.bits} << 16; }
 inline uint32_t pack(fp16 low, fp16 high) { return low.bits | uint32_t{high.bits} << 16; }
+inline bf16 low_bf16(uint32_t pair) { return {static_cast<uint16_t>(pair)}; }
+inline bf16 high_bf16(uint32_t pair) { return {static_cast<uint16_t>(pair >> 16)}; }
+inline fp16 low_fp16(uint32_t pair) { return {static_cast<uint16_t>(pair)}; }
+inline fp16 high_fp16(uint32_t pair) { return {static_cast<uint16_t>(pair >> 16)}; }
+uint32_t e4m3_to_bf16(uint16_t codes);
+uint32_t multiply_bf16(uint32_t x, uint32_t y);
 
 // Who and where.
 inline int thread_index() { return emulator::current().index; }
@@ -65,7 +76,13 @@ T load_shared(const void* p) {
   return value;
 }
 struct alignas(16) Chunk {
-  uint16_t half[8];
+  union {
+    uint16_t half[8];
+    uint32_t word[4];
+  };
+};
+struct alignas(8) FloatPair {
+  float low, high;
 };
 void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
 void fence_async_proxy();
@@ -163,6 +180,14 @@ T load_global(const T* p) {
   touch_global(emulator::Touch::constant, p, sizeof(T), "load_global");
   return *p;
 }
+inline Chunk load_global(const Chunk* p) {
+  emulator::current().block->machine->pause(8);  // others may be ahead by then
+  touch_global(emulator::Touch::constant, p, 16, "load_global");
+  return *p;
+}
+inline Chunk load_streamed(const Chunk* p, bool there) {
+  return there ? load_global(p) : Chunk{};
+}
 template <class T>
 T load_written(const T* p) {
   touch_global(emulator::Touch::read, p, sizeof(T), "load_written");
@@ -182,6 +207,7 @@ inline void atomic_max(int* p, int x) {
   *p = x > *p ? x : *p;
 }
 inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float divide(float a, float b) { return a / b; }
 inline float exp2_of(float x) { return __builtin_exp2f(x); }
 inline float log2_of(float x) { return __builtin_log2f(x); }
 

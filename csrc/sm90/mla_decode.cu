@@ -28,9 +28,11 @@ std::string launch_mla_decode(MlaArguments p, void* stream) {
   static std::atomic<uint64_t> prepared{0};  // a bit for each device
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if ((prepared.load() & bit) == 0) {
-    error = cudaFuncSetAttribute(sm90::mla_decode, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(MlaTile::SHARED_BYTES));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    for (const auto kernel : {sm90::mla_decode<false>, sm90::mla_decode<true>}) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(MlaTile::SHARED_BYTES));
+      if (error != cudaSuccess) return cudaGetErrorString(error);
+    }
     prepared.fetch_or(bit);
   }
   cudaLaunchConfig_t config{};
@@ -38,7 +40,8 @@ std::string launch_mla_decode(MlaArguments p, void* stream) {
   config.blockDim = dim3(MlaTile::THREADS);
   config.dynamicSmemBytes = MlaTile::SHARED_BYTES;
   config.stream = queue;
-  error = cudaLaunchKernelEx(&config, sm90::mla_decode, map, p);
+  const auto kernel = p.fp8 ? sm90::mla_decode<true> : sm90::mla_decode<false>;
+  error = cudaLaunchKernelEx(&config, kernel, map, p);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (p.splits == 1) return "";
 

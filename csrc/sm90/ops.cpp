@@ -158,11 +158,11 @@ Tensor k_grouped(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
   return product.run(op, out, ScalarType::Float);
 }
 
-// Whether rows of 16-bit values start at multiples of 16 bytes.
+// Whether rows start at multiples of 16 bytes.
 bool rows_are_aligned(const Tensor& x) {
   if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16) return false;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) {
-    if (x.size(d) > 1 && x.stride(d) % 8) return false;
+    if (x.size(d) > 1 && x.stride(d) * x.element_size() % 16) return false;
   }
   return x.stride(x.dim() - 1) == 1;
 }
@@ -173,14 +173,20 @@ Tensor with_aligned_rows(const Tensor& x) {
   return torch::stable::copy_(const_cast<Tensor&>(copy), x);
 }
 
-constexpr int64_t MLA_WIDTH = 576, MLA_VALUES = 512;
+constexpr int64_t MLA_WIDTH = 576, MLA_VALUES = 512, MLA_FP8_WIDTH = 512 + 4 * 4 + 64 * 2;
 
 void check_mla(const Tensor& q, const Tensor& cache, const Tensor& table, int64_t v_head_dim) {
-  for (const auto& [name, x] : {std::pair{"q", &q}, std::pair{"cache", &cache}}) {
-    STD_TORCH_CHECK(x->scalar_type() == ScalarType::BFloat16 && x->size(3) == MLA_WIDTH,
-                    "mla_decode: ", name, ": expected, on backend cuda, bfloat16 of width 576, got ",
-                    torch::headeronly::toString(x->scalar_type()), " of width ", x->size(3));
-  }
+  const auto is = [](const Tensor& x, ScalarType dtype, int64_t width) {
+    return x.scalar_type() == dtype && x.size(3) == width;
+  };
+  STD_TORCH_CHECK(is(q, ScalarType::BFloat16, MLA_WIDTH),
+                  "mla_decode: q: expected, on backend cuda, bfloat16 of width 576, got ",
+                  torch::headeronly::toString(q.scalar_type()), " of width ", q.size(3));
+  STD_TORCH_CHECK(is(cache, ScalarType::BFloat16, MLA_WIDTH) ||
+                      is(cache, ScalarType::Byte, MLA_FP8_WIDTH),
+                  "mla_decode: cache: expected, on backend cuda, bfloat16 of width 576 or uint8 of "
+                  "656, got ", torch::headeronly::toString(cache.scalar_type()), " of width ",
+                  cache.size(3));
   STD_TORCH_CHECK(v_head_dim == MLA_VALUES,
                   "mla_decode: v_head_dim: expected, on backend cuda, 512, got ", v_head_dim);
   STD_TORCH_CHECK(rows_are_aligned(cache),
@@ -213,6 +219,7 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache
   p.blocks = static_cast<int>(cache.size(0)), p.page = static_cast<int>(cache.size(1));
   p.capacity = static_cast<int>(table.size(1) * cache.size(1));
   p.causal = causal;
+  p.fp8 = cache.scalar_type() == ScalarType::Byte;
   cut_mla(p);
   STD_TORCH_CHECK(B * p.tiles * p.splits < INT32_MAX && B * rows < INT32_MAX,
                   "mla_decode: q: expected, on backend cuda, fewer than 2^31 rows, got ", B * rows);

@@ -37,11 +37,29 @@ SM90_DEVICE fp16 to_fp16(float x) { return __float2half_rn(x); }
 SM90_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
 SM90_DEVICE float to_float(fp16 x) { return __half2float(x); }
 SM90_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+SM90_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 SM90_DEVICE uint32_t pack(bf16 low, bf16 high) {
   return __bfloat16_as_ushort(low) | uint32_t{__bfloat16_as_ushort(high)} << 16;
 }
 SM90_DEVICE uint32_t pack(fp16 low, fp16 high) {
   return __half_as_ushort(low) | uint32_t{__half_as_ushort(high)} << 16;
+}
+// The halves of a packed pair.
+SM90_DEVICE bf16 low_bf16(uint32_t pair) { return __ushort_as_bfloat16(pair & 0xffff); }
+SM90_DEVICE bf16 high_bf16(uint32_t pair) { return __ushort_as_bfloat16(pair >> 16); }
+SM90_DEVICE fp16 low_fp16(uint32_t pair) { return __ushort_as_half(pair & 0xffff); }
+SM90_DEVICE fp16 high_fp16(uint32_t pair) { return __ushort_as_half(pair >> 16); }
+// Two e4m3 codes as packed bf16, exactly.
+SM90_DEVICE uint32_t e4m3_to_bf16(uint16_t codes) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  return pack(to_bf16(to_float(low_fp16(halves))), to_bf16(to_float(high_fp16(halves))));
+}
+// Products of packed bf16, rounded.
+SM90_DEVICE uint32_t multiply_bf16(uint32_t x, uint32_t y) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+  return product;
 }
 
 // Who and where. A warp's index is broadcast, so that the compiler knows it to be uniform.
@@ -84,7 +102,15 @@ SM90_DEVICE T load_shared(const void* p) {
 
 // 16 bytes that move together.
 struct __align__(16) Chunk {
-  uint16_t half[8];
+  union {
+    uint16_t half[8];
+    uint32_t word[4];
+  };
+};
+
+// Two that stand together.
+struct alignas(8) FloatPair {
+  float low, high;
 };
 
 // Four 8x8 matrices of 16-bit values: lane l holds of each the values at row l / 4, columns
@@ -350,6 +376,18 @@ SM90_DEVICE Chunk load_global(const Chunk* p) {
   const uint4 words = __ldg(reinterpret_cast<const uint4*>(p));
   return *reinterpret_cast<const Chunk*>(&words);
 }
+// What is read once, or zeros without reading if it is not there. It is asked for here, whatever
+// the compiler thinks of it.
+SM90_DEVICE Chunk load_streamed(const Chunk* p, bool there) {
+  Chunk chunk;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %5, 0;\n"
+      " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 %2, 0;\n mov.b32 %3, 0;\n"
+      " @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(chunk.word[0]), "=&r"(chunk.word[1]), "=&r"(chunk.word[2]), "=&r"(chunk.word[3])
+      : "l"(p), "r"(int{there}));
+  return chunk;
+}
 template <class T>
 SM90_DEVICE T load_written(const T* p) {
   return *p;
@@ -361,6 +399,12 @@ SM90_DEVICE void store_global(T* p, T value) {
 SM90_DEVICE void atomic_min(int* p, int x) { atomicMin(p, x); }
 SM90_DEVICE void atomic_max(int* p, int x) { atomicMax(p, x); }
 SM90_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+// Quotients to 2 units in the last place.
+SM90_DEVICE float divide(float a, float b) {
+  float quotient;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
+  return quotient;
+}
 // 2^x as the special function unit has it, to 2 units in the last place; and log2, rounded well.
 SM90_DEVICE float exp2_of(float x) {
   float y;

@@ -178,7 +178,8 @@ class MlaArguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("batch", "Sq", "H", "capacity", "blocks", "page",
                                             "tiles", "splits", "min_split",
                                             "max_splits")),
-        ("causal", ctypes.c_bool), ("by_tma", ctypes.c_bool), ("page_rows", ctypes.c_int64),
+        *((name, ctypes.c_bool) for name in ("causal", "by_tma", "fp8")),
+        ("page_rows", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -190,7 +191,8 @@ def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def mla(q, cache, table, lengths, scale, causal=True, v_head_dim=512, *,
             seed=0, order="random", by_tma=True) -> tuple[Tensor, Tensor]:  # fmt: skip
-        assert v_head_dim == 512 and q.dtype == cache.dtype == torch.bfloat16
+        assert v_head_dim == 512 and q.dtype == torch.bfloat16
+        assert cache.dtype in (torch.bfloat16, torch.uint8)
         (B, Sq, H, _), (blocks, page) = q.shape, cache.shape[:2]
         out = torch.full((B, Sq, H, 512), torch.nan, dtype=torch.bfloat16)
         lse = torch.full((B, H, Sq), torch.nan)
@@ -198,6 +200,7 @@ def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
             *(x.data_ptr() for x in (q, cache, table, lengths, out, lse)), 0, 0,
             *q.stride()[:3], table.stride(0), *cache.stride()[:2], scale * 1.4426950408889634,
             B, Sq, H, table.shape[1] * page, blocks, page, causal=causal,
+            fp8=cache.dtype == torch.uint8,
         )  # fmt: skip
         library.emulate_cut_mla(ctypes.byref(p))
         p.by_tma &= by_tma

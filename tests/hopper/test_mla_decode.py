@@ -1,4 +1,4 @@
-"""csrc/sm90/mla_decode.cuh in the emulator against float64, over ragged lengths and any page."""
+"""csrc/sm90/mla_decode.cuh in the emulator against float64: both caches, any lengths and pages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from deepkern.testing import compare, inputs
 from deepkern.testing.inputs.attention import ABSENT
 
 LENGTHS = (0, 1, 63, 64, 65, 130)
+CACHES = {"bf16": {}, "fp8": {"cache_dtype": torch.uint8}}
+# A weight of 1 times its ratio (csrc/sm90/mla_load.cuh) is half a unit from the next bf16.
+WORST_SCALE = (0.890625 + 2**-9) * 1.125 * 2**-6
+caches = pytest.mark.parametrize("kind", CACHES.values(), ids=CACHES)
 
 
 def check(emulated_mla, args: tuple, **how) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,44 +33,52 @@ def assert_same(got: tuple, want: tuple, label: str = "result") -> None:
         compare.assert_bitwise(mine, other, f"{name} {label}")
 
 
+@caches
 @pytest.mark.parametrize("Sq", [1, 2, 4])
 @pytest.mark.parametrize("H", [1, 3, 16, 64, 128])
-def test_heads_and_queries(emulated_mla, H, Sq, generator):
+def test_heads_and_queries(emulated_mla, H, Sq, kind, generator):
     """Every length, half of a tile's rows or several tiles, causal and not."""
     for causal in (True, False):
-        args = operands(generator, lengths=LENGTHS, Sq=Sq, H=H, causal=causal)
+        args = operands(generator, lengths=LENGTHS, Sq=Sq, H=H, causal=causal, **kind)
         check(emulated_mla, args, seed=generator.seed())
 
 
+@caches
 @pytest.mark.parametrize("page", [1, 16, 53, 64, 128])
-def test_pages_and_splits(emulated_mla, page, generator):
+def test_pages_and_splits(emulated_mla, page, kind, generator):
     """700 tokens are two splits, 1100 three, and one split has no sums to add."""
-    args = operands(generator, lengths=(700, *LENGTHS, 1100, 512), Sq=2, H=3, page=page)
+    args = operands(generator, lengths=(700, *LENGTHS, 1100, 512), Sq=2, H=3, page=page, **kind)
     got = check(emulated_mla, args)
     assert_same(emulated_mla(*args, by_tma=False), got)
 
 
-def test_splits_of_many_rows(emulated_mla, generator):
+@caches
+def test_splits_of_many_rows(emulated_mla, kind, generator):
     """Splits of more than 32 rows are 1024 tokens long."""
-    check(emulated_mla, operands(generator, lengths=(1100, 1024), H=80))
+    check(emulated_mla, operands(generator, lengths=(1100, 1024), H=80, **kind))
 
 
+@caches
 @pytest.mark.slow
-def test_more_tokens_than_64_splits_of_512_hold(emulated_mla, generator):
-    check(emulated_mla, operands(generator, lengths=(33000, 32768), H=2))
+def test_more_tokens_than_64_splits_of_512_hold(emulated_mla, kind, generator):
+    check(emulated_mla, operands(generator, lengths=(33000, 32768), H=2, **kind))
 
 
+@caches
 @pytest.mark.parametrize("order", ORDERS)
-def test_any_schedule_gives_the_same_bits(emulated_mla, order, generator):
-    args = operands(generator, lengths=(200, 530), Sq=2, H=3)
+def test_any_schedule_gives_the_same_bits(emulated_mla, order, kind, generator):
+    args = operands(generator, lengths=(200, 530), Sq=2, H=3, **kind)
     first = check(emulated_mla, args, order=order, seed=0)
     for seed in range(1, 50 if order == "random" else 5):
         got = emulated_mla(*args, order=order, seed=seed)
         assert_same(got, first, f"seed {seed}")
 
 
-def test_bits_do_not_depend_on_the_batch_the_table_or_the_rows(emulated_mla, generator):
-    q, cache, table, lengths, *rest = operands(generator, lengths=(1100, 130, 65), Sq=2, H=40)
+@caches
+def test_bits_do_not_depend_on_the_batch_the_table_or_the_rows(emulated_mla, kind, generator):
+    q, cache, table, lengths, *rest = operands(
+        generator, lengths=(1100, 130, 65), Sq=2, H=40, **kind
+    )
     out, lse = emulated_mla(q, cache, table, lengths, *rest)
     for i in range(3):
         one = slice(i, i + 1)
@@ -79,11 +91,12 @@ def test_bits_do_not_depend_on_the_batch_the_table_or_the_rows(emulated_mla, gen
     assert_same(few, (out[:, :, 7:24], lse[:, 7:24]))
 
 
+@caches
 @pytest.mark.parametrize("page", [16, 64])
-def test_hostile_tables_and_lengths(emulated_mla, page, generator):
+def test_hostile_tables_and_lengths(emulated_mla, page, kind, generator):
     """Pages that do not exist are absent, lengths are clamped, and NaN stays where it is."""
     q, cache, table, lengths, *rest = operands(
-        generator, lengths=(200, 200, 200, 200, 200), Sq=2, H=3, page=page
+        generator, lengths=(200, 200, 200, 200, 200), Sq=2, H=3, page=page, **kind
     )
     table[0] = torch.tensor([-1, len(cache), 2**31 - 1, -(2**31)]).repeat(table.shape[1])[
         : table.shape[1]
@@ -94,14 +107,16 @@ def test_hostile_tables_and_lengths(emulated_mla, page, generator):
     assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
     for hostile in ([-1, -(2**31), 0, 1, 200], [2, 3, 64, 65, 199]):
         check(emulated_mla, (*args[:3], torch.tensor(hostile, dtype=torch.int32), *rest))
-    filled = torch.where(cache.isnan(), 0.5, cache)
+    nothing = cache == 0xFF if kind else cache.isnan()
+    filled = cache.masked_fill(nothing, 0)
     most = torch.full((5,), 2**31 - 1, dtype=torch.int32)
     check(emulated_mla, (q, filled, table, most, *rest))
 
 
-def test_strides_and_no_tokens(emulated_mla, generator):
+@caches
+def test_strides_and_no_tokens(emulated_mla, kind, generator):
     """Heads and queries may lie in any order; a table of no pages, a cache of no blocks."""
-    q, cache, table, lengths, *rest = operands(generator, lengths=(70, 9), Sq=2, H=5)
+    q, cache, table, lengths, *rest = operands(generator, lengths=(70, 9), Sq=2, H=5, **kind)
     turned = q.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
     got = check(emulated_mla, (turned, cache, table, lengths, *rest))
     assert_same(got, emulated_mla(q, cache, table, lengths, *rest))
@@ -110,12 +125,83 @@ def test_strides_and_no_tokens(emulated_mla, generator):
         assert (out == 0).all() and (lse == -torch.inf).all()
 
 
-def test_scores_of_any_size(emulated_mla, generator):
+@caches
+def test_scores_of_any_size(emulated_mla, kind, generator):
     """One token that outweighs all others, and scores far below zero."""
-    q, cache, table, lengths, _, *rest = operands(generator, lengths=(130, 65), H=3)
+    q, cache, table, lengths, _, *rest = operands(generator, lengths=(130, 65), H=3, **kind)
     for scale in (0.0, -3.0, 20.0):
         check(emulated_mla, (q, cache, table, lengths, scale, *rest))
     q[0, 0, 1] = torch.nan
     out, lse = emulated_mla(q, cache, table, lengths, 0.04, *rest)
     assert out[0, 0, 1].isnan().all() and lse[0, 1, 0].isnan()
     assert not out[0, 0, ::2].isnan().any() and not out[1].isnan().any()
+
+
+def scales_of(cache: torch.Tensor) -> torch.Tensor:
+    """The scales of an FP8 cache, a view."""
+    return cache[..., 512:528].view(torch.float32)
+
+
+def test_scales_of_any_size(emulated_mla, generator):
+    """Zero, subnormal, huge and negative ones, and the largest codes."""
+    kind = CACHES["fp8"]
+    q, cache, table, lengths, *rest = operands(generator, lengths=(130, 65), Sq=2, H=3, **kind)
+    used = ~(cache == 0xFF).all(-1, keepdim=True)
+    scale = scales_of(cache)
+    for extreme in (0.0, 1e-40, 1e-30, 1e4, -3e-3):
+        for block in range(4):
+            scale[:, block::5, :, block] = extreme
+        cache[:, ::3, :, :128] = 0x7E  # 448
+        poisoned = cache.masked_fill(~used, 0xFF)
+        check(emulated_mla, (q, poisoned, table, lengths, *rest))
+
+
+@pytest.mark.parametrize("at", [0, 300, 511, 512, 600])
+def test_nan_is_seen_where_its_token_is(emulated_mla, at, generator):
+    """In a code, a scale or a RoPE value; causal queries before it do not score it."""
+    kind = CACHES["fp8"]
+    q, cache, table, lengths, *rest = operands(generator, lengths=(130, 65), H=3, page=64, **kind)
+    cache[table[0, 1], 5, 0, at : at + 4] = 0xFF
+    out, _ = check(emulated_mla, (q, cache, table, lengths, *rest))
+    assert out[0].isnan().all() and not out[1].isnan().any()
+    shorter = torch.tensor([69, 65], dtype=torch.int32)
+    out, _ = check(emulated_mla, (q, cache, table, shorter, *rest))
+    assert not out.isnan().any()
+
+
+def test_rounding_to_bf16_cancels_where_one_token_is_seen(emulated_mla, generator):
+    q, cache, table, lengths, *rest = operands(generator, lengths=(1,) * 4, H=3, **CACHES["fp8"])
+    scales_of(cache)[table[:, 0], 0] = WORST_SCALE
+    args = q, cache, table, lengths, *rest
+    got, want = emulated_mla(*args)[0], deepkern.reference.mla_decode(*args)[0]
+    assert compare.diff(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("length", [1, 3, 150])
+@caches
+def test_no_worse_than_twice_plain_pytorch(emulated_mla, length, kind, generator):
+    """Plain PyTorch: softmax in fp32, the rest in bf16, an FP8 cache dequantised to that before."""
+    args = operands(generator, lengths=(length,), H=8, **kind)
+    q, cache, table, _, scale, *_ = args
+    tokens = torch.cat([cache[i] for i in table[0]])[:length, 0]
+    keys = deepkern.reference.attention.unpack(tokens, 512)
+    queries = q[0, 0].double()
+    exact = (queries @ keys.T * scale).softmax(-1) @ keys[:, :512]
+    keys = keys.bfloat16()
+    scores = (q[0, 0].float() @ keys.float().T * scale).softmax(-1)
+    plain = scores.bfloat16() @ keys[:, :512]
+    got = emulated_mla(*args)[0][0, 0]
+    assert compare.diff(got, exact) <= 2 * compare.diff(plain, exact) + 1e-6
+
+
+def test_what_the_kernel_declines(generator):
+    """What else there is goes to Triton, and `explain` says why."""
+    declines = deepkern.OPS["mla_decode"].declines["cuda"]
+    for kind in CACHES.values():
+        q, cache, *rest = operands(generator, lengths=(9,), **kind)
+        assert declines(q, cache, *rest) is None
+        apart = torch.nn.functional.pad(cache, (0, 4))[..., :-4]
+        assert "tokens at multiples of 16 bytes" in declines(q, apart, *rest)
+        assert "tokens at multiples of 16 bytes" in declines(q, cache[..., 1:], *rest)
+        assert "q in bfloat16" in declines(q.half(), cache, *rest)
+    assert "512 + 64 values" in declines(*operands(generator, lengths=(9,), D=32))

@@ -85,22 +85,45 @@ def test_instructions(compiled):
             assert (".MULTICAST" in part) == (tile.cluster > 1), f"{tile}: {counts}"
 
 
+# Registers at launch, and instructions: WGMMAs of q and key, 36 of 16 values; of 16 tokens, 4, or
+# of an FP8 cache one for each block of columns; nine columns by TMA, or 48 bytes at a time of an
+# FP8 token for each of the four places in the loader that ask for it, six loads each.
+MLA_KERNELS = {
+    "mla_decodeILb0E": (168, {"HGMMA": 40, "UTMALDG": 9}),
+    "mla_decodeILb1E": (168, {"HGMMA": 44, "LDG.E.NA": 24}),
+    "mla_combine": (80, {}),
+}
+
+
 @pytest.mark.slow
 def test_mla_decode(tmp_path):
     """Registers and instructions; WGMMAs follow each other without waits that ptxas put between."""
     cubin, said = compile("mla_decode", tmp_path)
     assert "serialized" not in said, said
     parts = said.split("Compiling entry function '")[1:]
+    assert len(parts) == len(MLA_KERNELS)
     for part in parts:
-        name = "combine" if "mla_combine" in part.splitlines()[0] else "decode"
+        name = mla_kernel(part)
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", part))
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         assert spilled == 0, f"{name} spills {spilled} bytes"
-        assert registers <= {"combine": 80, "decode": 168}[name], f"{name}: {registers}"
-    assert len(parts) == 2
+        assert registers <= MLA_KERNELS[name][0], f"{name}: {registers}"
     for part in functions(cubin):
-        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|STSM|STL|LDL)\b", part))
-        assert not counts["STL"] and not counts["LDL"], counts
-        if "mla_combine" not in part.splitlines()[0]:
-            # 36 of 16 values of q and key, 4 of 16 tokens; nine columns by TMA.
-            assert (counts["HGMMA"], counts["UTMALDG"], counts["STSM"]) == (40, 9, 2), counts
+        name = mla_kernel(part)
+        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|LDG\.E\.NA|STL|LDL)\b", part))
+        assert counts == MLA_KERNELS[name][1], f"{name}: {counts}"
+
+
+def mla_kernel(part: str) -> str:
+    """Which of MLA_KERNELS a part that begins with a mangled name is about."""
+    return next(name for name in MLA_KERNELS if name in part.splitlines()[0])
+
+
+@pytest.mark.slow
+def test_mla_decode_asks_for_fp8_tokens_before_it_waits(tmp_path):
+    """In the loader's loop no token is asked for only once its buffer is free."""
+    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb1E" in p[:200])
+    loader = part.split("USETMAXREG.DEALLOC")[1]
+    first_load = re.search(r"LDG\.E\.NA", loader).start()
+    assert len(re.findall(r"LDG\.E\.NA", loader[: loader.index("SYNCS.PHASECHK")])) == 12
+    assert first_load < loader.index("SYNCS.PHASECHK") < loader.index("F2FP.F16.E4M3")

@@ -15,6 +15,8 @@ GROUPED = ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked",
 SHAPES = [(M, N, K) for M in (1, 3, 64, 127, 129, 257, 4096) for N, K in (
     (8, 128), (100, 129), (576, 7168), (2112, 7168), (4096, 512), (129, 100))]  # fmt: skip
 
+caches = pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}], ids=["bf16", "fp8"])
+
 
 @pytest.fixture(autouse=True)
 def cuda_backend(device):
@@ -116,21 +118,25 @@ def check_decode(args) -> tuple:
     return got
 
 
+@caches
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
 @pytest.mark.parametrize("Sq", [1, 2, 4])
-def test_decode(Sq, H, page, generator):
+def test_decode(Sq, H, page, kind, generator):
     """FlashMLA's lengths, half of them zero, in poisoned caches and tables."""
     for causal in (True, False):
         lengths = (20, 0, 140, 0, 4096, 0, 63, 0, 577, 0)
         check_decode(decode_operands(generator, lengths=lengths, Sq=Sq, H=H, page=page,
-                                     causal=causal))  # fmt: skip
+                                     causal=causal, **kind))  # fmt: skip
 
 
+@caches
 @pytest.mark.parametrize("page", [64, 53])
-def test_decode_of_many_sequences_gives_each_its_own_bits(page, generator):
+def test_decode_of_many_sequences_gives_each_its_own_bits(page, kind, generator):
     lengths = torch.randint(0, 9000, (64,), generator=torch.Generator().manual_seed(3)).tolist()
-    q, cache, table, seqlens, *rest = decode_operands(generator, lengths=lengths, H=128, page=page)
+    q, cache, table, seqlens, *rest = decode_operands(
+        generator, lengths=lengths, H=128, page=page, **kind
+    )
     out, lse = deepkern.mla_decode(q, cache, table, seqlens, *rest)
     for _ in range(100):
         again = deepkern.mla_decode(q, cache, table, seqlens, *rest)
@@ -143,9 +149,12 @@ def test_decode_of_many_sequences_gives_each_its_own_bits(page, generator):
         compare.assert_bitwise(alone[1], lse[one])
 
 
-def test_decode_in_a_graph_with_other_lengths(generator):
+@caches
+def test_decode_in_a_graph_with_other_lengths(kind, generator):
     """A graph follows the lengths that stand there when it runs."""
-    q, cache, table, seqlens, *rest = decode_operands(generator, lengths=(3000, 700, 64), H=16)
+    q, cache, table, seqlens, *rest = decode_operands(
+        generator, lengths=(3000, 700, 64), H=16, **kind
+    )
     want = deepkern.mla_decode(q, cache, table, seqlens, *rest)
     full, graph = seqlens.clone(), torch.cuda.CUDAGraph()
     seqlens.zero_()
@@ -158,18 +167,39 @@ def test_decode_in_a_graph_with_other_lengths(generator):
         compare.assert_bitwise(mine, other)
 
 
+@caches
 @pytest.mark.parametrize("value", [-(2**31), -1, 2147480000, 2**31 - 1])
-def test_decode_with_hostile_contents(value, generator):
-    q, cache, table, seqlens, *rest = decode_operands(generator, lengths=(700, 200, 200), H=3)
+def test_decode_with_hostile_contents(value, kind, generator):
+    q, cache, table, seqlens, *rest = decode_operands(
+        generator, lengths=(700, 200, 200), H=3, **kind
+    )
     table[:, ::2] = value
     check_decode((q, cache, table, seqlens, *rest))
     seqlens[1] = value if value < 0 else 199
     check_decode((q, cache, table, seqlens, *rest))
 
 
+def test_decode_of_an_fp8_cache_with_scales_of_any_size(generator):
+    """As in the emulator: what a GPU makes of subnormal numbers is seen here."""
+    q, cache, *rest = decode_operands(
+        generator, lengths=(130, 65), Sq=2, H=3, cache_dtype=torch.uint8
+    )
+    used = ~(cache == 0xFF).all(-1, keepdim=True)
+    scale = cache[..., 512:528].view(torch.float32)
+    for extreme in (0.0, 1e-40, 1e-30, 1e4, -3e-3):
+        for block in range(4):
+            scale[:, block::5, :, block] = extreme
+        cache[:, ::3, :, :128] = 0x7E  # 448
+        check_decode((q, cache.masked_fill(~used, 0xFF), *rest))
+
+
 def test_decode_declines_what_it_does_not_serve(generator):
-    for size in ({"dtype": torch.float16}, {"cache_dtype": torch.uint8}, {"R": 128}):
-        args = decode_operands(generator, lengths=(9,), **size)
+    few = decode_operands(generator, lengths=(9,), cache_dtype=torch.uint8)
+    odd = torch.nn.functional.pad(few[1], (0, 8))[..., :656]  # tokens 664 bytes apart
+    cases = [(few[0], odd, *few[2:])]
+    for size in ({"dtype": torch.float16}, {"cache_dtype": torch.float16}, {"R": 128}):
+        cases.append(decode_operands(generator, lengths=(9,), **size))
+    for args in cases:
         with pytest.raises(deepkern.BackendError, match="mla_decode: .* it takes"):
             deepkern.mla_decode(*args)
         native = torch.ops.deepkern_native.mla_decode

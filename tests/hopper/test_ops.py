@@ -121,13 +121,12 @@ def test_groups(name, size, generator):
     check(name, args, seed=1)
 
 
+@pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("page", [1, 16, 53, 64, 128])
 @pytest.mark.parametrize(("Sq", "H"), [(1, 1), (2, 9), (1, 128)])
-def test_decode(page, Sq, H, generator):
-    lengths = (20, 0, 140, 577)
-    check(
-        "mla_decode", inputs.make("mla_decode", generator, lengths=lengths, Sq=Sq, H=H, page=page)
-    )
+def test_decode(page, Sq, H, kind, generator):
+    size = {"lengths": (20, 0, 140, 577), "Sq": Sq, "H": H, "page": page, **kind}
+    check("mla_decode", inputs.make("mla_decode", generator, **size))
 
 
 def test_decode_of_strided_arguments(generator):

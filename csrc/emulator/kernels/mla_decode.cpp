@@ -22,7 +22,8 @@ extern "C" int emulate_mla_decode(const MlaArguments* p, uint64_t seed, int orde
                             static_cast<uint64_t>(p->map_rows()),
                             static_cast<uint64_t>(p->slot) * 2, 64, MlaTile::TOKENS, 2, true};
   try {
-    emulator::Machine machine(launch, [&] { sm90::mla_decode(map, *p); });
+    const auto kernel = p->fp8 ? sm90::mla_decode<true> : sm90::mla_decode<false>;
+    emulator::Machine machine(launch, [&] { kernel(map, *p); });
     launch.blocks = p->batch * ((p->Sq * p->H + 3) / 4);
     launch.threads = 128;
     launch.shared_bytes = 0;

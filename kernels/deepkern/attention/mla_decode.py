@@ -328,12 +328,13 @@ def check_contents(q, cache, block_table, cache_seqlens, *_) -> None:
 
 def why_not_on_hopper(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim):
     """What the `cuda` backend (csrc/sm90/mla_decode.cuh) does not serve, or None."""
-    if (q.dtype, cache.dtype) != (torch.bfloat16, torch.bfloat16):
-        return f"it takes q and cache in bfloat16, not {q.dtype} and {cache.dtype}"
+    if q.dtype != torch.bfloat16 or cache.dtype not in (torch.bfloat16, torch.uint8):
+        return f"it takes q in bfloat16 and a bfloat16 or FP8 cache, not {q.dtype}, {cache.dtype}"
     if q.shape[-1:] != (576,) or v_head_dim != 512:
         return f"it takes 512 + 64 values a token, not v_head_dim {v_head_dim} of {q.shape[-1:]}"
-    if cache.data_ptr() % 16 or any(stride % 8 for stride in cache.stride()[:2]):
-        return f"it takes tokens at multiples of 16 bytes, not strides {cache.stride()[:2]}"
+    strides = [stride * cache.element_size() for stride in cache.stride()[:2]]
+    if cache.data_ptr() % 16 or any(stride % 16 for stride in strides):
+        return f"it takes tokens at multiples of 16 bytes, not strides {strides} in bytes"
     return None
 
 
