@@ -1,7 +1,7 @@
 """ExpertParallel over gloo: against one process, uneven and empty ranks, errors in place of hangs.
 
-What runs on each rank is in parallel_checks.py; a group of processes runs all of it, since making
-processes takes longer than what they do.
+What runs on each rank is in parallel_checks.py and parallel_failures.py; a group of processes runs
+all of it, since making processes takes longer than what they do.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 
 from deepkern.testing import ranks
 from tests.experts import parallel_checks as checks
+from tests.experts import parallel_failures as failures
 
-NAMES = [name for name in vars(checks) if name.startswith("check_")]
+NAMES = [n for module in (checks, failures) for n in vars(module) if n.startswith("check_")]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_silent_rank(how, timeout, words):
     """A rank is killed, stands still, or does not come to combine: the others say so in time."""
     killed = how == "killed"
     outcomes = ranks.run(
-        3, checks.silent_rank, how, timeout, timeout=60, may_die=[1] if killed else []
+        3, failures.silent_rank, how, timeout, timeout=60, may_die=[1] if killed else []
     )
     for message, seconds in (outcomes[0], outcomes[2]):
         assert words in message and "(ranks 0, 1, 2)" in message
@@ -59,7 +60,7 @@ def test_silent_rank(how, timeout, words):
 
 
 def test_rank_killed_between_headers_and_rows():
-    outcomes = ranks.run(3, checks.killed_on_the_way, 12.0, timeout=60, may_die=[1])
+    outcomes = ranks.run(3, failures.killed_on_the_way, 12.0, timeout=60, may_die=[1])
     for message, seconds in (outcomes[0], outcomes[2]):
         assert "no word from rank 1 " in message and seconds < 8.0
 
@@ -67,7 +68,7 @@ def test_rank_killed_between_headers_and_rows():
 @pytest.mark.slow
 def test_rank_killed_among_nodes():
     """Every rank hears of it in time, those too that share no group with the one that died."""
-    outcomes = ranks.run(4, checks.killed_among_nodes, 3.0, timeout=60, may_die=[1])
+    outcomes = ranks.run(4, failures.killed_among_nodes, 3.0, timeout=60, may_die=[1])
     for rank, group in ((0, "node 0"), (2, "node 1"), (3, "place 1 of each node")):
         message, seconds = outcomes[rank]
         assert f"group '{group}'" in message and seconds < 6.0  # a wait for each hop at most
@@ -77,7 +78,7 @@ def test_a_process_ends_after_the_error():
     """Not only does the call return: no thread of gloo keeps the process until the group's end."""
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "tests.experts.parallel_checks"],
+        [sys.executable, "-m", "tests.experts.parallel_failures"],
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
