@@ -172,6 +172,29 @@ def test_large_scores(backend, generator):
     check((q, k, v, *rest[:2], 0.0, True))
 
 
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+def test_a_spoiled_query_is_alone(backend, special, generator):
+    """In its head, too; and a spoiled key is in its sequence and head."""
+    args = attention.mla_prefill(generator, (40, 9), H=2, **SMALL)
+    q, k, *rest = args
+    bad = q.clone()
+    bad[5, 0, 3] = special
+    out, lse = check((bad, k, *rest))
+    want, want_lse = deepkern.mla_prefill(*args)
+    others = torch.ones_like(lse, dtype=torch.bool)
+    others[0, 5] = False
+    assert out[5, 0].isnan().all() and lse[0, 5].isnan()
+    compare.assert_bitwise(out[others.T], want[others.T])
+    compare.assert_bitwise(lse[others], want_lse[others])
+
+    bad = k.clone()
+    bad[39, 1] = special
+    out, lse = deepkern.mla_prefill(q, bad, *rest)
+    assert out[39, 1].isnan().all() and lse[1, 39].isnan()
+    compare.assert_bitwise(out[:, 0], want[:, 0])
+    compare.assert_bitwise(out[40:], want[40:])
+
+
 GRADIENTS = ("q", "k", "v")
 
 

@@ -140,7 +140,7 @@ def launch(
     return grads
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "lse_head", "grad_lse_head"])
 def delta_kernel(
     grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, T, H, Dv,
     grad_row, grad_head, out_row, out_head, lse_head, grad_lse_head,

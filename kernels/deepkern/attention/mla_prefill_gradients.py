@@ -22,7 +22,7 @@ from .ragged import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "tiles"])
+@triton.jit(do_not_specialize=["T", "tiles", "lse_head"])
 def key_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tiles_ptr, grad_k_ptr, grad_v_ptr,
     score_scale, softmax_scale, T, Hk, group, tiles, Dqk, Dv,
@@ -102,7 +102,7 @@ def of_rows(lse_ptr, delta_ptr, row, present):
     return tl.where(lse == float("-inf"), float("inf"), lse), delta
 
 
-@triton.jit(do_not_specialize=["T", "tiles"])
+@triton.jit(do_not_specialize=["T", "tiles", "lse_head"])
 def query_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tiles_ptr, grad_q_ptr,
     score_scale, softmax_scale, T, H, group, tiles, Dqk, Dv,

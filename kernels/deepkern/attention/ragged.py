@@ -3,6 +3,7 @@
 `cu_seqlens` says where they begin, and the host does not know what it holds. So `cut` writes a
 table of tiles: never more than ceil(rows / BLOCK) + B + 1, which bounds the grid. Each sequence is
 cut from its own first row on, so that where a row stands in its tile is its sequence's own matter.
+One program goes over all boundaries and adds the tiles up, then each sequence writes its own.
 
 The contents are not trusted. They count as `quant/groups.py` repairs them: clamped to the tensor,
 then raised to the largest one before. Rows before the first and past the last sequence come in
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quant.groups import group_spans
+from ..quant.groups import larger
 
 
 def cut(cu: Tensor, rows: int, other_cu: Tensor, other_rows: int, BLOCK: int, last_first: bool):
@@ -25,47 +26,69 @@ def cut(cu: Tensor, rows: int, other_cu: Tensor, other_rows: int, BLOCK: int, la
 
     last_first: whether the last tile of a sequence comes first; put the longest work there.
     """
-    B = cu.shape[0] - 1
-    slots = triton.cdiv(rows, BLOCK) + B + 1
+    spans = cu.shape[0] + 1
+    slots = triton.cdiv(rows, BLOCK) + spans - 1
+    found = torch.empty(5, spans, dtype=torch.int32, device=cu.device)
     tiles = torch.empty(slots, 4, dtype=torch.int32, device=cu.device)
-    cut_kernel[(B + 2,)](
-        cu, other_cu, tiles, B, rows, other_rows, slots,
-        BLOCK=BLOCK, LAST_FIRST=last_first, GROUPS=triton.next_power_of_2(max(B, 1)), num_warps=4,
-    )  # fmt: skip
+    span_kernel[(1,)](cu, other_cu, found, spans, rows, other_rows, BLOCK=BLOCK, CHUNK=1024)
+    cut_kernel[(spans,)](found, tiles, spans, slots, BLOCK=BLOCK, LAST_FIRST=last_first)
     return tiles
 
 
-@triton.jit(do_not_specialize=["B", "rows", "other_rows", "slots"])
-def cut_kernel(
-    cu_ptr, other_cu_ptr, tiles_ptr, B, rows, other_rows, slots,
-    BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, GROUPS: tl.constexpr,
+@triton.jit(do_not_specialize=["spans", "rows", "other_rows"])
+def span_kernel(
+    cu_ptr, other_cu_ptr, found_ptr, spans, rows, other_rows,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Program s cuts sequence s - 1; the first the rows before all, the last those after them."""
-    sequence = tl.program_id(0) - 1
-    group = tl.arange(0, GROUPS)
-    own = group == sequence  # nowhere, before the first
-    first, last = group_spans(cu_ptr, B, rows, GROUPS)
-    lead = tl.min(first, 0)
-    begin = tl.sum(tl.where(own, first, 0), 0)
-    end = tl.where(sequence < 0, lead, tl.sum(tl.where(own, last, 0), 0))
-    begin = tl.where(sequence < B, begin, tl.max(last, 0))
-    end = tl.where(sequence < B, end, rows)
-    before = tl.sum(tl.where(group < sequence, tl.cdiv(last - first, BLOCK), 0), 0)
-    before += tl.where(sequence < 0, 0, tl.cdiv(lead, BLOCK))
-    other_first, other_last = group_spans(other_cu_ptr, B, other_rows, GROUPS)
-    other_begin = tl.sum(tl.where(own, other_first, 0), 0)
-    other_end = tl.sum(tl.where(own, other_last, 0), 0)
+    """Of each span: first row, end, begin and end on the other side, and how many tiles precede.
 
-    count = tl.cdiv(end - begin, BLOCK)
+    Spans are what lies before the first sequence, the sequences, and what lies past the last.
+    """
+    reached, other_reached, tiles = 0, 0, 0
+    for start in range(0, spans, CHUNK):
+        span = start + tl.arange(0, CHUNK)
+        first, end = edges(cu_ptr, span, spans, rows, reached)
+        begin, stop = edges(other_cu_ptr, span, spans, other_rows, other_reached)
+        reached, other_reached = tl.max(end, 0), tl.max(stop, 0)
+        sequence = (span > 0) & (span < spans - 1)
+        count = tl.cdiv(end - first, BLOCK)
+        known = span < spans
+        tl.store(found_ptr + span, first, mask=known)
+        tl.store(found_ptr + spans + span, end, mask=known)
+        tl.store(found_ptr + 2 * spans + span, tl.where(sequence, begin, 0), mask=known)
+        tl.store(found_ptr + 3 * spans + span, tl.where(sequence, stop, 0), mask=known)
+        tl.store(found_ptr + 4 * spans + span, tiles + tl.cumsum(count, 0) - count, mask=known)
+        tiles += tl.sum(count, 0)
+
+
+@triton.jit
+def edges(cu_ptr, span, spans, rows, reached):
+    """Where spans begin and end: at 0, the boundaries and `rows`, none before one before it."""
+    first = tl.load(cu_ptr + span - 1, mask=(span > 0) & (span < spans), other=0)
+    first = tl.where(span < spans, tl.minimum(tl.maximum(first, 0), rows), rows)
+    first = tl.maximum(tl.associative_scan(first, 0, larger), reached)
+    end = tl.load(cu_ptr + span, mask=span < spans - 1, other=rows)
+    return first, tl.maximum(first, tl.minimum(end, rows))
+
+
+@triton.jit(do_not_specialize=["spans", "slots"])
+def cut_kernel(
+    found_ptr, tiles_ptr, spans, slots, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr
+):  # fmt: skip
+    """A program writes the tiles of a span; the last one also the empty ones."""
+    span = tl.program_id(0)
+    first, end = tl.load(found_ptr + span), tl.load(found_ptr + spans + span)
+    begin, stop = tl.load(found_ptr + 2 * spans + span), tl.load(found_ptr + 3 * spans + span)
+    before = tl.load(found_ptr + 4 * spans + span)
+    count = tl.cdiv(end - first, BLOCK)
     for start in range(0, count, 128):
         i = start + tl.arange(0, 128)
-        at = before + (count - 1 - i if LAST_FIRST else i)
-        entry = tiles_ptr + 4 * at
-        tl.store(entry, begin + i * BLOCK, mask=i < count)
+        entry = tiles_ptr + 4 * (before + (count - 1 - i if LAST_FIRST else i))
+        tl.store(entry, first + i * BLOCK, mask=i < count)
         tl.store(entry + 1, tl.zeros_like(i) + end, mask=i < count)
-        tl.store(entry + 2, tl.zeros_like(i) + other_begin, mask=i < count)
-        tl.store(entry + 3, tl.zeros_like(i) + other_end, mask=i < count)
-    if sequence == B:
+        tl.store(entry + 2, tl.zeros_like(i) + begin, mask=i < count)
+        tl.store(entry + 3, tl.zeros_like(i) + stop, mask=i < count)
+    if span == spans - 1:
         for start in range(4 * (before + count), 4 * slots, 512):
             i = start + tl.arange(0, 512)
             tl.store(tiles_ptr + i, tl.zeros_like(i), mask=i < 4 * slots)

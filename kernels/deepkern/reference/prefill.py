@@ -29,7 +29,9 @@ def mla_prefill(
             weights = scores.softmax(-1)
             weights[(scores == -math.inf).all(-1)] = 0.0  # nothing to attend to
             out[rows, h] = (weights @ v[keys, shared].double()).to(q.dtype)
-            lse[h, rows] = scores.logsumexp(-1).float()
+            # A score of +inf is NaN in lse as in out, where torch's logsumexp has +inf.
+            spoiled = (scores == math.inf).any(-1)
+            lse[h, rows] = scores.logsumexp(-1).masked_fill(spoiled, math.nan).float()
     return out, lse
 
 
