@@ -13,7 +13,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch  # noqa: E402
 import typer  # noqa: E402
 
-if "inspect" not in sys.argv[1:2] and not torch.cuda.is_available():
+if "launch" in sys.argv[1:2]:  # Triton must compile for a GPU, which the interpreter does not
+    os.environ.pop("TRITON_INTERPRET", None)
+elif "inspect" not in sys.argv[1:2] and not torch.cuda.is_available():
     # Decided when deepkern imports Triton: without a GPU its kernels are interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -136,6 +138,19 @@ def accumulation(keep: bool = _KEEP, folder: Path = _FOLDER) -> None:
     from . import accumulation as emulation
 
     raise typer.Exit(emulation.run(keep, folder=folder))
+
+
+@app.command()
+def launch(
+    names: list[str] = _NAMES,
+    keep: bool = _KEEP,
+    seconds: float = _SECONDS,
+    folder: Path = _FOLDER,
+) -> None:
+    """Times the host's side of a call, without a GPU: of Triton kernels and of the Hopper ones."""
+    from . import launch as launching
+
+    raise typer.Exit(launching.run(known_ops(names) if names else None, keep, seconds, folder))
 
 
 @app.command()

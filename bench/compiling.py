@@ -43,7 +43,7 @@ class StubDriver(DriverBase):
         self.utils = SimpleNamespace(
             # Triton compares a kernel's shared memory with this and raises OutOfResources.
             get_device_properties=lambda _: {"max_shared_mem": target.shared},
-            load_binary=lambda *_: (None, None, 0, 0, 1024),
+            load_binary=lambda *_: ("loaded", None, 0, 0, 1024),
             unload_module=lambda *_: None,
         )
 
@@ -74,6 +74,14 @@ class StubDriver(DriverBase):
 
 
 @contextlib.contextmanager
+def stub_driver(target: Arch) -> Iterator[None]:
+    """Launches inside compile for `target`, once each, and run nothing."""
+    triton.runtime.driver.set_active(StubDriver(target))
+    with arch.compile_for(target):
+        yield
+
+
+@contextlib.contextmanager
 def compiling(target: Arch) -> Iterator[list]:
     """Launches inside compile for `target`; yields the list of CompiledKernel they come to."""
     compiled = []
@@ -84,10 +92,9 @@ def compiling(target: Arch) -> Iterator[list]:
         compiled.append(kernel)
         return kernel
 
-    triton.runtime.driver.set_active(StubDriver(target))
     JITFunction.run = run
     try:
-        with arch.compile_for(target):
+        with stub_driver(target):
             yield compiled
     finally:
         JITFunction.run = launch

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.contract import check_that
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .rows import BLOCK_K, TOKENS, ZERO_ROWS, check_assignments, slots_in_flight, zero_rows
 
@@ -69,7 +70,7 @@ def sum_rows(
     (T, topk), (rows, K) = handle.shape, y.shape
     if out.numel() == 0:
         return out
-    kernel[(triton.cdiv(T, TOKENS), triton.cdiv(K, BLOCK_K))](
+    kernel[(cdiv(T, TOKENS), cdiv(K, BLOCK_K))](
         y, weights, handle, shared, out, T, topk, rows, K, y.stride(0),
         0 if weights is None else weights.stride(0), handle.stride(0),
         0 if shared is None else shared.stride(0),
@@ -166,11 +167,11 @@ def launch_backward(
     (T, topk), (rows, K) = handle.shape, y.shape
     owner = torch.full((rows,), -1, dtype=torch.int32, device=y.device)  # the slot that names a row
     if handle.numel() and rows:
-        own_kernel[(triton.cdiv(T * topk, 1024),)](
+        own_kernel[(cdiv(T * topk, 1024),)](
             handle, owner, T * topk, topk, rows, handle.stride(0), BLOCK=1024
         )  # fmt: skip
-    slots = triton.cdiv(T, TOKENS) * topk
-    programs = slots + triton.cdiv(rows, ZERO_ROWS)
+    slots = cdiv(T, TOKENS) * topk
+    programs = slots + cdiv(rows, ZERO_ROWS)
     if programs:
         backward_kernel[(programs,)](
             grad, y, topk_weights, handle, owner, grad_y, grad_weights, T, topk, rows, K, slots,

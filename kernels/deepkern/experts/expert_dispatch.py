@@ -22,6 +22,7 @@ from torch import Tensor
 from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .expert_combine import sum_rows
 from .placement import place
@@ -143,11 +144,11 @@ def copy(
         return
     has_scale = x_scale is not None or cast is not None
     x_scale_row, x_scale_block = (0, 0) if x_scale is None else x_scale.stride()
-    copies = triton.cdiv(T, TOKENS)
-    clears = triton.cdiv(rows, ZERO_ROWS) if clear else 0
-    copy_kernel[(copies + clears, triton.cdiv(K, BLOCK_K))](
+    copies = cdiv(T, TOKENS)
+    clears = cdiv(rows, ZERO_ROWS) if clear else 0
+    copy_kernel[(copies + clears, cdiv(K, BLOCK_K))](
         as_integers(x) if cast is None else x, x_scale, as_integers(out),
-        scale if has_scale else None, group_index, handle, T, topk, rows, K, triton.cdiv(K, 128),
+        scale if has_scale else None, group_index, handle, T, topk, rows, K, cdiv(K, 128),
         copies, x.stride(0), x_scale_row, x_scale_block,
         TOKENS=TOKENS, BLOCK_K=BLOCK_K, ZERO_ROWS=ZERO_ROWS, SLOTS=slots_in_flight(topk),
         CAST=cast, NATIVE_FP8=cast is not None and arch.of(x.device).native_fp8_cast,

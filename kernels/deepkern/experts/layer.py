@@ -16,6 +16,7 @@ from torch import Tensor
 from ..matmul import m_grouped
 from ..quant.swiglu_cast import write
 from ..runtime.contract import FP8
+from ..runtime.integers import cdiv
 from ..runtime.tiles import GemmTile
 from .expert_dispatch import copy
 from .placement import place
@@ -74,7 +75,7 @@ class Rows(NamedTuple):
         )  # fmt: skip
 
     def _grid(self) -> tuple[int]:
-        return (triton.cdiv(self.handle.numel(), 1024),)
+        return (cdiv(self.handle.numel(), 1024),)
 
     def new_fp8(self, like: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         rows = len(self.group_index)

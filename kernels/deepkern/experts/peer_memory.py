@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.integers import cdiv, next_power_of_2
+
 ALIGN = 16  # bytes; regions and rows are multiples
 BLOCK = 8192  # words that one program copies
 LOOKS_PER_SECOND = 1_000_000  # a guess: a look goes to the L2 cache and back
@@ -108,17 +110,17 @@ class PeerMemory:
         if most == 0:
             return
         spans = self._table([source_starts, target_starts, [n * width for n in counts]])
-        copy_kernel[(triton.cdiv(most, BLOCK), self.size)](
+        copy_kernel[(cdiv(most, BLOCK), self.size)](
             source, target, spans, self.status, self.size, BLOCK=BLOCK, num_warps=8
         )
 
     def _wait(self, first: int, call: int) -> None:
         flags = self.base[self.offsets[self.rank] + first :]
-        lanes = triton.next_power_of_2(self.size)
+        lanes = next_power_of_2(self.size)
         wait_kernel[(1,)](flags, self.status, self.size, call, self.limit, LANES=lanes, num_warps=1)
 
     def _signal(self, flags: Tensor, call: int) -> None:
-        lanes = triton.next_power_of_2(self.size)
+        lanes = next_power_of_2(self.size)
         signal_kernel[(1,)](
             self.base, flags, self.status, self.size, call, LANES=lanes, num_warps=1
         )

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.integers import cdiv, next_power_of_2
+
 CHUNK = 256  # assignments (and rows) that one program counts and places
 EXPERTS = 16  # experts that it looks at together
 
@@ -34,7 +36,7 @@ def place(
         return
     counts = count(topk_idx, tokens_per_expert)
     idx = _assignments(topk_idx, tokens_per_expert)
-    place_kernel[(triton.cdiv(max(rows, topk_idx.numel()), CHUNK),)](
+    place_kernel[(cdiv(max(rows, topk_idx.numel()), CHUNK),)](
         *idx, counts, tokens_per_expert, group_index, handle, extent, rows, alignment,
         CHUNK=CHUNK, EXPERTS=EXPERTS, num_warps=8,
     )  # fmt: skip
@@ -42,11 +44,11 @@ def place(
 
 def count(topk_idx: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Writes the number of assignments to each expert; returns those before each chunk of them."""
-    E, chunks = len(tokens_per_expert), triton.cdiv(topk_idx.numel(), CHUNK)
+    E, chunks = len(tokens_per_expert), cdiv(topk_idx.numel(), CHUNK)
     idx = _assignments(topk_idx, tokens_per_expert)
     counts = topk_idx.new_empty((chunks, E), dtype=torch.int32)
-    count_kernel[(chunks,)](*idx, counts, CHUNK=CHUNK, BINS=triton.next_power_of_2(E))
-    scan_kernel[(triton.cdiv(E, EXPERTS),)](
+    count_kernel[(chunks,)](*idx, counts, CHUNK=CHUNK, BINS=next_power_of_2(E))
+    scan_kernel[(cdiv(E, EXPERTS),)](
         counts, tokens_per_expert, chunks, E, CHUNKS=64, EXPERTS=EXPERTS,
     )  # fmt: skip
     return counts

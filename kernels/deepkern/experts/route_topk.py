@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..runtime.contract import check_choice, check_that
 from ..runtime.exact import sum_pairwise
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .score import scores, sigmoid, softmax_sums
 
@@ -115,9 +116,9 @@ def launch(
         return weights, idx
     if topk_groups == num_groups:  # every group is kept
         num_groups = topk_groups = 1
-    GROUPS, SIZE = triton.next_power_of_2(num_groups), triton.next_power_of_2(E // num_groups)
+    GROUPS, SIZE = next_power_of_2(num_groups), next_power_of_2(E // num_groups)
     ROWS = max(1, TILE // (GROUPS * SIZE))
-    kernel[(triton.cdiv(T, ROWS),)](
+    kernel[(cdiv(T, ROWS),)](
         logits, bias, weights, idx, T, E, logits.stride(0), scale, topk_groups, topk,
         SCORE=score, TOP2=group_score == "top2" and num_groups < E, NORMALIZE=normalize,
         NUM_GROUPS=num_groups, GROUPS=GROUPS, SIZE=SIZE, SLOT_LEVELS=(topk - 1).bit_length(),
@@ -263,9 +264,9 @@ def launch_backward(
     T, E = logits.shape
     if grad_logits.numel() == 0:
         return grad_logits
-    EXPERTS = triton.next_power_of_2(E)
+    EXPERTS = next_power_of_2(E)
     ROWS = max(1, TILE // EXPERTS)
-    backward_kernel[(triton.cdiv(T, ROWS),)](
+    backward_kernel[(cdiv(T, ROWS),)](
         grad_weights, logits, idx, grad_logits, T, E, idx.shape[1],
         grad_weights.stride(0), logits.stride(0), idx.stride(0), scale,
         SCORE=score, NORMALIZE=normalize, EXPERTS=EXPERTS, ROWS=ROWS,

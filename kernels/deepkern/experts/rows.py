@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.contract import check_that
+from ..runtime.integers import next_power_of_2
 
 TOKENS = 4
 BLOCK_K = 1024
@@ -34,7 +35,7 @@ def check_assignments(op: str, argument: str, slots: Tensor) -> int:
 
 def slots_in_flight(topk: int) -> int:
     """How many slots of a token are unrolled, so that their loads do not wait for each other."""
-    return min(8, triton.next_power_of_2(max(topk, 1)))
+    return min(8, next_power_of_2(max(topk, 1)))
 
 
 @triton.jit

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.contract import check_choice
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .route_topk import SCORES, TILE
 from .score import scores, sigmoid, softmax_sums
@@ -76,14 +77,14 @@ def sum_up(
 ) -> None:  # fmt: skip
     """Writes the loss of each sequence, fp32 [B], or how often each expert is chosen, [B, E]."""
     (B, S, E), topk = logits.shape, topk_idx.shape[2]
-    chunks, EXPERTS = triton.cdiv(S, TOKENS), triton.next_power_of_2(E)
+    chunks, EXPERTS = cdiv(S, TOKENS), next_power_of_2(E)
     some_counts = logits.new_empty((B, chunks, E), dtype=torch.int32)
     some_sums = None if loss is None else logits.new_empty((B, chunks, E), dtype=torch.float32)
     part_kernel[(B * chunks,)](
         logits, topk_idx, some_sums, some_counts, S, E, topk, chunks,
         *logits.stride()[:2], *topk_idx.stride()[:2],
         SCORE=score, TOKENS=TOKENS, ROWS=min(TOKENS, max(1, TILE // EXPERTS)), EXPERTS=EXPERTS,
-        SLOTS=triton.next_power_of_2(topk),
+        SLOTS=next_power_of_2(topk),
     )  # fmt: skip
     sum_kernel[(B,)](some_sums, some_counts, loss, counts, E, chunks, weight, EXPERTS=EXPERTS)
 
@@ -177,9 +178,9 @@ def launch_backward(
     B, S, E = logits.shape
     counts = logits.new_empty((B, E), dtype=torch.int32)
     sum_up(logits, topk_idx, score, 0.0, None, counts)
-    EXPERTS = triton.next_power_of_2(E)
+    EXPERTS = next_power_of_2(E)
     ROWS = max(1, TILE // EXPERTS)
-    backward_kernel[(B * triton.cdiv(S, ROWS),)](
+    backward_kernel[(B * cdiv(S, ROWS),)](
         grad, logits, counts, grad_logits, S, E, factor(logits, topk_idx, alpha),
         *logits.stride()[:2], SCORE=score, ROWS=ROWS, EXPERTS=EXPERTS,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..quant.fp8 import BLOCK
 from ..runtime import arch
 from ..runtime.contract import check_choice
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 from ..runtime.tiles import GemmTile, gemm_tile
 from .products import (
@@ -92,12 +93,12 @@ def launch(
     (M, K), N = a.shape, b.shape[0]
     target, t = arch.of(a.device), tile(a, a_scale, b, b_scale)
     x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
-    blocks = triton.cdiv(K, BLOCK)
+    blocks = cdiv(K, BLOCK)
     # With K spread over programs each writes its share of the sum, and `add_shares` adds them.
     shares = out.new_empty((t.splits, M, N), dtype=torch.float32) if t.spread else out[None]
-    programs = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N) * len(shares)
+    programs = cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N) * len(shares)
     kernel[(t.grid(target, programs) if target.tma else programs,)](
-        x, y, None if t.spread else c, shares, M, N, K, triton.cdiv(blocks, t.splits), len(shares),
+        x, y, None if t.spread else c, shares, M, N, K, cdiv(blocks, t.splits), len(shares),
         0 if c is None else c.stride(0), SPREAD=t.spread, SPLIT=t.splits > 1 and not t.spread,
         SWAPPED=t.swapped, B_BLOCK=rows_of_a_scale(b, b_scale),
         TAIL=K % BLOCK != 0 and x.tiles is None, NATIVE_FP8=target.native_fp8,
@@ -105,7 +106,7 @@ def launch(
         PERSISTENT=target.tma, **t.options(target),
     )  # fmt: skip
     if t.spread:
-        add_shares[(triton.cdiv(M * N, 1024),)](
+        add_shares[(cdiv(M * N, 1024),)](
             shares, c, out, t.splits, M * N, N, 0 if c is None else c.stride(0)
         )
     return out

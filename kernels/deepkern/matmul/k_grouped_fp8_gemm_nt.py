@@ -25,6 +25,7 @@ from torch import Tensor
 from ..quant.groups import check_offsets, group_spans
 from ..runtime import arch
 from ..runtime.contract import check_that
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from ..runtime.tiles import GemmTile, gemm_tile
 from .products import index_type, operand, products, tile_in_bands
@@ -94,10 +95,10 @@ def launch(
     (G, M, N), K = out.shape, a.shape[1]
     target, t = arch.of(a.device), tile(*args)
     x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
-    tiles = G * triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N)
+    tiles = G * cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N)
     kernel[(t.grid(target, tiles) if target.tma else tiles,)](
         x, y, None if c is None else c.contiguous(), out, group_offsets.contiguous(), M, N, K,
-        a_scale.shape[1], G, GROUPS=max(8, triton.next_power_of_2(G)),
+        a_scale.shape[1], G, GROUPS=max(8, next_power_of_2(G)),
         SWAPPED=t.swapped, NATIVE_FP8=target.native_fp8, INDEX=index_type(x, y),
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, GROUP_M=t.GROUP_M,
         PERSISTENT=target.tma, **t.options(target),
@@ -111,7 +112,7 @@ def tile(
     """The tile that a launch with these arguments takes, as if all groups were as long."""
     G = max(group_offsets.shape[0] - 1, 1)
     (M, K), N = a.shape, b.shape[0]
-    return gemm_tile(arch.of(a.device), M, N, triton.cdiv(K, G), 1, groups=G, form="k_grouped")
+    return gemm_tile(arch.of(a.device), M, N, cdiv(K, G), 1, groups=G, form="k_grouped")
 
 
 k_grouped_fp8_gemm_nt.tile = tile

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..quant.fp8 import as_bits
 from ..runtime.arch import Arch
+from ..runtime.integers import cdiv
 
 
 def k_major(x: Tensor, target: Arch) -> Tensor:
@@ -32,7 +33,7 @@ def k_major(x: Tensor, target: Arch) -> Tensor:
     out = x.new_empty((*x.shape[:-1], pitch))
     if x.stride(-2) == 1 and rows > 1:
         matrices = x if x.dim() == 3 else x[None]
-        grid = (triton.cdiv(rows, 64) * triton.cdiv(columns, 128), len(matrices))
+        grid = (cdiv(rows, 64) * cdiv(columns, 128), len(matrices))
         transpose[grid](
             as_bits(matrices, False), as_bits(out, False), rows, columns, matrices.stride(0),
             matrices.stride(2), pitch,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..quant.fp8 import BLOCK
 from ..runtime import arch
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.tiles import GemmTile, gemm_tile
 from .products import index_type, operand, products, rows_of_a_scale, tile_in_bands
 
@@ -47,9 +48,9 @@ def multiply(
     x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
     # Row tiles, if the rows of a group lie together: those that are full, and one for each group.
     most = a[..., 0].numel() // t.BLOCK_M + min(G, a[..., 0].numel())
-    kernel[(t.grid(target, most * triton.cdiv(N, t.BLOCK_N)),)](
+    kernel[(t.grid(target, most * cdiv(N, t.BLOCK_N)),)](
         x, y, out, group_index, extent, M, N, K, G,
-        GROUPS=max(8, triton.next_power_of_2(G)), SWAPPED=t.swapped,
+        GROUPS=max(8, next_power_of_2(G)), SWAPPED=t.swapped,
         B_BLOCK=rows_of_a_scale(b, b_scale),
         TAIL=K % BLOCK != 0 and x.tiles is None, NATIVE_FP8=target.native_fp8,
         INDEX=index_type(x, y), BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, GROUP_M=t.GROUP_M,
@@ -111,7 +112,7 @@ def survey(group_index: Tensor, G: int, out: Tensor) -> Tensor:
     """Where each group lies, int32 [2, G] for `multiply`; zeros the rows of `out` in no group."""
     extent = group_index.new_zeros(2, G)
     M, N = out.shape
-    survey_kernel[(triton.cdiv(M, 128), 8)](group_index, extent, out, M, N, G)
+    survey_kernel[(cdiv(M, 128), 8)](group_index, extent, out, M, N, G)
     return extent
 
 
@@ -137,7 +138,7 @@ def survey_kernel(group_index_ptr, extent_ptr, out_ptr, M, N, G):
 def zero_unused(masked_m: Tensor, out: Tensor) -> None:
     """Zeros the rows of `out` [G, M, N] from masked_m[g] on."""
     G, M, N = out.shape
-    unused_kernel[(triton.cdiv(M, 128), 8, G)](masked_m, out, M, N)
+    unused_kernel[(cdiv(M, 128), 8, G)](masked_m, out, M, N)
 
 
 @triton.jit

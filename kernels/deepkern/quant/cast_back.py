@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..runtime import arch
 from ..runtime.contract import check_choice, check_that
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .fp8 import as_bits, from_fp8
 
@@ -63,7 +64,7 @@ def launch(q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.dtyp
     rows, cols = min(block[0], N), min(block[1], K)  # a longer block covers no more
     native_fp8 = arch.of(q.device).native_fp8
     ROWS, COLS = 32, 128
-    kernel[(G * triton.cdiv(N, ROWS) * triton.cdiv(K, COLS),)](
+    kernel[(G * cdiv(N, ROWS) * cdiv(K, COLS),)](
         as_bits(matrices, native_fp8), scales, out, N, K, rows, cols,
         *matrices.stride()[:2], *scales.stride(),
         ONE_ROW=rows % ROWS == 0 or rows == N, ONE_COLUMN=cols % COLS == 0 or cols == K,

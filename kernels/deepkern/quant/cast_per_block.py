@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .fp8 import BLOCK, as_bits, block_scale, magnitude_bits, to_fp8
 
@@ -55,7 +56,7 @@ def launch(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
     matrices = x if x.dim() == 3 else x[None]
     G, N, K = matrices.shape
     native_fp8 = arch.of(x.device).native_fp8_cast
-    kernel[(G * triton.cdiv(N, BLOCK) * triton.cdiv(K, BLOCK),)](
+    kernel[(G * cdiv(N, BLOCK) * cdiv(K, BLOCK),)](
         matrices, as_bits(q, native_fp8), scale, N, K, matrices.stride(0), matrices.stride(1),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, num_warps=8,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .fp8 import (
     BLOCK,
@@ -101,13 +102,13 @@ def launch(
     native_fp8 = arch.of(x.device).native_fp8_cast
     aligned = K % 16 == 0 and (M % 16 == 0 or not transpose)
     COLS = 64
-    kernel[(blocks * triton.cdiv(channels, COLS),)](
+    kernel[(blocks * cdiv(channels, COLS),)](
         x, as_bits(q, native_fp8), padded, group_offsets, M, K, G, channels,
         x.stride(0), *q_strides, *scale_strides,
         # Without groups, blocks are aligned if M is, which Triton sees.
         MAY_ALIGN=transpose and aligned and G > 0, UE8M0=scale_format == "ue8m0",
         NATIVE_FP8=native_fp8,
-        GROUPS=triton.next_power_of_2(max(G, 1)), COLS=COLS,
+        GROUPS=next_power_of_2(max(G, 1)), COLS=COLS,
         num_warps=4 if native_fp8 and aligned else 8,  # an address for each value needs registers
     )  # fmt: skip
     return q, scale

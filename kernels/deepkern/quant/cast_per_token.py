@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .fp8 import (
     BLOCK,
@@ -74,7 +75,7 @@ def launch(x: Tensor, scale_format: str, scale_layout: str) -> tuple[Tensor, Ten
     scales = scales.reshape(matrices.shape[0], -1, scales.shape[-1])
     native_fp8 = arch.of(x.device).native_fp8_cast
     ROWS = 32
-    kernel[(matrices.shape[0] * triton.cdiv(M, ROWS) * triton.cdiv(K, BLOCK),)](
+    kernel[(matrices.shape[0] * cdiv(M, ROWS) * cdiv(K, BLOCK),)](
         matrices, as_bits(q, native_fp8), scales, M, K, scales.shape[1],
         *matrices.stride()[:2], *scales.stride(),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS,

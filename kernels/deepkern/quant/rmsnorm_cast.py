@@ -24,6 +24,7 @@ from torch import Tensor
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice
 from ..runtime.exact import inverse_rms, sum_pairwise
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .fp8 import (
     BLOCK,
@@ -106,9 +107,9 @@ def launch(
     native_fp8 = arch.of(x.device).native_fp8_cast
     all_wide = is_wide(x) and is_wide(residual) and is_wide(q)
     in_registers = K <= CHUNK or (K <= 2 * CHUNK and all_wide)
-    TILE = max(triton.next_power_of_2(K), BLOCK) if in_registers else CHUNK
+    TILE = max(next_power_of_2(K), BLOCK) if in_registers else CHUNK
     ROWS = max(512 // TILE, 1)
-    kernel[(triton.cdiv(padded.shape[0], ROWS),)](
+    kernel[(cdiv(padded.shape[0], ROWS),)](
         x, residual, weight, as_bits(q, native_fp8), padded, normed, new_residual,
         M, padded.shape[0], K, eps,
         x.stride(0), 0 if residual is None else residual.stride(0), *scale.stride(),

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
 from ..runtime.exact import sigmoid, sum_pairwise
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .fp8 import (
     BLOCK,
@@ -113,7 +114,7 @@ def write(
     padded = with_padding(scale, scale_layout)
     native_fp8 = arch.of(q.device).native_fp8_cast
     ROWS = 16  # of which the padding of the scale, to a multiple of 4, takes no more
-    kernel[(triton.cdiv(M, ROWS) * triton.cdiv(I, BLOCK),)](
+    kernel[(cdiv(M, ROWS) * cdiv(I, BLOCK),)](
         gate_up, weights, group_index, limit, as_bits(q, native_fp8), padded, M, padded.shape[0], I,
         gate_up.stride(0), *scale.stride(),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS,
@@ -237,7 +238,7 @@ def write_backward(
     if gate_up_scale is not None:
         gate_up, scale_strides = as_bits(gate_up, native_fp8), gate_up_scale.stride()
     ROWS = 4  # twice as many spill where rows cannot be read 16 bytes at a time
-    backward_kernel[(triton.cdiv(M, ROWS),)](
+    backward_kernel[(cdiv(M, ROWS),)](
         grad, gate_up, gate_up_scale, weights, group_index, limit, *outputs, M, I,
         grad.stride(0), gate_up.stride(0), *scale_strides,
         ONE_SCALE=I % BLOCK == 0, NATIVE_FP8=native_fp8, ROWS=ROWS,

@@ -106,6 +106,8 @@ class Op:
 
     def positional(self, args: tuple, kwargs: dict | None = None) -> tuple:
         """All arguments in the schema's order, defaults filled in."""
+        if len(args) == len(self.parameters) and not kwargs:
+            return args
         kwargs = dict(kwargs or {})
         rest = [kwargs.pop(name, default) for name, default in self.parameters[len(args) :]]
         missing = [n for (n, _), v in zip(self.parameters[len(args) :], rest, strict=False)
@@ -132,7 +134,7 @@ class Op:
         args = self.positional(args, kwargs)
         device = self.device(args)
         launch = self.launcher(backends.choose(self, device, args))
-        if os.environ.get("DEEPKERN_DEBUG") == "1" and self.check_contents is not None:
+        if self.check_contents is not None and os.environ.get("DEEPKERN_DEBUG") == "1":
             self.check(*args)
             self.check_contents(*args)
         if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -1,0 +1,25 @@
+"""`python -m bench launch` times the host's side of calls and says so in a record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from bench import emulator
+from bench.machine import ROOT
+
+
+def test_times_both_routes(tmp_path):
+    """In a process of its own, as its Triton is not the interpreter's."""
+    command = [sys.executable, "-m", "bench", "launch", "cast_per_token", "fp8_gemm_nt"]
+    options = ["--seconds", "0.01", "--folder", str(tmp_path)]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*-launch.jsonl")
+    machine, *rows = map(json.loads, file.read_text().splitlines())
+    assert machine["kind"] == "machine" and not machine["interpreted_triton"]
+    assert [row["op"] for row in rows] == ["cast_per_token", "fp8_gemm_nt"]
+    assert all(0 < row["triton"] < 1e5 for row in rows)
+    if emulator.compiler():
+        assert 0 < rows[1]["cuda, in C++"] < rows[1]["cuda"] < 1e5
