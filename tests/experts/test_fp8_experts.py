@@ -85,10 +85,10 @@ BOUND = 5e-6
     ("dtype", "size"),
     [
         (BF16, {}),
-        (F16, {}),
-        (F32, {}),
+        pytest.param(F16, {}, marks=pytest.mark.slow),
+        pytest.param(F32, {}, marks=pytest.mark.slow),
         (BF16, {"T": 9, "E": 5, "topk": 3, "K": 72, "I": 40}),
-        (F32, {"T": 150, "E": 1, "topk": 1}),
+        pytest.param(F32, {"T": 150, "E": 1, "topk": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_recipe(backend, dtype, size, generator):

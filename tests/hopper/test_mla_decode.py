@@ -66,10 +66,11 @@ def test_more_tokens_than_64_splits_of_512_hold(emulated_mla, kind, generator):
 
 @caches
 @pytest.mark.parametrize("order", ORDERS)
-def test_any_schedule_gives_the_same_bits(emulated_mla, order, kind, generator):
+@pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_any_schedule_gives_the_same_bits(emulated_mla, order, seeds, kind, generator):
     args = operands(generator, lengths=(200, 530), Sq=2, H=3, **kind)
     first = check(emulated_mla, args, order=order, seed=0)
-    for seed in range(1, 50 if order == "random" else 5):
+    for seed in range(1, seeds if order == "random" else 5):
         got = emulated_mla(*args, order=order, seed=seed)
         assert_same(got, first, f"seed {seed}")
 

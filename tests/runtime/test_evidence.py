@@ -61,8 +61,8 @@ def test_arguments_that_a_proven_kernel_declines_go_to_the_next(record, hopper):
         args = inputs.make("mla_decode", torch.Generator().manual_seed(0), lengths=(3,), **size)
         return backends.choose(described, CUDA, described.positional(args))
 
-    assert chosen() == "cuda"
-    for size in ({"dtype": torch.float16}, {"cache_dtype": torch.uint8}, {"D": 32}, {"R": 128}):
+    assert chosen() == chosen(cache_dtype=torch.uint8) == "cuda"
+    for size in ({"dtype": torch.float16}, {"D": 32}, {"R": 128}):
         assert chosen(**size) == "triton", size
         with (
             deepkern.backend("cuda"),
