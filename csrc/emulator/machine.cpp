@@ -69,6 +69,7 @@ void Machine::dependent(const Launch& launch, std::function<void()> kernel) {
                   "memory, there are " + std::to_string(SHARED_LIMIT));
   }
   if (launch.blocks % launch.cluster != 0) throw Failure("the grid is no whole number of clusters");
+  if (launch.cluster > 8) throw Failure("a cluster of more than 8 blocks");
   if (launch.threads % WARP != 0 || launch.threads > 1024) throw Failure("threads of a block");
   if (launch.blocks > MOST_BLOCKS) throw Failure("more blocks than are emulated");
   initial_registers(launch);
@@ -154,6 +155,7 @@ void Cluster::add_block(int rank, int index) {
   std::memset(block->shared, POISON, bytes);
   block->groups.resize((launch.threads + WARPGROUP - 1) / WARPGROUP);
   for (Warpgroup& g : block->groups) g.registers = initial_registers(launch);
+  block->registers = (initial_registers(launch) + 7) / 8 * 8 * launch.threads;
   block->dirty.assign(launch.shared_bytes, 0);
   block->running = launch.threads;
   for (int w = 0; w < launch.threads / WARP; ++w) block->elected.push_back(draw(*machine, WARP));
@@ -171,6 +173,7 @@ void Cluster::add_thread(Block& block, int index) {
     try {
       grid->kernel();
       if (!t->accumulators.empty()) fail("ends with a WGMMA whose result it has not waited for");
+      if (t->open_stores->writes) fail("ends with TMA stores that it has not committed");
       if (--t->block->running == 0) {
         if (t->block->stores_reading) {
           fail("the block ends while a TMA store still reads its shared memory");
@@ -202,7 +205,7 @@ bool Cluster::step() {
   enter(*t);
   if (t->fiber->finished()) {
     --running;
-  } else if (t->waits_for.empty()) {
+  } else if (!t->waits_for) {
     runnable.push_back(t);
   }
   return true;
@@ -261,13 +264,13 @@ void Cluster::add(std::function<void()> work, int queue) {
       {mood == 2 ? Pending::late : Pending::any_time, std::move(work), queue, &current()});
 }
 
-void Machine::wait(Channel& channel, const std::string& what, const std::function<bool()>& ready) {
+void Machine::wait(Channel& channel, const std::function<std::string()>& what,
+                   const std::function<bool()>& ready) {
   Thread& t = current();
   while (!ready()) {
-    t.waits_for = what;
+    t.waits_for = &what;
     channel.waiting.push_back(&t);
     t.fiber->leave();
-    t.waits_for.clear();
   }
 }
 
@@ -277,7 +280,7 @@ void Machine::pause(int odds) {
 
 void Machine::wake(Channel& channel) {
   for (Thread* t : channel.waiting) {
-    t->waits_for.clear();
+    t->waits_for = nullptr;
     t->block->cluster->runnable.push_back(t);
   }
   channel.waiting.clear();
@@ -292,7 +295,7 @@ void Machine::deadlock() {
         std::map<std::string, int> reasons;
         for (int lane = 0; lane < WARP; ++lane) {
           const Thread& t = *block->threads[w * WARP + lane];
-          if (!t.fiber->finished()) ++reasons[t.waits_for];
+          if (t.waits_for) ++reasons[(*t.waits_for)()];
         }
         for (const auto& [reason, lanes] : reasons) {
           all += "\n  " + grid + "block " + std::to_string(block->index) + ", warp " +

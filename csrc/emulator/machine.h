@@ -1,8 +1,8 @@
 // A Hopper multiprocessor, as far as the kernels of csrc/sm90 can tell, and an adversary in it.
 //
 // The threads of a few clusters run as fibers, in an order drawn from a seed. What the hardware
-// does asynchronously (TMA copies, WGMMA) stands in a list of pending work, each piece of which is done
-// early, late or at any time between, as far as the rules allow. So a wait that is missing shows:
+// does asynchronously (TMA copies, WGMMA) stands in a list of pending work, each piece of which is
+// done early, late or at any time between, as far as the rules allow. So a missing wait shows:
 // shared memory and accumulators hold NaN until the work is done, and a buffer that is handed on
 // too soon is overwritten while it is still read. A grid may be followed by one that depends on it
 // (programmatic dependent launch), whose clusters begin as soon as they may.
@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -68,7 +69,7 @@ struct Thread {
   Block* block;
   int index;
   std::unique_ptr<Fiber> fiber;
-  std::string waits_for;            // empty: it can run
+  const std::function<std::string()>* waits_for = nullptr;  // null: it can run
   bool fenced = false;              // wgmma.fence since registers were last its own
   uint64_t issued = 0;              // WGMMAs
   std::deque<uint64_t> commits;     // `issued` at each commit
@@ -97,6 +98,7 @@ struct Mbarrier {
 
 struct NamedBarrier {
   int threads = 0, arrived = 0;
+  std::set<int> who;  // has arrived
   uint64_t generation = 0;
   Channel channel;
 };
@@ -140,6 +142,7 @@ struct Block {
   std::vector<int> elected;     // per warp
   int running = 0;              // threads not yet finished
   int stores_reading = 0;
+  int registers = 0;            // of all its threads, in groups of 8 a thread
   bool released = false;        // as far as it goes, the dependent grid may begin
   Channel registers_freed;
 
@@ -204,7 +207,9 @@ struct Machine {
   Order order;
   std::string failure;
 
-  void wait(Channel& channel, const std::string& what, const std::function<bool()>& ready);
+  // `what`: in words, for when it never comes.
+  void wait(Channel& channel, const std::function<std::string()>& what,
+            const std::function<bool()>& ready);
   void wake(Channel& channel);
   void pause(int odds);  // lets other threads run, one time in `odds`: a warp's lanes may diverge
   void touch(Touch how, const void* p, int64_t bytes, const char* what,

@@ -45,6 +45,7 @@ void arrive(Block& block, Mbarrier& b, int64_t bytes) {
   if (b.pending == 0) fail("a barrier gets more arrivals than it was initialised for");
   if (block.running == 0) fail("arrives at a barrier of a block that has ended");
   b.bytes += bytes;
+  if (b.bytes >= 1 << 20) fail("a barrier waits for more than 2^20 - 1 bytes");
   --b.pending;
   settle(*block.machine, b);
 }
@@ -73,7 +74,8 @@ std::vector<uint64_t> meet(int kind, int who, int size, int mine, uint64_t value
   if (++r.arrived == size) {
     machine().wake(r.channel);
   } else {
-    machine().wait(r.channel, std::string(what) + " by all lanes", [&] { return r.arrived == size; });
+    machine().wait(r.channel, [&] { return std::string(what) + " by all lanes"; },
+                   [&] { return r.arrived == size; });
   }
   const std::vector<uint64_t> values = r.values;
   if (++r.left == size) block.rendezvous.erase(key);
@@ -86,6 +88,14 @@ std::vector<uint64_t> warp_meet(int kind, uint64_t value, const char* what) {
 }
 
 enum Kind { SYNC, SHUFFLE, ELECT, MATRIX, REGISTERS };
+
+// Nothing but barrier operations may touch a barrier.
+void check_no_barrier(const Block& block, uint32_t at, uint32_t bytes, const char* what) {
+  const auto next = block.mbarriers.lower_bound(at < 7 ? 0 : at - 7);
+  if (next != block.mbarriers.end() && next->first < at + bytes) {
+    fail(std::string(what) + " over the barrier at offset " + std::to_string(next->first));
+  }
+}
 
 void check_read(Block& block, uint32_t at, uint32_t bytes, const char* what) {
   for (uint32_t i = at; i < at + bytes; ++i) {
@@ -144,6 +154,7 @@ void load_box(Block& block, uint32_t at, uint32_t barrier, const emulator::Tenso
     }
     for (uint32_t c = 0; c < width; c += 16) {
       const uint32_t to = at + r * width + c;
+      check_no_barrier(block, to, 16, "tma_load");
       std::memcpy(block.shared + (map.swizzle ? swizzled(to) : to), &line[c], 16);
     }
   }
@@ -218,6 +229,8 @@ uint32_t shared_address(const void* p) { return current().block->offset(p, 0, "s
 void note_shared_store(const void* p, uint32_t bytes) {
   Thread& t = current();
   const uint32_t at = t.block->offset(p, bytes, "store_shared");
+  if (at % bytes) fail("store_shared: not aligned");
+  check_no_barrier(*t.block, at, bytes, "store_shared");
   std::fill_n(t.block->dirty.begin() + at, bytes, static_cast<uint16_t>(t.index + 1));
   t.dirty.emplace_back(at, bytes);
 }
@@ -294,14 +307,15 @@ void barrier_wait(Barrier* barrier, uint32_t parity) {
   machine().pause(8);
   if ((b.phase & 1) != parity) return;
   const uint32_t at = block.offset(barrier, 8, "barrier_wait");
-  machine().wait(b.channel, text(b, at, parity), [&] { return (b.phase & 1) != parity; });
+  machine().wait(b.channel, [&] { return text(b, at, parity); },
+                 [&] { return (b.phase & 1) != parity; });
 }
 
 namespace {
 
 emulator::NamedBarrier& named_arrival(int id, int threads) {
   Block& block = *current().block;
-  if (id < 0 || id > 15) fail("named barrier " + std::to_string(id) + ": there are 0 to 15");
+  if (id < 0 || id > 15) fail("named barrier " + std::to_string(id) + ": there are 1 to 15");
   if (threads % emulator::WARP || threads < emulator::WARP || threads > 1024) {
     fail("named barrier: " + std::to_string(threads) + " threads");
   }
@@ -311,24 +325,41 @@ emulator::NamedBarrier& named_arrival(int id, int threads) {
          " threads here, " + std::to_string(b.threads) + " elsewhere");
   }
   b.threads = threads;
+  if (!b.who.insert(current().index).second) {
+    fail("named barrier " + std::to_string(id) + ": arrives again before it is complete");
+  }
   if (++b.arrived == threads) {
     b.arrived = 0;
+    b.who.clear();
     ++b.generation;
     machine().wake(b.channel);
   }
   return b;
 }
 
+void sync(int id, int threads, const std::string& name) {
+  const uint64_t before = current().block->named[id].generation;
+  auto& b = named_arrival(id, threads);
+  machine().wait(b.channel, [&] { return name; }, [&] { return b.generation != before; });
+}
+
+void check_not_of_block(int id) {
+  if (id == 0) fail("named barrier 0 is that of block_sync");
+}
+
 }  // namespace
 
 void named_barrier_sync(int id, int threads) {
-  const uint64_t before = current().block->named[id].generation;
-  auto& b = named_arrival(id, threads);
-  machine().wait(b.channel, "named barrier " + std::to_string(id),
-                 [&] { return b.generation != before; });
+  check_not_of_block(id);
+  sync(id, threads, "named barrier " + std::to_string(id));
 }
 
-void named_barrier_arrive(int id, int threads) { named_arrival(id, threads); }
+void named_barrier_arrive(int id, int threads) {
+  check_not_of_block(id);
+  named_arrival(id, threads);
+}
+
+void block_sync() { sync(0, current().block->launch().threads, "block_sync"); }
 
 void warp_sync() { warp_meet(SYNC, 0, "warp_sync"); }
 
@@ -348,7 +379,7 @@ void cluster_arrive() {
 void cluster_wait() {
   Thread& t = current();
   if (t.cluster_arrivals == 0) fail("cluster_wait: no cluster_arrive before");
-  machine().wait(cluster().channel, "the cluster's other threads",
+  machine().wait(cluster().channel, [] { return "the cluster's other threads"; },
                  [&] { return t.cluster_arrivals < 0; });
   t.cluster_arrivals = 0;
 }
@@ -385,6 +416,7 @@ void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
   const uint32_t barrier_at = block->offset(barrier, 8, "bulk_load");
   emulator::memory().check(from, bytes, false, "bulk_load");
   cluster().add([=] {
+    check_no_barrier(*block, at, bytes, "bulk_load");
     block->machine->touch(Touch::constant, from, bytes, "bulk_load");
     std::memcpy(block->shared + at, from, bytes);
     bytes_came(*block, barrier_at, bytes);
@@ -442,7 +474,7 @@ void tma_store_wait_groups(int left, bool reads_only) {
     }
     return true;
   };
-  machine().wait(t.stores_done, "its TMA stores", done);
+  machine().wait(t.stores_done, [] { return "its TMA stores"; }, done);
   if (!reads_only && count > 0) t.stores.erase(t.stores.begin(), t.stores.begin() + count);
 }
 
@@ -459,15 +491,17 @@ void set_registers(int count, bool increase) {
     for (const auto& other : block.groups) {
       all += emulator::WARPGROUP * (&other == &group ? count : other.registers);
     }
-    return all <= emulator::REGISTERS;
+    return all <= block.registers;
   };
   meet(REGISTERS, t.group(), emulator::WARPGROUP, t.index % emulator::WARPGROUP, 0, "setmaxnreg");
-  machine().wait(block.registers_freed, "registers, to have " + std::to_string(count), enough);
+  machine().wait(block.registers_freed,
+                 [&] { return "registers, to have " + std::to_string(count); }, enough);
   group.registers = count;
   machine().wake(block.registers_freed);
 }
 
 float shuffle_xor(float x, int lanes) {
+  if (lanes < 0 || lanes >= emulator::WARP) fail("shuffle_xor: a warp has 32 lanes");
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   bits = static_cast<uint32_t>(warp_meet(SHUFFLE, bits, "shuffle_xor")[current().lane() ^ lanes]);
@@ -476,6 +510,7 @@ float shuffle_xor(float x, int lanes) {
 }
 
 int shuffle_from(int x, int lane) {
+  if (lane < 0 || lane >= emulator::WARP) fail("shuffle_from: a warp has 32 lanes");
   return static_cast<int>(warp_meet(SHUFFLE, static_cast<uint32_t>(x), "shuffle_from")[lane]);
 }
 
@@ -485,7 +520,7 @@ void grid_dependency_wait() {
   const int number = t.block->cluster->grid->number;
   if (number > 0) {
     auto& before = *machine().grids[number - 1];
-    machine().wait(before.finished, "the end of the grid before",
+    machine().wait(before.finished, [] { return "the end of the grid before"; },
                    [&] { return before.unfinished == 0; });
   }
   t.waited = true;

@@ -69,7 +69,9 @@ void store_shared(void* p, T value) {
 }
 template <class T>
 T load_shared(const void* p) {
-  emulator::current().block->offset(p, sizeof(T), "load_shared");
+  if (emulator::current().block->offset(p, sizeof(T), "load_shared") % sizeof(T)) {
+    emulator::fail("load_shared: not aligned");
+  }
   emulator::current().block->machine->pause(32);
   T value;
   std::memcpy(&value, p, sizeof(T));
@@ -98,7 +100,7 @@ void barrier_wait(Barrier* barrier, uint32_t parity);
 // Barriers of threads.
 void named_barrier_sync(int id, int threads);
 void named_barrier_arrive(int id, int threads);
-inline void block_sync() { named_barrier_sync(0, emulator::current().block->launch().threads); }
+void block_sync();
 void warp_sync();
 void cluster_arrive();
 void cluster_wait();

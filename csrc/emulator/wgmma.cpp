@@ -45,6 +45,8 @@ struct Tile {
         element(bytes),
         by_row(rows) {
     if (descriptor >> 62 != 1) fail("wgmma: descriptor: expected the 128-byte swizzle");
+    // Else the descriptor's base offset would have to say where the pattern of 8 rows begins.
+    if (start >> 7 & 7) fail("wgmma: a tile begins at a multiple of 8 rows of 128 bytes");
   }
 
   float at(int row, int k) const {
@@ -139,6 +141,12 @@ using emulator::WARPGROUP;
 using emulator::Wgmma;
 
 uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes) {
+  if ((shared_address(tile) | leading_bytes | stride_bytes) % 16) {
+    fail("matrix_descriptor: addresses and distances are multiples of 16 bytes");
+  }
+  if (leading_bytes >> 18 || stride_bytes >> 18) {
+    fail("matrix_descriptor: distances have 14 bits, of 16 bytes");
+  }
   const uint64_t start = shared_address(tile) >> 4 & 0x3fff;
   return start | uint64_t{leading_bytes >> 4} << 16 | uint64_t{stride_bytes >> 4} << 32 |
          uint64_t{1} << 62;
@@ -195,7 +203,7 @@ void wgmma_wait_groups(int left) {
   if (count <= 0) return;
   const uint64_t target = t.commits[count - 1];
   auto& g = t.block->groups[t.group()];
-  t.block->machine->wait(g.done, "WGMMA", [&] { return g.executed >= target; });
+  t.block->machine->wait(g.done, [] { return "WGMMA"; }, [&] { return g.executed >= target; });
   t.commits.erase(t.commits.begin(), t.commits.begin() + count);
   for (auto i = t.accumulators.begin(); i != t.accumulators.end();) {
     if (i->second.last < target) {

@@ -327,7 +327,7 @@ void mla_decode(SM90_PARAMETER TensorMap map, SM90_PARAMETER MlaArguments p) {
   }
   block_sync();
   if (warp >= 8) {
-    registers_decrease<FP8 ? 96 : 72>();
+    registers_decrease<FP8 ? 88 : 72>();
     if (FP8) {
       load_fp8_tokens(p, w, memory);
     } else {

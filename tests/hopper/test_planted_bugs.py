@@ -102,7 +102,10 @@ BUGS = {
         SCALED, "if (Tile::RIGHT_ROWS == 1) warp_sync();", "", SOMEHOW),
     "scales of the wrong operand": (
         SWAPPED, "Tile::SWAPPED ? p.a_scale : p.b_scale;\n  Work w;",
-        "p.b_scale;\n  Work w;", WRONG),
+        "p.b_scale;\n  Work w;", "wrong result|beyond"),
+    "scales past the last row": (
+        WHOLE, "row + 8 < last ? row + 8 : 0, Tile::LEFT_ROWS", "row + 8, Tile::LEFT_ROWS",
+        "lie beyond it"),
     "another group's rows": (
         CONTIGUOUS, "load_global(p.group_index + row) == w.group", "true", WRONG),
     "another group's weights": (

@@ -1,22 +1,45 @@
-// Small kernels for the tests of the primitives that fp8_gemm_nt does not use.
+// Small kernels for the tests of the primitives, one by one, and of what the emulator refuses.
 #include "../primitives.h"
 
 #include <cstdio>
 #include <functional>
+#include <map>
+#include <string>
 
 using namespace sm90;
 using emulator::Launch;
+using emulator::Machine;
 
 namespace {
 
-int guarded(const Launch& launch, const std::function<void()>& kernel, char* message, int room) {
+// How a test runs a kernel.
+struct How {
+  uint64_t seed;
+  int order;
+  char* message;
+  int room;
+};
+
+Launch launch_of(const How& how, int blocks, int threads, uint32_t shared_bytes) {
+  Launch launch;
+  launch.blocks = blocks, launch.threads = threads, launch.shared_bytes = shared_bytes;
+  launch.seed = how.seed;
+  launch.order = static_cast<emulator::Order>(how.order);
+  return launch;
+}
+
+int guarded(const How& how, const std::function<void()>& run) {
   try {
-    emulator::Machine(launch, kernel).run();
+    run();
   } catch (const std::exception& error) {
-    std::snprintf(message, room, "%s", error.what());
+    std::snprintf(how.message, how.room, "%s", error.what());
     return 1;
   }
   return 0;
+}
+
+int guarded(const How& how, const Launch& launch, const std::function<void()>& kernel) {
+  return guarded(how, [&] { Machine(launch, kernel).run(); });
 }
 
 Barrier* new_barrier(char* at, int count) {
@@ -29,59 +52,90 @@ Barrier* new_barrier(char* at, int count) {
   return barrier;
 }
 
+// 128 bytes of K for 64 rows of A and N of B; bf16 operands may lie the other way round.
+struct Product {
+  char *a, *b;
+  float *given, *out;  // [64, N]; `given` is what is added to, or null
+  bool fp8, a_by_row, b_by_row, a_in_registers;
+};
+
+// This thread's pairs of A [64, 64] as accumulators lie, read from global memory.
+void load_pairs(uint32_t (&pairs)[4], const char* a, int k) {
+  const int row = thread_index() / 32 * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    const int at = (row + i % 2 * 8) * 64 + k + i / 2 * 8 + column;
+    pairs[i] = load_global(reinterpret_cast<const uint32_t*>(a + at * 2));
+  }
+}
+
+template <int N>
+void issue(const Product& p, float (&d)[N / 2], char* left, char* right, int step) {
+  const uint64_t a = p.a_by_row ? matrix_descriptor(left + step * 32, 0, 1024)
+                                : matrix_descriptor(left + step * 2048, 8192, 1024);
+  const uint64_t b = p.b_by_row ? matrix_descriptor(right + step * 32, 0, 1024)
+                                : matrix_descriptor(right + step * 2048, 8192, 1024);
+  const bool add = step > 0 || p.given;
+  if (p.fp8) return wgmma_e4m3<N>(d, a, b, add);
+  if (p.a_in_registers) {
+    uint32_t pairs[4];
+    load_pairs(pairs, p.a, step * 16);
+    wgmma_fence();
+    if (p.b_by_row) return wgmma_bf16<N, true>(d, pairs, b, add);
+    return wgmma_bf16<N, false>(d, pairs, b, add);
+  }
+  if (p.a_by_row && p.b_by_row) return wgmma_bf16<N, true, true>(d, a, b, add);
+  if (p.a_by_row) return wgmma_bf16<N, true, false>(d, a, b, add);
+  if (p.b_by_row) return wgmma_bf16<N, false, true>(d, a, b, add);
+  return wgmma_bf16<N, false, false>(d, a, b, add);
+}
+
+template <int N>
+void product(const Product& p, const TensorMap& a_map, const TensorMap& b_map) {
+  char *left = shared_memory(), *right = left + 8192;
+  const int boxes = p.b_by_row ? 1 : (N + 63) / 64;
+  Barrier* full = new_barrier(right + N * 128 + 8192, 1);
+  if (thread_index() == 0) {
+    prefetch(&a_map);
+    barrier_arrive_expect(full, a_map.box_bytes() + boxes * b_map.box_bytes());
+    tma_load(left, &a_map, full, 0, 0);
+    for (int i = 0; i < boxes; ++i) tma_load(right + i * 8192, &b_map, full, i * 64, 0);
+  }
+  const int row = thread_index() / 32 * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
+  float d[N / 2];
+  const auto at = [&](int i) { return (row + i / 2 % 2 * 8) * N + i / 4 * 8 + column + i % 2; };
+  for (int i = 0; i < N / 2; ++i) d[i] = p.given ? load_global(p.given + at(i)) : NAN;
+  barrier_wait(full, 0);
+  wgmma_fence();
+  for (int step = 0; step < 4; ++step) issue<N>(p, d, left, right, step);
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int i = 0; i < N / 2; ++i) store_global(p.out + at(i), d[i]);
+}
+
 }  // namespace
 
 extern "C" {
 
-// out[64, 64] = A · Bᵀ in bf16: A [64, 64] by rows, B [64, 64] by rows (b_by_row) or as its
-// transpose lies, A through shared memory or through registers.
-int emulate_bf16_product(char* a, char* b, float* out, bool b_by_row, bool a_in_registers,
-                         uint64_t seed, char* message, int room) {
-  const TensorMap a_map{a, 64, 64, 128, 64, 64, 2, true}, b_map{b, 64, 64, 128, 64, 64, 2, true};
-  Launch launch;
-  launch.shared_bytes = 2 * 8192 + 16;
-  launch.seed = seed;
-  return guarded(launch, [&] {
-    char *memory = shared_memory(), *right = memory + 8192;
-    Barrier* full = new_barrier(memory + 2 * 8192, 1);
-    if (thread_index() == 0) {
-      barrier_arrive_expect(full, 2 * 8192);
-      tma_load(memory, &a_map, full, 0, 0);
-      tma_load(right, &b_map, full, 0, 0);
-    }
-    const int t = thread_index(), row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
-    float d[32];
-    barrier_wait(full, 0);
-    wgmma_fence();
-    for (int k = 0; k < 64; k += 16) {
-      uint32_t pairs[4];
-      for (int i = 0; i < 4; ++i) {
-        const int at = (row + i % 2 * 8) * 64 + k + i / 2 * 8 + column;
-        std::memcpy(&pairs[i], a + at * 2, 4);
-      }
-      const uint64_t left = matrix_descriptor(memory + k * 2, 0, 1024);
-      const uint64_t rows = matrix_descriptor(right + k * 2, 0, 1024);
-      const uint64_t columns = matrix_descriptor(right + k * 128, 8192, 1024);
-      if (a_in_registers && b_by_row) wgmma_bf16<64, true>(d, pairs, rows, k > 0);
-      if (a_in_registers && !b_by_row) wgmma_bf16<64, false>(d, pairs, columns, k > 0);
-      if (!a_in_registers && b_by_row) wgmma_bf16<64, true, true>(d, left, rows, k > 0);
-      if (!a_in_registers && !b_by_row) wgmma_bf16<64, true, false>(d, left, columns, k > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    for (int i = 0; i < 32; ++i) {
-      out[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + column + i % 2] = d[i];
-    }
-  }, message, room);
+int emulate_product(const Product* p, int N, How how) {
+  const uint32_t size = p->fp8 ? 1 : 2;
+  const auto columns = static_cast<uint64_t>(N);
+  const TensorMap a{p->a, 128 / size, 64, 128, 128 / size, 64, size, true};
+  TensorMap b{p->b, 128 / size, columns, 128, 128 / size, static_cast<uint32_t>(N), size, true};
+  if (!p->b_by_row) b = {p->b, columns, 64, columns * 2, 64, 64, 2, true};
+  const uint32_t shared = 2 * 8192 + N * 128 + 8;
+  return guarded(how, launch_of(how, 1, 128, shared), [&] {
+    if (N == 16) product<16>(*p, a, b);
+    if (N == 32) product<32>(*p, a, b);
+    if (N == 64) product<64>(*p, a, b);
+    if (N == 128) product<128>(*p, a, b);
+    if (N == 192) product<192>(*p, a, b);
+    if (N == 256) product<256>(*p, a, b);
+  });
 }
 
 // out[256] 16-bit values: a 16x16 tile through store_matrix_x4, value = 16 row + column.
-int emulate_store_matrix(uint16_t* out, uint64_t seed, char* message, int room) {
-  Launch launch;
-  launch.threads = 32;
-  launch.shared_bytes = 512;
-  launch.seed = seed;
-  return guarded(launch, [&] {
+int emulate_store_matrix(uint16_t* out, How how) {
+  return guarded(how, launch_of(how, 1, 32, 512), [&] {
     const int lane = lane_index(), row = lane / 4, column = lane % 4 * 2;
     uint32_t parts[4];  // top left, top right, bottom left, bottom right
     for (int m = 0; m < 4; ++m) {
@@ -91,18 +145,15 @@ int emulate_store_matrix(uint16_t* out, uint64_t seed, char* message, int room) 
     char* to = shared_memory() + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16;
     store_matrix_x4(to, parts[0], parts[1], parts[2], parts[3]);
     warp_sync();
-    for (int i = lane; i < 256; i += 32) out[i] = load_shared<uint16_t>(shared_memory() + 2 * i);
-  }, message, room);
+    for (int i = lane; i < 256; i += 32) {
+      store_global(out + i, load_shared<uint16_t>(shared_memory() + 2 * i));
+    }
+  });
 }
 
 // out[32] = in, by a bulk copy; its sum, added up by shuffles, in out[32]; lane 5's in out[33].
-int emulate_bulk_load_and_shuffles(const float* in, float* out, uint64_t seed, char* message,
-                                   int room) {
-  Launch launch;
-  launch.threads = 32;
-  launch.shared_bytes = 144;
-  launch.seed = seed;
-  return guarded(launch, [&] {
+int emulate_bulk_load_and_shuffles(const float* in, float* out, How how) {
+  return guarded(how, launch_of(how, 1, 32, 144), [&] {
     char* memory = shared_memory();
     Barrier* full = new_barrier(memory + 128, 1);
     if (thread_index() == 0) {
@@ -114,43 +165,415 @@ int emulate_bulk_load_and_shuffles(const float* in, float* out, uint64_t seed, c
     const float mine = load_shared<float>(memory + 4 * lane);
     float sum = mine;
     for (int lanes = 16; lanes; lanes /= 2) sum += shuffle_xor(sum, lanes);
-    out[lane] = mine;
-    if (lane == 0) out[32] = sum;
+    store_global(out + lane, mine);
+    if (lane == 0) store_global(out + 32, sum);
     const int fifth = shuffle_from(static_cast<int>(mine), 5);
-    if (lane == 31) out[33] = static_cast<float>(fifth);
-  }, message, room);
+    if (lane == 31) store_global(out + 33, static_cast<float>(fifth));
+  });
 }
 
-// What `misuse` names; each must be refused.
-int emulate_misuse(int misuse, char* message, int room) {
-  Launch launch;
-  launch.threads = 256;
-  launch.shared_bytes = misuse == 0 ? 232449 : 4096;
-  if (misuse == 1) launch.registers = 256;
-  return guarded(launch, [&] {
+// out[r, c] = in[r + row, c + column] of a matrix of `rows` x 64 16-bit values, zeros outside: a
+// box of 32 rows by 64 columns by TMA, and by TMA to the same place of `back`.
+int emulate_boxes(char* in, char* back, uint16_t* out, int rows, int row, int column, bool swizzle,
+                  How how) {
+  const auto all = static_cast<uint64_t>(rows);
+  const TensorMap from{in, 64, all, 128, 64, 32, 2, swizzle};
+  const TensorMap to{back, 64, all, 128, 64, 32, 2, swizzle};
+  return guarded(how, launch_of(how, 1, 32, 4104), [&] {
     char* memory = shared_memory();
-    auto* barrier = reinterpret_cast<Barrier*>(memory);
-    const bool first = thread_index() == 0;
-    if (misuse == 2 && first) barrier_arrive(barrier);
-    if (misuse == 3 && first) barrier_init(barrier, 0);
-    if (misuse == 4) {
-      if (first) barrier_init(barrier, 1);
+    Barrier* full = new_barrier(memory + 4096, 1);
+    if (elect_one()) {
+      barrier_arrive_expect(full, 4096);
+      tma_load(memory, &from, full, column, row);
+    }
+    barrier_wait(full, 0);
+    for (int i = lane_index(); i < 32 * 64; i += 32) {
+      const int r = i / 64, chunk = i % 64 / 8 ^ (swizzle ? r % 8 : 0);
+      store_global(out + i, load_shared<uint16_t>(memory + r * 128 + chunk * 16 + i % 8 * 2));
+    }
+    if (elect_one()) {
+      tma_store(&to, memory, column, row);
+      tma_store_commit();
+      tma_store_wait_read<0>();
+    }
+  });
+}
+
+// Eight rows of 32 floats go to `out` by one box each, through two buffers: one is filled again
+// when all stores but the last have read theirs. Then a thread reads `out` and leaves its sum.
+int emulate_store_waits(char* out, float* sum, How how) {
+  const TensorMap map{out, 32, 8, 128, 32, 1, 4, false};
+  return guarded(how, launch_of(how, 1, 32, 256), [&] {
+    for (int row = 0; row < 8; ++row) {
+      char* buffer = shared_memory() + row % 2 * 128;
+      if (lane_index() == 0) tma_store_wait_read<1>();
+      warp_sync();
+      store_shared(buffer + 4 * lane_index(), static_cast<float>(row * 32 + lane_index()));
+      fence_async_proxy();
+      warp_sync();
+      if (lane_index() == 0) {
+        tma_store(&map, buffer, 0, row);
+        tma_store_commit();
+      }
+    }
+    if (lane_index() == 0) {
+      tma_store_wait<0>();
+      float all = 0;
+      for (int i = 0; i < 256; ++i) {
+        all += load_written(reinterpret_cast<const float*>(out) + i);
+      }
+      store_global(sum, all);
+    }
+  });
+}
+
+// out[10, 32]: a warp writes ten times and arrives, another waits, reads and lets it write again.
+int emulate_named_barriers(int* out, How how) {
+  return guarded(how, launch_of(how, 1, 64, 128), [&] {
+    char* mine = shared_memory() + 4 * lane_index();
+    for (int i = 0; i < 10; ++i) {
+      if (warp_index() == 0) {
+        if (i > 0) named_barrier_sync(2, 64);  // read
+        store_shared(mine, i * 32 + lane_index());
+        named_barrier_arrive(1, 64);
+      } else {
+        named_barrier_sync(1, 64);
+        const char* other = shared_memory() + 4 * (31 - lane_index());
+        store_global(out + i * 32 + lane_index(), load_shared<int>(other));
+        if (i < 9) named_barrier_arrive(2, 64);
+      }
+    }
+  });
+}
+
+// Four blocks in clusters of two: each loads half of a row of 32 floats and sends it to both. Each
+// block stores 100 · its rank + the row's sum once the other has told it that it has read it.
+int emulate_cluster(char* in, float* out, How how) {
+  const TensorMap map{in, 32, 1, 128, 16, 1, 4, false};
+  Launch launch = launch_of(how, 4, 32, 2 * 128 + 16);
+  launch.cluster = 2;
+  return guarded(how, launch, [&] {
+    char* memory = shared_memory();
+    const int rank = cluster_rank();
+    auto *full = reinterpret_cast<Barrier*>(memory + 256), *read = full + 1;
+    if (elect_one()) {
+      barrier_init(full, 1);
+      barrier_init(read, 1);
+      barrier_init_fence();
+    }
+    cluster_sync();
+    if (elect_one()) {
+      barrier_arrive_expect(full, 128);
+      tma_load_multicast(memory + rank * 128, &map, full, rank * 16, 0, 3);
+    }
+    barrier_wait(full, 0);
+    float sum = load_shared<float>(memory + lane_index() / 16 * 128 + lane_index() % 16 * 4);
+    for (int lanes = 16; lanes; lanes /= 2) sum += shuffle_xor(sum, lanes);
+    if (elect_one()) barrier_arrive_at(read, 1 - rank);
+    barrier_wait(read, 0);
+    if (lane_index() == 0) store_global(out + block_index(), 100.0f * rank + sum);
+    cluster_arrive();
+    cluster_wait();
+  });
+}
+
+// out[4 warps]: how many lanes were chosen, twice the same, as 100 · count + count of both times.
+int emulate_elect(int* out, How how) {
+  return guarded(how, launch_of(how, 1, 128, 0), [&] {
+    const bool once = elect_one(), again = elect_one();
+    float both = once && again ? 1.0f : 0.0f, any = once || again ? 1.0f : 0.0f;
+    for (int lanes = 16; lanes; lanes /= 2) {
+      both += shuffle_xor(both, lanes);
+      any += shuffle_xor(any, lanes);
+    }
+    if (once) store_global(out + warp_index(), static_cast<int>(100 * any + both));
+  });
+}
+
+// A warpgroup gives registers, another takes what there is then: 40 and 216 of 128 each.
+int emulate_registers(int* out, bool too_many, How how) {
+  Launch launch = launch_of(how, 1, 256, 0);
+  launch.registers = 128;
+  return guarded(how, launch, [&] {
+    if (warp_index() < 4) {
+      registers_decrease<40>();
+    } else if (too_many) {
+      registers_increase<224>();
+    } else {
+      registers_increase<216>();
+    }
+    if (thread_index() == 255) store_global(out, 1);
+  });
+}
+
+// least[0] and most[0] over the numbers of 3 blocks of 64 threads.
+int emulate_atomics(const int* numbers, int* least, int* most, How how) {
+  return guarded(how, launch_of(how, 3, 64, 0), [&] {
+    const int mine = load_global(numbers + block_index() * 64 + thread_index());
+    atomic_min(least, mine);
+    atomic_max(most, mine);
+  });
+}
+
+// A grid writes its squares, the dependent one adds up the squares; `bug` says what it does wrong.
+int emulate_dependent_grid(int* squares, int* sums, int bug, How how) {
+  return guarded(how, [&] {
+    const Launch launch = launch_of(how, 6, 32, 0);
+    Machine machine(launch, [&] {
+      grid_dependency_launch();
+      store_global(squares + block_index() * 32 + lane_index(), lane_index() * lane_index());
+      if (bug == 4) load_global(sums);
+    });
+    machine.dependent(launch, [&] {
+      if (bug == 3) store_global(squares + block_index() * 32 + lane_index(), 0);
+      if (bug == 4 && thread_index() == 0 && block_index() == 0) store_global(sums, 0);
+      if (bug != 1) grid_dependency_wait();
+      int sum = 0;
+      for (int i = 0; i < 32 && lane_index() == 0; ++i) {
+        const int* from = squares + block_index() * 32 + i;
+        sum += bug == 2 ? load_global(from) : load_written(from);
+      }
+      if (lane_index() == 0) store_global(sums + block_index(), sum);
+    });
+    machine.run();
+  });
+}
+
+// out = f(x, y, z) of n numbers.
+int emulate_numbers(const char* f, const uint32_t* x, const uint32_t* y, const uint32_t* z,
+                    uint32_t* out, int n, How how) {
+  const std::string name = f;
+  const auto run = [&](uint32_t a, uint32_t b, uint32_t c) -> uint32_t {
+    const float u = float_of(a), v = float_of(b), w = float_of(c);
+    if (name == "to_bf16") return pack(to_bf16(u), to_bf16(v));
+    if (name == "to_fp16") return pack(to_fp16(u), to_fp16(v));
+    if (name == "low_bf16") return float_bits(to_float(low_bf16(a)));
+    if (name == "high_bf16") return float_bits(to_float(high_bf16(a)));
+    if (name == "low_fp16") return float_bits(to_float(low_fp16(a)));
+    if (name == "high_fp16") return float_bits(to_float(high_fp16(a)));
+    if (name == "e4m3_to_bf16") return e4m3_to_bf16(static_cast<uint16_t>(a));
+    if (name == "multiply_bf16") return multiply_bf16(a, b);
+    if (name == "divide") return float_bits(divide(u, v));
+    if (name == "fused_multiply_add") return float_bits(fused_multiply_add(u, v, w));
+    if (name == "exp2_of") return float_bits(exp2_of(u));
+    if (name == "log2_of") return float_bits(log2_of(u));
+    emulator::fail("no function " + name);
+  };
+  return guarded(how, launch_of(how, 1, 32, 0), [&] {
+    for (int i = lane_index(); i < n; i += 32) {
+      store_global(out + i, run(load_global(x + i), load_global(y + i), load_global(z + i)));
+    }
+  });
+}
+
+// load_streamed: chunks that are there, zeros for others.
+int emulate_streamed(const Chunk* in, Chunk* out, const int* there, How how) {
+  return guarded(how, launch_of(how, 1, 32, 0), [&] {
+    const int i = lane_index();
+    store_global(out + i, load_streamed(in + i, load_global(there + i) != 0));
+  });
+}
+
+// What `misuse` names; each must be refused. `numbers`: 8 that may be written; `constants`: 8 that
+// may not.
+int emulate_misuse(const char* misuse, int* numbers, const int* constants, How how) {
+  const std::string name = misuse;
+  Launch launch = launch_of(how, 1, 256, 16384);
+  if (name == "too much shared memory") launch.shared_bytes = 232449;
+  if (name == "too many registers") launch.registers = 256;
+  if (name == "too large a cluster") launch.blocks = launch.cluster = 16;
+  if (name == "two blocks write") launch.blocks = 2;
+  if (name == "one block reads, one writes") launch.blocks = 2;
+  if (name == "atomic and plain") launch.blocks = 2;
+  TensorMap map{reinterpret_cast<char*>(numbers), 8, 1, 32, 8, 1, 4, false};
+  if (name == "a map beyond its tensor") map.rows = 2;
+  if (name == "a map with rows too close") map.row_bytes = 16;
+  if (name == "a map of rows of 24 bytes") map.row_bytes = 24, map.rows = 1, map.columns = 4;
+  if (name == "a box of 257 rows") map.box_rows = 257;
+  if (name == "a swizzled box of 32 bytes") map.swizzle = true;
+  if (name == "a store to what is read") {
+    map.base = reinterpret_cast<char*>(const_cast<int*>(constants));
+  }
+  const auto kernel = [&] {
+    char* memory = shared_memory();
+    auto* barrier = reinterpret_cast<Barrier*>(memory + 4096);
+    const int thread = thread_index();
+    const bool first = thread == 0;
+    const auto arrive = [&](int count) {
+      if (first) barrier_init(barrier, count);
+      if (first) barrier_init_fence();
       block_sync();
+    };
+    const auto load = [&](char* to) {
+      arrive(1);
+      if (first) barrier_arrive_expect(barrier, 32);
+      if (first) tma_load(to, &map, barrier, 0, 0);
+      barrier_wait(barrier, 0);
+    };
+    const auto multiply = [&](uint64_t a, uint64_t b) {
+      float d[8];
+      wgmma_fence();
+      wgmma_e4m3<16>(d, a, b, false);
+      wgmma_commit();
+      wgmma_wait<0>();
+    };
+    // Barriers in shared memory.
+    if (name == "a barrier not initialised" && first) barrier_arrive(barrier);
+    if (name == "a barrier for nobody" && first) barrier_init(barrier, 0);
+    if (name == "a barrier initialised twice" && first) {
+      barrier_init(barrier, 1);
+      barrier_init(barrier, 1);
+    }
+    if (name == "a barrier not aligned" && first) {
+      barrier_init(reinterpret_cast<Barrier*>(memory + 4), 1);
+    }
+    if (name == "a barrier nobody arrives at") {
+      arrive(1);
       barrier_wait(barrier, 0);
     }
-    if (misuse == 5 && thread_index() < 128) named_barrier_sync(3, 256);
-    if (misuse == 6) named_barrier_sync(16, 256);
-    if (misuse == 7) named_barrier_sync(2, thread_index() < 128 ? 128 : 160);
-    if (misuse == 8 && first) store_shared(memory + 4093, 1.0f);
-    if (misuse == 9 && thread_index() < 31) warp_sync();
-    if (misuse == 10) cluster_wait();
-    if (misuse == 11 && first) *reinterpret_cast<char*>(memory + 4100) = 0;
-    if (misuse == 12 && first) {
-      barrier_init(barrier, 1);
-      barrier_init(barrier, 1);
+    if (name == "a third parity") {
+      arrive(1);
+      barrier_wait(barrier, 2);
     }
-    if (misuse == 13 && first) throw std::runtime_error("a kernel's own exception");
-  }, message, room);
+    if (name == "too many arrivals") {
+      arrive(64);
+      if (thread < 65) barrier_arrive(barrier);  // 64 end the phase, one begins the next
+      barrier_wait(barrier, 0);
+      barrier_wait(barrier, 1);
+    }
+    if (name == "too many bytes") {
+      arrive(2);
+      if (first) barrier_arrive_expect(barrier, 1 << 20);
+    }
+    if (name == "bytes that do not come") {
+      arrive(1);
+      if (first) barrier_arrive_expect(barrier, 16);
+      barrier_wait(barrier, 0);
+    }
+    if (name == "a barrier overwritten") {
+      arrive(1);
+      if (first) store_shared(memory + 4100, 0);
+    }
+    if (name == "a box over a barrier") load(memory + 4096);
+    if (name == "a copy over a barrier") {
+      arrive(1);
+      if (first) bulk_load(memory + 4096 - 16, constants, 32, barrier);
+    }
+    // Named barriers.
+    if (name == "half of a named barrier" && thread < 128) named_barrier_sync(3, 256);
+    if (name == "named barrier 16") named_barrier_sync(16, 256);
+    if (name == "named barrier 0") named_barrier_sync(0, 256);
+    if (name == "named barrier of two sizes") named_barrier_sync(2, thread < 128 ? 128 : 160);
+    if (name == "named barrier of 100") named_barrier_sync(2, 100);
+    if (name == "arrives twice" && thread < 32) {
+      named_barrier_arrive(1, 64);
+      named_barrier_arrive(1, 64);
+    }
+    if (name == "a lane less" && thread < 31) warp_sync();
+    if (name == "a thread less" && thread < 255) block_sync();
+    if (name == "cluster_wait alone") cluster_wait();
+    if (name == "cluster_arrive twice") {
+      cluster_arrive();
+      cluster_arrive();
+    }
+    if (name == "no such rank") {
+      arrive(1);
+      barrier_arrive_at(barrier, 1);
+    }
+    if (name == "multicast to nobody") {
+      arrive(1);
+      if (first) tma_load_multicast(memory, &map, barrier, 0, 0, 2);
+    }
+    // Shared memory.
+    if (name == "beyond shared memory" && first) store_shared(memory + 16384, 1.0f);
+    if (name == "before shared memory" && first) load_shared<int>(memory - 4);
+    if (name == "behind shared memory" && first) *(memory + 16388) = 0;
+    if (name == "a store not aligned" && first) store_shared(memory + 2, 1.0f);
+    if (name == "a load not aligned" && first) load_shared<Chunk>(memory + 8);
+    if (name == "a matrix not aligned" && thread < 32) store_matrix_x4(memory + 8, 0, 0, 0, 0);
+    if (name == "lane 32" && thread < 32) shuffle_from(1, 32);
+    if (name == "32 lanes further" && thread < 32) shuffle_xor(1.0f, 32);
+    // TMA.
+    if (name.rfind("a map ", 0) == 0 || name.rfind("a box of", 0) == 0) load(memory);
+    if (name == "a swizzled box of 32 bytes") load(memory);
+    if (name == "a box not aligned") load(memory + 64);
+    if (name == "a copy of 24 bytes" && first) {
+      barrier_init(barrier, 1);
+      barrier_init_fence();
+      bulk_load(memory, constants, 24, barrier);
+    }
+    if (name == "a copy without barrier_init_fence" && first) {
+      barrier_init(barrier, 1);
+      bulk_load(memory, constants, 32, barrier);
+    }
+    if (name == "a copy beyond its tensor") {
+      arrive(1);
+      if (first) bulk_load(memory, constants, 48, barrier);
+    }
+    if (name == "a store of what is not fenced" && first) {
+      store_shared(memory, 1);
+      tma_store(&map, memory, 0, 0);
+    }
+    if (name == "a store not committed" && first) tma_store(&map, memory, 0, 0);
+    if (name == "a store not waited for" && first) {
+      tma_store(&map, memory, 0, 0);
+      tma_store_commit();
+    }
+    if (name == "a store to what is read" && first) tma_store(&map, memory, 0, 0);
+    // WGMMA.
+    if (name == "a tile from row 1" && thread < 128) {
+      multiply(matrix_descriptor(memory, 0, 1024), matrix_descriptor(memory + 128, 0, 1024));
+    }
+    if (name == "a tile without swizzle" && thread < 128) {
+      multiply(matrix_descriptor(memory, 0, 1024) & ~(uint64_t{3} << 62),
+               matrix_descriptor(memory, 0, 1024));
+    }
+    if (name == "a tile not aligned" && first) matrix_descriptor(memory + 8, 0, 1024);
+    if (name == "rows too far apart" && first) matrix_descriptor(memory, 0, 1 << 18);
+    if (name == "different tiles" && thread < 128) {
+      multiply(matrix_descriptor(memory, 0, 1024),
+               matrix_descriptor(memory + (first ? 1024 : 0), 0, 1024));
+    }
+    if (name == "a tile not fenced" && thread < 128) {
+      if (first) store_shared(memory, 0);
+      named_barrier_sync(1, 128);
+      multiply(matrix_descriptor(memory, 0, 1024), matrix_descriptor(memory, 0, 1024));
+    }
+    if (name.rfind("wgmma", 0) == 0 && thread < 128) {
+      float d[8];
+      const uint32_t a[4] = {1, 2, 3, 4};
+      const uint64_t b = matrix_descriptor(memory, 0, 1024);
+      if (name != "wgmma without a fence") wgmma_fence();
+      wgmma_bf16<16>(d, a, b, false);
+      wgmma_commit();
+      if (name != "wgmma never waited for") wgmma_wait<0>();
+    }
+    // Registers.
+    if (name == "registers not by eights") set_registers(100, false);
+    if (name == "20 registers") set_registers(20, false);
+    if (name == "fewer registers by increase") set_registers(40, true);
+    // Global memory.
+    if (name == "reads beyond a tensor" && first) load_global(constants + 8);
+    if (name == "reads before a tensor" && first) load_written(numbers - 1);
+    if (name == "writes beyond a tensor" && first) store_global(numbers + 8, 0);
+    if (name == "writes what is read" && first) store_global(const_cast<int*>(constants), 0);
+    if (name == "an access not aligned" && first) {
+      load_global(reinterpret_cast<const int*>(reinterpret_cast<const char*>(constants) + 2));
+    }
+    if (name == "two blocks write" && first) store_global(numbers, block_index());
+    if (name == "one block reads, one writes" && first) {
+      block_index() == 0 ? store_global(numbers, 1) : (void)load_written(numbers);
+    }
+    if (name == "atomic and plain" && first) {
+      block_index() == 0 ? store_global(numbers, 1) : atomic_max(numbers, 2);
+    }
+    if (name == "reads as constant what it writes" && first) {
+      load_global(numbers);
+      store_global(numbers, 1);
+    }
+    if (name == "the kernel's own exception" && first) throw std::runtime_error("what it says");
+  };
+  return guarded(how, launch, kernel);
 }
 
 }  // extern "C"
