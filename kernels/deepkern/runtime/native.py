@@ -30,6 +30,7 @@ def why_absent() -> str | None:
     return _load("_C")[1]
 
 
+@functools.cache
 def native_op(name: str, device: str = "cpu"):
     """The native overload of op `name` if it serves `device` ("cpu" or "cuda"), or None."""
     if _load("_C")[0] is None or not hasattr(torch.ops.deepkern_native, name):
