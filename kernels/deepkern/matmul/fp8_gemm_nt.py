@@ -95,10 +95,11 @@ def launch(
     x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
     blocks = cdiv(K, BLOCK)
     # With K spread over programs each writes its share of the sum, and `add_shares` adds them.
-    shares = out.new_empty((t.splits, M, N), dtype=torch.float32) if t.spread else out[None]
-    programs = cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N) * len(shares)
+    at_once = t.splits if t.spread else 1
+    shares = out.new_empty((at_once, M, N), dtype=torch.float32) if t.spread else out
+    programs = cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N) * at_once
     kernel[(t.grid(target, programs) if target.tma else programs,)](
-        x, y, None if t.spread else c, shares, M, N, K, cdiv(blocks, t.splits), len(shares),
+        x, y, None if t.spread else c, shares, M, N, K, cdiv(blocks, t.splits), at_once,
         0 if c is None else c.stride(0), SPREAD=t.spread, SPLIT=t.splits > 1 and not t.spread,
         SWAPPED=t.swapped, B_BLOCK=rows_of_a_scale(b, b_scale),
         TAIL=K % BLOCK != 0 and x.tiles is None, NATIVE_FP8=target.native_fp8,
