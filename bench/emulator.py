@@ -36,7 +36,7 @@ def sources() -> dict[str, str]:
     """The emulator and the kernels, name below csrc/ -> text."""
     paths = [p for p in (CSRC / "emulator").rglob("*") if p.is_file()]
     paths += [p for p in (CSRC / "sm90").iterdir() if p.suffix == ".cuh"]
-    paths += [CSRC / "sm90" / name for name in ("fp8_gemm_tiles.h", "mla_arguments.h")]
+    paths += [CSRC / "sm90" / f"{name}.h" for name in ("choose", "fp8_gemm_tiles", "mla_arguments")]
     found = {str(p.relative_to(CSRC)): p.read_text() for p in sorted(paths)}
     return {name: text for name, text in found.items() if not name.startswith("emulator/cuda/")}
 

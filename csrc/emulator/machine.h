@@ -80,6 +80,7 @@ struct Thread {
   Channel stores_done;
   int cluster_arrivals = 0;
   bool waited = false;  // for the grid that its own depends on
+  bool met_cluster = false;  // has waited for all blocks of its cluster, so that they have begun
   std::map<int, uint64_t> collectives;  // calls of each kind of warp- or group-wide operation
 
   int warp() const { return index / WARP; }

@@ -22,6 +22,10 @@ Block& neighbour(int rank, const char* what) {
   if (rank < 0 || rank >= static_cast<int>(cluster().blocks.size())) {
     fail(std::string(what) + ": no block of rank " + std::to_string(rank));
   }
+  const Thread& t = current();
+  if (rank != t.block->rank && !t.met_cluster) {
+    fail(std::string(what) + ": this thread has waited for no barrier of the cluster before");
+  }
   return *cluster().blocks[rank];
 }
 
@@ -235,6 +239,17 @@ void note_shared_store(const void* p, uint32_t bytes) {
   t.dirty.emplace_back(at, bytes);
 }
 
+Floats load_shared_at(const void* p, int rank) {
+  const uint32_t at = current().block->offset(p, sizeof(Floats), "load_shared_at");
+  if (at % sizeof(Floats)) fail("load_shared_at: not aligned");
+  const Block& block = neighbour(rank, "load_shared_at");
+  machine().pause(4);
+  if (block.running == 0) fail("load_shared_at: reads the memory of a block that has ended");
+  Floats x;
+  std::memcpy(&x, block.shared + at, sizeof(Floats));
+  return x;
+}
+
 void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   // Lane l names the row l % 8 of matrix l / 8, and holds of each matrix two values: those at
   // row l / 4, columns 2 (l % 4) and the next.
@@ -382,6 +397,7 @@ void cluster_wait() {
   machine().wait(cluster().channel, [] { return "the cluster's other threads"; },
                  [&] { return t.cluster_arrivals < 0; });
   t.cluster_arrivals = 0;
+  t.met_cluster = true;
 }
 
 void tma_load(void* to, const TensorMap* map, Barrier* barrier, int column, int row) {

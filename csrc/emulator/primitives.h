@@ -86,6 +86,10 @@ struct alignas(16) Chunk {
 struct alignas(8) FloatPair {
   float low, high;
 };
+struct alignas(16) Floats {
+  float value[4];
+};
+Floats load_shared_at(const void* p, int rank);
 void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
 void fence_async_proxy();
 

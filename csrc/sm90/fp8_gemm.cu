@@ -64,7 +64,9 @@ int64_t rows_of_out(const Fp8Product& x) {
   return x.M * (each ? x.groups : 1);
 }
 
-GemmArguments arguments(const Fp8Product& x, const Sm90Tile& tile) {
+static_assert(sm90::MOST_SPLITS == MOST_SPLITS);
+
+GemmArguments arguments(const Fp8Product& x, const Sm90Tile& tile, int splits) {
   const Fp8Gemm& gemm = x.gemm;
   const int size = gemm.out_type == Real::fp32 ? 4 : 2;
   GemmArguments p{};
@@ -77,6 +79,8 @@ GemmArguments arguments(const Fp8Product& x, const Sm90Tile& tile) {
   p.M = static_cast<int>(x.M), p.N = static_cast<int>(x.N), p.K = static_cast<int>(gemm.K);
   p.groups = static_cast<int>(x.groups);
   p.scale_blocks = static_cast<int>(x.scale_blocks);
+  p.splits = splits;
+  p.run = static_cast<int>(((gemm.K + 127) / 128 + splits - 1) / splits);
   p.band = std::max(1024 / tile.tokens(), 1);
   p.aligned = x.N * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   p.store_by_tma = p.aligned && !tile.swapped && x.form != GemmForm::contiguous;
@@ -119,7 +123,8 @@ std::string launch_fp8_product(const Fp8Product& x, void* stream) {
   }
 
   // Made anew for each launch and passed by value: nothing of them can go stale.
-  GemmArguments p = arguments(x, tile);
+  const int splits = k_splits(x.form, x.N, K), cluster_size = cluster_of(tile, splits);
+  GemmArguments p = arguments(x, tile, splits);
   TensorMap a, b, out{};
   const int left = tile.left(), right = tile.columns / tile.cluster;
   bool encoded = encode_codes(&a, x.gemm.a, K, tile.swapped ? right : left) &&
@@ -139,17 +144,18 @@ std::string launch_fp8_product(const Fp8Product& x, void* stream) {
     prepared[number].fetch_or(bit);
   }
   // Contiguous groups may have more tiles than the estimate counts: a group of few rows has one.
-  int64_t tiles = tiles_of(tile, x.M, x.N, x.groups);
-  if (x.form == GemmForm::contiguous) tiles += x.groups;
-  const int64_t most = int64_t{units} * tile.resident() / tile.cluster * tile.cluster;
+  int64_t blocks = blocks_of(tile, x.M, x.N, x.groups, splits);
+  if (x.form == GemmForm::contiguous) blocks += x.groups;
+  const int64_t most =
+      std::max<int64_t>(int64_t{units} * tile.resident() / cluster_size, 1) * cluster_size;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(tiles, most)));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(blocks, most)));
   config.blockDim = dim3(kernel.threads);
   config.dynamicSmemBytes = kernel.shared;
   config.stream = queue;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = tile.cluster;
+  cluster.val.clusterDim.x = cluster_size;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = 1;

@@ -16,6 +16,11 @@
 // a second warp brings those along. With CLUSTER = 2, two blocks one below the other share a tile
 // of B: each loads half of it and sends it to both, which halves what L2 has to give.
 //
+// Where N makes few tiles, the sum over K is cut into `splits` runs (choose.h), which are summed for
+// themselves and then added in order. For few rows a cluster of `splits` blocks shares a tile, a run
+// to a block: each leaves its sums in its shared memory, and after a barrier each adds up some rows
+// of all of them (fp8_gemm_store.cuh). For many rows a block sums one run after the other.
+//
 // Large products are bound by the tensor cores, those of few rows by reading B.
 //
 // Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2; DeepGEMM.
@@ -97,29 +102,32 @@ SM90_DEVICE void clear_tail(char* memory, int length) {
   named_barrier_sync(1 + Tile::GROUPS, threads);
 }
 
-// The products of one tile, promoted. Thread t's rows are `row` and `row` + 8 of the left operand.
+// The products of one tile, promoted: over `length` values of K, whose scales begin at `first`.
+// Thread t's rows are `row` and `row` + 8 of the left operand.
 template <class Tile>
 SM90_DEVICE void multiply(float (&sum)[Tile::N / 2], Buffers<Tile>& ring, const GemmArguments& p,
-                          const Work& w, int row) {
+                          const Work& w, int row, int first, int length) {
   const int group = thread_index() / 128, last = Tile::SWAPPED ? p.N : p.M;
   const Scales& left = Tile::SWAPPED ? p.b_scale : p.a_scale;
   const Scales& right = Tile::SWAPPED ? p.a_scale : p.b_scale;
   const float* above = scale_row(left, w.group, row < last ? row : 0, Tile::LEFT_ROWS);
   const float* below = scale_row(left, w.group, row + 8 < last ? row + 8 : 0, Tile::LEFT_ROWS);
   const float* beside = scale_row(right, w.group, w.column, Tile::RIGHT_ROWS);
-  for (int j = 0; j * Tile::K < w.length; ++j) {
+  above += first * left.block, below += first * left.block, beside += first * right.block;
+  for (int i = 0; i < Tile::N / 2; ++i) sum[i] = 0.0f;
+  for (int j = 0; j * Tile::K < length; ++j) {
     // Asked for before the wait, so that they come while it lasts.
-    const int64_t block = w.scale_block + j;
-    float upper = load_global(above + block * left.block);
-    float lower = load_global(below + block * left.block);
+    float upper = load_global(above), lower = load_global(below);
+    above += left.block, below += left.block;
     if (Tile::RIGHT_ROWS == 128) {
-      const float scale = load_global(beside + block * right.block);
+      const float scale = load_global(beside);
+      beside += right.block;
       upper *= scale, lower *= scale;
     }
     float product[Tile::N / 2];
     ring.wait_full();
-    if (Tile::FORM == Form::k_grouped && w.length - j * Tile::K < Tile::K) {
-      clear_tail<Tile>(ring.left(), w.length - j * Tile::K);
+    if (Tile::FORM == Form::k_grouped && length - j * Tile::K < Tile::K) {
+      clear_tail<Tile>(ring.left(), length - j * Tile::K);
     }
     wgmma_fence();
     for (int step = 0; step < 4; ++step) {
@@ -157,22 +165,33 @@ template <class Tile>
 SM90_DEVICE void multiply_tiles(const TensorMap* out, const GemmArguments& p, char* memory,
                                 typename Tile::Tiles tiles) {
   Buffers<Tile> ring(memory);
+  Ring<1> shared(memory + Tile::SHARE_BARRIERS);
   const int group = thread_index() / 128, rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
   const int inside = group * 64 + thread_index() % 128 / 32 * 16 + lane_index() / 4;
-  char* ordered = memory + Tile::ORDERED + group * 64 * Tile::N * 4;
+  char* ordered = memory + Tile::ORDERED + (Tile::SWAPPED ? 0 : group * 64 * Tile::N * 4);
+  const int runs = Tile::IN_TURN ? p.splits : 1;
   Work w;
   while (tiles.next(w)) {
     float sum[Tile::N / 2];
-    for (int i = 0; i < Tile::N / 2; ++i) sum[i] = 0.0f;
     const int first = (Tile::SWAPPED ? w.column : w.row) + rank * Tile::M;
-    multiply<Tile>(sum, ring, p, w, first + inside);
+    for (int r = 0; r < runs; ++r) {
+      const int block = Tile::IN_TURN ? r * p.run : 0;
+      const int length = Tile::IN_TURN ? clamp(w.length - block * Tile::K, 0, p.run * Tile::K)
+                                       : w.length;
+      multiply<Tile>(sum, ring, p, w, first + inside, w.scale_block + block, length);
+      if (runs > 1) add_run<Tile::N>(sum, ordered, r == 0, r == runs - 1);
+    }
     if (Tile::SWAPPED) {
-      store_swapped<Tile>(sum, p, w, tiles, first + inside);
+      store_swapped<Tile>(sum, shared, ordered, p, w, tiles, inside);
     } else {
       store<Tile>(sum, out, p, w, tiles, ordered, first + group * 64);
     }
   }
-  if (!Tile::SWAPPED && thread_index() % 128 == 0) tma_store_wait_read<0>();
+  if (Tile::SWAPPED) {
+    shared.wait_empty();  // the others may still read this block's shares
+  } else if (thread_index() % 128 == 0) {
+    tma_store_wait_read<0>();
+  }
 }
 
 template <class Tile>
@@ -182,10 +201,13 @@ void fp8_gemm(SM90_PARAMETER TensorMap a, SM90_PARAMETER TensorMap b,
   char* memory = shared_memory();
   Buffers<Tile> ring(memory);
   const int warp = warp_index(), loader = 4 * Tile::GROUPS;
+  const int cluster = Tile::SPREAD ? p.splits : Tile::CLUSTER;
   if (warp == loader && elect_one()) {
     prefetch(&a);
     prefetch(&b);
     ring.init(Tile::LOADS, 4 * Tile::GROUPS * Tile::CLUSTER);  // each warp that reads
+    const int sharing = 4 * Tile::GROUPS * cluster;
+    if (Tile::SWAPPED) Ring<1>(memory + Tile::SHARE_BARRIERS).init(sharing, sharing);
     barrier_init_fence();
   }
   if (Tile::CLUSTER > 1) {
@@ -193,16 +215,20 @@ void fp8_gemm(SM90_PARAMETER TensorMap a, SM90_PARAMETER TensorMap b,
   } else {
     block_sync();
   }
+  if (Tile::SPREAD) cluster_arrive();  // is waited for before blocks talk; loading needs no other
 
-  const typename Tile::Tiles tiles(p, block_index() / Tile::CLUSTER,
-                                   block_count() / Tile::CLUSTER);
+  typename Tile::Tiles tiles(p, block_index() / cluster, block_count() / cluster);
+  if (Tile::SPREAD) tiles.take_run(cluster_rank());
   // A thread may have 168 of the registers at first; one warpgroup alone has enough of them.
   if (warp >= loader) {
     if (Tile::GROUPS > 1) registers_decrease<40>();
     if (warp == loader && elect_one()) load_tiles<Tile>(&a, &b, memory, tiles);
     if (warp == loader + 1 && Tile::RIGHT_ROWS == 1) load_scales<Tile>(p, memory, tiles);
+    warp_sync();
+    if (Tile::SPREAD) cluster_wait();
   } else {
     if (Tile::GROUPS > 1) registers_increase<232>();
+    if (Tile::SPREAD) cluster_wait();
     multiply_tiles<Tile>(&out, p, memory, tiles);
   }
   // A block's barriers and buffers must be there until the other has sent its last.
@@ -225,7 +251,7 @@ void find_groups(const int* group_index, int* sizes, char* out, int M, int group
       continue;
     }
     for (int64_t i = 2 * lane_index(); i < row_bytes; i += 64) {
-      *reinterpret_cast<uint16_t*>(out + m * row_bytes + i) = 0;
+      store_global(reinterpret_cast<uint16_t*>(out + m * row_bytes + i), uint16_t{0});
     }
   }
 }

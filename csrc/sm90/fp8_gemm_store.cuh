@@ -6,18 +6,18 @@
 namespace sm90 {
 
 SM90_DEVICE float load_real(const void* p, int64_t i, Type type) {
-  if (type == Type::fp32) return static_cast<const float*>(p)[i];
-  if (type == Type::bf16) return to_float(static_cast<const bf16*>(p)[i]);
-  return to_float(static_cast<const fp16*>(p)[i]);
+  if (type == Type::fp32) return load_global(static_cast<const float*>(p) + i);
+  if (type == Type::bf16) return to_float(load_global(static_cast<const bf16*>(p) + i));
+  return to_float(load_global(static_cast<const fp16*>(p) + i));
 }
 
 SM90_DEVICE void store_real(void* p, int64_t i, float x, Type type) {
   if (type == Type::fp32) {
-    static_cast<float*>(p)[i] = x;
+    store_global(static_cast<float*>(p) + i, x);
   } else if (type == Type::bf16) {
-    static_cast<bf16*>(p)[i] = to_bf16(x);
+    store_global(static_cast<bf16*>(p) + i, to_bf16(x));
   } else {
-    static_cast<fp16*>(p)[i] = to_fp16(x);
+    store_global(static_cast<fp16*>(p) + i, to_fp16(x));
   }
 }
 
@@ -55,27 +55,107 @@ SM90_DEVICE void store_rows(const char* from, const GemmArguments& p, const Work
     char* to = static_cast<char*>(p.out) +
                (tiles.out_row(w, top + m) * p.N + column) * static_cast<int64_t>(size);
     if (p.aligned) {
-      *reinterpret_cast<Chunk*>(to) = values;
+      store_global(reinterpret_cast<Chunk*>(to), values);
       continue;
     }
     const int left = (p.N - column) * size;
     for (int at = 0; at < 16 && at < left; at += 2) {
-      reinterpret_cast<uint16_t*>(to)[at / 2] = values.half[at / 2];
+      store_global(reinterpret_cast<uint16_t*>(to) + at / 2, values.half[at / 2]);
     }
   }
 }
 
-// Few rows of A: element i of thread t is D[m, n] with n along the left operand's rows.
+// Few rows of A: sums [row of A][column of D], shifted so that what a warp writes at once lies in
+// different banks.
 template <class Tile>
-SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], const GemmArguments& p,
-                               const Work& w, const typename Tile::Tiles& tiles, int row) {
+SM90_DEVICE char* share_place(char* shares, int m, int n) {
+  return shares + (m * Tile::M + (n ^ m / 2 % 4 * 8)) * 4;
+}
+
+// The tile's four sums there: those of each block of the cluster, added in their order.
+template <class Tile>
+SM90_DEVICE Floats add_shares(const char* place, int splits) {
+  if (!Tile::SPREAD) return load_shared<Floats>(place);
+  Floats share[MOST_SPLITS], sum{};
+  for (int r = 0; r < MOST_SPLITS; ++r) {  // all asked for, then added
+    if (r < splits) share[r] = load_shared_at(place, r);
+  }
+  for (int r = 0; r < MOST_SPLITS; ++r) {
+    for (int i = 0; i < 4 && r < splits; ++i) sum.value[i] += share[r].value[i];
+  }
+  return sum;
+}
+
+// Four values of row `row` of D from column n on, or as many as there are.
+SM90_DEVICE void store_four(const GemmArguments& p, int64_t row, int n, Floats x) {
+  const int left = p.N - n < 4 ? p.N - n : 4;
+  for (int i = 0; p.c != nullptr && i < left; ++i) {
+    x.value[i] += load_real(p.c, row * p.c_row + n + i, p.c_type);
+  }
+  const int64_t at = row * p.N + n;
+  if (!p.aligned) {
+    for (int i = 0; i < left; ++i) store_real(p.out, at + i, x.value[i], p.out_type);
+  } else if (left < 4) {
+    return;  // rows of D are multiples of 4
+  } else if (p.out_type == Type::fp32) {
+    store_global(reinterpret_cast<Floats*>(static_cast<float*>(p.out) + at), x);
+  } else {
+    const bool is_bf16 = p.out_type == Type::bf16;
+    uint32_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const float first = x.value[2 * i], second = x.value[2 * i + 1];
+      pair[i] = is_bf16 ? pack(to_bf16(first), to_bf16(second)) : pack(to_fp16(first), to_fp16(second));
+    }
+    store_global(reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(p.out) + at),
+                 uint64_t{pair[0]} | uint64_t{pair[1]} << 32);
+  }
+}
+
+// A tile of few rows of A. Thread t's sums are those of `column` and `column` + 8 of D. Each block
+// leaves them in its shared memory, where all blocks of the cluster find them; a warp of one of
+// these stores a row.
+template <class Tile>
+SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], Ring<1>& shared, char* shares,
+                               const GemmArguments& p, const Work& w,
+                               const typename Tile::Tiles& tiles, int column) {
+  const int splits = Tile::SPREAD ? p.splits : 1, rank = Tile::SPREAD ? cluster_rank() : 0;
+  shared.wait_empty();  // all blocks have read the tile before
   for (int i = 0; i < Tile::N / 2; ++i) {
-    const int n = row + i / 2 % 2 * 8, m = w.row + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
-    if (n >= p.N || !tiles.owns(w, m)) continue;
-    const int64_t at = tiles.out_row(w, m);
-    float value = m < w.valid ? sum[i] : 0.0f;
-    if (p.c != nullptr) value += load_real(p.c, at * p.c_row + n, p.c_type);
-    store_real(p.out, at * p.N + n, value, p.out_type);
+    const int m = i / 4 * 8 + lane_index() % 4 * 2 + i % 2, n = column + i / 2 % 2 * 8;
+    store_shared(share_place<Tile>(shares, m, n), sum[i]);
+  }
+  warp_sync();
+  if (lane_index() < splits) barrier_arrive_at(shared.full, lane_index());
+  shared.wait_full();
+  for (int m = rank + splits * warp_index(); m < Tile::N; m += splits * 4 * Tile::GROUPS) {
+    if (!tiles.owns(w, w.row + m)) continue;
+    const int64_t row = tiles.out_row(w, w.row + m);
+    for (int n = 4 * lane_index(); n < Tile::M && w.column + n < p.N; n += 128) {
+      Floats x{};
+      if (w.row + m < w.valid) x = add_shares<Tile>(share_place<Tile>(shares, m, n), splits);
+      store_four(p, row, w.column + n, x);
+    }
+  }
+  warp_sync();
+  if (lane_index() < splits) barrier_arrive_at(shared.empty, lane_index());
+  shared.next();
+}
+
+// Adds a warpgroup's sums over one run of K to those over the runs before, which wait where the
+// tile will be put in order.
+template <int N>
+SM90_DEVICE void add_run(float (&sum)[N / 2], char* ordered, bool is_first, bool is_last) {
+  const int thread = thread_index() % 128;
+  if (is_first) {  // The last tile must have been read.
+    if (thread == 0) tma_store_wait_read<0>();
+    named_barrier_sync(1 + thread_index() / 128, 128);
+  }
+  for (int i = 0; i < N / 2; i += 4) {
+    char* place = ordered + (i / 4 * 128 + thread) * 16;
+    Floats total{};
+    if (!is_first) total = load_shared<Floats>(place);
+    for (int j = 0; j < 4; ++j) sum[i + j] = total.value[j] += sum[i + j];
+    if (!is_last) store_shared(place, total);
   }
 }
 

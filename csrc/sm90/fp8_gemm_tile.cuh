@@ -6,6 +6,8 @@
 
 namespace sm90 {
 
+constexpr int MOST_SPLITS = 8;  // blocks of a cluster that every GPU takes
+
 // LEFT_ROWS, RIGHT_ROWS: how many rows of an operand share a scale, 1 or 128.
 template <Form FORM_, int GROUPS_, int N_, int STAGES_, int CLUSTER_, bool SWAPPED_, int B_ROWS>
 struct GemmTile {
@@ -13,16 +15,20 @@ struct GemmTile {
   static constexpr int GROUPS = GROUPS_, M = 64 * GROUPS, N = N_, K = 128, STAGES = STAGES_;
   static constexpr int CLUSTER = CLUSTER_;
   static constexpr bool SWAPPED = SWAPPED_;
+  // Where K is cut into runs, this tile has a cluster of blocks, each with a run of its own; or each
+  // block sums all runs, one after the other.
+  static constexpr bool SPREAD = FORM == Form::dense && SWAPPED;
+  static constexpr bool IN_TURN = FORM == Form::dense && !SWAPPED;
   static constexpr int LEFT_ROWS = SWAPPED ? B_ROWS : 1, RIGHT_ROWS = SWAPPED ? 1 : B_ROWS;
   static constexpr int THREADS = 128 * (GROUPS + 1);
   static constexpr uint32_t LEFT_BYTES = M * K, STAGE_BYTES = LEFT_BYTES + N * K;
-  // Where a tile of D is put in order, which a swapped one is not.
-  static constexpr uint32_t ORDERED_BYTES = SWAPPED ? 0 : M * N * 4;
-  static constexpr uint32_t ORDERED = STAGES * STAGE_BYTES;
+  // Where a tile of D is put in order.
+  static constexpr uint32_t ORDERED = STAGES * STAGE_BYTES, ORDERED_BYTES = M * N * 4;
   static constexpr uint32_t SCALES = ORDERED + ORDERED_BYTES;
   static constexpr uint32_t SCALE_BYTES = RIGHT_ROWS == 1 ? N * 4 : 0;  // of a stage
   static constexpr uint32_t BARRIERS = SCALES + STAGES * SCALE_BYTES;
-  static constexpr uint32_t SHARED_BYTES = BARRIERS + Ring<STAGES>::BYTES;
+  static constexpr uint32_t SHARE_BARRIERS = BARRIERS + Ring<STAGES>::BYTES;
+  static constexpr uint32_t SHARED_BYTES = SHARE_BARRIERS + (SWAPPED ? Ring<1>::BYTES : 0);
   static constexpr int LOADS = 1 + (RIGHT_ROWS == 1 ? 32 : 0);  // arrivals that fill a buffer
   using Tiles = Schedule<FORM, (SWAPPED ? N : M) * CLUSTER, SWAPPED ? M : N>;
   static_assert(RIGHT_ROWS == 1 || 128 % N == 0, "a tile has one scale of its right operand");

@@ -76,8 +76,8 @@ struct Product {
     x.b_scale_group = b_scale.dim() == 3 ? b_scale.stride(0) : 0;
     x.scale_blocks = a_scale.size(a_scale.dim() - 1);
     const int64_t largest = std::max({x.gemm.a.rows, x.gemm.b.rows, x.gemm.K, groups * x.M});
-    STD_TORCH_CHECK(largest < INT32_MAX - 256, op,
-                    ": a, b: expected, on backend cuda, fewer than 2^31 rows, got ", largest);
+    STD_TORCH_CHECK(largest < INT32_MAX - 65536, op, ": a, b: expected, on backend cuda, fewer "
+                    "than 2^31 - 65536 rows and values of K, got ", largest);
   }
 
   void add(const char* op, const std::optional<Tensor>& c) {

@@ -113,6 +113,21 @@ struct alignas(8) FloatPair {
   float low, high;
 };
 
+// Four floats that move together; and those at the place of `p`, a multiple of 16, in the shared
+// memory of block `rank` of the cluster, which must have begun and not have ended.
+struct __align__(16) Floats {
+  float value[4];
+};
+SM90_DEVICE Floats load_shared_at(const void* p, int rank) {
+  Floats x;
+  asm volatile(
+      "{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %4, %5;\n"
+      " ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+      : "=f"(x.value[0]), "=f"(x.value[1]), "=f"(x.value[2]), "=f"(x.value[3])
+      : "r"(shared_address(p)), "r"(rank));
+  return x;
+}
+
 // Four 8x8 matrices of 16-bit values: lane l holds of each the values at row l / 4, columns
 // 2 (l % 4) and the next, and says where row l % 8 of matrix l / 8 goes.
 SM90_DEVICE void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -25,6 +25,7 @@ struct GemmArguments {
   const int* group_index;  // contiguous: the group of each row
   int M, N, K, groups;     // M: rows of A, of each group if masked
   int scale_blocks;        // columns of the scales
+  int splits, run;         // K is cut into so many runs, of so many blocks of 128 each
   int band;                // rows of tiles that neighbours in time share
   Type c_type, out_type;
   bool aligned;       // rows of D are multiples of 16 bytes
@@ -57,9 +58,16 @@ struct Schedule {
   int at, step;                // this block's next tile, and how far from one to the next
   int group = 0, passed = 0;   // the group walked to, and the tiles of those before
   int k = 0, scale_block = 0;  // where the group's values of K and their scales begin
+  int length;                  // so many of them
 
   SM90_DEVICE Schedule(const GemmArguments& arguments, int first, int stride)
-      : p(arguments), at(first), step(stride) {}
+      : p(arguments), at(first), step(stride), length(arguments.K) {}
+
+  // Only run `r` of K from now on: nothing of it, maybe.
+  SM90_DEVICE void take_run(int r) {
+    k = r * p.run * 128, scale_block = r * p.run;
+    length = clamp(p.K - k, 0, p.run * 128);
+  }
 
   // The next tile, or false.
   SM90_DEVICE bool next(Work& w) {
@@ -71,7 +79,6 @@ struct Schedule {
         end = clamp(load_global(p.sizes + p.groups + group), first, p.M);
       }
       const int rows = (end - first + ROWS - 1) / ROWS, tiles = rows * columns;
-      int length = p.K;
       if (FORM == Form::k_grouped) {
         k = clamp(load_global(p.sizes + group), k, p.K);  // offsets ascend
         length = clamp(load_global(p.sizes + group + 1), k, p.K) - k;

@@ -61,8 +61,8 @@ class GemmArguments(ctypes.Structure):
     _fields_ = [
         ("a_scale", Scales), ("b_scale", Scales), ("c", ctypes.c_void_p), ("out", ctypes.c_void_p),
         ("c_row", ctypes.c_int64), ("sizes", ctypes.c_void_p), ("group_index", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("M", "N", "K", "groups", "scale_blocks", "band",
-                                            "c_type", "out_type")),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "groups", "scale_blocks", "splits",
+                                            "run", "band", "c_type", "out_type")),
         ("aligned", ctypes.c_bool), ("store_by_tma", ctypes.c_bool),
     ]  # fmt: skip
 
@@ -102,12 +102,13 @@ class EmulatorFailure(AssertionError):
 class Run:
     """How the emulator runs a kernel."""
 
-    tile: Tile = TILES[1]
+    tile: Tile = TILES[0]
     seed: int = 0
     order: str = "random"
     blocks: int = 4
     accumulator_bits: int = 0
     by_tma: bool | None = None
+    splits: int = 1  # of K
     out: Tensor | None = None
 
 
@@ -127,12 +128,14 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
         shape = (G, M, N) if form in ("masked", "k_grouped") else (M, N)
         out = torch.full(shape, torch.nan, dtype=out_dtype) if run.out is None else run.out
         aligned = N * out.element_size() % 16 == 0
+        blocks = -(-K // 128)
         p = GemmArguments(
             Scales.of(a_scale), Scales.of(b_scale), 0 if c is None else c.data_ptr(),
             out.data_ptr(), 0 if c is None else c.stride(-2),
             0 if sizes is None else sizes.data_ptr(), 0 if sizes is None else sizes.data_ptr(),
-            M, N, K, G, a_scale.shape[-1], 8, 0 if c is None else TYPES[c.dtype], TYPES[out_dtype],
-            aligned, aligned if run.by_tma is None else run.by_tma,
+            M, N, K, G, a_scale.shape[-1], run.splits, -(-blocks // run.splits), 8,
+            0 if c is None else TYPES[c.dtype], TYPES[out_dtype], aligned,
+            aligned if run.by_tma is None else run.by_tma,
         )  # fmt: skip
         read = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "sizes": sizes, "c": c}
         let_touch(library, read, {"out": out})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64
+
 import pytest
 import torch
 
 import deepkern
-from bench.emulator import ORDERS
+from bench.emulator import ORDERS, build, sources
 from deepkern.testing import compare, inputs
 
 from .conftest import TILES, Tile
@@ -18,6 +20,8 @@ OPS = {
     "k_grouped": "k_grouped_fp8_gemm_nt",
 }
 SHAPES = ((1, 8, 128), (3, 200, 400), (127, 72, 128), (129, 128, 144), (257, 130, 256), (64, 1, 16))
+DENSE = [t for t in TILES if t.form == "dense"]
+WHOLE = next(t for t in DENSE if not t.swapped and t.cluster == 1)
 every_tile = pytest.mark.parametrize("tile", TILES, ids=str)
 
 
@@ -85,27 +89,65 @@ def test_adds_c(emulated, tile, c_dtype, generator):
 def test_scales(emulated, scale_format, scale_layout, generator):
     x, w = (torch.randn(rows, 384, generator=generator) for rows in (67, 72))
     a = deepkern.cast_per_token(x, scale_format, scale_layout)
-    check(emulated, TILES[1], (*a, *deepkern.cast_per_block(w, scale_format)))
+    check(emulated, WHOLE, (*a, *deepkern.cast_per_block(w, scale_format)))
 
 
-def test_every_tile_gives_a_row_the_same_bits(emulated, generator):
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("b_rows", [128, 1])
+def test_every_tile_gives_a_row_the_same_bits(emulated, b_rows, splits, generator):
     """Large, small and swapped tiles, all rows or one, one block at work or many."""
-    dense = [t for t in TILES if t.form == "dense" and t.b_rows == 128]
-    a, a_scale, b, b_scale = operands(dense[0], generator, 150, 72, 256)
-    whole = run(emulated, dense[0], (a, a_scale, b, b_scale), torch.float32)
+    dense = [t for t in TILES if t.form == "dense" and t.b_rows == b_rows]
+    a, a_scale, b, b_scale = operands(dense[0], generator, 150, 72, 128 + 128 * splits)
+    whole = run(emulated, dense[0], (a, a_scale, b, b_scale), torch.float32, splits=splits)
     for tile in dense:
         for blocks in (1, 5):
             args = a, a_scale, b, b_scale
-            got = run(emulated, tile, args, torch.float32, blocks=blocks)
+            got = run(emulated, tile, args, torch.float32, blocks=blocks, splits=splits)
             compare.assert_bitwise(got, whole, f"{tile}")
         for m in (0, 63, 149):
             one = slice(m, m + 1)
-            row = run(emulated, tile, (a[one], a_scale[one], b, b_scale), torch.float32)
+            args = a[one], a_scale[one], b, b_scale
+            row = run(emulated, tile, args, torch.float32, splits=splits)
             compare.assert_bitwise(row, whole[one], f"{tile}, row {m}")
 
 
+@pytest.mark.parametrize("tile", DENSE, ids=str)
+@pytest.mark.parametrize(("splits", "K"), [(2, 144), (4, 1040), (8, 640), (8, 1152)])
+def test_splits_of_k(emulated, tile, splits, K, generator):
+    """Runs that are uneven, and empty ones; rows of D at any address, and with an addend."""
+    for M, N, dtype in ((3, 264, torch.bfloat16), (70, 131, torch.float16), (17, 8, torch.float32)):
+        c = torch.randn(M, N, generator=generator).to(dtype) if M == 70 else None
+        args = operands(tile, generator, M, N, K)
+        check(emulated, tile, args, dtype, c, splits=splits, blocks=8, seed=generator.seed())
+
+
+@pytest.mark.parametrize("tile", [t for t in DENSE if t.columns < 128], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_any_schedule_of_splits_gives_the_same_bits(emulated, tile, order, seeds, generator):
+    """A cluster goes on from tile to tile, while its blocks are at different ones."""
+    args = operands(tile, generator, 17, 264, 640)
+    how = {"splits": 4, "blocks": 4 if tile.swapped else 1, "order": order}
+    first = check(emulated, tile, args, seed=0, **how)
+    for seed in range(1, seeds if order == "random" else 5):
+        compare.assert_bitwise(run(emulated, tile, args, seed=seed, **how), first, f"seed {seed}")
+
+
+def test_the_number_of_splits_and_the_tile():
+    """By N and K alone; a cluster has at most 8 blocks, no run fewer than four blocks of K."""
+    library = build(sources())
+    known = {(4096, 4096): 4, (4097, 4096): 1, (2048, 2048): 4, (2049, 2048): 4,
+             (2112, 7168): 4, (576, 7168): 8, (1, 1 << 20): 8, (1, 1023): 2, (1, 9): 1}  # fmt: skip
+    for shape, want in known.items():
+        assert library.chosen_splits(*map(c_int64, shape)) == want, shape
+    for M in (1, 16):
+        tile = TILES[library.chosen_tile(*map(c_int64, (M, 4096, 4096, 128)))]
+        assert tile.swapped and tile.columns == 16
+    assert not TILES[library.chosen_tile(*map(c_int64, (4096, 4096, 4096, 128)))].swapped
+
+
 def test_scales_per_row_that_repeat_give_the_bits_of_scales_per_block(emulated, generator):
-    per_block = [t for t in TILES if t.form == "dense"][1]
+    per_block = WHOLE
     per_row = next(t for t in TILES if t.form == "dense" and t.b_rows == 1 and not t.swapped)
     a, a_scale, b, b_scale = operands(per_block, generator, 70, 136, 256)
     repeated = b_scale.repeat_interleave(128, 0)[:136].contiguous()
@@ -114,9 +156,9 @@ def test_scales_per_row_that_repeat_give_the_bits_of_scales_per_block(emulated, 
 
 
 def test_both_ways_to_store_agree(emulated, generator):
-    args = operands(TILES[1], generator, 70, 72, 128)
+    args = operands(WHOLE, generator, 70, 72, 128)
     for dtype in (torch.bfloat16, torch.float32):
-        stored = [run(emulated, TILES[1], args, dtype, by_tma=by_tma) for by_tma in (True, False)]
+        stored = [run(emulated, WHOLE, args, dtype, by_tma=by_tma) for by_tma in (True, False)]
         compare.assert_bitwise(*stored)
 
 
@@ -148,7 +190,7 @@ def test_a_groups_nan_stays_in_its_group(emulated, generator):
 
 def test_promotion_outweighs_a_short_accumulator(emulated, generator):
     """With 14 bits kept of a sum within WGMMA the result is still close: the rest is float32."""
-    tile = TILES[2]
+    tile = next(t for t in DENSE if t.columns == 64 and not t.swapped)
     args = operands(tile, generator, 64, 64, 2048)
     want = reference(tile, args, torch.float32)
     error = compare.diff(run(emulated, tile, args, torch.float32, accumulator_bits=14), want)

@@ -83,6 +83,9 @@ def test_instructions(compiled):
             assert counts["QGMMA"] == 4 and counts["UTMALDG"], f"{tile}: {counts}"
             assert bool(counts["UTMASTG"]) == (not tile.swapped and tile.form != "contiguous")
             assert (".MULTICAST" in part) == (tile.cluster > 1), f"{tile}: {counts}"
+            # Other blocks' shares, 16 bytes a lane of each of eight: all in flight together.
+            spread = tile.form == "dense" and tile.swapped
+            assert len(re.findall(r"\bLD\.E\.128 ", part)) == 8 * spread, tile
 
 
 # Registers at launch, and instructions: WGMMAs of q and key, 36 of 16 values; of 16 tokens, 4, or

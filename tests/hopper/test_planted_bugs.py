@@ -27,9 +27,10 @@ def first(form: str, **what) -> Tile:
     return next(t for t in fits if all(getattr(t, k) == v for k, v in what.items()))
 
 
-WHOLE, PAIRS = first("dense", cluster=1), first("dense", cluster=2)
+WHOLE, PAIRS = first("dense", swapped=False, cluster=1), first("dense", cluster=2)
 SCALED, SWAPPED = first("dense", b_rows=1, swapped=False), first("dense", swapped=True)
 CONTIGUOUS, MASKED, K_GROUPED = first("contiguous"), first("masked"), first("k_grouped")
+SPREAD, IN_TURN = first("dense", columns=16), WHOLE  # where K is cut into runs
 WRONG = "wrong result"
 SOMEHOW = "."  # a race: which of its consequences shows first is chance
 WAIT_FULL, WAIT_EMPTY = (
@@ -74,7 +75,7 @@ BUGS = {
     "next tile written while TMA reads": (
         WHOLE, "  if (storing) tma_store_wait_read<0>();\n", "", SOMEHOW),
     "block ends while TMA reads": (
-        WHOLE, "  if (!Tile::SWAPPED && thread_index() % 128 == 0) tma_store_wait_read<0>();\n", "",
+        WHOLE, "thread_index() % 128 == 0) {\n    tma_store_wait_read<0>();", "false) {",
         "ends while a TMA store"),
     "both groups at one barrier": (
         WHOLE, "named_barrier_sync(1 + group, 128)", "named_barrier_sync(1, 128)", SOMEHOW),
@@ -112,12 +113,77 @@ BUGS = {
         CONTIGUOUS, "w.group * p.N + w.column : w.column", "w.column : w.column", WRONG),
     "rows not in use": (MASKED, "if (m >= w.valid) sum[i] = 0.0f;", "", WRONG),
     "another group's values of K": (
-        K_GROUPED, "Tile::FORM == Form::k_grouped && w.length", "false && w.length", WRONG),
+        K_GROUPED, "Tile::FORM == Form::k_grouped && length", "false && length", WRONG),
     "cleared after the fence": (
         K_GROUPED, "  fence_async_proxy();\n  named_barrier_sync(1 + Tile::GROUPS, threads);",
         "  named_barrier_sync(1 + Tile::GROUPS, threads);", "no fence_async_proxy followed"),
     "scales of the group before": (K_GROUPED, "scale_block += (length + 127) / 128", "", WRONG),
 }  # fmt: skip
+
+# The same in what is done where K is cut into runs.
+SPLIT_BUGS = {
+    "shares read before they are there": (SPREAD, "  shared.wait_full();\n", "", SOMEHOW),
+    "one block not told of shares": (
+        SPREAD, "if (lane_index() < splits) barrier_arrive_at(shared.full, lane_index());",
+        "if (lane_index() < splits - 1) barrier_arrive_at(shared.full, lane_index());", "deadlock"),
+    "told before all lanes have written": (
+        SPREAD, "  warp_sync();\n  if (lane_index() < splits) barrier_arrive_at(shared.full",
+        "  if (lane_index() < splits) barrier_arrive_at(shared.full", SOMEHOW),
+    "told before all lanes have read": (
+        SPREAD, "  warp_sync();\n  if (lane_index() < splits) barrier_arrive_at(shared.empty",
+        "  if (lane_index() < splits) barrier_arrive_at(shared.empty", SOMEHOW),
+    "shares overwritten while they are read": (
+        SPREAD, "  shared.wait_empty();  // all blocks have read the tile before\n", "", SOMEHOW),
+    "block ends while its shares are read": (
+        SPREAD, "    shared.wait_empty();  // the others may still read this block's shares\n", "",
+        "that has ended"),
+    "barriers of shares for one block": (
+        SPREAD, "const int sharing = 4 * Tile::GROUPS * cluster;",
+        "const int sharing = 4 * Tile::GROUPS;", SOMEHOW),
+    "no barrier of the cluster before its blocks talk": (
+        SPREAD, "cluster_arrive();  // is waited for", "(void)0;  // is not", "cluster_wait: no"),
+    "no wait for it": (
+        SPREAD, "    if (Tile::SPREAD) cluster_wait();\n", "", "waited for no barrier"),
+    "shares added in another order": (
+        SPREAD, "load_shared_at(place, r)", "load_shared_at(place, splits - 1 - r)", WRONG),
+    "a rank that there is not": (
+        SPREAD, "load_shared_at(place, r)", "load_shared_at(place, r + 1)", "no block of rank"),
+    "one share for all": (
+        SPREAD, "load_shared_at(place, r)", "load_shared_at(place, cluster_rank())", WRONG),
+    "rows that no rank stores": (
+        SPREAD, "m = rank + splits * warp_index()", "m = splits * warp_index()", WRONG),
+    "a run begins early": (SPREAD, "k = r * p.run * 128,", "k = r * p.run * 64,", WRONG),
+    "a run ends late": (SPREAD, "clamp(p.K - k, 0, p.run * 128)", "p.K - k", WRONG),
+    "a run with another's scales": (
+        SPREAD, "scale_block = r * p.run;", "scale_block = 0;", WRONG),
+    "runs in turn with the first one's scales": (
+        IN_TURN, "w.scale_block + block, length", "w.scale_block, length", WRONG),
+    "runs in turn that overlap": (
+        IN_TURN, "clamp(w.length - block * Tile::K, 0, p.run * Tile::K)",
+        "w.length - block * Tile::K", SOMEHOW),
+    "a total that holds the tile before": (
+        IN_TURN, "if (!is_first) total =", "total =", WRONG),
+    "a run forgotten": (IN_TURN, "if (!is_last) store_shared(place, total);", "", WRONG),
+    "totals where TMA still reads": (
+        IN_TURN, "    if (thread == 0) tma_store_wait_read<0>();\n", "", SOMEHOW),
+    "totals before TMA's wait is over for all": (
+        IN_TURN, "    named_barrier_sync(1 + thread_index() / 128, 128);\n", "", SOMEHOW),
+}  # fmt: skip
+
+
+def looked_for_in_splits(gemm, tile: Tile, generator) -> None:
+    """The same where K is cut into four runs, the last of which is shorter or empty."""
+    for K in (1152, 384):
+        args = operands(tile, generator, 40, 264, K)
+        want = reference(tile, args, torch.float32)
+        other = IN_TURN if tile.swapped else SPREAD
+        for seed in range(30):
+            how = {"seed": seed, "order": ("random", "earliest", "latest")[seed % 3], "splits": 4}
+            got = run(gemm, tile, args, torch.float32, blocks=4 if tile.swapped else 1, **how)
+            compare.assert_close(got, want)
+            if seed == 0:
+                same = run(gemm, other, args, torch.float32, splits=4)
+                compare.assert_bitwise(got, same)
 
 
 def looked_for(gemm, tile: Tile, generator) -> None:
@@ -137,10 +203,10 @@ def looked_for(gemm, tile: Tile, generator) -> None:
                 raise compare.Mismatch("wrote beyond its rows")
 
 
-def caught(gemm, tile: Tile, generator) -> str:
+def caught(gemm, tile: Tile, generator, look=looked_for) -> str:
     """How the bug shows, or nothing."""
     try:
-        looked_for(gemm, tile, generator)
+        look(gemm, tile, generator)
     except EmulatorFailure as failure:
         return str(failure)
     except compare.Mismatch as mismatch:
@@ -149,14 +215,15 @@ def caught(gemm, tile: Tile, generator) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUGS)
+@pytest.mark.parametrize("name", [*BUGS, *SPLIT_BUGS])
 def test_is_caught(name, generator):
-    tile, right, wrong, how = BUGS[name]
+    tile, right, wrong, how = (BUGS | SPLIT_BUGS)[name]
     whole = sources()
     file = next((f for f in FILES if right in whole[f]), None)
     assert file, f"no kernel has {right!r} any more: plant another bug"
     library = build(whole | {file: whole[file].replace(right, wrong)})
-    found = caught(gemm_of(library), tile, generator)
+    look = looked_for if name in BUGS else looked_for_in_splits
+    found = caught(gemm_of(library), tile, generator, look)
     assert re.search(how, found, re.DOTALL), f"expected {how!r}, found {found!r}"
 
 
@@ -164,3 +231,5 @@ def test_is_caught(name, generator):
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_no_bug_is_found_where_none_is(emulated, tile, generator):
     assert caught(emulated, tile, generator) == ""
+    if tile.form == "dense" and tile.b_rows == 128:
+        assert caught(emulated, tile, generator, looked_for_in_splits) == ""

@@ -1,4 +1,5 @@
 // csrc/sm90/fp8_gemm.cuh in the emulator, for tests: one C function.
+#include "../../sm90/choose.h"
 #include "../../sm90/fp8_gemm.cuh"
 
 #include <algorithm>
@@ -44,8 +45,8 @@ void run(const Operand& a, const Operand& b, GemmArguments p, Launch launch) {
                         int64_t{p.N} * size);
     }).run();
   }
-  launch.cluster = Tile::CLUSTER;
-  launch.blocks = std::max(launch.blocks / Tile::CLUSTER, 1) * Tile::CLUSTER;
+  launch.cluster = Tile::SPREAD ? p.splits : Tile::CLUSTER;
+  launch.blocks = std::max(launch.blocks / launch.cluster, 1) * launch.cluster;
   launch.threads = Tile::THREADS;
   launch.shared_bytes = Tile::SHARED_BYTES;
   emulator::Machine(launch, [&] { sm90::fp8_gemm<Tile>(a_map, b_map, out, p); }).run();
@@ -83,4 +84,12 @@ extern "C" int emulate_fp8_gemm(char* a, int64_t a_rows, int64_t a_row, char* b,
     return 1;
   }
   return 0;
+}
+
+// What the launcher chooses for a dense product on 132 multiprocessors.
+extern "C" int chosen_splits(int64_t N, int64_t K) {
+  return deepkern::k_splits(deepkern::GemmForm::dense, N, K);
+}
+extern "C" int chosen_tile(int64_t M, int64_t N, int64_t K, int64_t b_rows) {
+  return deepkern::choose_tile(deepkern::GemmForm::dense, M, N, K, 1, b_rows, 132);
 }
