@@ -56,6 +56,11 @@ void Memory::register_only(const Allocation* allocations, int count) {
   ranges_ = merged;
 }
 
+void Memory::unregister() {
+  register_only(nullptr, 0);
+  checks_ = false;
+}
+
 void Memory::also(const Allocation& scratch) {
   if (!checks_) return;
   const char* begin = static_cast<const char*>(scratch.begin);
@@ -155,7 +160,7 @@ void Memory::touch(Touch how, const Toucher& who, const void* p, int64_t bytes, 
 
 }  // namespace emulator
 
-// The memory that kernels emulated from now on may touch, and none else.
+// The memory that kernels may touch, and none else, until it is forgotten.
 extern "C" int emulate_memory(const emulator::Allocation* allocations, int count) {
   try {
     emulator::memory().register_only(allocations, count);
@@ -164,3 +169,5 @@ extern "C" int emulate_memory(const emulator::Allocation* allocations, int count
   }
   return 0;
 }
+
+extern "C" void emulate_any_memory() { emulator::memory().unregister(); }

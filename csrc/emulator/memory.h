@@ -26,10 +26,11 @@ struct Toucher {
   bool early = false;
 };
 
-// Nothing is checked until something was registered.
+// Nothing is checked while nothing is registered.
 class Memory {
  public:
   void register_only(const Allocation* allocations, int count);  // and nothing else from now on
+  void unregister();
   void also(const Allocation& scratch);  // what the host itself has
   void forget();  // who touched what: a new launch begins
   // Fails unless `bytes` at `p` lie in one registered tensor and, for a write, in a writable one.

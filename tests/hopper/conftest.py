@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,13 +86,20 @@ def pieces(x: Tensor) -> list[tuple[int, int]]:
     return [(x.data_ptr() + start * size, run * size) for start in starts if x.numel()]
 
 
-def let_touch(library: ctypes.CDLL, read: dict[str, Tensor | None], write: dict[str, Tensor]):
-    """The tensors that kernels may touch from now on, and nothing else."""
+@contextlib.contextmanager
+def only(
+    library: ctypes.CDLL, read: dict[str, Tensor | None], write: dict[str, Tensor]
+) -> Iterator[None]:
+    """Inside, kernels may touch these tensors and nothing else."""
     allowed = [Allocation(name.encode(), begin, count, tensors is write)
                for tensors in (write, read) for name, x in tensors.items() if x is not None
                for begin, count in pieces(x)]  # fmt: skip
     failed = library.emulate_memory((Allocation * len(allowed))(*allowed), len(allowed))
     assert not failed, f"tensors lie over each other: {sorted([*read, *write])}"
+    try:
+        yield
+    finally:
+        library.emulate_any_memory()
 
 
 class EmulatorFailure(AssertionError):
@@ -138,18 +146,18 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
             aligned if run.by_tma is None else run.by_tma,
         )  # fmt: skip
         read = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "sizes": sizes, "c": c}
-        let_touch(library, read, {"out": out})
         message = ctypes.create_string_buffer(4096)
         matrices = []
         for x in (a, b):
             rows = x.flatten(0, -2)
             place = ctypes.c_void_p(rows.data_ptr())
             matrices += [place, ctypes.c_int64(len(rows)), ctypes.c_int64(rows.stride(0))]
-        failed = library.emulate_fp8_gemm(
-            *matrices, ctypes.byref(p), TILES.index(run.tile), run.blocks,
-            ctypes.c_uint64(run.seed), ORDERS[run.order], run.accumulator_bits, message,
-            len(message),
-        )  # fmt: skip
+        with only(library, read, {"out": out}):
+            failed = library.emulate_fp8_gemm(
+                *matrices, ctypes.byref(p), TILES.index(run.tile), run.blocks,
+                ctypes.c_uint64(run.seed), ORDERS[run.order], run.accumulator_bits, message,
+                len(message),
+            )  # fmt: skip
         if failed:
             raise EmulatorFailure(message.value.decode())
         return out
@@ -210,16 +218,13 @@ def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
         partial = torch.full((B, p.splits, Sq * H, 512), torch.nan)
         partial_lse = torch.full((B, p.splits, Sq * H), torch.nan)
         p.partial, p.partial_lse = partial.data_ptr(), partial_lse.data_ptr()
-        let_touch(
-            library,
-            {"q": q, "cache": cache, "table": table, "lengths": lengths},
-            {"out": out, "lse": lse, "partial": partial, "partial_lse": partial_lse},
-        )
+        read = {"q": q, "cache": cache, "table": table, "lengths": lengths}
+        write = {"out": out, "lse": lse, "partial": partial, "partial_lse": partial_lse}
         message = ctypes.create_string_buffer(4096)
-        failed = library.emulate_mla_decode(
-            ctypes.byref(p), ctypes.c_uint64(seed), ORDERS[order],
-            message, len(message),
-        )  # fmt: skip
+        with only(library, read, write):
+            failed = library.emulate_mla_decode(
+                ctypes.byref(p), ctypes.c_uint64(seed), ORDERS[order], message, len(message)
+            )
         if failed:
             raise EmulatorFailure(message.value.decode())
         return out, lse

@@ -143,7 +143,8 @@ int emulate_store_matrix(uint16_t* out, How how) {
       parts[m] = first | (first + 1) << 16;
     }
     char* to = shared_memory() + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16;
-    store_matrix_x4(to, parts[0], parts[1], parts[2], parts[3]);
+    const auto at = static_cast<int>(shared_address(to) - shared_address(shared_memory()));
+    store_matrix_x4(shared_memory() + at, parts[0], parts[1], parts[2], parts[3]);
     warp_sync();
     for (int i = lane; i < 256; i += 32) {
       store_global(out + i, load_shared<uint16_t>(shared_memory() + 2 * i));
@@ -306,12 +307,13 @@ int emulate_registers(int* out, bool too_many, How how) {
   });
 }
 
-// least[0] and most[0] over the numbers of 3 blocks of 64 threads.
+// least[0] and most[0] over 500 numbers, by 3 blocks of 64 threads.
 int emulate_atomics(const int* numbers, int* least, int* most, How how) {
   return guarded(how, launch_of(how, 3, 64, 0), [&] {
-    const int mine = load_global(numbers + block_index() * 64 + thread_index());
-    atomic_min(least, mine);
-    atomic_max(most, mine);
+    for (int i = block_index() * 64 + thread_index(); i < 500; i += block_count() * 64) {
+      atomic_min(least, load_global(numbers + i));
+      atomic_max(most, load_global(numbers + i));
+    }
   });
 }
 
