@@ -143,6 +143,20 @@ def test_clusters(kernels, order):
         assert out.tolist() == [496, 596, 496, 596]
 
 
+@every_order
+def test_distributed_shared_memory(kernels, order):
+    want = [[10 * rank + i for i in range(4)] for rank in (1, 2, 3, 0)]
+    for seed in range(10):
+        out = torch.full((4, 4), torch.nan)
+        how = {"write": [out], "order": order, "seed": seed}
+        call(kernels, "emulate_distributed", out, 0, **how)
+        assert out.tolist() == want
+        with pytest.raises(EmulatorFailure, match="waited for no barrier of the cluster"):
+            call(kernels, "emulate_distributed", out, 1, **how)
+        with pytest.raises(EmulatorFailure, match="of a block that has ended"):
+            call(kernels, "emulate_distributed", out, 2, **how)
+
+
 def test_elect_one(kernels):
     for seed in range(10):
         out = torch.full((4,), -1, dtype=torch.int32)
@@ -268,6 +282,30 @@ def test_arithmetic(kernels, generator):
     same(numbers(kernels, "exp2_of", edges, dtype=torch.float32), torch.exp2(edges))
 
 
+FOLLOWED = (
+    r"(?:^|[;{}])\s*\*[^;=]*=[^=]",  # *to = x
+    r"[=(,!&|+]\s*\*(?:reinterpret|static)_cast",  # y = *static_cast<T*>(from)
+    r"_cast<[^;()]*\*>\([^;()]*\)\[",  # static_cast<T*>(from)[i]
+    r"\bp\.[a-z_]+\[",  # p.lse[i]: arguments are global memory
+)
+
+
+def followed(code: str) -> list[str]:
+    """Where a pointer is followed, and no function of primitives.cuh does it."""
+    code = re.sub(r"//.*", "", code)
+    return [found for how in FOLLOWED for found in re.findall(how, code, re.MULTILINE)]
+
+
+def test_kernels_touch_memory_by_name():
+    """What the emulator does not see, it cannot check."""
+    for path in sorted((CSRC / "sm90").glob("*.cuh")):
+        if path.name != "primitives.cuh":
+            assert not followed(path.read_text()), f"{path.name}: load_global, store_shared ..."
+    for wrong in ("  *to = x;", "y = *static_cast<const int*>(p);", "p.lse[at] = lse;",
+                  "return static_cast<const float*>(p)[i];"):  # fmt: skip
+        assert followed(wrong), wrong
+
+
 # How each misuse of csrc/emulator/kernels/primitives.cpp is refused.
 REFUSED = {
     "too much shared memory": "asks for 232449 bytes of shared memory, there are 232448",
@@ -302,6 +340,7 @@ REFUSED = {
     "behind shared memory": "wrote behind its shared memory",
     "a store not aligned": "store_shared: not aligned",
     "a load not aligned": "load_shared: not aligned",
+    "four floats not aligned": "load_shared_at: not aligned",
     "a matrix not aligned": "store_matrix_x4: row is not aligned",
     "lane 32": "shuffle_from: a warp has 32 lanes",
     "32 lanes further": "shuffle_xor: a warp has 32 lanes",

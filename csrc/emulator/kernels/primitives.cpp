@@ -278,6 +278,25 @@ int emulate_cluster(char* in, float* out, How how) {
   });
 }
 
+// out[4, 4]: each of four blocks of a cluster has what the next one's shared memory held, 4 floats.
+// Without a barrier before (1) or after (2) it there is none there yet, or none any more.
+int emulate_distributed(float* out, int bug, How how) {
+  Launch launch = launch_of(how, 4, 32, 16);
+  launch.cluster = 4;
+  return guarded(how, launch, [&] {
+    const int rank = cluster_rank();
+    if (lane_index() < 4) {
+      store_shared(shared_memory() + 4 * lane_index(), 10.0f * rank + lane_index());
+    }
+    if (bug != 1) cluster_sync();
+    const Floats next = load_shared_at(shared_memory(), (rank + 1) % 4);
+    for (int i = 0; i < 4; ++i) {
+      if (lane_index() == i) store_global(out + rank * 4 + i, next.value[i]);
+    }
+    if (bug != 2) cluster_sync();
+  });
+}
+
 // out[4 warps]: how many lanes were chosen, twice the same, as 100 · count + count of both times.
 int emulate_elect(int* out, How how) {
   return guarded(how, launch_of(how, 1, 128, 0), [&] {
@@ -492,6 +511,7 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, How h
     if (name == "behind shared memory" && first) *(memory + 16388) = 0;
     if (name == "a store not aligned" && first) store_shared(memory + 2, 1.0f);
     if (name == "a load not aligned" && first) load_shared<Chunk>(memory + 8);
+    if (name == "four floats not aligned" && first) load_shared_at(memory + 8, 0);
     if (name == "a matrix not aligned" && thread < 32) store_matrix_x4(memory + 8, 0, 0, 0, 0);
     if (name == "lane 32" && thread < 32) shuffle_from(1, 32);
     if (name == "32 lanes further" && thread < 32) shuffle_xor(1.0f, 32);
