@@ -59,8 +59,10 @@ SM90_DEVICE void store_rows(const char* from, const GemmArguments& p, const Work
       continue;
     }
     const int left = (p.N - column) * size;
-    for (int at = 0; at < 16 && at < left; at += 2) {
-      store_global(reinterpret_cast<uint16_t*>(to) + at / 2, values.half[at / 2]);
+    // Unrolled, so that `values` stay in registers.
+#pragma unroll
+    for (int at = 0; at < 16; at += 2) {
+      if (at < left) store_global(reinterpret_cast<uint16_t*>(to) + at / 2, values.half[at / 2]);
     }
   }
 }
