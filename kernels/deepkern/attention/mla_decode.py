@@ -28,8 +28,9 @@ from torch import Tensor
 from ..runtime import arch
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .cache import alignment, check_width, e4m3_over_256, load, parts, strides
+from .cache import alignment, check_width, parts, strides
 from .splits import LN_2, combine, length_of, split_length_of
+from .token_tiles import attend, load_queries, store_results, tiles_of_zeros, token_at
 
 LOG2_E = 1.4426950408889634
 
@@ -215,102 +216,42 @@ def kernel(
         return
     end = tl.minimum(begin + split_length, length)
 
-    column = tl.arange(0, WIDE)[None, :]
-    rope_column = tl.arange(0, D_TILE)[None, :]
-    known = (row < Sq * H)[:, None]
+    known = row < Sq * H
     query, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
     q_row = q_ptr + sequence * q_batch + (query * q_query + head * q_head)[:, None]
-    q_rope = tl.load(q_row + R + rope_column, mask=known & (rope_column < D), other=0.0)
-    q_rope = q_rope.to(DOT)  # [ROWS, D_TILE]
-    q_latent, acc = (), ()  # BLOCKS of [ROWS, WIDE] each
-    used = ()  # FP8: BLOCKS of [ROWS, KEYS], the weights that went into acc
-    for j in tl.static_range(BLOCKS):
-        at = j * WIDE + column
-        q_block = tl.load(q_row + at, mask=known & ((at < R) | EVEN), other=0.0)
-        q_latent = q_latent + (q_block.to(DOT),)
-        acc = acc + (tl.zeros((ROWS, WIDE), tl.float32),)
-        if FP8:
-            used = used + (tl.zeros((ROWS, KEYS), tl.float32),)
+    q = load_queries(q_row, R, D, known, DOT, WIDE, BLOCKS, EVEN, D_TILE)
+    acc = tiles_of_zeros(BLOCKS, (ROWS, WIDE))
+    used = tiles_of_zeros(BLOCKS if FP8 else 0, (ROWS, KEYS))
     limit = length - (Sq - 1 - row // H) if CAUSAL else tl.zeros_like(row) + length  # [ROWS]
-
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
         block = tl.load(table_ptr + sequence * table_stride + key // page, mask=key < end, other=-1)
-        # What is absent is read as 0, so that it cannot spoil the products whatever stands there.
         present = (block >= 0) & (block < blocks)  # [KEYS]
-        block, offset = block.to(tl.int64), key % page
-        latent_at = tl.multiple_of(block * latent_block + offset * latent_slot, LATENT_ALIGN)
-        latent_row = latent_ptr + latent_at[:, None]
-        scale_row = scale_ptr + block * scale_block + offset * scale_slot
-        rope_at = tl.multiple_of(block * rope_block + offset * rope_slot, ROPE_ALIGN)
-        rope_row = rope_ptr + rope_at[:, None]
-
-        inside = present[:, None] & (rope_column < D)
-        rope = load(rope_row, rope_column, inside, ROPE).to(DOT)  # [KEYS, D_TILE]
-        scores = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
-        latent, scale = (), ()  # BLOCKS of [KEYS, WIDE]; FP8: of [1, KEYS]
-        for j in tl.static_range(BLOCKS):
-            at = j * WIDE + column
-            inside = present[:, None] & ((at < R) | EVEN)
-            if FP8:
-                word = j * (WIDE // 4) + tl.arange(0, WIDE // 4)[None, :]
-                inside_word = present[:, None] & ((word * 4 < R) | EVEN)
-                values = e4m3_over_256(load(latent_row, word, inside_word, tl.int32), DOT)
-                if not EVEN:
-                    values = tl.where(inside, values, 0.0)  # the last word may be of R % 4 values
-                # The scale is applied outside the product, where nothing rounds it.
-                block_scale = load(scale_row, j * WIDE // 128, present, tl.float32) * 256.0
-                scale = scale + (block_scale[None, :],)
-                product = tl.dot(q_latent[j], tl.trans(values), input_precision=PRECISION)
-                scores += product * scale[j]
-            else:
-                values = tl.load(latent_row + at, mask=inside, other=0.0).to(DOT)
-                scores = tl.dot(q_latent[j], tl.trans(values), scores, input_precision=PRECISION)
-            latent = latent + (values,)
+        token = token_at(
+            latent_ptr, scale_ptr, rope_ptr, block, key % page,
+            latent_block, latent_slot, scale_block, scale_slot, rope_block, rope_slot,
+            LATENT_ALIGN, ROPE_ALIGN,
+        )  # fmt: skip
         seen = present[None, :] & (key[None, :] < limit[:, None])
-        scores = tl.where(seen, scores * score_scale, float("-inf"))  # [ROWS, KEYS]
-
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        zero = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: weights are 0
-        weights = tl.exp2(scores - zero[:, None])
-        shrink = tl.exp2(top - zero)
-        total = total * shrink + tl.sum(weights, 1)
-        top = new_top
-        old_acc, old_used = acc, used
-        acc, used = (), ()
-        for j in tl.static_range(BLOCKS):
-            if FP8:
-                # What rounding to DOT makes of a weight times its scale is counted as the weight,
-                # so that it cancels where one token outweighs the others.
-                scaled = (weights * scale[j]).to(DOT)
-                back = scaled.to(tl.float32) * (1.0 / scale[j])
-                back = tl.where(tl.abs(scale[j]) < 1e-30, weights, back)
-                used = used + (old_used[j] * shrink[:, None] + back,)
-            else:
-                scaled = weights.to(DOT)
-            shrunk = old_acc[j] * shrink[:, None]
-            acc = acc + (tl.dot(scaled, latent[j], shrunk, input_precision=PRECISION),)
+        acc, used, top, total = attend(
+            acc, used, top, total, q, token, present, seen, score_scale, R, D,
+            FP8, DOT, ROPE, PRECISION, WIDE, EVEN, D_TILE,
+        )  # fmt: skip
 
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
     out_row = sequence * Sq * H + row
     partial_row = (sequence * tl.num_programs(1) + split) * Sq * H + row
     whole = split_length >= length  # the only split
     if whole:
-        tl.store(lse_ptr + (sequence * H + head) * Sq + query, lse * LN_2, mask=row < Sq * H)
+        tl.store(lse_ptr + (sequence * H + head) * Sq + query, lse * LN_2, mask=known)
     elif partial_ptr is not None:
-        tl.store(partial_lse_ptr + partial_row, lse, mask=row < Sq * H)
-    for j in tl.static_range(BLOCKS):
-        at = j * WIDE + column
-        inside = known & ((at < R) | EVEN)
-        norm = tl.sum(used[j], 1) if FP8 else total
-        result = acc[j] / tl.where(total == 0.0, 1.0, norm)[:, None]
-        if whole:
-            cast = result.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + out_row[:, None] * R + at, cast, mask=inside)
-        elif partial_ptr is not None:
-            tl.store(partial_ptr + partial_row[:, None] * R + at, result, mask=inside)
+        tl.store(partial_lse_ptr + partial_row, lse, mask=known)
+    store_results(
+        out_ptr, partial_ptr, out_row, partial_row, known, whole, acc, used, total, None, R,
+        WIDE, EVEN,
+    )  # fmt: skip
 
 
 def check_contents(q, cache, block_table, cache_seqlens, *_) -> None:

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from ..runtime import arch
 from ..runtime.contract import check_that
-from .cache import alignment, e4m3_over_256, load, parts, strides
+from .cache import alignment, parts, strides
 from .mla_decode import LOG2_E, Tile, dot_dtype, rope_dtype, triton_dtype
 from .splits import LN_2, combine, length_of, share_beside_sink, split_length_of
+from .token_tiles import attend as attend_tile
+from .token_tiles import load_queries, store_results, tiles_of_zeros, token_at
 
 MAX_SPLITS = 8
 
@@ -144,14 +146,9 @@ def kernel(
 
     known = head < H
     q_row = q_ptr + sequence * q_batch + query * q_query + (head.to(tl.int64) * q_head)[:, None]
-    q_rope = load_rope(q_row + R, D, known[:, None], q_ptr.dtype.element_ty, DOT, D_TILE)
-    q_latent, acc = (), ()  # BLOCKS of [ROWS, WIDE] each
-    used = ()  # FP8: BLOCKS of [ROWS], the sum of the weights that went into acc
-    for j in tl.static_range(BLOCKS):
-        q_latent = q_latent + (load_block(q_row, j, R, known[:, None], DOT, WIDE, EVEN),)
-        acc = acc + (tl.zeros((ROWS, WIDE), tl.float32),)
-        if FP8:
-            used = used + (tl.zeros((ROWS,), tl.float32),)
+    q = load_queries(q_row, R, D, known, DOT, WIDE, BLOCKS, EVEN, D_TILE)
+    acc = tiles_of_zeros(BLOCKS, (ROWS, WIDE))
+    used = tiles_of_zeros(BLOCKS if FP8 else 0, (ROWS,))
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     indices_row = indices_ptr + sequence * indices_batch + query * indices_query
@@ -162,56 +159,21 @@ def kernel(
         slot = next_slot
         n = start + KEYS + tl.arange(0, KEYS)
         next_slot = tl.load(indices_row + n, mask=n < end, other=-1)
-        # What is absent is read as 0, so that it cannot spoil the products whatever stands there.
         present = (slot >= 0) & (slot < slots)  # [KEYS]
-        block, offset = (slot // page).to(tl.int64), slot % page
-        latent_at = tl.multiple_of(block * latent_block + offset * latent_slot, LATENT_ALIGN)
-        scale_row = scale_ptr + block * scale_block + offset * scale_slot
-        rope_at = tl.multiple_of(block * rope_block + offset * rope_slot, ROPE_ALIGN)
-        rope = load_rope(rope_ptr + rope_at[:, None], D, present[:, None], ROPE, DOT, D_TILE)
-        latent_row = latent_ptr + latent_at[:, None]
-        scores = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
-        latent, scale = (), ()  # BLOCKS of [KEYS, WIDE]; FP8: of [1, KEYS]
-        for j in tl.static_range(BLOCKS):
-            if FP8:
-                values = load_e4m3(latent_row, j, R, present[:, None], DOT, WIDE, EVEN)
-                # The scale is applied outside the product, where nothing rounds it.
-                block_scale = load(scale_row, j * WIDE // 128, present, tl.float32) * 256.0
-                scale = scale + (block_scale[None, :],)
-                product = tl.dot(q_latent[j], tl.trans(values), input_precision=PRECISION)
-                scores += product * scale[j]
-            else:
-                values = load_block(latent_row, j, R, present[:, None], DOT, WIDE, EVEN)
-                scores = tl.dot(q_latent[j], tl.trans(values), scores, input_precision=PRECISION)
-            latent = latent + (values,)
-        scores = tl.where(present[None, :], scores * score_scale, float("-inf"))  # [ROWS, KEYS]
-
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        zero = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: weights are 0
-        weights = tl.exp2(scores - zero[:, None])
-        shrink = tl.exp2(top - zero)
-        total = total * shrink + tl.sum(weights, 1)
-        top = new_top
-        old_acc, old_used = acc, used
-        acc, used = (), ()
-        for j in tl.static_range(BLOCKS):
-            if FP8:
-                # What rounding to DOT makes of a weight times its scale is counted as the weight,
-                # so that it cancels where one token outweighs the others.
-                scaled = (weights * scale[j]).to(DOT)
-                back = scaled.to(tl.float32) * (1.0 / scale[j])
-                back = tl.where(tl.abs(scale[j]) < 1e-30, weights, back)
-                used = used + (old_used[j] * shrink + tl.sum(back, 1),)
-            else:
-                scaled = weights.to(DOT)
-            shrunk = old_acc[j] * shrink[:, None]
-            acc = acc + (tl.dot(scaled, latent[j], shrunk, input_precision=PRECISION),)
+        token = token_at(
+            latent_ptr, scale_ptr, rope_ptr, slot // page, slot % page,
+            latent_block, latent_slot, scale_block, scale_slot, rope_block, rope_slot,
+            LATENT_ALIGN, ROPE_ALIGN,
+        )  # fmt: skip
+        acc, used, top, total = attend_tile(
+            acc, used, top, total, q, token, present, present[None, :], score_scale, R, D,
+            FP8, DOT, ROPE, PRECISION, WIDE, EVEN, D_TILE,
+        )  # fmt: skip
 
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
     whole = split_length >= length  # the only split
     row = (sequence * Sq + query) * H + head
     partial_row = (sequence * tl.num_programs(1) + split) * Sq * H + query * H + head
-    share = share_beside_sink(sink_ptr, head, known, lse)
     if whole:
         at = (sequence * H + head) * Sq + query
         tl.store(lse_ptr + at, lse * LN_2, mask=known)
@@ -219,41 +181,10 @@ def kernel(
             tl.store(max_ptr + at, top * LN_2, mask=known)
     elif partial_ptr is not None:
         tl.store(partial_lse_ptr + partial_row, lse, mask=known)
-    for j in tl.static_range(BLOCKS):
-        at = j * WIDE + tl.arange(0, WIDE)[None, :]
-        inside = known[:, None] & ((at < R) | EVEN)
-        norm = used[j] if FP8 else total
-        result = acc[j] / tl.where(total == 0.0, 1.0, norm)[:, None]
-        if whole:
-            cast = (result * share[:, None]).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row[:, None] * R + at, cast, mask=inside)
-        elif partial_ptr is not None:
-            tl.store(partial_ptr + partial_row[:, None] * R + at, result, mask=inside)
-
-
-@triton.jit
-def load_block(row_ptr, j, R, mask, DOT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr):
-    """Values j * WIDE and on of each row's R: [rows, WIDE] of DOT; 0 where masked and past R."""
-    at = j * WIDE + tl.arange(0, WIDE)[None, :]
-    return tl.load(row_ptr + at, mask=mask & ((at < R) | EVEN), other=0.0).to(DOT)
-
-
-@triton.jit
-def load_e4m3(row_ptr, j, R, mask, DOT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr):
-    """As `load_block`, of e4m3 values, not yet times 256 times their scales; from words."""
-    word = j * (WIDE // 4) + tl.arange(0, WIDE // 4)[None, :]
-    values = e4m3_over_256(load(row_ptr, word, mask & ((word * 4 < R) | EVEN), tl.int32), DOT)
-    if not EVEN:  # the last word may be of R % 4 values
-        at = j * WIDE + tl.arange(0, WIDE)[None, :]
-        values = tl.where(mask & (at < R), values, 0.0)
-    return values
-
-
-@triton.jit
-def load_rope(row_ptr, D, mask, ROPE: tl.constexpr, DOT: tl.constexpr, D_TILE: tl.constexpr):
-    """D values of each row, which may be bytes of ROPE: [rows, D_TILE] of DOT, 0 elsewhere."""
-    column = tl.arange(0, D_TILE)[None, :]
-    return load(row_ptr, column, mask & (column < D), ROPE).to(DOT)
+    share = share_beside_sink(sink_ptr, head, known, lse)
+    store_results(
+        out_ptr, partial_ptr, row, partial_row, known, whole, acc, used, total, share, R, WIDE, EVEN
+    )
 
 
 def check_indices(op: str, indices: Tensor, topk_length: Tensor | None, slots: int) -> None:

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ..runtime import arch
 from .mla_decode import triton_dtype
-from .sparse import load_block, load_rope
 from .splits import length_of, share_beside_sink
+from .token_tiles import load_block, load_rope
 
 WORKSPACE = 1 << 30  # bytes
 LOG2_E = tl.constexpr(1.4426950408889634)
