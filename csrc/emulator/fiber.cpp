@@ -35,6 +35,11 @@ void* new_stack(size_t bytes) {
   return stack;
 }
 
+void free_spare_stacks() {
+  for (const auto& [stack, bytes] : spare) munmap(stack, bytes);
+  spare.clear();
+}
+
 void first_steps() {
   starting->run_body();
   std::abort();  // a finished fiber is never entered again
@@ -125,3 +130,6 @@ void Fiber::run_body() {
 }
 
 }  // namespace emulator
+
+// For who loads many libraries of emulated kernels: a process may have some 65,000 mappings only.
+extern "C" void emulate_free_stacks() { emulator::free_spare_stacks(); }

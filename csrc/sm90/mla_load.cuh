@@ -10,8 +10,9 @@
 //
 //     scale = step · ratio        step: scale rounded up to 4 significant bits; 8/9 < ratio <= 1
 //
-// A code has 4 significant bits, so code · step is a bf16 exactly: that goes to the tile, and the
-// ratios beside it, which the products are given afterwards (mla_decode.cuh).
+// A code has 4 significant bits, so code · step is a bf16 exactly: that goes to the tile. The ratios
+// are for the products (mla_multiply.cuh), which want them as factors: ratio 0 / ratio 1,
+// ratio 1 / ratio 2, ratio 2 / ratio 3, and ratio 3.
 #pragma once
 
 #include "mla_tile.cuh"
@@ -34,12 +35,16 @@ SM90_DEVICE void gather_row(char* tile, int row, const bf16* from) {
   }
 }
 
-// The multiplying warpgroups' threads bring the 64 rows of q.
+// The multiplying warpgroups' threads bring the 64 rows of q, and how many tokens each sees.
 SM90_DEVICE void load_queries(const MlaArguments& p, const MlaWork& w, char* memory) {
   for (int i = thread_index() / 8; i < MlaTile::ROWS; i += 32) {
     const int row = w.row + i, query = row / p.H, head = row % p.H;
     const int64_t at = w.sequence * p.q_batch + query * p.q_query + head * p.q_head;
     gather_row(memory, i, row < p.Sq * p.H ? static_cast<const bf16*>(p.q) + at : nullptr);
+    if (lane_index() % 8 == 0) {
+      store_shared(memory + MlaTile::LIMITS + 4 * i,
+                   p.causal ? w.length - (p.Sq - 1 - query) : w.length);
+    }
   }
   fence_async_proxy();
   named_barrier_sync(1, 256);
@@ -53,49 +58,85 @@ SM90_DEVICE int page_of(const MlaArguments& p, const MlaWork& w, int token) {
 }
 
 // The loading warpgroup, from a bf16 cache.
-SM90_DEVICE void load_tokens(const TensorMap* map, const MlaArguments& p, const MlaWork& w,
-                             char* memory) {
-  TokenRing ring(memory);
+struct Bf16Loader {
+  const TensorMap* map;
+  const MlaArguments& p;
+  const MlaWork& w;
+  Pieces pieces;
   const int thread = thread_index() % 128;
-  for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
-    const int page = page_of(p, w, first);
-    const bool by_tma = p.by_tma && page >= 0 && first + MlaTile::TOKENS <= w.end;
-    ring.wait_empty();
-    Barrier* full = &ring.full[ring.stage];
-    if (by_tma) {
-      if (thread < MlaTile::TOKENS) {
-        store_shared(ring.places() + thread, static_cast<uint8_t>(thread));
-      }
-      if (thread == 0) {
-        barrier_arrive_expect(full, MlaTile::TILE_BYTES);
-        const int row = static_cast<int>(page * p.page_rows) + first % p.page;
-        for (int j = 0; j < MlaTile::COLUMNS; ++j) {
-          tma_load(ring.tokens() + j * MlaTile::COLUMN_BYTES, map, full, j * 64, row);
-        }
-      } else {
-        barrier_arrive(full);
+
+  // Fills the next piece, columns `from` to `to` of the whole tile that begins with `token`.
+  SM90_DEVICE void fill(const TokenTile& tile, int from, int to, int page, int token) {
+    Barrier* full = &pieces.full[pieces.stage];
+    pieces.wait_empty();
+    if (from == 0 && thread < MlaTile::TOKENS) {
+      store_shared(tile.places + thread, static_cast<uint8_t>(thread));
+    }
+    if (thread == 0) {
+      barrier_arrive_expect(full, (to - from) * MlaTile::COLUMN_BYTES);
+      const int row = static_cast<int>(page * p.page_rows) + token % p.page;
+      for (int j = from; j < to; ++j) {
+        tma_load(tile.tokens + j * MlaTile::COLUMN_BYTES, map, full, j * 64, row);
       }
     } else {
-      for (int row = thread / 8; row < MlaTile::TOKENS; row += 16) {
-        const int token = first + row, found = page_of(p, w, token);
-        const bf16* from = nullptr;
-        if (found >= 0) {
-          from = static_cast<const bf16*>(p.cache) + found * p.block + token % p.page * p.slot;
-        }
-        gather_row(ring.tokens(), row, from);
-        if (thread % 8 == 0) {
-          store_shared(ring.places() + row, static_cast<uint8_t>(from ? row : ABSENT));
-        }
-      }
-      fence_async_proxy();
       barrier_arrive(full);
     }
-    ring.next();
+    pieces.next();
+  }
+
+  // Gathers the 64 tokens from `first` on, as far as they are there.
+  SM90_DEVICE void gather(const TokenTile& tile, int first) {
+    Barrier* full = &pieces.full[pieces.stage];
+    pieces.wait_empty();
+    pieces.next();
+    pieces.wait_empty();
+    pieces.next();
+    for (int row = thread / 8; row < MlaTile::TOKENS; row += 16) {
+      const int token = first + row, page = page_of(p, w, token);
+      const bf16* from = nullptr;
+      if (page >= 0) {
+        from = static_cast<const bf16*>(p.cache) + page * p.block + token % p.page * p.slot;
+      }
+      gather_row(tile.tokens, row, from);
+      if (thread % 8 == 0) {
+        store_shared(tile.places + row, static_cast<uint8_t>(from ? row : ABSENT));
+      }
+    }
+    fence_async_proxy();
+    barrier_arrive(full);
+    barrier_arrive(full + 1);
+  }
+};
+
+SM90_DEVICE void load_tokens(const TensorMap* map, const MlaArguments& p, const MlaWork& w,
+                             char* memory) {
+  Bf16Loader loader{map, p, w, Pieces(memory + MlaTile::BARRIERS)};
+  int page = page_of(p, w, w.begin);
+  for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
+    const TokenTile tile(memory, loader.pieces.stage / 2);
+    const int next = page_of(p, w, first + MlaTile::TOKENS);  // while this tile is waited for
+    if (p.by_tma && page >= 0 && first + MlaTile::TOKENS <= w.end) {
+      loader.fill(tile, 0, MlaTile::LEFT_COLUMNS, page, first);
+      loader.fill(tile, MlaTile::LEFT_COLUMNS, MlaTile::COLUMNS, page, first);
+    } else {
+      loader.gather(tile, first);
+    }
+    page = next;
   }
 }
 
-// The bits of a scale rounded up to 4 significant bits.
-SM90_DEVICE uint32_t rounded_up(uint32_t scale) { return (scale + 0xfffff) & 0xfff00000; }
+constexpr uint32_t INFINITE = 0x7f800000, MAGNITUDE = 0x7fffffff;  // of a float32's bits
+
+// A scale rounded up to 4 significant bits, in bits; NaN remains one.
+SM90_DEVICE uint32_t step_of(uint32_t scale) {
+  return (scale & MAGNITUDE) > INFINITE ? INFINITE + 0x400000 : (scale + 0xfffff) & 0xfff00000;
+}
+// scale / step; 1 where that is no number, and what the scale is stands in the tile.
+SM90_DEVICE float ratio_of(uint32_t scale) {
+  const uint32_t step = step_of(scale), size = step & MAGNITUDE;
+  const bool divides = size > 0 && size < INFINITE;
+  return divides ? divide(float_of(scale), float_of(step)) : 1.0f;
+}
 
 // One of eight lanes' part of a token of an FP8 cache, in registers.
 struct Fp8Token {
@@ -129,27 +170,29 @@ struct Fp8Loader {
   }
 
   // Puts it to its place in the tile, where the 16 begin at row `first`.
-  SM90_DEVICE void put(const Fp8Token& token, int first, TokenRing& ring) {
+  SM90_DEVICE void put(const Fp8Token& token, int first, const TokenTile& tile) {
     const int at = first + row;
-    char* place = ring.tokens() + at * 128;
+    char* place = tile.tokens + at * 128;
     const uint32_t* scales = token.scales.word;
 #pragma unroll
     for (int j = 0; j < MlaTile::BLOCKS; ++j) {
-      const uint32_t step = rounded_up(scales[j]);
+      const uint32_t step = step_of(scales[j]);
       put_codes(token.codes[j], step | step >> 16,
                 place + (j * 2 + chunk / 4) * MlaTile::COLUMN_BYTES, at % 8);
     }
     store_shared(place + (MlaTile::COLUMNS - 1) * MlaTile::COLUMN_BYTES + (chunk ^ (at % 8)) * 16,
                  token.rope);
+    const uint32_t low = chunk % 2 ? scales[1] : scales[0], high = chunk % 2 ? scales[3] : scales[2];
+    const uint32_t bits = chunk % 4 < 2 ? low : high;  // of block `chunk`, if there is one
+    const float ratio = ratio_of(bits);
+    const float next = float_of(static_cast<uint32_t>(
+        shuffle_from(static_cast<int>(float_bits(ratio)), (lane_index() + 1) % 32)));
     if (chunk < MlaTile::BLOCKS) {
-      const uint32_t bits = chunk < 2 ? (chunk < 1 ? scales[0] : scales[1])
-                                      : (chunk < 3 ? scales[2] : scales[3]);
-      const float scale = float_of(bits), step = float_of(rounded_up(bits));
-      const float ratio = scale == 0.0f ? 1.0f : divide(scale, step);  // NaN if it is one
-      store_shared(ring.ratios() + (chunk * MlaTile::TOKENS + at) * 4, ratio);
+      store_shared(tile.factors + (chunk * MlaTile::TOKENS + at) * 4,
+                   chunk < MlaTile::BLOCKS - 1 ? divide(ratio, next) : ratio);
     }
     if (chunk == 0) {
-      store_shared(ring.places() + at, static_cast<uint8_t>(token.there ? at : ABSENT));
+      store_shared(tile.places + at, static_cast<uint8_t>(token.there ? at : ABSENT));
     }
   }
 
@@ -176,22 +219,27 @@ struct Fp8Loader {
 
 // The loading warpgroup, from an FP8 cache: 32 tokens are in flight while others are unpacked.
 SM90_DEVICE void load_fp8_tokens(const MlaArguments& p, const MlaWork& w, char* memory) {
-  TokenRing ring(memory);
+  Pieces pieces(memory + MlaTile::BARRIERS);
   Fp8Loader loader(p, w);
   Fp8Token even, odd;
   loader.fetch(even, w.begin);
   loader.fetch(odd, w.begin + 16);
   for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
-    ring.wait_empty();
+    const TokenTile tile(memory, pieces.stage / 2);
+    Barrier* full = &pieces.full[pieces.stage];
+    pieces.wait_empty();
+    pieces.next();
+    pieces.wait_empty();
+    pieces.next();
     for (int at = 0; at < MlaTile::TOKENS; at += 32) {
-      loader.put(even, at, ring);
+      loader.put(even, at, tile);
       loader.fetch(even, first + at + 32);
-      loader.put(odd, at + 16, ring);
+      loader.put(odd, at + 16, tile);
       loader.fetch(odd, first + at + 48);
     }
     fence_async_proxy();
-    barrier_arrive(&ring.full[ring.stage]);
-    ring.next();
+    barrier_arrive(full);
+    barrier_arrive(full + 1);
   }
 }
 

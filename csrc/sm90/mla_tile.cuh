@@ -7,20 +7,22 @@
 namespace sm90 {
 
 struct MlaTile {
-  static constexpr int ROWS = 64, TOKENS = 64, WIDTH = 576, VALUES = 512, STAGES = 2;
-  static constexpr int COLUMNS = WIDTH / 64;  // of 64 values: 128-byte rows, swizzled
+  static constexpr int ROWS = 64, TOKENS = 64, WIDTH = 576, VALUES = 512;
+  static constexpr int COLUMNS = WIDTH / 64;   // of 64 values: 128-byte rows, swizzled
+  static constexpr int LEFT_COLUMNS = 4;       // of the 8 that are values
   static constexpr int BLOCKS = VALUES / 128;  // of an FP8 token's latents, with a scale each
   static constexpr int THREADS = 384;
   static constexpr uint32_t COLUMN_BYTES = 64 * 128, TILE_BYTES = COLUMNS * COLUMN_BYTES;
-  static constexpr uint32_t TOKENS_AT = TILE_BYTES;  // the ring, behind Q
-  static constexpr uint32_t WEIGHTS = TOKENS_AT + STAGES * TILE_BYTES;
-  static constexpr uint32_t RATIOS = WEIGHTS + COLUMN_BYTES;
-  static constexpr uint32_t RATIO_BYTES = BLOCKS * TOKENS * 4;  // of a stage
-  static constexpr uint32_t PLACES = RATIOS + STAGES * RATIO_BYTES;
-  static constexpr uint32_t PLACE_BYTES = TOKENS;  // of a stage
-  static constexpr uint32_t EXCHANGED = PLACES + STAGES * PLACE_BYTES;  // maxima, at the end sums
-  static constexpr uint32_t BARRIERS = EXCHANGED + 2 * ROWS * 4;
-  static constexpr uint32_t SHARED_BYTES = BARRIERS + Ring<STAGES>::BYTES;
+  static constexpr uint32_t TOKENS_AT = TILE_BYTES;  // two tiles, behind Q
+  static constexpr uint32_t WEIGHTS = TOKENS_AT + 2 * TILE_BYTES;
+  static constexpr uint32_t FACTORS = WEIGHTS + 128 * 64;  // 64 bytes of each thread
+  static constexpr uint32_t FACTOR_BYTES = BLOCKS * TOKENS * 4;  // of a tile
+  static constexpr uint32_t PLACES = FACTORS + 2 * FACTOR_BYTES;
+  static constexpr uint32_t PLACE_BYTES = TOKENS;  // of a tile
+  static constexpr uint32_t EXCHANGED = PLACES + 2 * PLACE_BYTES;  // maxima, at the end sums
+  static constexpr uint32_t LIMITS = EXCHANGED + 2 * ROWS * 4;  // tokens that a row sees
+  static constexpr uint32_t BARRIERS = LIMITS + ROWS * 4;
+  static constexpr uint32_t SHARED_BYTES = BARRIERS + Ring<4>::BYTES;
   static_assert(SHARED_BYTES <= 232448);
 };
 
@@ -63,15 +65,18 @@ struct MlaWork {
 
 };
 
-// The ring of token tiles. A tile is nine columns of 64 tokens by 64 values; each token's place in
-// the tile, or ABSENT; and of an FP8 cache the ratios [4, 64] of mla_load.cuh.
-struct TokenRing : Ring<MlaTile::STAGES> {
-  char* memory;
+// A token tile: nine columns of 64 tokens by 64 values; each token's place in it, or ABSENT; and of
+// an FP8 cache the factors [4, 64] of mla_load.cuh.
+struct TokenTile {
+  char *tokens, *places, *factors;
 
-  SM90_DEVICE explicit TokenRing(char* shared) : Ring(shared + MlaTile::BARRIERS), memory(shared) {}
-  SM90_DEVICE char* tokens() { return memory + MlaTile::TOKENS_AT + stage * MlaTile::TILE_BYTES; }
-  SM90_DEVICE char* places() { return memory + MlaTile::PLACES + stage * MlaTile::PLACE_BYTES; }
-  SM90_DEVICE char* ratios() { return memory + MlaTile::RATIOS + stage * MlaTile::RATIO_BYTES; }
+  SM90_DEVICE TokenTile(char* memory, int i)
+      : tokens(memory + MlaTile::TOKENS_AT + i * MlaTile::TILE_BYTES),
+        places(memory + MlaTile::PLACES + i * MlaTile::PLACE_BYTES),
+        factors(memory + MlaTile::FACTORS + i * MlaTile::FACTOR_BYTES) {}
 };
+
+// Both tiles are loaded and freed in two pieces each, columns 0 to 3 and 4 to 8: a ring of four.
+using Pieces = Ring<4>;
 
 }  // namespace sm90

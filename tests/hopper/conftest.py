@@ -68,6 +68,14 @@ class GemmArguments(ctypes.Structure):
     ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def planted(sources: dict[str, str]) -> Iterator[ctypes.CDLL]:
+    """A library of sources with a bug in them, as many of which may be loaded as there are bugs."""
+    library = build(sources)
+    yield library
+    library.emulate_free_stacks()
+
+
 class Allocation(ctypes.Structure):
     """emulator::Allocation."""
 

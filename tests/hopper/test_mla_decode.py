@@ -149,7 +149,7 @@ def test_scales_of_any_size(emulated_mla, generator):
     q, cache, table, lengths, *rest = operands(generator, lengths=(130, 65), Sq=2, H=3, **kind)
     used = ~(cache == 0xFF).all(-1, keepdim=True)
     scale = scales_of(cache)
-    for extreme in (0.0, 1e-40, 1e-30, 1e4, -3e-3):
+    for extreme in (0.0, 1e-40, 1e-45, 1e-30, 1e4, -3e-3):
         for block in range(4):
             scale[:, block::5, :, block] = extreme
         cache[:, ::3, :, :128] = 0x7E  # 448
@@ -157,17 +157,23 @@ def test_scales_of_any_size(emulated_mla, generator):
         check(emulated_mla, (q, poisoned, table, lengths, *rest))
 
 
-@pytest.mark.parametrize("at", [0, 300, 511, 512, 600])
+@pytest.mark.parametrize("at", [0, 300, 511, 512, 524, 600])
 def test_nan_is_seen_where_its_token_is(emulated_mla, at, generator):
-    """In a code, a scale or a RoPE value; causal queries before it do not score it."""
+    """In a code, a scale or a RoPE value. Of a token that a query does not see, as the oracle has
+    it: the columns that it spoils, not the others."""
     kind = CACHES["fp8"]
-    q, cache, table, lengths, *rest = operands(generator, lengths=(130, 65), H=3, page=64, **kind)
-    cache[table[0, 1], 5, 0, at : at + 4] = 0xFF
-    out, _ = check(emulated_mla, (q, cache, table, lengths, *rest))
-    assert out[0].isnan().all() and not out[1].isnan().any()
-    shorter = torch.tensor([69, 65], dtype=torch.int32)
-    out, _ = check(emulated_mla, (q, cache, table, shorter, *rest))
-    assert not out.isnan().any()
+    q, cache, table, lengths, *rest = operands(
+        generator, lengths=(130, 65), Sq=2, H=3, page=64, **kind
+    )
+    for token in (69, 129):
+        spoiled = cache.clone()
+        spoiled[table[0, token // 64], token % 64, 0, at : at + 4] = 0xFF
+        out, _ = check(emulated_mla, (q, spoiled, table, lengths, *rest))
+        assert out[0, 1].isnan().all() and not out[1].isnan().any()
+        assert out[0, 0].isnan().all() == (token == 69)
+        shorter = torch.tensor([token, 65], dtype=torch.int32)
+        out, _ = check(emulated_mla, (q, spoiled, table, shorter, *rest))
+        assert not out.isnan().any()
 
 
 def test_rounding_to_bf16_cancels_where_one_token_is_seen(emulated_mla, generator):

@@ -88,12 +88,13 @@ def test_instructions(compiled):
             assert len(re.findall(r"\bLD\.E\.128 ", part)) == 8 * spread, tile
 
 
-# Registers at launch, and instructions: WGMMAs of q and key, 36 of 16 values; of 16 tokens, 4, or
-# of an FP8 cache one for each block of columns; nine columns by TMA, or 48 bytes at a time of an
-# FP8 token for each of the four places in the loader that ask for it, six loads each.
+# Registers at launch, and instructions. WGMMAs of each warpgroup's loop: 36 of 16 values of q and
+# key, 4 of 16 tokens for either tile (FP8: two blocks of columns; of a tile that was given in a
+# loop), and those of a last tile alone. Nine columns by TMA; FP8 tokens are asked for at four
+# places, by six loads each.
 MLA_KERNELS = {
-    "mla_decodeILb0E": (168, {"HGMMA": 40, "UTMALDG": 9}),
-    "mla_decodeILb1E": (168, {"HGMMA": 44, "LDG.E.NA": 24}),
+    "mla_decodeILb0E": (168, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9}),
+    "mla_decodeILb1E": (168, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 24}),
     "mla_combine": (80, {}),
 }
 
@@ -130,3 +131,12 @@ def test_mla_decode_asks_for_fp8_tokens_before_it_waits(tmp_path):
     first_load = re.search(r"LDG\.E\.NA", loader).start()
     assert len(re.findall(r"LDG\.E\.NA", loader[: loader.index("SYNCS.PHASECHK")])) == 12
     assert first_load < loader.index("SYNCS.PHASECHK") < loader.index("F2FP.F16.E4M3")
+
+
+@pytest.mark.slow
+def test_mla_decode_makes_weights_while_products_run(tmp_path):
+    """The seesaw: between a P · V and the wait for it stand the exponentials of the other tile."""
+    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb0E" in p[:200])
+    waited_for = [p for p in part.split("WARPGROUP.DEPBAR") if "HGMMA.64x256" in p]
+    meanwhile = [p[p.index("HGMMA.64x256") :].count("MUFU.EX2") for p in waited_for]
+    assert max(meanwhile) >= 32, meanwhile

@@ -11,10 +11,10 @@ import re
 import pytest
 import torch
 
-from bench.emulator import build, sources
+from bench.emulator import sources
 from deepkern.testing import compare
 
-from .conftest import TILES, EmulatorFailure, Tile, gemm_of
+from .conftest import TILES, EmulatorFailure, Tile, gemm_of, planted
 from .test_fp8_gemm import operands, reference, run
 
 FILES = tuple(f"sm90/{name}.cuh" for name in (
@@ -221,9 +221,9 @@ def test_is_caught(name, generator):
     whole = sources()
     file = next((f for f in FILES if right in whole[f]), None)
     assert file, f"no kernel has {right!r} any more: plant another bug"
-    library = build(whole | {file: whole[file].replace(right, wrong)})
     look = looked_for if name in BUGS else looked_for_in_splits
-    found = caught(gemm_of(library), tile, generator, look)
+    with planted(whole | {file: whole[file].replace(right, wrong)}) as library:
+        found = caught(gemm_of(library), tile, generator, look)
     assert re.search(how, found, re.DOTALL), f"expected {how!r}, found {found!r}"
 
 

@@ -8,109 +8,136 @@ import pytest
 import torch
 
 import deepkern
-from bench.emulator import build, sources
+from bench.emulator import sources
 from deepkern.testing import compare
 
-from .conftest import EmulatorFailure, mla_of
+from .conftest import EmulatorFailure, mla_of, planted
 from .test_mla_decode import CACHES, WORST_SCALE, operands, scales_of
 
 FP8 = CACHES["fp8"]
 
-KERNELS = ("sm90/mla_decode.cuh", "sm90/mla_load.cuh", "sm90/mla_tile.cuh", "sm90/ring.cuh")
+KERNELS = tuple(f"sm90/{name}.cuh" for name in (
+    "mla_decode", "mla_load", "mla_multiply", "mla_store", "mla_tile", "ring"))  # fmt: skip
 WRONG = "wrong result"
 SOMEHOW = "."  # a race: which of its consequences shows first is chance
 UNFENCED = "no fence_async_proxy followed"
-GATHERED = "      fence_async_proxy();\n      barrier_arrive(full);"
-UNPACKED = "    fence_async_proxy();\n    barrier_arrive(&ring.full"
-PUT = "    const int at = first + row;\n"
-AFTER_SUMS = (
-    "    wgmma_wait<0>();\n    if (lane_index() == 0) barrier_arrive(&ring.empty[ring.stage]);"
-)
+WAITS = "    pieces.wait_empty();\n    pieces.next();\n" * 2
+NEXTS = "    pieces.next();\n" * 2
+FENCE = "    fence_async_proxy();\n"
+FILLED = "    barrier_arrive(full);\n    barrier_arrive(full + 1);\n  }\n"
+READ = """    wgmma_wait<0>();
+    if (lane_index() == 0) barrier_arrive(&pieces.empty[2 * tile + GROUP]);"""
+OWN = "    scale_sums(sum, shrink);\n    add_own(pair, 1);\n"
 # What is planted: what stands in the source, what in its place, how it is found out.
 BUGS = {
     "no wait for a free buffer": (
-        "    ring.wait_empty();\n    Barrier* full", "    Barrier* full", SOMEHOW),
-    "no wait for the tokens": ("    ring.wait_full();\n", "", SOMEHOW),
+        "    pieces.wait_empty();\n    if (from == 0", "    if (from == 0", SOMEHOW),
+    "no wait for a free buffer to gather in": (
+        WAITS + "    for (int row", NEXTS + "    for (int row", SOMEHOW),
+    "no wait for the left columns": (
+        "  barrier_wait(full, round);\n  wgmma_fence", "  wgmma_fence", SOMEHOW),
+    "no wait for the right columns": (
+        "  barrier_wait(full + 1, round);\n  multiply", "  multiply", SOMEHOW),
     "wrong parity": ("(&empty[stage], round ^ 1)", "(&empty[stage], round)", "deadlock"),
+    "rounds not counted": ("a.even(first);\n      a.round ^= 1;", "a.even(first);", SOMEHOW),
     "buffer handed on before the values were read": (
-        AFTER_SUMS, "\n".join(reversed(AFTER_SUMS.split("\n"))), SOMEHOW),
+        READ, "\n".join(reversed(READ.split("\n"))), SOMEHOW),
+    "the other's piece handed on": (
+        "empty[2 * tile + GROUP]", "empty[2 * tile + 1 - GROUP]", SOMEHOW),
     "no wait for the scores": (
-        "      wgmma_wait<0>();\n    }\n    weigh", "    }\n    weigh", SOMEHOW),
-    "one group alone frees a buffer": ("init(128, 8)", "init(128, 4)", SOMEHOW),
-    "gathered rows not fenced": (GATHERED, GATHERED.split("\n")[1], UNFENCED),
+        "LEFT_COLUMNS, true);\n  wgmma_commit();\n  wgmma_wait<0>();",
+        "LEFT_COLUMNS, true);\n  wgmma_commit();", SOMEHOW),
+    "three warps free a buffer": ("init(128, 4)", "init(128, 3)", SOMEHOW),
+    "gathered rows not fenced": (FENCE + FILLED + "};", FILLED + "};", UNFENCED),
     "queries not waited for": (
         "  fence_async_proxy();\n  named_barrier_sync(1, 256);\n}", "  fence_async_proxy();\n}",
         SOMEHOW),
-    "weights of the other half not waited for": (
-        "  named_barrier_sync(1, 256);\n  take_weights", "  take_weights", SOMEHOW),
-    "weights of the other half's other tokens": (
-        "from + i / 4 * 2048", "from + (1 - i / 4) * 2048", WRONG),
-    "own weights twice": ("weights + (1 - group) * 4096", "weights + group * 4096", WRONG),
-    "maxima of the other half not waited for": (
-        "  named_barrier_sync(1, 256);\n  float zero[2];", "  float zero[2];", SOMEHOW),
+    "weights of the other tile not waited for": (
+        "    named_barrier_sync(3 - GROUP, 256);\n", "", SOMEHOW),
+    "weights of the other tile's other tokens": (
+        "load_shared<Chunk>(weights + step", "load_shared<Chunk>(weights + (3 - step)", WRONG),
+    "maximum of one tile alone": (
+        "{load_shared<float>(tops), load_shared<float>(tops + 32)}", "{rows.top[0], rows.top[1]}",
+        WRONG),
+    "own maximum taken for the other's": (
+        "((1 - GROUP) * MlaTile::ROWS + row)", "(GROUP * MlaTile::ROWS + row)", SOMEHOW),
     "sums of the other half not waited for": (
-        "  named_barrier_sync(1, 256);\n  const bool whole", "  const bool whole", SOMEHOW),
+        "  named_barrier_sync(1, 256);\n  const int all", "  const int all", SOMEHOW),
+    "sums stored where maxima are read": (
+        "to = (1 - group) * MlaTile::ROWS", "to = group * MlaTile::ROWS", SOMEHOW),
     "sums not brought to the new maximum": (
         "sum[i / 64][i % 64] *= shrink[i / 2 % 2];", "sum[i / 64][i % 64] *= shrink[0];", WRONG),
-    "maximum of one half alone": (
-        "larger(top[half], load_shared<float>(maxima + 4 * other))", "top[half]", WRONG),
+    "sums scaled while values are added": (
+        "    free(0);\n" + OWN, OWN + "    free(0);\n", SOMEHOW),
+    "totals not brought to the new maximum": ("rows.total[half] *= shrink[half];", "", WRONG),
     "columns of the values interleaved": (
-        "step * 16 * 128, MlaTile::COLUMN_BYTES, 1024), true);",
-        "step * 16 * 128, MlaTile::COLUMN_BYTES / 2, 1024), true);", WRONG),
-    "first tokens' values for all": (
-        "matrix_descriptor(values + step * 16 * 128", "matrix_descriptor(values", WRONG),
+        "values + first * 128, MlaTile::COLUMN_BYTES", "values + first * 128, 4096", WRONG),
+    "first tokens' values for all": ("(values + first * 128", "(values", WRONG),
     "absent tokens seen": ("from ? row : ABSENT", "row", WRONG),
     "absent tokens seen where many follow": (
-        "{smaller(rows.limit[0] - first, MlaTile::TOKENS)", "{rows.limit[0] - first", WRONG),
+        "{smaller(load_shared<int>(limits) - first, MlaTile::TOKENS)",
+        "{load_shared<int>(limits) - first", WRONG),
     "tokens of a whole tile past the end": (
         "&& first + MlaTile::TOKENS <= w.end", "", SOMEHOW),
-    "page's first tokens for all": ("+ first % p.page;", ";", WRONG),
-    "new tokens see each other": ("w.length - (p.Sq - 1 - query) : w.length", "w.length : w.length",
-                                  WRONG),
+    "page's first tokens for all": ("page_rows) + token % p.page", "page_rows)", WRONG),
+    "new tokens see each other": (
+        "p.causal ? w.length - (p.Sq - 1 - query) : w.length", "w.length", WRONG),
     "fewer bytes announced": (
-        "expect(full, MlaTile::TILE_BYTES)", "expect(full, MlaTile::TILE_BYTES - 1024)", SOMEHOW),
+        "(to - from) * MlaTile::COLUMN_BYTES)", "(to - from) * MlaTile::COLUMN_BYTES - 1024)",
+        SOMEHOW),
     "too many registers": ("FP8 ? 88 : 72", "FP8 ? 96 : 80", "deadlock"),
-    "a split left out": ("i < cut.count; ++i) {", "i < cut.count - 1; ++i) {", WRONG),
+    "last tile left to one warpgroup": (
+        "    if (first < w.end) a.odd_alone();\n", "", SOMEHOW),
+    "rows of out not turned back": ("(chunk ^ (row % 8 * TURN))", "chunk", WRONG),
+    "rows of out read before they are whole": ("  warp_sync();\n", "", SOMEHOW),
+    "rows past the last stored": ("smaller(left, 16)", "16", SOMEHOW),
     "splits added up before they are there": (
         "  grid_dependency_wait();\n", "", "no grid_dependency_wait came before"),
     "splits read past caches that are up to date": (
         "load_written(p.partial_lse + at)", "load_global(p.partial_lse + at)",
         "load_global is for what nobody writes"),
-    "rows past the last stored": ("    if (m >= all) continue;\n", "", SOMEHOW),
     "every tile of rows the first one's": (
         "row = block_index() % p.tiles * MlaTile::ROWS", "row = 0", SOMEHOW),
     "all splits in one place": (
-        "* p.splits + w.split) * all + m", "* p.splits) * all + m", "nothing orders the two"),
+        "* p.splits + w.split) * all + w.row", "* p.splits) * all + w.row",
+        "nothing orders the two"),
+    "a split left out": ("i < cut.count; ++i) {", "i < cut.count - 1; ++i) {", WRONG),
     "splits not weighted": (
         "const float weight = exp2_of(load_written(p.partial_lse + at) - zero);",
         "const float weight = 1.0f;", WRONG),
 }  # fmt: skip
 FP8_BUGS = {
-    "no wait for a free buffer": ("    ring.wait_empty();\n    for", "    for", SOMEHOW),
-    "unpacked tokens not fenced": (UNPACKED, UNPACKED.split("\n")[1], UNFENCED),
+    "no wait for a free buffer": (WAITS + "    for (int at", NEXTS + "    for (int at", SOMEHOW),
+    "no wait for the tokens": (
+        "  barrier_wait(full, round);\n  barrier_wait(full + 1, round);\n", "", SOMEHOW),
+    "unpacked tokens not fenced": (FENCE + FILLED + "}\n", FILLED + "}\n", UNFENCED),
     "tokens announced before they are all there": (
         "at < MlaTile::TOKENS; at += 32", "at < MlaTile::TOKENS - 32; at += 32", SOMEHOW),
-    "buffers not taken in turn": (
-        "(&ring.full[ring.stage]);\n    ring.next();", "(&ring.full[ring.stage]);", SOMEHOW),
-    "scale of another block": ("rounded_up(scales[j])", "rounded_up(scales[0])", WRONG),
-    "ratio of another token": ("(chunk * MlaTile::TOKENS + at) * 4", "(chunk * MlaTile::TOKENS + "
-                               "(at ^ 1)) * 4", WRONG),
-    "ratio of another block in the scores": ("ratios + j * MlaTile::TOKENS * 4", "ratios", WRONG),
-    "ratio of another block in the values": ("group * 2 * MlaTile::TOKENS * 4", "0", WRONG),
-    "ratio of the other tokens": (
-        "weight, ratios + mine * 4", "weight, ratios + others * 4", WRONG),
+    "scale of another block": ("step_of(scales[j])", "step_of(scales[0])", WRONG),
+    "ratio of another token": (
+        "(chunk * MlaTile::TOKENS + at) * 4", "(chunk * MlaTile::TOKENS + (at ^ 1)) * 4", WRONG),
+    "ratios not divided by the next": (
+        "chunk < MlaTile::BLOCKS - 1 ? divide(ratio, next) : ratio", "ratio", WRONG),
+    "ratio of another block in the scores": (
+        "(j * MlaTile::TOKENS + column) * 4);\n      score",
+        "(3 * MlaTile::TOKENS + column) * 4);\n      score", WRONG),
+    "ratio of another block in the values": (
+        "const int b = j - 2 * GROUP;", "const int b = 1 - (j - 2 * GROUP);", WRONG),
+    "last block's scores alone": ("2 * j, j > 0)", "2 * j, false)", WRONG),
+    "no wait for a block's scores": (
+        "    wgmma_commit();\n    wgmma_wait<0>();\n#pragma unroll",
+        "    wgmma_commit();\n#pragma unroll", SOMEHOW),
     "RoPE a chunk off": ("from + 33 + chunk", "from + 32 + chunk", WRONG),
     "RoPE left out of the scores": (
-        "keys, MlaTile::COLUMNS - 1);", "keys, MlaTile::COLUMNS - 2);", WRONG),
+        "MlaTile::COLUMNS - 1, true)", "MlaTile::COLUMNS - 2, true)", WRONG),
     "halves of 16 codes the same way round": ("turned ? 1 - half : half", "half", WRONG),
     "not swizzled": ("(to ^ swizzle) * 16", "to * 16", WRONG),
-    "no zeros for absent tokens": (PUT, PUT + "    if (!token.there) return;\n", WRONG),
+    "no zeros for absent tokens": (
+        "      store_shared(row_of_column", "      if (step) store_shared(row_of_column", WRONG),
     "absent tokens seen": ("token.there ? at : ABSENT", "at", WRONG),
     "pages of the tokens before": ("w, token + 16)", "w, token)", WRONG),
-    "a scale of 0 divided by": ("scale == 0.0f ? 1.0f : ", "", WRONG),
-    "no wait for a block's scores": (
-        "    wgmma_wait<0>();\n    add_block", "    add_block", SOMEHOW),
-    "what rounding added not counted": ("(total + excess[b])", "total", WRONG),
+    "a scale of 0 divided by": ("size > 0 && ", "", WRONG),
+    "what rounding added not counted": ("total + sum_of_row(rows.excess[b][half])", "total", WRONG),
     "what rounding added not brought to the new maximum": (
         "rows.excess[0][half] *= shrink[half];", "rows.excess[0][half] *= 100 * shrink[half];",
         WRONG),
@@ -182,7 +209,8 @@ def with_bug(right: str, wrong: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", BUGS)
 def test_is_caught(name, generator):
     right, wrong, how = BUGS[name]
-    found = caught(mla_of(build(with_bug(right, wrong))), bf16_cases(generator))
+    with planted(with_bug(right, wrong)) as library:
+        found = caught(mla_of(library), bf16_cases(generator))
     assert re.search(how, found, re.DOTALL), f"expected {how!r}, found {found!r}"
 
 
@@ -190,7 +218,8 @@ def test_is_caught(name, generator):
 @pytest.mark.parametrize("name", FP8_BUGS)
 def test_is_caught_over_an_fp8_cache(name, generator):
     right, wrong, how = FP8_BUGS[name]
-    found = caught(mla_of(build(with_bug(right, wrong))), fp8_cases(generator))
+    with planted(with_bug(right, wrong)) as library:
+        found = caught(mla_of(library), fp8_cases(generator))
     assert re.search(how, found, re.DOTALL), f"expected {how!r}, found {found!r}"
 
 
