@@ -20,6 +20,7 @@ from torch import Tensor
 from ..quant.fp8 import BLOCK, as_bits, block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .hadamard_transform import RUN, TILE, butterflies
 
@@ -60,7 +61,7 @@ def launch(x: Tensor, scale: float, scale_format: str) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, N)  # a view unless the leading dimensions cannot be merged
     native_fp8 = arch.of(x.device).native_fp8_cast
     ROWS = TILE // N
-    kernel[(triton.cdiv(len(rows), ROWS),)](
+    kernel[(cdiv(len(rows), ROWS),)](
         rows, as_bits(q, native_fp8), q_scale, len(rows), rows.stride(0), scale,
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS, N=N,
         num_warps=4, enable_fp_fusion=False,

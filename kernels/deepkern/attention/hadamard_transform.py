@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.contract import check_that
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 
 MAX_N = 32768
@@ -71,7 +72,7 @@ def transform(x: Tensor, out: Tensor, rows: int, length: int, inner: int, scale:
     """Transforms `length` values `inner` apart, wherever such begin in the rows of x [rows, N]."""
     N = x.shape[1]
     COLUMNS = (TILE if inner == 1 else COLUMN_TILE) // length
-    kernel[(triton.cdiv(rows * (N // length), COLUMNS),)](
+    kernel[(cdiv(rows * (N // length), COLUMNS),)](
         x, out, rows * (N // length), N, inner, scale, x.stride(0), out.stride(0),
         LENGTH=length, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..quant.fp8 import matrix_operand
 from ..runtime.arch import Arch
 from ..runtime.contract import check_that
+from ..runtime.integers import next_power_of_2
 
 WIDE = 128  # of the head dimension, multiplied at a time
 
@@ -56,8 +57,8 @@ def tile_for(target: Arch, H: int, D: int, most: int) -> Tile:
     keys, columns, warps, stages = at_once
     if at_once[1] < H or D > WIDE or D % 16:
         keys, columns, warps, stages = in_parts
-    heads = min(max(triton.next_power_of_2(H), 2), columns)
-    wide = min(max(triton.next_power_of_2(D), 32), WIDE)
+    heads = min(max(next_power_of_2(H), 2), columns)
+    wide = min(max(next_power_of_2(D), 32), WIDE)
     queries = max(min(columns // heads, most), 16 // heads, 1)
     return Tile(keys, queries, heads, wide, warps, stages)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import store
 from .indexer_cache import check_pages, page_parts
@@ -64,9 +65,9 @@ def launch(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str) ->
         return
     native_fp8 = arch.of(cache.device).native_fp8_cast
     values, scales = page_parts(cache, FP8 if native_fp8 else torch.uint8)
-    D_TILE = max(triton.next_power_of_2(D), 16)
+    D_TILE = max(next_power_of_2(D), 16)
     ROWS = max(2048 // D_TILE, 1)
-    kernel[(triton.cdiv(T, ROWS),)](
+    kernel[(cdiv(T, ROWS),)](
         k, values, scales, slot_mapping, T, D, blocks * page, page,
         k.stride(0), values.stride(0), scales.stride(0),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS, D_TILE=D_TILE, num_warps=4,

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.contract import check_that
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 
 TILE = 2048  # values of each input that a program of 4 warps holds at a time: two loads a thread
@@ -85,7 +86,7 @@ def launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     S, H, D = out.shape[-3:]
     (out_a, lse_a), (out_b, lse_b) = flat(out_a, lse_a), flat(out_b, lse_b)
     ROWS, BLOCK_D = tile(D)
-    kernel[(triton.cdiv(lse.numel(), ROWS),)](
+    kernel[(cdiv(lse.numel(), ROWS),)](
         out_a, lse_a, out_b, lse_b, out, lse, lse.numel(), S, H, D,
         *out_a.stride()[:3], *lse_a.stride(), *out_b.stride()[:3], *lse_b.stride(),
         ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=4,
@@ -95,7 +96,7 @@ def launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
 
 def tile(D: int) -> tuple[int, int]:
     """ROWS and BLOCK_D, by D alone."""
-    BLOCK_D = min(max(triton.next_power_of_2(D), 16), 512)
+    BLOCK_D = min(max(next_power_of_2(D), 16), 512)
     return TILE // BLOCK_D, BLOCK_D
 
 
@@ -185,7 +186,7 @@ def launch_backward(
     S, H, D = out_a.shape[-3:]
     (out_a, lse_a), (out_b, lse_b) = flat(out_a, lse_a), flat(out_b, lse_b)
     ROWS, BLOCK_D = tile(D)
-    backward_kernel[(triton.cdiv(lse_a.numel(), ROWS),)](
+    backward_kernel[(cdiv(lse_a.numel(), ROWS),)](
         grad_out, grad_lse, out_a, lse_a, out_b, lse_b, *grads, lse_a.numel(), S, H, D,
         *out_a.stride()[:3], *lse_a.stride(), *out_b.stride()[:3], *lse_b.stride(),
         ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=4,

@@ -24,6 +24,7 @@ from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_that
 from ..runtime.exact import inverse_rms, sum_pairwise
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import check_width, parts, store, strides
 
@@ -94,9 +95,9 @@ def launch(latent, k_rope, cache, slot_mapping, norm_weight, positions, cos_sin,
         return
     native_fp8 = arch.of(cache.device).native_fp8_cast
     cached = parts(cache, R, FP8 if native_fp8 else torch.uint8)
-    R_TILE, D_TILE = max(triton.next_power_of_2(R), 128), max(triton.next_power_of_2(D), 2)
+    R_TILE, D_TILE = max(next_power_of_2(R), 128), max(next_power_of_2(D), 2)
     ROWS = max(2048 // R_TILE, 1)
-    kernel[(triton.cdiv(T, ROWS),)](
+    kernel[(cdiv(T, ROWS),)](
         latent, k_rope, *cached, slot_mapping, norm_weight, positions, cos_sin,
         T, R, D, blocks * page, page, eps, cos_sin.shape[0] if cos_sin is not None else 0,
         latent.stride(0), k_rope.stride(0), cos_sin.stride(0) if cos_sin is not None else 0,

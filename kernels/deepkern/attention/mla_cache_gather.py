@@ -18,6 +18,7 @@ from torch import Tensor
 from ..quant.fp8 import from_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import alignment, load, parts, rope_width, strides
 
@@ -82,14 +83,14 @@ def launch(cache, block_table, cu_seqlens, total_tokens, v_head_dim, starts, out
     blocks, page = cache.shape[:2]
     native_fp8 = arch.of(cache.device).native_fp8
     cached = parts(cache, R, FP8 if native_fp8 else torch.uint8)
-    kernel[(triton.cdiv(total_tokens, TOKENS),)](
+    kernel[(cdiv(total_tokens, TOKENS),)](
         *cached, block_table, cu_seqlens, starts, out,
         total_tokens, R, D, len(block_table), block_table.shape[1] * page, blocks, page,
         block_table.stride(0), *strides(*cached),
         FP8_CACHE=cache.dtype == torch.uint8, NATIVE_FP8=native_fp8,
         ROPE_ALIGN=alignment(cached[2]), TOKENS=TOKENS,
-        WIDE=min(max(triton.next_power_of_2(R), 128), 512),
-        D_TILE=max(triton.next_power_of_2(D), 2), num_warps=4,
+        WIDE=min(max(next_power_of_2(R), 128), 512),
+        D_TILE=max(next_power_of_2(D), 2), num_warps=4,
     )  # fmt: skip
     return out
 

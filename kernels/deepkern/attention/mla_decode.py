@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..runtime import arch
 from ..runtime.contract import check_that
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import alignment, check_width, parts, strides
 from .splits import LN_2, combine, length_of, split_length_of
@@ -107,12 +108,12 @@ def tile(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim
     target = arch.of(q.device)
     total = q.shape[1] * q.shape[2]
     rows, keys, wide, warps, stages = _tile(target, dot_dtype(q, cache), cache.dtype, total)
-    wide = max(min(wide, triton.next_power_of_2(max(v_head_dim, 1))), 16)
+    wide = max(min(wide, next_power_of_2(max(v_head_dim, 1))), 16)
     # Wider tokens than V3's 576 values need shorter tiles for the same shared memory.
     room = keys * 640
     while keys > 16 and keys * q.shape[3] > room:
         keys //= 2
-    tiles = triton.next_power_of_2(triton.cdiv(max(total, 1), rows))
+    tiles = next_power_of_2(cdiv(max(total, 1), rows))
     # A lone long sequence gets as many programs as keep the memory busy, where that bounds it, and
     # otherwise about as many as there are multiprocessors.
     max_splits = 64 if tiles == 1 else max(128 // tiles, 8)
@@ -161,13 +162,13 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
     capacity = block_table.shape[1] * page
     target = arch.of(q.device)
     t = tile(*args)
-    splits = max(min(triton.cdiv(capacity, t.min_split), t.max_splits), 1)
+    splits = max(min(cdiv(capacity, t.min_split), t.max_splits), 1)
     partial = partial_lse = None
     if splits > 1:
         partial = q.new_empty(B, splits, Sq * H, R, dtype=torch.float32)
         partial_lse = q.new_empty(B, splits, Sq * H, dtype=torch.float32)
     cached = parts(cache, R, torch.int32)
-    kernel[(B * triton.cdiv(Sq * H, t.rows), splits)](
+    kernel[(B * cdiv(Sq * H, t.rows), splits)](
         q, *cached, block_table, cache_seqlens, out, lse, partial, partial_lse,
         softmax_scale * LOG2_E, Sq, H, R, W - R, capacity, blocks, page,
         q.stride(0), q.stride(1), q.stride(2), block_table.stride(0), *strides(*cached),
@@ -175,16 +176,16 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
         DOT=triton_dtype(dot_dtype(q, cache)), ROPE=triton_dtype(rope_dtype(cache)),
         LATENT_ALIGN=alignment(cached[0]), ROPE_ALIGN=alignment(cached[2]),
         PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
-        ROWS=t.rows, KEYS=t.keys, WIDE=t.wide, BLOCKS=triton.cdiv(R, t.wide), EVEN=R % t.wide == 0,
-        D_TILE=max(triton.next_power_of_2(W - R), 16),
+        ROWS=t.rows, KEYS=t.keys, WIDE=t.wide, BLOCKS=cdiv(R, t.wide), EVEN=R % t.wide == 0,
+        D_TILE=max(next_power_of_2(W - R), 16),
         MIN_SPLIT=t.min_split, MAX_SPLITS=t.max_splits,
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     if splits > 1:
         ROWS = 4
-        combine[(B * triton.cdiv(Sq * H, ROWS),)](
+        combine[(B * cdiv(Sq * H, ROWS),)](
             partial, partial_lse, cache_seqlens, None, out, lse, Sq, H, R, capacity, splits,
-            ROWS=ROWS, R_TILE=max(triton.next_power_of_2(R), 1), KEYS=t.keys,
+            ROWS=ROWS, R_TILE=max(next_power_of_2(R), 1), KEYS=t.keys,
             MIN_SPLIT=t.min_split, MAX_SPLITS=t.max_splits, num_warps=4,
         )  # fmt: skip
     return out, lse

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime import arch
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .mla_prefill import LOG2_E, Tile, check_heads, fitted, mla_prefill, precision
 from .mla_prefill_gradients import key_kernel, query_kernel
@@ -115,10 +116,10 @@ def launch(
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
     if lse.numel():
         grad_lse_head = 0 if grad_lse is None else grad_lse.stride(0)
-        delta_kernel[(triton.cdiv(T, 32) * H,)](
+        delta_kernel[(cdiv(T, 32) * H,)](
             grad_out, out, lse, grad_lse, delta, T, H, Dv,
             *grad_out.stride()[:2], *out.stride()[:2], lse.stride(0), grad_lse_head,
-            ROWS=32, V=triton.next_power_of_2(max(Dv, 1)), num_warps=4,
+            ROWS=32, V=next_power_of_2(max(Dv, 1)), num_warps=4,
         )  # fmt: skip
     by_key, by_query = tile(q, v)
     key_tiles = cut(cu_seqlens_k, Tk, cu_seqlens_q, T, by_key.keys, last_first=False)

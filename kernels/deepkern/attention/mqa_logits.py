@@ -25,6 +25,7 @@ from torch import Tensor
 from ..quant.fp8 import as_bits, matrix_operand
 from ..runtime import arch
 from ..runtime.contract import check_that
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .head_sums import Tile, check_queries, head_sums, load_queries, load_weights, tile_for
 
@@ -79,8 +80,8 @@ def launch(q, kv, kv_scale, weights, starts, ends) -> Tensor:
     (S, H, D), Skv = q.shape, kv.shape[0]
     native_fp8 = arch.of(q.device).native_fp8
     t = tile(q)
-    blocks = triton.cdiv(S, t.queries)
-    kernel[(blocks * triton.cdiv(Skv, CHUNK),)](
+    blocks = cdiv(S, t.queries)
+    kernel[(blocks * cdiv(Skv, CHUNK),)](
         as_bits(q, native_fp8), as_bits(kv, native_fp8), kv_scale, weights, starts, ends, out,
         S, Skv, H, D if H else 0, blocks, q.stride(0), q.stride(1), kv.stride(0), weights.stride(0),
         KEYS=t.keys, QUERIES=t.queries, HEADS=t.heads, WIDE=t.wide, CHUNK=CHUNK,

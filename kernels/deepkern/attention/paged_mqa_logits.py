@@ -23,6 +23,7 @@ from torch import Tensor
 from ..quant.fp8 import as_bits, matrix_operand
 from ..runtime import arch
 from ..runtime.contract import FP8, check_that
+from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import load
 from .head_sums import Tile, check_queries, head_sums, load_queries, load_weights, tile_for
@@ -85,7 +86,7 @@ def paged_mqa_logits(
 def tile(q: Tensor, *_) -> Tile:
     """The tile for these shapes."""
     _, next_n, H, D = q.shape
-    return tile_for(arch.of(q.device), H, D, most=triton.next_power_of_2(max(next_n, 1)))
+    return tile_for(arch.of(q.device), H, D, most=next_power_of_2(max(next_n, 1)))
 
 
 @paged_mqa_logits.backend("triton")
@@ -99,9 +100,9 @@ def launch(q, cache, weights, context_lens, block_table, max_context_len) -> Ten
     native_fp8 = arch.of(q.device).native_fp8
     values, scales = page_parts(cache, FP8 if native_fp8 else torch.uint8)
     t = tile(q)
-    rounds = triton.cdiv(next_n, t.queries)
+    rounds = cdiv(next_n, t.queries)
     each = context_lens.dim() == 2
-    kernel[(B * triton.cdiv(max_context_len, CHUNK) * rounds,)](
+    kernel[(B * cdiv(max_context_len, CHUNK) * rounds,)](
         as_bits(q, native_fp8), values, scales, weights, context_lens, block_table, out,
         next_n, H, D if H else 0, max_context_len, block_table.shape[1] * page, blocks, page,
         rounds,

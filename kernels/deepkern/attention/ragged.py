@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quant.groups import larger
+from ..runtime.integers import cdiv, next_power_of_2
 
 
 def cut(cu: Tensor, rows: int, other_cu: Tensor, other_rows: int, BLOCK: int, last_first: bool):
@@ -27,7 +28,7 @@ def cut(cu: Tensor, rows: int, other_cu: Tensor, other_rows: int, BLOCK: int, la
     last_first: whether the last tile of a sequence comes first; put the longest work there.
     """
     spans = cu.shape[0] + 1
-    slots = triton.cdiv(rows, BLOCK) + spans - 1
+    slots = cdiv(rows, BLOCK) + spans - 1
     found = torch.empty(5, spans, dtype=torch.int32, device=cu.device)
     tiles = torch.empty(slots, 4, dtype=torch.int32, device=cu.device)
     span_kernel[(1,)](cu, other_cu, found, spans, rows, other_rows, BLOCK=BLOCK, CHUNK=1024)
@@ -103,8 +104,8 @@ def tile_at(tiles_ptr, tile):
 
 def parts(width: int) -> tuple[int, int]:
     """A width as two tiles of powers of two, the second 0 where one does: 192 = 128 + 64."""
-    whole = max(triton.next_power_of_2(width), 16)
-    rest = max(triton.next_power_of_2(max(width - whole // 2, 1)), 16)
+    whole = max(next_power_of_2(width), 16)
+    rest = max(next_power_of_2(max(width - whole // 2, 1)), 16)
     return (whole // 2, rest) if whole // 2 + rest < whole else (whole, 0)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..runtime import arch
 from ..runtime.contract import check_that
+from ..runtime.integers import cdiv, next_power_of_2
 from .cache import alignment, parts, strides
 from .mla_decode import LOG2_E, Tile, dot_dtype, rope_dtype, triton_dtype
 from .splits import LN_2, combine, length_of, share_beside_sink, split_length_of
@@ -33,7 +34,7 @@ MAX_SPLITS = 8
 
 def min_split(H: int) -> int:
     """Indices in a split at least: its partial result costs 4 to 7 tokens a head of traffic."""
-    return min(max(8 * triton.next_power_of_2(max(H, 1)), 256), 1024)
+    return min(max(8 * next_power_of_2(max(H, 1)), 256), 1024)
 
 
 def tile(q: Tensor, cache: Tensor, v_head_dim: int) -> Tile:
@@ -41,7 +42,7 @@ def tile(q: Tensor, cache: Tensor, v_head_dim: int) -> Tile:
     target = arch.of(q.device)
     H, W = q.shape[-2:]
     rows, keys, wide, warps, stages = _tile(target, dot_dtype(q, cache), cache.dtype, H)
-    wide = max(min(wide, triton.next_power_of_2(max(v_head_dim, 1))), 16)
+    wide = max(min(wide, next_power_of_2(max(v_head_dim, 1))), 16)
     # Wider tokens than V3's 576 values need shorter tiles for the same shared memory.
     room = keys * 640
     while keys > 16 and keys * W > room:
@@ -89,13 +90,13 @@ def attend(
     target = arch.of(q.device)
     t = tile(q, cache, R)
     least = min_split(H)
-    splits = max(min(triton.cdiv(topk, least), max_splits), 1)
+    splits = max(min(cdiv(topk, least), max_splits), 1)
     partial = partial_lse = None
     if splits > 1:
         partial = q.new_empty(B, splits, Sq * H, R, dtype=torch.float32)
         partial_lse = q.new_empty(B, splits, Sq * H, dtype=torch.float32)
     cached = parts(cache, R, torch.int32)
-    kernel[(B * Sq * triton.cdiv(H, t.rows), splits)](
+    kernel[(B * Sq * cdiv(H, t.rows), splits)](
         q, *cached, indices, topk_length, attn_sink, out, lse, max_logits, partial, partial_lse,
         softmax_scale * LOG2_E, Sq, H, R, W - R, topk, blocks * page, page,
         q.stride(0), q.stride(1), q.stride(2), indices.stride(0), indices.stride(1),
@@ -104,16 +105,16 @@ def attend(
         DOT=triton_dtype(dot_dtype(q, cache)), ROPE=triton_dtype(rope_dtype(cache)),
         LATENT_ALIGN=alignment(cached[0]), ROPE_ALIGN=alignment(cached[2]),
         PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
-        ROWS=t.rows, KEYS=t.keys, WIDE=t.wide, BLOCKS=triton.cdiv(R, t.wide), EVEN=R % t.wide == 0,
-        D_TILE=max(triton.next_power_of_2(W - R), 16),
+        ROWS=t.rows, KEYS=t.keys, WIDE=t.wide, BLOCKS=cdiv(R, t.wide), EVEN=R % t.wide == 0,
+        D_TILE=max(next_power_of_2(W - R), 16),
         MIN_SPLIT=least, MAX_SPLITS=max_splits,
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     if splits > 1:
         ROWS = 4
-        combine[(B * triton.cdiv(Sq * H, ROWS),)](
+        combine[(B * cdiv(Sq * H, ROWS),)](
             partial, partial_lse, topk_length, attn_sink, out, lse, Sq, H, R, topk, splits,
-            ROWS=ROWS, R_TILE=max(triton.next_power_of_2(R), 1), KEYS=t.keys,
+            ROWS=ROWS, R_TILE=max(next_power_of_2(R), 1), KEYS=t.keys,
             MIN_SPLIT=least, MAX_SPLITS=max_splits, num_warps=4,
         )  # fmt: skip
 

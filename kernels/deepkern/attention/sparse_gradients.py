@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime import arch
+from ..runtime.integers import cdiv, next_power_of_2
 from .mla_decode import triton_dtype
 from .splits import length_of, share_beside_sink
 from .token_tiles import load_block, load_rope
@@ -93,11 +94,11 @@ def launch_query(
     (S, H, W), R, topk = q.shape, out.shape[-1], indices.shape[-1]
     target = arch.of(q.device)
     rows, keys, wide, warps, stages = query_tile(target, q.dtype, H)
-    wide = max(min(wide, triton.next_power_of_2(max(R, 1))), 16)
+    wide = max(min(wide, next_power_of_2(max(R, 1))), 16)
     room = keys * 640
     while keys > 16 and keys * W > room:
         keys //= 2
-    query_kernel[(S * triton.cdiv(H, rows),)](
+    query_kernel[(S * cdiv(H, rows),)](
         grad_out, grad_lse, q, kv, indices, topk_length, attn_sink, out, lse,
         grad_q, sinks, weights[0], weights[1],
         softmax_scale, H, R, W - R, topk, kv.shape[0],
@@ -105,8 +106,8 @@ def launch_query(
         indices.stride(0), out.stride(0), out.stride(1), lse.stride(0),
         0 if grad_lse is None else grad_lse.stride(0),
         DOT=triton_dtype(q.dtype), PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
-        ROWS=rows, KEYS=keys, WIDE=wide, BLOCKS=triton.cdiv(R, wide), EVEN=R % wide == 0,
-        D_TILE=max(triton.next_power_of_2(W - R), 16),
+        ROWS=rows, KEYS=keys, WIDE=wide, BLOCKS=cdiv(R, wide), EVEN=R % wide == 0,
+        D_TILE=max(next_power_of_2(W - R), 16),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
@@ -115,7 +116,7 @@ def launch_pair(grad_out, q, topk_length, weights, shares):
     (S, H, W), R, topk = q.shape, grad_out.shape[-1], shares.shape[1]
     target = arch.of(q.device)
     heads, keys, warps, stages = pair_tile(target, q.dtype, H)
-    pair_kernel[(S * triton.cdiv(topk, keys), triton.cdiv(W, COLUMNS))](
+    pair_kernel[(S * cdiv(topk, keys), cdiv(W, COLUMNS))](
         grad_out, q, topk_length, weights[0], weights[1], shares, H, R, W, topk,
         grad_out.stride(0), grad_out.stride(1), q.stride(0), q.stride(1),
         PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
@@ -131,7 +132,7 @@ def launch_sum(indices, topk_length, shares, total):
     row, pair = torch.where(counts, indices, Skv).flatten().sort(stable=True)
     bounds = torch.arange(Skv + 1, dtype=torch.int32, device=indices.device)
     starts = torch.searchsorted(row, bounds, out_int32=True)
-    sum_kernel[(Skv, triton.cdiv(W, COLUMNS))](
+    sum_kernel[(Skv, cdiv(W, COLUMNS))](
         shares, pair, starts, total, W, PAIRS=PAIRS, COLUMNS=COLUMNS, num_warps=2
     )
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.contract import check_that
+from ..runtime.integers import cdiv
 from ..runtime.op import op
 
 MAX_K = 4096
@@ -68,7 +69,7 @@ def launch(logits: Tensor, k: int, lengths: Tensor | None) -> Tensor:
         return out
     keys, places, row, last = logits, None, logits.stride(0), False
     while not last:
-        chunks = max(triton.cdiv(N, TILE), 1)
+        chunks = max(cdiv(N, TILE), 1)
         last = chunks == 1
         chosen = out if last else out.new_empty((S, chunks * k))
         chosen_keys = None if last else torch.empty_like(chosen)
