@@ -81,6 +81,7 @@ SM90_DEVICE void score_tile(float (&score)[32], const char* queries, const Token
   wgmma_fence();
   multiply_queries<MlaTile::LEFT_COLUMNS>(score, queries, tile.tokens, 0, false);
   barrier_wait(full + 1, round);
+  wgmma_fence();  // ptxas wants one behind the wait's loop
   multiply_queries<MlaTile::COLUMNS - MlaTile::LEFT_COLUMNS>(score, queries, tile.tokens,
                                                              MlaTile::LEFT_COLUMNS, true);
   wgmma_commit();

@@ -6,11 +6,27 @@
 
 namespace sm90 {
 
-SM90_DEVICE void put_pair(char* to, float low, float high, uint32_t) {
-  store_shared(to, pack(to_bf16(low), to_bf16(high)));
+// 16 columns of sums, times the scales of a thread's two rows, to shared memory: as float32, or as
+// bf16, 16 rows of 32 bytes.
+SM90_DEVICE void put_columns(const float* sum, const float (&scale)[2], char* staged, int column,
+                             FloatPair) {
+  const int lane = lane_index(), row = lane / 4;
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    const int half = i / 2 % 2, at = (column + i / 4 * 8 + lane % 4 * 2) * 4;
+    store_shared(staged + (row + 8 * half) * 1024 + ((at / 16) ^ (row * 2)) * 16 + at % 16,
+                 FloatPair{sum[i] * scale[half], sum[i + 1] * scale[half]});
+  }
 }
-SM90_DEVICE void put_pair(char* to, float low, float high, FloatPair) {
-  store_shared(to, FloatPair{low, high});
+SM90_DEVICE void put_columns(const float* sum, const float (&scale)[2], char* staged, int column,
+                             uint32_t) {
+  const int row = lane_index() % 16, chunk = column / 8 + lane_index() / 16;
+  uint32_t pair[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    pair[i] = pack(to_bf16(sum[2 * i] * scale[i % 2]), to_bf16(sum[2 * i + 1] * scale[i % 2]));
+  }
+  store_matrix_x4(staged + row * 512 + (chunk ^ (row % 8)) * 16, pair[0], pair[1], pair[2], pair[3]);
 }
 
 // A warp's 16 rows of 256 sums, times `scale` (by block of columns and row), to `out`, whose rows are
@@ -22,11 +38,8 @@ SM90_DEVICE void store_rows(const float (&sum)[2][64], const float (&scale)[2][2
   const int lane = lane_index();
   // The chunks of eight rows are turned against each other, else they would lie in the same banks.
 #pragma unroll
-  for (int i = 0; i < 128; i += 2) {
-    const int b = i / 64, half = i / 2 % 2, row = lane / 4;
-    const int at = (b * 128 + i % 64 / 4 * 8 + lane % 4 * 2) / 2 * static_cast<int>(sizeof(Pair));
-    put_pair(staged + (row + 8 * half) * ROW_BYTES + ((at / 16) ^ (row * TURN)) * 16 + at % 16,
-             sum[b][i % 64] * scale[b][half], sum[b][i % 64 + 1] * scale[b][half], Pair{});
+  for (int i = 0; i < 128; i += 8) {
+    put_columns(&sum[i / 64][i % 64], scale[i / 64], staged, i * 2, Pair{});
   }
   warp_sync();
   for (int row = 0; row < rows; ++row) {

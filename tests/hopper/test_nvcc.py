@@ -91,10 +91,10 @@ def test_instructions(compiled):
 # Registers at launch, and instructions. WGMMAs of each warpgroup's loop: 36 of 16 values of q and
 # key, 4 of 16 tokens for either tile (FP8: two blocks of columns; of a tile that was given in a
 # loop), and those of a last tile alone. Nine columns by TMA; FP8 tokens are asked for at four
-# places, by six loads each.
+# places, by six loads each. Of out, 16 columns a store.
 MLA_KERNELS = {
-    "mla_decodeILb0E": (168, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9}),
-    "mla_decodeILb1E": (168, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 24}),
+    "mla_decodeILb0E": (168, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9, "STSM": 32}),
+    "mla_decodeILb1E": (168, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 24, "STSM": 32}),
     "mla_combine": (80, {}),
 }
 
@@ -114,7 +114,7 @@ def test_mla_decode(tmp_path):
         assert registers <= MLA_KERNELS[name][0], f"{name}: {registers}"
     for part in functions(cubin):
         name = mla_kernel(part)
-        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|LDG\.E\.NA|STL|LDL)\b", part))
+        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|LDG\.E\.NA|STSM|STL|LDL)\b", part))
         assert counts == MLA_KERNELS[name][1], f"{name}: {counts}"
 
 
