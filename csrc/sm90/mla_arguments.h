@@ -34,6 +34,7 @@ inline void cut_mla(MlaArguments& p) {
   p.min_split = int64_t{p.Sq} * p.H <= 32 ? 512 : 1024;
   const int most = p.capacity / p.min_split + (p.capacity % p.min_split > 0);
   p.splits = most < 1 ? 1 : most < p.max_splits ? most : p.max_splits;
+  if (p.page < 1) p.page = 1;  // pages of no tokens: no length reaches one, but divided by it is
   p.page_rows = p.slot > 0 ? p.block / p.slot : 0;
   p.by_tma = !p.fp8 && p.blocks > 0 && p.page % 64 == 0 && p.slot >= 576 && p.block % p.slot == 0 &&
              p.page_rows >= p.page && p.map_rows() < INT32_MAX - 64;

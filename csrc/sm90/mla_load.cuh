@@ -10,7 +10,8 @@
 //
 //     scale = step · ratio        step: scale rounded up to 4 significant bits; 8/9 < ratio <= 1
 //
-// A code has 4 significant bits, so code · step is a bf16 exactly: that goes to the tile. The ratios
+// A code has 4 significant bits, so code · step is a bf16 exactly: that goes to the tile. (Below
+// 2^-126 a ratio may be smaller; from 7e35 on the largest code's product is infinite.) The ratios
 // are for the products (mla_multiply.cuh), which want them as factors: ratio 0 / ratio 1,
 // ratio 1 / ratio 2, ratio 2 / ratio 3, and ratio 3.
 #pragma once
@@ -87,12 +88,18 @@ struct Bf16Loader {
   // Gathers the 64 tokens from `first` on, as far as they are there.
   SM90_DEVICE void gather(const TokenTile& tile, int first) {
     Barrier* full = &pieces.full[pieces.stage];
+    int pages[MlaTile::TOKENS / 16];  // all asked for before the wait
+#pragma unroll
+    for (int i = 0; i < MlaTile::TOKENS / 16; ++i) {
+      pages[i] = page_of(p, w, first + thread / 8 + i * 16);
+    }
     pieces.wait_empty();
     pieces.next();
     pieces.wait_empty();
     pieces.next();
-    for (int row = thread / 8; row < MlaTile::TOKENS; row += 16) {
-      const int token = first + row, page = page_of(p, w, token);
+#pragma unroll
+    for (int i = 0; i < MlaTile::TOKENS / 16; ++i) {
+      const int row = thread / 8 + i * 16, token = first + row, page = pages[i];
       const bf16* from = nullptr;
       if (page >= 0) {
         from = static_cast<const bf16*>(p.cache) + page * p.block + token % p.page * p.slot;

@@ -62,7 +62,6 @@ struct MlaWork {
     begin = split * cut.each;
     end = smaller(begin + cut.each, length);
   }
-
 };
 
 // A token tile: nine columns of 64 tokens by 64 values; each token's place in it, or ABSENT; and of

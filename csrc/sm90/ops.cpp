@@ -1,4 +1,5 @@
-// The `cuda` backend: the FP8 products and mla_decode on CUDA tensors. Compiled where nvcc compiled the kernels.
+// The `cuda` backend: the FP8 products and mla_decode on CUDA tensors. Compiled where nvcc compiled
+// the kernels.
 //
 // The Python ops have checked their arguments; what is checked here is what the kernels cannot do.
 #include <torch/csrc/stable/library.h>
@@ -169,8 +170,8 @@ bool rows_are_aligned(const Tensor& x) {
 
 Tensor with_aligned_rows(const Tensor& x) {
   if (rows_are_aligned(x)) return x;
-  const Tensor copy = torch::stable::new_empty(x, x.sizes());
-  return torch::stable::copy_(const_cast<Tensor&>(copy), x);
+  Tensor copy = torch::stable::new_empty(x, x.sizes());
+  return torch::stable::copy_(copy, x);
 }
 
 constexpr int64_t MLA_WIDTH = 576, MLA_VALUES = 512, MLA_FP8_WIDTH = 512 + 4 * 4 + 64 * 2;

@@ -22,7 +22,7 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 
 // Boxes of 128 bytes by `box_rows`, swizzled.
 inline bool encode(CUtensorMap* map, CUtensorMapDataType type, const void* base, int64_t rows,
-            int64_t columns, int64_t row_bytes, int element_bytes, int box_rows) {
+                   int64_t columns, int64_t row_bytes, int element_bytes, int box_rows) {
   const cuuint64_t shape[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / element_bytes),

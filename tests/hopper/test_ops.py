@@ -132,6 +132,16 @@ def test_decode(page, Sq, H, kind, generator):
     check("mla_decode", inputs.make("mla_decode", generator, **size))
 
 
+@pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}], ids=["bf16", "fp8"])
+def test_decode_over_pages_of_no_tokens(kind, generator):
+    """There is nothing to attend to, whatever the table and the lengths say."""
+    q, cache, *rest = deepkern.OPS["mla_decode"].positional(
+        inputs.make("mla_decode", generator, lengths=(70, 9), H=3, page=64, **kind)
+    )
+    out, lse = check("mla_decode", (q, cache[:, :0], *rest))
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 def test_decode_of_strided_arguments(generator):
     """Rows of q that start anywhere are copied; caches and tables are read as they lie."""
     q, cache, table, lengths, *rest = deepkern.OPS["mla_decode"].positional(

@@ -33,7 +33,8 @@ BUGS = {
     "no wait for a free buffer": (
         "    pieces.wait_empty();\n    if (from == 0", "    if (from == 0", SOMEHOW),
     "no wait for a free buffer to gather in": (
-        WAITS + "    for (int row", NEXTS + "    for (int row", SOMEHOW),
+        WAITS + "#pragma unroll", NEXTS + "#pragma unroll", SOMEHOW),
+    "page of another token": ("thread / 8 + i * 16);", "thread / 8);", WRONG),
     "no wait for the left columns": (
         "  barrier_wait(full, round);\n  wgmma_fence", "  wgmma_fence", SOMEHOW),
     "no wait for the right columns": (
