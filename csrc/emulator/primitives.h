@@ -9,7 +9,6 @@
 
 #define SM90_DEVICE inline
 #define SM90_KERNEL(threads, blocks) inline
-#define SM90_CLUSTER(n)
 #define SM90_PARAMETER const
 
 namespace sm90 {

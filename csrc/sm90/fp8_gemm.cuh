@@ -192,10 +192,11 @@ SM90_DEVICE void multiply_tiles(const TensorMap* out, const GemmArguments& p, ch
   } else if (thread_index() % 128 == 0) {
     tma_store_wait_read<0>();
   }
+  warp_sync();  // whole warps come to the cluster's barrier
 }
 
 template <class Tile>
-SM90_KERNEL(Tile::THREADS, Tile::GROUPS == 1 ? 2 : 1)
+SM90_KERNEL(Tile::THREADS, Tile::RESIDENT)
 void fp8_gemm(SM90_PARAMETER TensorMap a, SM90_PARAMETER TensorMap b,
               SM90_PARAMETER TensorMap out, SM90_PARAMETER GemmArguments p) {
   char* memory = shared_memory();
@@ -236,7 +237,7 @@ void fp8_gemm(SM90_PARAMETER TensorMap a, SM90_PARAMETER TensorMap b,
 }
 
 // Where the rows of each group lie: sizes[g] their first, sizes[groups + g] the one after the last,
-// set to INT_MAX and 0 before. Rows of no group are cleared. A warp takes a row.
+// set to more than all rows and to 0 before. Rows of no group are cleared. A warp takes a row.
 SM90_KERNEL(128, 1)
 void find_groups(const int* group_index, int* sizes, char* out, int M, int groups,
                         int64_t row_bytes) {

@@ -78,14 +78,14 @@ SM90_DEVICE char* share_place(char* shares, int m, int n) {
 template <class Tile>
 SM90_DEVICE Floats add_shares(const char* place, int splits) {
   if (!Tile::SPREAD) return load_shared<Floats>(place);
-  Floats share[MOST_SPLITS], sum{};
+  Floats share[MOST_SPLITS];
   for (int r = 0; r < MOST_SPLITS; ++r) {  // all asked for, then added
     if (r < splits) share[r] = load_shared_at(place, r);
   }
-  for (int r = 0; r < MOST_SPLITS; ++r) {
-    for (int i = 0; i < 4 && r < splits; ++i) sum.value[i] += share[r].value[i];
+  for (int r = 1; r < MOST_SPLITS; ++r) {
+    for (int i = 0; i < 4 && r < splits; ++i) share[0].value[i] += share[r].value[i];
   }
-  return sum;
+  return share[0];
 }
 
 // Four values of row `row` of D from column n on, or as many as there are.
@@ -154,9 +154,13 @@ SM90_DEVICE void add_run(float (&sum)[N / 2], char* ordered, bool is_first, bool
   }
   for (int i = 0; i < N / 2; i += 4) {
     char* place = ordered + (i / 4 * 128 + thread) * 16;
-    Floats total{};
+    Floats total;
     if (!is_first) total = load_shared<Floats>(place);
-    for (int j = 0; j < 4; ++j) sum[i + j] = total.value[j] += sum[i + j];
+    for (int j = 0; j < 4; ++j) {
+      // Not 0 + the first run: that would have another sign where the run is -0.
+      if (!is_first) sum[i + j] += total.value[j];
+      total.value[j] = sum[i + j];
+    }
     if (!is_last) store_shared(place, total);
   }
 }

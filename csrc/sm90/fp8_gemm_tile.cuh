@@ -7,6 +7,8 @@
 namespace sm90 {
 
 constexpr int MOST_SPLITS = 8;  // blocks of a cluster that every GPU takes
+// Shared memory of a multiprocessor, of a block, and what CUDA adds to each block.
+constexpr uint32_t SHARED_OF_ALL = 233472, SHARED_OF_BLOCK = 232448, SHARED_BESIDE = 1024;
 
 // LEFT_ROWS, RIGHT_ROWS: how many rows of an operand share a scale, 1 or 128.
 template <Form FORM_, int GROUPS_, int N_, int STAGES_, int CLUSTER_, bool SWAPPED_, int B_ROWS>
@@ -21,6 +23,7 @@ struct GemmTile {
   static constexpr bool IN_TURN = FORM == Form::dense && !SWAPPED;
   static constexpr int LEFT_ROWS = SWAPPED ? B_ROWS : 1, RIGHT_ROWS = SWAPPED ? 1 : B_ROWS;
   static constexpr int THREADS = 128 * (GROUPS + 1);
+  static constexpr int RESIDENT = GROUPS == 1 ? 2 : 1;  // blocks that a multiprocessor holds
   static constexpr uint32_t LEFT_BYTES = M * K, STAGE_BYTES = LEFT_BYTES + N * K;
   // Where a tile of D is put in order.
   static constexpr uint32_t ORDERED = STAGES * STAGE_BYTES, ORDERED_BYTES = M * N * 4;
@@ -33,7 +36,8 @@ struct GemmTile {
   using Tiles = Schedule<FORM, (SWAPPED ? N : M) * CLUSTER, SWAPPED ? M : N>;
   static_assert(RIGHT_ROWS == 1 || 128 % N == 0, "a tile has one scale of its right operand");
   static_assert(CLUSTER == 1 || (FORM == Form::dense && !SWAPPED && RIGHT_ROWS == 128));
-  static_assert(SHARED_BYTES <= 232448);
+  static_assert(SHARED_BYTES <= SHARED_OF_BLOCK);
+  static_assert(RESIDENT * (SHARED_BYTES + SHARED_BESIDE) <= SHARED_OF_ALL);
 };
 
 // What all warps know: the ring and its buffers.

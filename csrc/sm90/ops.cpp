@@ -33,14 +33,15 @@ void* stream_of(const char* op, const Tensor& x) {
   return stream;
 }
 
-// x [.., rows, K] as one matrix, whose rows start at multiples of 16 bytes as TMA wants them: a
-// view, or a copy.
+// x [.., rows, K] as one matrix, whose rows start at multiples of 16 bytes and do not overlap, as
+// TMA wants them: a view, or a copy.
 Tensor for_tma(const Tensor& x) {
   const int64_t K = x.size(x.dim() - 1), rows = K ? x.numel() / K : 0;
   const Tensor flat = x.dim() == 2 ? x : torch::stable::reshape(x, {rows, K});
   const bool aligned = reinterpret_cast<uintptr_t>(flat.const_data_ptr()) % 16 == 0;
   const bool by_row = K <= 1 || flat.stride(1) == 1;
-  if (aligned && by_row && (rows <= 1 || flat.stride(0) % 16 == 0)) return flat;
+  const bool apart = rows <= 1 || (flat.stride(0) % 16 == 0 && flat.stride(0) >= K);
+  if (aligned && by_row && apart) return flat;
   Tensor wide = torch::stable::new_empty(flat, {rows, (K + 15) / 16 * 16});
   Tensor copy = torch::stable::narrow(wide, 1, 0, K);
   return torch::stable::copy_(copy, flat);
@@ -152,9 +153,10 @@ Tensor k_grouped(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
   Tensor out = torch::stable::new_empty(a, {G, M, N}, ScalarType::Float);
   if (M * N == 0) return out;
   Product product(op, GemmForm::k_grouped, a, a_scale, b, b_scale, G);
-  // The kernel steps from group to group of c as rows follow each other.
+  // The kernel steps from group to group of c as rows follow each other; one row has any stride.
   const Tensor addend = c.has_value() ? torch::stable::contiguous(*c) : a;
   if (c.has_value()) product.add(op, addend);
+  product.x.gemm.c_row = N;
   product.x.sizes = data(group_offsets);
   return product.run(op, out, ScalarType::Float);
 }

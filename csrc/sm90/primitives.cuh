@@ -18,7 +18,6 @@
 
 #define SM90_DEVICE __device__ __forceinline__
 #define SM90_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
-#define SM90_CLUSTER(n) __cluster_dims__(n, 1, 1)
 #define SM90_PARAMETER const __grid_constant__
 
 namespace sm90 {

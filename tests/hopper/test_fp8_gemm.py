@@ -9,6 +9,7 @@ import torch
 
 import deepkern
 from bench.emulator import ORDERS, build, sources
+from deepkern.runtime.contract import FP8
 from deepkern.testing import compare, inputs
 
 from .conftest import TILES, Tile
@@ -109,6 +110,18 @@ def test_every_tile_gives_a_row_the_same_bits(emulated, b_rows, splits, generato
             args = a[one], a_scale[one], b, b_scale
             row = run(emulated, tile, args, torch.float32, splits=splits)
             compare.assert_bitwise(row, whole[one], f"{tile}, row {m}")
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_every_tile_gives_zero_the_same_sign(emulated, splits):
+    """Negative products so small that they are rounded to -0, which 0 + -0 is not."""
+    a, b = torch.zeros(3, 256), torch.zeros(16, 256)
+    a[:, ::128], b[:, ::128] = 2**-9, -(2**-9)
+    a, b = a.to(FP8), b.to(FP8)
+    for tile in DENSE:
+        a_scale, b_scale = torch.full((3, 2), 1e-40), torch.ones(16 if tile.b_rows == 1 else 1, 2)
+        got = run(emulated, tile, (a, a_scale, b, b_scale), torch.float32, splits=splits)
+        assert (got == 0).all() and got.signbit().all(), tile
 
 
 @pytest.mark.parametrize("tile", DENSE, ids=str)

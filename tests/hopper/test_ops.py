@@ -117,6 +117,22 @@ def test_any_layout(generator):
         compare.assert_bitwise(check("fp8_gemm_nt", (layout, columns, *other)), want)
 
 
+def test_rows_that_overlap(generator):
+    """One row many times, and rows that begin within each other: no tensor map has such strides."""
+    a, a_scale, b, b_scale = inputs.make("fp8_gemm_nt", generator, M=5, N=40, K=160)[:4]
+    check("fp8_gemm_nt", (a[:1].expand(5, -1), a_scale, b, b_scale))
+    overlapping = a.flatten().as_strided((5, 160), (16, 1))
+    check("fp8_gemm_nt", (overlapping, a_scale, b, b_scale))
+
+
+def test_addends_of_one_row(generator):
+    """torch calls a tensor contiguous whatever the stride of a dimension of length 1."""
+    args = inputs.make("k_grouped_fp8_gemm_nt", generator, M=1, N=40, K=160, G=3)[:5]
+    c = torch.randn(1, 3, 40, generator=generator).transpose(0, 1)
+    assert c.is_contiguous() and c.stride(1) == 120
+    check("k_grouped_fp8_gemm_nt", (*args, c))
+
+
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("size", SIZES)
 def test_groups(name, size, generator):

@@ -162,7 +162,8 @@ SPLIT_BUGS = {
         IN_TURN, "clamp(w.length - block * Tile::K, 0, p.run * Tile::K)",
         "w.length - block * Tile::K", SOMEHOW),
     "a total that holds the tile before": (
-        IN_TURN, "if (!is_first) total =", "total =", WRONG),
+        IN_TURN, "if (!is_first) sum[i + j] += total.value[j];",
+        "sum[i + j] += load_shared<Floats>(place).value[j];", WRONG),
     "a run forgotten": (IN_TURN, "if (!is_last) store_shared(place, total);", "", WRONG),
     "totals where TMA still reads": (
         IN_TURN, "    if (thread == 0) tma_store_wait_read<0>();\n", "", SOMEHOW),
