@@ -54,6 +54,34 @@ def test_refuses(argument, value, error, words):
     assert message.startswith(f"demo: {argument}: expected ") and words in message
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"a": torch.zeros(3, 300, dtype=torch.float64)},
+        {"a": torch.zeros(3, 600)[:, ::2]},
+        {"a": torch.zeros(2, 300)},
+        {"a": torch.zeros(3, 300, device="meta")},
+        {"a": torch.zeros(3, 300).tolist()},
+        {"x": None, "index": torch.zeros(5)},
+    ],
+)
+def test_what_has_passed_excuses_nothing_else(change):
+    """Checks are remembered; of failures nothing is."""
+    contract = Contract("demo", **{name: rule.text for name, rule in CONTRACT.rules.items()})
+    for _ in range(2):
+        contract.check(good() | {"index": None})
+        with pytest.raises((TypeError, ValueError), match="demo: "):
+            contract.check(good() | {"index": None} | change)
+
+
+def test_no_more_is_remembered_than_stated(monkeypatch):
+    monkeypatch.setattr("deepkern.runtime.contract.REMEMBERED", 3)
+    contract = Contract("demo", a="real [M]")
+    for n in range(10):
+        contract.check({"a": torch.zeros(n)})
+        assert len(contract._passed) <= 3
+
+
 def test_the_most_basic_error_comes_first():
     """Every argument's device is looked at before any dtype, dtypes before ranks, and so on."""
     tensors = {

@@ -1,7 +1,7 @@
 """Integer arithmetic of launchers.
 
-triton.cdiv and triton.next_power_of_2 give the same, but as they may be called in kernels too they
-take 1.5 µs a call, of the 15 or so that a launch may take.
+triton.cdiv and triton.next_power_of_2 give the same (but for the power of 0), but as they may be
+called in kernels too they take 1.5 µs a call, of the 15 or so that a launch may take.
 """
 
 from __future__ import annotations
