@@ -16,7 +16,9 @@ from .conftest import TILES, Tile
 
 FORMS = ("dense", "contiguous", "masked", "k_grouped")  # sm90::Form
 NVCC = shutil.which("nvcc")
-REGISTERS = {1: 128, 2: 168}  # of a thread, by warpgroups that multiply
+# Of a thread at launch, where warpgroups raise theirs later: with fewer, there would not be enough
+# to raise them to, and setmaxnreg would wait for ever.
+RAISED = 168
 
 
 def run(*command: str) -> str:
@@ -69,7 +71,9 @@ def test_registers_and_spills(compiled):
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", part))
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         assert spilled == 0, f"{tile} spills {spilled} bytes"
-        assert registers <= (REGISTERS[tile.groups] if tile else 32), f"{tile}: {registers}"
+        raised = tile is not None and tile.groups == 2
+        fits = registers == RAISED if raised else registers <= (128 if tile else 32)
+        assert fits, f"{tile}: {registers}"
     assert seen == {*TILES, None}
 
 
@@ -93,8 +97,8 @@ def test_instructions(compiled):
 # loop), and those of a last tile alone. Nine columns by TMA; FP8 tokens are asked for at four
 # places, by six loads each. Of out, 16 columns a store.
 MLA_KERNELS = {
-    "mla_decodeILb0E": (168, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9, "STSM": 32}),
-    "mla_decodeILb1E": (168, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 24, "STSM": 32}),
+    "mla_decodeILb0E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9, "STSM": 32}),
+    "mla_decodeILb1E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 24, "STSM": 32}),
     "mla_combine": (80, {}),
 }
 
@@ -111,7 +115,8 @@ def test_mla_decode(tmp_path):
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", part))
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         assert spilled == 0, f"{name} spills {spilled} bytes"
-        assert registers <= MLA_KERNELS[name][0], f"{name}: {registers}"
+        fits = registers == RAISED if "decode" in name else registers <= MLA_KERNELS[name][0]
+        assert fits, f"{name}: {registers}"
     for part in functions(cubin):
         name = mla_kernel(part)
         counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|LDG\.E\.NA|STSM|STL|LDL)\b", part))
