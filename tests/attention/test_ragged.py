@@ -29,7 +29,15 @@ def expected(cu, rows, other_cu, other_rows, block, last_first) -> list[list[int
 
 
 @pytest.mark.parametrize(
-    ("B", "last_first"), [(0, True), (1, False), (7, True), (8, False), (1023, True), (1100, False)]
+    ("B", "last_first"),
+    [
+        (0, True),
+        (1, False),
+        (7, True),
+        (8, False),
+        pytest.param(1023, True, marks=pytest.mark.slow),
+        pytest.param(1100, False, marks=pytest.mark.slow),
+    ],
 )
 def test_any_boundaries(B, last_first, generator):
     """Sorted and not, in range and not, more than are gone over at once; every row once."""

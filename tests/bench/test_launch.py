@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from bench import emulator
 from bench.machine import ROOT
 
 
+@pytest.mark.slow
 def test_times_both_routes(tmp_path):
     """In a process of its own, as its Triton is not the interpreter's."""
     command = [sys.executable, "-m", "bench", "launch", "cast_per_token", "fp8_gemm_nt"]

@@ -96,6 +96,7 @@ def test_command_line_refuses(words, said):
     assert done.exit_code == 2 and said in done.output
 
 
+@pytest.mark.slow
 def test_inspect_checks_and_prints_a_table():
     done = CliRunner().invoke(app, ["inspect", "cast_per_token", "--target", "sm_90", "--check"])
     assert done.exit_code == 0, done.output

@@ -134,6 +134,7 @@ def test_same_bits_twice(backend, generator):
         compare.assert_bitwise(a, b)
 
 
+@pytest.mark.slow
 def test_experts_without_tokens_have_no_gradient(backend, generator):
     x, weights, idx, w13, w2, grad = make(generator, E=6)
     idx = torch.where(idx > 2, 2**40, idx)
@@ -148,6 +149,7 @@ def test_no_tokens(backend, T, topk, generator):
     assert all(not g.any() for g in got)
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for(backend, generator):
     x, weights, idx, w13, w2, grad = make(generator)
     want = run(x, weights, idx, w13, w2, grad)

@@ -35,7 +35,7 @@ def assert_same(got: tuple, want: tuple, label: str = "result") -> None:
 
 @caches
 @pytest.mark.parametrize("Sq", [1, 2, 4])
-@pytest.mark.parametrize("H", [1, 3, 16, 64, 128])
+@pytest.mark.parametrize("H", [1, 3, 16, 64, pytest.param(128, marks=pytest.mark.slow)])
 def test_heads_and_queries(emulated_mla, H, Sq, kind, generator):
     """Every length, half of a tile's rows or several tiles, causal and not."""
     for causal in (True, False):

@@ -35,7 +35,8 @@ def check(args) -> torch.Tensor:
 
 @pytest.mark.parametrize("c", [False, True])
 @pytest.mark.parametrize(
-    ("M", "N", "K"), [(1, 1, 1), (3, 8, 100), (127, 100, 129), (129, 200, 500)]
+    ("M", "N", "K"),
+    [(1, 1, 1), (3, 8, 100), (127, 100, 129), pytest.param(129, 200, 500, marks=pytest.mark.slow)],
 )
 def test_off_every_grid(backend, generator, M, N, K, c):
     check(make(generator, M, N, K, G=3, c=c))

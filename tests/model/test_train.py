@@ -160,6 +160,7 @@ def test_precisions_train_alike(make_config, tmp_path):
     assert found["fp8"] != found["bf16"] != found["fp32"]
 
 
+@pytest.mark.slow
 def test_precisions_compared(make_config, monkeypatch, tmp_path, capsys):
     """The whole command, on a toy: what it trains, keeps, continues and writes."""
     monkeypatch.setattr(compare_precisions.Config, "preset", lambda *_, **__: make_config(**TOY))
