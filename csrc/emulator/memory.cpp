@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "machine.h"
+#include "primitives.h"
 
 namespace emulator {
 namespace {
@@ -171,3 +171,15 @@ extern "C" int emulate_memory(const emulator::Allocation* allocations, int count
 }
 
 extern "C" void emulate_any_memory() { emulator::memory().unregister(); }
+
+namespace sm90 {
+
+void touch_global(emulator::Touch how, const void* p, uint32_t bytes, const char* what, const void* value) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) {
+    emulator::fail(std::string(what) + ": " + std::to_string(bytes) + " bytes at an address that is no " +
+         "multiple of it");
+  }
+  emulator::current().block->machine->touch(how, p, bytes, what, value);
+}
+
+}  // namespace sm90

@@ -74,10 +74,8 @@ SM90_DEVICE char* share_place(char* shares, int m, int n) {
   return shares + (m * Tile::M + (n ^ m / 2 % 4 * 8)) * 4;
 }
 
-// The tile's four sums there: those of each block of the cluster, added in their order.
-template <class Tile>
+// Four sums of the tile: those that each block of the cluster has there, added in their order.
 SM90_DEVICE Floats add_shares(const char* place, int splits) {
-  if (!Tile::SPREAD) return load_shared<Floats>(place);
   Floats share[MOST_SPLITS];
   for (int r = 0; r < MOST_SPLITS; ++r) {  // all asked for, then added
     if (r < splits) share[r] = load_shared_at(place, r);
@@ -134,7 +132,10 @@ SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], Ring<1>& shared,
     const int64_t row = tiles.out_row(w, w.row + m);
     for (int n = 4 * lane_index(); n < Tile::M && w.column + n < p.N; n += 128) {
       Floats x{};
-      if (w.row + m < w.valid) x = add_shares<Tile>(share_place<Tile>(shares, m, n), splits);
+      if (w.row + m < w.valid) {
+        const char* place = share_place<Tile>(shares, m, n);
+        x = Tile::SPREAD ? add_shares(place, splits) : load_shared<Floats>(place);
+      }
       store_four(p, row, w.column + n, x);
     }
   }

@@ -22,8 +22,11 @@ def kernels() -> ctypes.CDLL:
     return build(sources())
 
 
+KERNELS = CSRC / "emulator" / "kernels"
+
+
 class How(ctypes.Structure):
-    """How of csrc/emulator/kernels/primitives.cpp."""
+    """How of csrc/emulator/kernels/harness.h."""
 
     _fields_ = [("seed", ctypes.c_uint64), ("order", ctypes.c_int),
                 ("message", ctypes.c_char_p), ("room", ctypes.c_int)]  # fmt: skip
@@ -306,7 +309,7 @@ def test_kernels_touch_memory_by_name():
         assert followed(wrong), wrong
 
 
-# How each misuse of csrc/emulator/kernels/primitives.cpp is refused.
+# How each misuse of csrc/emulator/kernels/misuses.cpp is refused.
 REFUSED = {
     "too much shared memory": "asks for 232449 bytes of shared memory, there are 232448",
     "too many registers": "more registers at launch than there are",
@@ -397,14 +400,14 @@ def test_refuses(kernels, misuse):
 
 
 def test_every_misuse_has_its_refusal():
-    text = (CSRC / "emulator" / "kernels" / "primitives.cpp").read_text()
-    planted = set(re.findall(r'name [!=]= "([^"]+)"', text[text.index("int emulate_misuse") :]))
+    text = (KERNELS / "misuses.cpp").read_text()
+    planted = set(re.findall(r'name [!=]= "([^"]+)"', text))
     assert planted == set(REFUSED), planted ^ set(REFUSED)
 
 
 def test_every_primitive_is_used_here():
     """What primitives.cuh declares, the kernels of these tests call."""
     declared = set(re.findall(r"^SM90_DEVICE .*?(\w+)\(", PRIMITIVES, re.MULTILINE))
-    text = (CSRC / "emulator" / "kernels" / "primitives.cpp").read_text()
+    text = "".join((KERNELS / f"{name}.cpp").read_text() for name in ("primitives", "misuses"))
     called = set(re.findall(r"\b(\w+)(?:<[^<>;]*>)?\(", text))
     assert len(declared) > 50 and declared <= called, declared - called
