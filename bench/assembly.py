@@ -40,7 +40,7 @@ def read(kernel, target: Arch) -> dict:
     source's IR, so dots without matrix instructions is a fallback to plain arithmetic.
     tma, async_copy: bulk tensor copies, and asynchronous copies to shared memory.
     """
-    threads = kernel.metadata.num_warps * target.warp
+    threads = kernel.metadata.num_warps * target.warp_size
     found = _read_cubin(kernel.asm["cubin"]) if target.backend == "cuda" else _read_gcn(kernel)
     record = {"shared": kernel.metadata.shared, "threads": threads, **found}
     limits = blocks(target, record["registers"], record["shared"], threads)
@@ -114,8 +114,10 @@ def blocks(target: Arch, registers: int, shared: int, threads: int) -> dict[str,
 
 def _blocks_nvidia(target: Arch, registers: int, shared: int, threads: int) -> dict[str, int]:
     most_threads, most_blocks, most_shared = _NVIDIA_LIMITS[target.name]
-    warps = threads // target.warp
-    per_warp = -(-registers * target.warp // 256) * 256  # registers are handed out by 256 a warp
+    warps = threads // target.warp_size
+    per_warp = (
+        -(-registers * target.warp_size // 256) * 256
+    )  # registers are handed out by 256 a warp
     return {
         "registers": 65536 // max(per_warp * warps, 1),
         "shared": most_shared // (shared + _NVIDIA_RESERVED),
@@ -128,7 +130,7 @@ def _blocks_amd(target: Arch, registers: int, shared: int, threads: int) -> dict
     """CDNA 3 and 4: four SIMDs, each with 512 registers a lane and at most 8 wavefronts."""
     waves = min(8, 512 // max(-(-registers // 8) * 8, 8))
     return {
-        "registers": 4 * waves * target.warp // threads,
-        "shared": target.shared // max(shared, 1),
-        "threads": 4 * 8 * target.warp // threads,
+        "registers": 4 * waves * target.warp_size // threads,
+        "shared": target.smem // max(shared, 1),
+        "threads": 4 * 8 * target.warp_size // threads,
     }

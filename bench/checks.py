@@ -53,7 +53,7 @@ def check(op: str, backend: str, device: torch.device, seed: int = 0) -> Iterato
         generator = torch.Generator(device).manual_seed(seed)
         try:
             args = deepkern.OPS[op].positional(inputs.make(op, generator, **size))
-            declined = backends.why_not(deepkern.OPS[op], backend, device, args)
+            declined = backends.unsupported_reason(deepkern.OPS[op], backend, device, args)
             if declined:
                 yield Check(op, backend, text(size), "oracle", None, None, 0.0, declined)
             else:

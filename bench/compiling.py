@@ -42,7 +42,7 @@ class StubDriver(DriverBase):
         self.target = target
         self.utils = SimpleNamespace(
             # Triton compares a kernel's shared memory with this and raises OutOfResources.
-            get_device_properties=lambda _: {"max_shared_mem": target.shared},
+            get_device_properties=lambda _: {"max_shared_mem": target.smem},
             load_binary=lambda *_: ("loaded", None, 0, 0, 1024),
             unload_module=lambda *_: None,
         )
@@ -51,7 +51,7 @@ class StubDriver(DriverBase):
         return lambda *args: None
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget(self.target.backend, self.target.target, self.target.warp)
+        return GPUTarget(self.target.backend, self.target.target, self.target.warp_size)
 
     def get_current_device(self) -> str:
         return self.target.name  # Triton keeps compiled kernels by device: so by target

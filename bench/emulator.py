@@ -99,7 +99,7 @@ def ops() -> ctypes.CDLL:
     parts = [compile_one(n, whole, *flags) for n in names]
     parts += [compile_one(n, whole) for n in whole if of_machine(n) and n.endswith(".cpp")]
     library = link(parts, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10")
-    native.why_absent()  # loads deepkern_native, where the schemas stand
+    native.missing_reason()  # loads deepkern_native, where the schemas stand
     schemas = torch.library.Library(LIBRARY, "DEF")
     for name in served():
         schema = str(getattr(torch.ops.deepkern_native, name).default._schema)
@@ -126,13 +126,13 @@ def cuda_backend(
     Without `launches` nothing is run: what is left is the host's side of a call.
     """
     ops().emulate_how(ctypes.c_uint64(seed), ORDERS[order], multiprocessors, int(launches))
-    on_gpu = backends._why_not_at_all
+    on_gpu = backends.unsupported_on_device
 
-    def why_not(op, name, device):
+    def unsupported(op, name, device):
         return None if name == "cuda" and op.name in served() else on_gpu(op, name, device)
 
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(backends, "_why_not_at_all", why_not))
+        patches.enter_context(mock.patch.object(backends, "unsupported_on_device", unsupported))
         for name in served():
             emulated = getattr(getattr(torch.ops, LIBRARY), name).default
             op = deepkern.OPS[name]

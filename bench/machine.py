@@ -49,12 +49,12 @@ def describe() -> dict:
 
 def served(op, name: str) -> bool:
     """Whether backend `name` can serve `op` on this machine's device."""
-    return backends.why_not(op, name, device()) is None
+    return backends.unsupported_reason(op, name, device()) is None
 
 
 def _served(name: str) -> str:
     """'9 of 9 ops', or why none."""
-    reasons = [backends.why_not(op, name, device()) for op in deepkern.OPS.values()]
+    reasons = [backends.unsupported_reason(op, name, device()) for op in deepkern.OPS.values()]
     count = reasons.count(None)
     return f"{count} of {len(reasons)} ops" if count else next(filter(None, reasons), "no ops")
 

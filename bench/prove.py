@@ -1,7 +1,8 @@
 """`python -m bench prove`: the GPU tests of the Hopper kernels, and if all pass, a record of it.
 
-The record goes to bench/results/, and to kernels/deepkern/runtime/evidence.json, by which `auto`
-takes the kernels from then on: until their sources change.
+The record goes to bench/results/ and to
+kernels/deepkern/runtime/verified_kernels.json. From then on
+`auto` uses these kernels, until their sources change.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 import deepkern
-from deepkern.runtime import evidence, native
+from deepkern.runtime import native, verified
 
 from . import machine, results
 from .progress import screen
@@ -42,15 +43,19 @@ def pytest_counts() -> dict[str, int]:
 def run(
     run_tests: Callable[[], dict[str, int]] = pytest_counts,
     folder: Path = results.FOLDER,
-    file: Path = evidence.FILE,
+    file: Path = verified.FILE,
     console: Console | None = None,
 ) -> int:
     """The command: 2 without a Hopper GPU or its kernels, 1 if a test did not pass."""
     console = console or screen()
     about = machine.describe()
     gpu = about["gpu"]
-    if gpu is None or gpu["target"] != "sm_90" or evidence.sources() is None:
-        why = "no Hopper GPU" if evidence.sources() else "deepkern._C holds no Hopper kernels"
+    if gpu is None or gpu["target"] != "sm_90" or verified.compiled_sources() is None:
+        why = (
+            "no Hopper GPU"
+            if verified.compiled_sources()
+            else "deepkern._C holds no Hopper kernels"
+        )
         console.print(f"prove: {why}; nothing was run")
         return 2
     counts = run_tests()
@@ -59,9 +64,14 @@ def run(
         return 1
     ops = [op for op in sorted(deepkern.OPS) if native.native_op(op, "cuda")]
     result = results.path(about, False, folder)
-    record = {"kind": "evidence", "ops": ops, "sources": evidence.sources(), **counts}
+    record = {"kind": "evidence", "ops": ops, "sources": verified.compiled_sources(), **counts}
     results.write([{"kind": "machine", **about}, record], result)
-    found = {"gpu": gpu["name"], "ops": ops, "sources": evidence.sources(), "result": result.name}
+    found = {
+        "gpu": gpu["name"],
+        "ops": ops,
+        "sources": verified.compiled_sources(),
+        "result": result.name,
+    }
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
     fresh.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(fresh, file)

@@ -51,9 +51,9 @@ def timed_backends(op: str, device: torch.device) -> list[str]:
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     if backends.interpreting():
         names = tuple(name for name in names if name != "triton")
-    return [name for name in names if backends.why_not(described, name, device) is None] or [
-        "torch"
-    ]
+    return [
+        name for name in names if backends.unsupported_reason(described, name, device) is None
+    ] or ["torch"]
 
 
 def plan(ops: list[str], device: torch.device) -> list[tuple[str, dict, str]]:
@@ -88,7 +88,7 @@ def time_op(
         try:
             made = inputs.make(op, torch.Generator(device).manual_seed(1), **size)
             args = deepkern.OPS[op].positional(made)
-            if backends.why_not(call, backend, device, args):
+            if backends.unsupported_reason(call, backend, device, args):
                 return []
             got = checks.outputs(call, args)
             if plain is not None:

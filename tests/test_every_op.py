@@ -19,13 +19,13 @@ OPS = sorted(deepkern.OPS)
 FORWARD = [name for name in OPS if not name.endswith("_backward")]
 BACKENDS = ["torch", "triton"]
 CPU = torch.device("cpu")
-# What the oracle checks: the torch backend is the oracle, and has no say about itself. (bench/
-# holds it against plain PyTorch.)
+# The torch backend is the oracle and is not compared with itself; bench/ compares it with plain
+# PyTorch.
 CHECKED = [
     (name, backend)
     for name in OPS
     for backend in ("triton", "cpu")
-    if backend == "triton" or backends.why_not(deepkern.OPS[name], "cpu", CPU) is None
+    if backend == "triton" or backends.unsupported_reason(deepkern.OPS[name], "cpu", CPU) is None
 ]
 
 
@@ -48,7 +48,7 @@ def oracle(name: str, args: tuple):
 
 @pytest.mark.parametrize("name", FORWARD)
 def test_twins(name):
-    family = inspect.getmodule(deepkern.OPS[name].__wrapped__).__name__.split(".")[1]
+    family = inspect.getmodule(deepkern.OPS[name].describe).__name__.split(".")[1]
     assert (ROOT / f"kernels/deepkern/{family}/{name}.py").exists()
     assert (ROOT / f"tests/{family}/test_{name}.py").exists()
     assert hasattr(importlib.import_module(f"deepkern.reference.{family}"), name)
@@ -87,7 +87,7 @@ def test_same_bits_twice(name, backend, generator):
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, backend, generator, monkeypatch):
-    # opcheck looks for written inputs with torch.allclose, which knows no FP8 on a CPU.
+    # opcheck compares inputs with torch.allclose, which does not support FP8 on a CPU.
     widened = {torch.float8_e4m3fn: torch.float32}
     allclose = torch.allclose
     monkeypatch.setattr(
@@ -127,9 +127,17 @@ BREAK = {
 ERRORS = [
     (name, argument, kind)
     for name in OPS
-    for argument in deepkern.OPS[name].contract.rules
+    for argument, rule in deepkern.OPS[name].contract.rules.items()
     for kind in BREAK
+    if not (kind == "rank" and rule.leading and not rule.dims)  # any rank is accepted
+    if not (kind == "stride" and rule.layout == "strided")  # any stride is accepted
 ]
+REQUIRED = [(name, argument) for name in OPS for _, argument in deepkern.OPS[name].required]
+WRONG_TYPES = [(name, argument) for name in OPS for argument in deepkern.OPS[name].names]
+
+
+class Unknown:
+    """A value of a type that no argument accepts."""
 
 
 @pytest.mark.parametrize(("name", "argument", "kind"), ERRORS)
@@ -146,20 +154,43 @@ def test_bad_tensor(name, argument, kind, backend, generator):
     rule = described.contract.rules[argument]
     free = not rule.dims or rule.dims[-1] == "_"
     if kind == "device" and len(tensors) == 1:
-        return  # a lone tensor is nowhere else than itself
-    if kind == "rank" and rule.leading and not rule.dims:
-        return
-    if kind == "stride" and rule.layout == "strided":
-        return
-    broken = BREAK[kind](args[position])
+        pytest.skip("the only tensor sets the device")
     if kind == "shape" and (free or not _is_bound(described, argument, tensors)):
-        return  # the dimension is this argument's own to choose
-    args[position] = broken
+        pytest.skip("no other argument binds the last dimension")
+    args[position] = BREAK[kind](args[position])
     error = TypeError if kind == "dtype" else ValueError
     with pytest.raises(error) as caught:
         getattr(torch.ops.deepkern, name)(*args)
     message = str(caught.value)
     assert message.startswith(f"{name}: ") and "expected" in message and "got" in message, message
+
+
+@pytest.mark.parametrize(("name", "argument"), REQUIRED)
+def test_none_for_a_required_tensor(name, argument, backend, generator):
+    """On every backend, through the public function and through torch.ops."""
+    described = deepkern.OPS[name]
+    args = list(small(name, generator))
+    args[described.names.index(argument)] = None
+    rule = described.contract.rules[argument].text.removesuffix(" strided")
+    expected = f"{name}: {argument}: expected {rule.removesuffix(' contiguous')}, got None"
+    for function in (getattr(deepkern, name), getattr(torch.ops.deepkern, name)):
+        with pytest.raises(TypeError) as caught:
+            function(*args)
+        assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(("name", "argument"), WRONG_TYPES)
+def test_argument_of_a_wrong_type(name, argument, backend, generator):
+    described = deepkern.OPS[name]
+    args = list(described.positional(small(name, generator)))
+    dtype = described.annotations[argument] is torch.dtype
+    value, kind = ("bfloat16", "str") if dtype else (Unknown(), "Unknown")
+    args[described.names.index(argument)] = value
+    with pytest.raises(TypeError) as caught:
+        getattr(deepkern, name)(*args)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: {argument}: expected "), message
+    assert message.endswith(f", got {kind}"), message
 
 
 def _is_bound(described, argument: str, tensors) -> bool:

@@ -13,7 +13,7 @@ from deepkern.testing.inputs import quant
 
 
 def needs(module: str) -> pytest.MarkDecorator:
-    reason = native._load(module)[1]
+    reason = native.load(module)[1]
     return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 

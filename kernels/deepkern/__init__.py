@@ -1,22 +1,64 @@
 """deepkern: kernels for FP8 matmul, latent attention and expert dispatch, as torch ops.
 
-Importing it registers `torch.ops.deepkern.*`. `deepkern.X` is the public function of op X
-(autograd included), `torch.ops.deepkern.X` the op under it, `deepkern.reference.X` its oracle.
+`deepkern.X` is the public function of op X (autograd included), `torch.ops.deepkern.X` the op under
+it, `deepkern.reference.X` its oracle.
+
+`import deepkern` costs little more than `import torch`. The first use of `deepkern.X` or
+`torch.ops.deepkern.X` loads the ops, and Triton with them.
 """
 
-from .runtime import interpreter
+from __future__ import annotations
 
-interpreter.install()  # does nothing unless TRITON_INTERPRET=1
+import importlib
+import os
+from typing import TYPE_CHECKING
 
-from . import experts, reference  # noqa: E402
-from .attention import *  # noqa: E402, F403
-from .experts import *  # noqa: E402, F403
-from .matmul import *  # noqa: E402, F403
-from .matmul import FP8Linear, fp8_linear  # noqa: E402
-from .quant import *  # noqa: E402, F403
-from .runtime.backends import BackendError, backend, explain  # noqa: E402
-from .runtime.op import OPS  # noqa: E402
+import torch
+
+if TYPE_CHECKING:
+    from ._api import *  # noqa: F403
+    from ._api import __all__ as __all__
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "FP8Linear", "backend", "explain", "fp8_linear", "reference", *OPS]
-__all__ += [name for name in experts.__all__ if name not in OPS]
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from .runtime import interpreter
+
+    interpreter.install()  # before the first kernel is defined
+
+
+def _load_api() -> dict[str, object]:
+    """Imports every op and publishes the public names here."""
+    api = importlib.import_module("._api", __name__)
+    names = {name: getattr(api, name) for name in api.__all__}
+    globals().update(names, __all__=api.__all__)
+    return names
+
+
+def __getattr__(name: str) -> object:
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load_api()
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_load_api()})
+
+
+class _LazyOps(type(torch.ops.deepkern)):  # type: ignore[misc]
+    """`torch.ops.deepkern`, which loads the ops at first use."""
+
+    def __getattr__(self, op_name: str) -> object:
+        try:
+            return super().__getattr__(op_name)
+        except AttributeError:
+            if op_name.startswith("__") or "OPS" in globals():  # the ops are loaded
+                raise
+        _load_api()
+        return super().__getattr__(op_name)
+
+
+torch.ops.deepkern = _LazyOps("deepkern")

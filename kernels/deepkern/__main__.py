@@ -11,10 +11,11 @@ print(f"deepkern {deepkern.__version__}, torch {torch.__version__}, triton {trit
 print(f"{len(deepkern.OPS)} ops on {device}:")
 for name in backends.BACKENDS:
     reasons = {
-        op: backends.why_not(described, name, device) for op, described in deepkern.OPS.items()
+        op: backends.unsupported_reason(described, name, device)
+        for op, described in deepkern.OPS.items()
     }
     served = [op for op, reason in reasons.items() if reason is None]
     missing = sorted({reason for reason in reasons.values() if reason})
     print(f"  {name:7}{len(served):3} ops" + (f"  ({'; '.join(missing)})" if missing else ""))
-if native.why_absent():
-    print(f"no native code: {native.why_absent()}")
+if native.missing_reason():
+    print(f"no native code: {native.missing_reason()}")

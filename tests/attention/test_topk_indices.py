@@ -21,7 +21,7 @@ def backend(request, device):
     if request.param == "cpu" and device.type != "cpu":
         pytest.skip("the cpu backend takes CPU tensors")
     if request.param == "cpu" and native.native_op("topk_indices") is None:
-        pytest.skip(native.why_absent() or "deepkern._C was built without topk_indices")
+        pytest.skip(native.missing_reason() or "deepkern._C was built without topk_indices")
     with deepkern.backend(request.param):
         yield request.param
 

@@ -124,7 +124,7 @@ def test_reads_spills_and_matrix_instructions(target):
     assert all(name.startswith(expected_matrix(target)) for name in good["matrix"])
     assert good["matrix"] and good["dots"] == 1
     assert plain["matrix"] == {} and plain["dots"] == 0
-    assert good["threads"] == 8 * ARCHS[target].warp and good["blocks"] >= 1
+    assert good["threads"] == 8 * ARCHS[target].warp_size and good["blocks"] >= 1
     assert 0 < good["registers"] <= 512 and good["shared"] > 0
 
 

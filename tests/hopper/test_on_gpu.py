@@ -20,7 +20,7 @@ caches = pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}], ids
 
 @pytest.fixture(autouse=True)
 def cuda_backend(device):
-    reason = backends.why_not(deepkern.OPS["k_grouped_fp8_gemm_nt"], "cuda", device)
+    reason = backends.unsupported_reason(deepkern.OPS["k_grouped_fp8_gemm_nt"], "cuda", device)
     if reason and device.type == "cuda" and arch.of(device).name == "sm_90":
         pytest.fail(f"a Hopper GPU without the cuda backend: {reason}")
     if reason:

@@ -17,7 +17,7 @@ from deepkern.testing.inputs.quant import values
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REAL = [BF16, F16, F32]
 pytestmark = pytest.mark.skipif(
-    native.native_op("fp8_gemm_nt") is None, reason=str(native.why_absent())
+    native.native_op("fp8_gemm_nt") is None, reason=str(native.missing_reason())
 )
 
 

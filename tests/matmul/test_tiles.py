@@ -21,7 +21,7 @@ def test_stages_fit_the_shared_memory(target, b_rows):
     for tile in tiles.gemm_tiles(target, b_rows):
         buffered = tile.num_stages if target.name in tiles.ASYNC else tile.num_stages - 1
         assert tile.num_stages >= 2
-        assert tile.residents * buffered * tile.step_bytes <= target.shared
+        assert tile.residents * buffered * tile.step_bytes <= target.smem
 
 
 @TARGETS

@@ -51,7 +51,7 @@ def install(wheel: Path, tmp_path: Path) -> Path:
     return site
 
 
-@pytest.mark.skipif(native.why_absent() is not None, reason=f"{native.why_absent()}")
+@pytest.mark.skipif(native.missing_reason() is not None, reason=f"{native.missing_reason()}")
 def test_wheel_works_outside_the_checkout(tmp_path):
     wheel, _ = build(tmp_path)
     # _host serves this Python alone, so the wheel does; without it, _C makes the same tag.

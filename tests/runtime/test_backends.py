@@ -1,4 +1,4 @@
-"""Backend choice: forced means forced, auto means the fastest, and explain tells the truth."""
+"""Backend choice: forced, auto, and what `explain` reports."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def x(device) -> torch.Tensor:
 
 
 def record(monkeypatch, name: str) -> list:
-    """Replaces a backend's launcher by one that notes its calls."""
+    """Replaces the launcher of a backend by one that records its calls."""
     calls, launch = [], OP.launcher(name)
 
-    def noting(*args):
+    def recording(*args):
         calls.append(name)
         return launch(*args)
 
-    monkeypatch.setitem(OP.launchers, name, noting)
+    monkeypatch.setitem(OP.launchers, name, recording)
     return calls
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_the_forced_backend_is_the_one_that_runs(name, x, monkeypatch):
+def test_forced_backend_runs(name, x, monkeypatch):
     calls = record(monkeypatch, name)
     with deepkern.backend(name):
         deepkern.cast_per_token(x)
@@ -44,7 +44,7 @@ def test_the_forced_backend_is_the_one_that_runs(name, x, monkeypatch):
     assert calls == [name, name]
 
 
-def test_the_innermost_backend_wins_and_is_undone(x, monkeypatch):
+def test_innermost_backend_wins(x, monkeypatch):
     calls = record(monkeypatch, "torch")
     with deepkern.backend("triton"):
         with pytest.raises(ZeroDivisionError), deepkern.backend("torch"):
@@ -54,14 +54,14 @@ def test_the_innermost_backend_wins_and_is_undone(x, monkeypatch):
     assert calls == ["torch"] and backends.requested() == "auto"
 
 
-def test_a_forced_backend_that_cannot_serve_is_an_error(x):
+def test_unsupported_forced_backend_raises(x):
     wrong = "cuda" if x.device.type == "cpu" else "cpu"
     with deepkern.backend(wrong), pytest.raises(deepkern.BackendError) as caught:
         deepkern.cast_per_token(x)
     assert "cast_per_token" in str(caught.value) and wrong in str(caught.value)
 
 
-def test_an_unknown_backend_is_an_error(x, monkeypatch):
+def test_unknown_backend_raises(x, monkeypatch):
     with pytest.raises(ValueError, match="expected one of"), deepkern.backend("tpu"):
         pass
     monkeypatch.setenv("DEEPKERN_BACKEND", "tpu")
@@ -81,7 +81,7 @@ def test_triton_on_cpu_tensors_needs_the_interpreter():
     assert "TRITON_INTERPRET=1" in done.stdout, done.stderr
 
 
-def test_auto_never_computes_in_the_interpreter():
+def test_auto_never_uses_the_interpreter():
     assert backends.choose(OP, torch.device("cpu")) in ("cpu", "torch")
 
 
@@ -89,7 +89,7 @@ def test_explain_names_the_backend_that_runs(x, monkeypatch):
     for name in ("torch", "triton"):
         with deepkern.backend(name):
             explanation = deepkern.explain(deepkern.cast_per_token, x)
-        assert explanation.backend == name and explanation.reasons[name] == "serves"
+        assert explanation.backend == name and explanation.reasons[name] == "supported"
     chosen = deepkern.explain("cast_per_token", x)
     calls = record(monkeypatch, chosen.backend)
     deepkern.cast_per_token(x)
@@ -98,7 +98,7 @@ def test_explain_names_the_backend_that_runs(x, monkeypatch):
     assert chosen.op in str(chosen) and chosen.where in str(chosen)
 
 
-def test_explain_refuses_what_the_call_refuses(x):
+def test_explain_raises_what_the_call_raises(x):
     with pytest.raises(TypeError, match="cast_per_token: x: expected dtype"):
         deepkern.explain("cast_per_token", x.double())
     with pytest.raises(ValueError, match="no op"):
@@ -117,7 +117,7 @@ def test_debug_checks_contents(x, monkeypatch):
     def refuse(*args):
         raise ValueError("cast_per_token: x: contents")
 
-    monkeypatch.setattr(OP, "check_contents", refuse)
+    monkeypatch.setattr(OP, "debug_check", refuse)
     deepkern.cast_per_token(x)
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     with pytest.raises(ValueError, match="contents"):
@@ -132,8 +132,8 @@ def test_compile_for_sets_the_target():
     assert arch.compiling_for() is None
 
 
-def test_launches_happen_on_the_device_of_the_tensors(x, monkeypatch):
-    """No machine with two GPUs is needed to see that the right one is made current."""
+def test_launch_on_the_device_of_the_tensors(x, monkeypatch):
+    """Runs without a GPU: the calls that make a device current are replaced."""
     seen = []
 
     @contextlib.contextmanager

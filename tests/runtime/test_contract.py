@@ -1,4 +1,4 @@
-"""The tensor contract: what it reads, what it refuses, and in which order."""
+"""The tensor contract: its syntax, what it refuses, and in which order."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import torch
 
 from deepkern.runtime.contract import Contract, check_choice, check_that
 
-CONTRACT = Contract(
-    "demo", a="real [M, K]", scale="fp32 [M, K/128] strided", index="int32 [G+1]", x="fp8 [..., G]"
-)
+RULES = {
+    "a": "real [M, K]",
+    "scale": "fp32 [M, K/128] strided",
+    "index": "int32 [G+1]",
+    "x": "fp8 [..., G]",
+}
+OPTIONAL = ("index", "x")
+CONTRACT = Contract("demo", optional=OPTIONAL, **RULES)
 
 
 def good() -> dict[str, torch.Tensor]:
@@ -22,7 +27,7 @@ def good() -> dict[str, torch.Tensor]:
 
 
 def test_accepts_what_it_states():
-    contract = Contract("demo", a="real [M, K]", offsets="int32 [M+1]")
+    contract = Contract("demo", optional=("offsets",), a="real [M, K]", offsets="int32 [M+1]")
     contract.check({"a": torch.zeros(3, 5), "offsets": torch.zeros(4, dtype=torch.int32)})
     contract.check({"a": torch.zeros(3, 5), "offsets": None})
     column_major = torch.zeros(3, 3).t()
@@ -65,25 +70,33 @@ def test_refuses(argument, value, error, words):
         {"x": None, "index": torch.zeros(5)},
     ],
 )
-def test_what_has_passed_excuses_nothing_else(change):
-    """Checks are remembered; of failures nothing is."""
-    contract = Contract("demo", **{name: rule.text for name, rule in CONTRACT.rules.items()})
+def test_remembered_check_does_not_hide_an_error(change):
+    """Passed checks are remembered, failed ones are not."""
+    contract = Contract("demo", optional=OPTIONAL, **RULES)
     for _ in range(2):
         contract.check(good() | {"index": None})
         with pytest.raises((TypeError, ValueError), match="demo: "):
             contract.check(good() | {"index": None} | change)
 
 
-def test_no_more_is_remembered_than_stated(monkeypatch):
+def test_number_of_remembered_checks_is_limited(monkeypatch):
     monkeypatch.setattr("deepkern.runtime.contract.REMEMBERED", 3)
     contract = Contract("demo", a="real [M]")
     for n in range(10):
         contract.check({"a": torch.zeros(n)})
-        assert len(contract._passed) <= 3
+        assert contract.num_remembered <= 3
+
+
+@pytest.mark.parametrize("argument", ["a", "scale"])
+def test_required_argument_is_none(argument):
+    expected = f"demo: {argument}: expected {RULES[argument].removesuffix(' strided')}, got None"
+    with pytest.raises(TypeError) as caught:
+        CONTRACT.check({**good(), argument: None})
+    assert str(caught.value) == expected
 
 
 def test_the_most_basic_error_comes_first():
-    """Every argument's device is looked at before any dtype, dtypes before ranks, and so on."""
+    """Devices of all arguments are checked before any dtype, dtypes before ranks, and so on."""
     tensors = {
         **good(),
         "a": torch.zeros(3, dtype=torch.int64),

@@ -52,16 +52,16 @@ def hadamard_cast(
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(blocks, dtype=torch.float32)
 
 
-@hadamard_cast.backend("triton")
-def launch(x: Tensor, scale: float, scale_format: str) -> tuple[Tensor, Tensor]:
-    q, q_scale = hadamard_cast.allocate(x, scale, scale_format)
+@hadamard_cast.op.register_launcher("triton")
+def _launch_triton(x: Tensor, scale: float, scale_format: str) -> tuple[Tensor, Tensor]:
+    q, q_scale = hadamard_cast.op.allocate(x, scale, scale_format)
     if q.numel() == 0:
         return q, q_scale
     N = x.shape[-1]
     rows = x.reshape(-1, N)  # a view unless the leading dimensions cannot be merged
     native_fp8 = arch.of(x.device).native_fp8_cast
     ROWS = TILE // N
-    kernel[(cdiv(len(rows), ROWS),)](
+    hadamard_cast_kernel[(cdiv(len(rows), ROWS),)](
         rows, as_bits(q, native_fp8), q_scale, len(rows), rows.stride(0), scale,
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS, N=N,
         num_warps=4, enable_fp_fusion=False,
@@ -70,7 +70,7 @@ def launch(x: Tensor, scale: float, scale_format: str) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit(do_not_specialize=["M"])
-def kernel(
+def hadamard_cast_kernel(
     x_ptr, q_ptr, scale_ptr, M, x_row, scale,
     UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip

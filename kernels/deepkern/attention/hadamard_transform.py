@@ -51,9 +51,9 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@hadamard_transform.backend("triton")
-def launch(x: Tensor, scale: float) -> Tensor:
-    out = hadamard_transform.allocate(x, scale)
+@hadamard_transform.op.register_launcher("triton")
+def _launch_triton(x: Tensor, scale: float) -> Tensor:
+    out = hadamard_transform.op.allocate(x, scale)
     if out.numel() == 0:
         return out
     N = x.shape[-1]
@@ -72,14 +72,14 @@ def transform(x: Tensor, out: Tensor, rows: int, length: int, inner: int, scale:
     """Transforms `length` values `inner` apart, wherever such begin in the rows of x [rows, N]."""
     N = x.shape[1]
     COLUMNS = (TILE if inner == 1 else COLUMN_TILE) // length
-    kernel[(cdiv(rows * (N // length), COLUMNS),)](
+    hadamard_transform_kernel[(cdiv(rows * (N // length), COLUMNS),)](
         x, out, rows * (N // length), N, inner, scale, x.stride(0), out.stride(0),
         LENGTH=length, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
-def kernel(
+def hadamard_transform_kernel(
     x_ptr, out_ptr, count, N, inner, scale, x_row, out_row,
     LENGTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -109,16 +109,14 @@ def butterflies(x):
     return x
 
 
+@hadamard_transform.op.register_autograd
 class HadamardTransform(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):
         ctx.scale = scale
-        return hadamard_transform.overload(x, scale)
+        return hadamard_transform.op.overload(x, scale)
 
     @staticmethod
     def backward(ctx, grad):
         """The transform is symmetric."""
         return hadamard_transform(grad.contiguous(), ctx.scale), None
-
-
-hadamard_transform.autograd = HadamardTransform

@@ -57,9 +57,9 @@ def indexer_cache_append(
     check_choice("indexer_cache_append", "scale_format", scale_format, ("fp32", "ue8m0"))
 
 
-@indexer_cache_append.backend("triton")
-def launch(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str) -> None:
-    indexer_cache_append.allocate(k, cache, slot_mapping, scale_format)
+@indexer_cache_append.op.register_launcher("triton")
+def _launch_triton(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str) -> None:
+    indexer_cache_append.op.allocate(k, cache, slot_mapping, scale_format)
     (T, D), (blocks, page) = k.shape, cache.shape[:2]
     if T == 0 or cache.numel() == 0:
         return
@@ -67,7 +67,7 @@ def launch(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str) ->
     values, scales = page_parts(cache, FP8 if native_fp8 else torch.uint8)
     D_TILE = max(next_power_of_2(D), 16)
     ROWS = max(2048 // D_TILE, 1)
-    kernel[(cdiv(T, ROWS),)](
+    indexer_cache_append_kernel[(cdiv(T, ROWS),)](
         k, values, scales, slot_mapping, T, D, blocks * page, page,
         k.stride(0), values.stride(0), scales.stride(0),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS, D_TILE=D_TILE, num_warps=4,
@@ -75,7 +75,7 @@ def launch(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str) ->
 
 
 @triton.jit(do_not_specialize=["T"])
-def kernel(
+def indexer_cache_append_kernel(
     k_ptr, values_ptr, scales_ptr, slot_ptr, T, D, slots, page,
     k_row, values_block, scales_block,
     UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr, D_TILE: tl.constexpr,
@@ -93,6 +93,7 @@ def kernel(
     store(scales_ptr + block * scales_block, offset, scale, kept)
 
 
+@indexer_cache_append.op.register_debug_check
 def check_contents(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str) -> None:
     slots = cache.shape[0] * cache.shape[1]
     used = slot_mapping[slot_mapping != -1]
@@ -102,6 +103,3 @@ def check_contents(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format:
     unique, count = used.unique(return_counts=True)
     check_that("indexer_cache_append", "slot_mapping", bool((count == 1).all()),
                "each slot once", f"{unique[count > 1][:1].tolist()} more than once")  # fmt: skip
-
-
-indexer_cache_append.check_contents = check_contents

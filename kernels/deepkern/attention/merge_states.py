@@ -78,15 +78,17 @@ def flat(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return out.reshape(B, *out.shape[-3:]), lse.reshape(B, *lse.shape[-2:])
 
 
-@merge_states.backend("triton")
-def launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = merge_states.allocate(out_a, lse_a, out_b, lse_b)
+@merge_states.op.register_launcher("triton")
+def _launch_triton(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    out, lse = merge_states.op.allocate(out_a, lse_a, out_b, lse_b)
     if lse.numel() == 0:
         return out, lse
     S, H, D = out.shape[-3:]
     (out_a, lse_a), (out_b, lse_b) = flat(out_a, lse_a), flat(out_b, lse_b)
-    ROWS, BLOCK_D = tile(D)
-    kernel[(cdiv(lse.numel(), ROWS),)](
+    ROWS, BLOCK_D = choose_tile(D)
+    merge_states_kernel[(cdiv(lse.numel(), ROWS),)](
         out_a, lse_a, out_b, lse_b, out, lse, lse.numel(), S, H, D,
         *out_a.stride()[:3], *lse_a.stride(), *out_b.stride()[:3], *lse_b.stride(),
         ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=4,
@@ -94,7 +96,7 @@ def launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     return out, lse
 
 
-def tile(D: int) -> tuple[int, int]:
+def choose_tile(D: int) -> tuple[int, int]:
     """ROWS and BLOCK_D, by D alone."""
     BLOCK_D = min(max(next_power_of_2(D), 16), 512)
     return TILE // BLOCK_D, BLOCK_D
@@ -123,7 +125,7 @@ VARYING = ["rows", "S", *(f"lse_{x}_{of}" for x in "ab" for of in ("batch", "hea
 
 
 @triton.jit(do_not_specialize=VARYING)
-def kernel(
+def merge_states_kernel(
     out_a_ptr, lse_a_ptr, out_b_ptr, lse_b_ptr, out_ptr, lse_ptr, rows, S, H, D,
     out_a_batch, out_a_query, out_a_head, lse_a_batch, lse_a_head, lse_a_query,
     out_b_batch, out_b_query, out_b_head, lse_b_batch, lse_b_head, lse_b_query,
@@ -176,17 +178,17 @@ def merge_states_backward(
     return tuple(x.new_empty(x.shape) for x in (out_a, lse_a, out_b, lse_b))
 
 
-@merge_states_backward.backend("triton")
-def launch_backward(
+@merge_states_backward.op.register_launcher("triton")
+def _launch_backward_triton(
     grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = merge_states_backward.allocate(grad_out, grad_lse, out_a, lse_a, out_b, lse_b)
+    grads = merge_states_backward.op.allocate(grad_out, grad_lse, out_a, lse_a, out_b, lse_b)
     if lse_a.numel() == 0:
         return grads
     S, H, D = out_a.shape[-3:]
     (out_a, lse_a), (out_b, lse_b) = flat(out_a, lse_a), flat(out_b, lse_b)
-    ROWS, BLOCK_D = tile(D)
-    backward_kernel[(cdiv(lse_a.numel(), ROWS),)](
+    ROWS, BLOCK_D = choose_tile(D)
+    merge_states_backward_kernel[(cdiv(lse_a.numel(), ROWS),)](
         grad_out, grad_lse, out_a, lse_a, out_b, lse_b, *grads, lse_a.numel(), S, H, D,
         *out_a.stride()[:3], *lse_a.stride(), *out_b.stride()[:3], *lse_b.stride(),
         ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=4,
@@ -195,7 +197,7 @@ def launch_backward(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def backward_kernel(
+def merge_states_backward_kernel(
     grad_out_ptr, grad_lse_ptr, out_a_ptr, lse_a_ptr, out_b_ptr, lse_b_ptr,
     grad_out_a_ptr, grad_lse_a_ptr, grad_out_b_ptr, grad_lse_b_ptr, rows, S, H, D,
     out_a_batch, out_a_query, out_a_head, lse_a_batch, lse_a_head, lse_a_query,
@@ -233,17 +235,15 @@ def backward_kernel(
     tl.store(grad_lse_b_ptr + at_lse, share_b * (grad_lse - share_a * dot), mask=known)
 
 
+@merge_states.op.register_autograd
 class MergeStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out_a, lse_a, out_b, lse_b):
         ctx.save_for_backward(out_a, lse_a, out_b, lse_b)
-        return merge_states.overload(out_a, lse_a, out_b, lse_b)
+        return merge_states.op.overload(out_a, lse_a, out_b, lse_b)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
         grads = grad_out.contiguous(), grad_lse.contiguous()
-        return merge_states_backward.overload(*grads, *ctx.saved_tensors)
-
-
-merge_states.autograd = MergeStates
+        return merge_states_backward.op.overload(*grads, *ctx.saved_tensors)

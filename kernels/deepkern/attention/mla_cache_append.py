@@ -84,9 +84,11 @@ def mla_cache_append(
                f"shape {tuple(k_rope.shape)}")  # fmt: skip
 
 
-@mla_cache_append.backend("triton")
-def launch(latent, k_rope, cache, slot_mapping, norm_weight, positions, cos_sin, eps) -> None:
-    mla_cache_append.allocate(
+@mla_cache_append.op.register_launcher("triton")
+def _launch_triton(
+    latent, k_rope, cache, slot_mapping, norm_weight, positions, cos_sin, eps
+) -> None:
+    mla_cache_append.op.allocate(
         latent, k_rope, cache, slot_mapping, norm_weight, positions, cos_sin, eps
     )
     (T, R), D = latent.shape, k_rope.shape[1]
@@ -97,7 +99,7 @@ def launch(latent, k_rope, cache, slot_mapping, norm_weight, positions, cos_sin,
     cached = parts(cache, R, FP8 if native_fp8 else torch.uint8)
     R_TILE, D_TILE = max(next_power_of_2(R), 128), max(next_power_of_2(D), 2)
     ROWS = max(2048 // R_TILE, 1)
-    kernel[(cdiv(T, ROWS),)](
+    mla_cache_append_kernel[(cdiv(T, ROWS),)](
         latent, k_rope, *cached, slot_mapping, norm_weight, positions, cos_sin,
         T, R, D, blocks * page, page, eps, cos_sin.shape[0] if cos_sin is not None else 0,
         latent.stride(0), k_rope.stride(0), cos_sin.stride(0) if cos_sin is not None else 0,
@@ -108,7 +110,7 @@ def launch(latent, k_rope, cache, slot_mapping, norm_weight, positions, cos_sin,
 
 
 @triton.jit
-def kernel(
+def mla_cache_append_kernel(
     latent_ptr, rope_ptr, out_latent_ptr, out_scale_ptr, out_rope_ptr,
     slot_ptr, weight_ptr, position_ptr, cos_sin_ptr,
     T, R, D, slots, page, eps, max_positions,
@@ -164,6 +166,7 @@ def kernel(
     store(out, column[None, :], rope, inside)
 
 
+@mla_cache_append.op.register_debug_check
 def check_contents(
     latent, k_rope, cache, slot_mapping, norm_weight, positions, cos_sin, eps
 ) -> None:
@@ -180,6 +183,3 @@ def check_contents(
         wrong = used[(used < 0) | (used >= cos_sin.shape[0])]
         check_that("mla_cache_append", "positions", wrong.numel() == 0,
                    f"positions in [0, {cos_sin.shape[0]})", wrong[:1].tolist())  # fmt: skip
-
-
-mla_cache_append.check_contents = check_contents

@@ -73,17 +73,19 @@ def mla_cache_gather(
     return cache.new_empty((total_tokens, v_head_dim + D), dtype=out_dtype)
 
 
-@mla_cache_gather.backend("triton")
-def launch(cache, block_table, cu_seqlens, total_tokens, v_head_dim, starts, out_dtype) -> Tensor:
+@mla_cache_gather.op.register_launcher("triton")
+def _launch_triton(
+    cache, block_table, cu_seqlens, total_tokens, v_head_dim, starts, out_dtype
+) -> Tensor:
     args = cache, block_table, cu_seqlens, total_tokens, v_head_dim, starts, out_dtype
-    out = mla_cache_gather.allocate(*args)
+    out = mla_cache_gather.op.allocate(*args)
     if out.numel() == 0:
         return out
     R, D = v_head_dim, out.shape[1] - v_head_dim
     blocks, page = cache.shape[:2]
     native_fp8 = arch.of(cache.device).native_fp8
     cached = parts(cache, R, FP8 if native_fp8 else torch.uint8)
-    kernel[(cdiv(total_tokens, TOKENS),)](
+    mla_cache_gather_kernel[(cdiv(total_tokens, TOKENS),)](
         *cached, block_table, cu_seqlens, starts, out,
         total_tokens, R, D, len(block_table), block_table.shape[1] * page, blocks, page,
         block_table.stride(0), *strides(*cached),
@@ -109,7 +111,7 @@ def sequence_of(row, offset_ptr, B):
 
 
 @triton.jit
-def kernel(
+def mla_cache_gather_kernel(
     latent_ptr, scale_ptr, rope_ptr, table_ptr, offset_ptr, start_ptr, out_ptr,
     rows, R, D, B, capacity, blocks, page, table_stride,
     latent_block, latent_slot, scale_block, scale_slot, rope_block, rope_slot,
@@ -158,6 +160,7 @@ def kernel(
     tl.store(out_row + R + column, rope, mask=(row < rows)[:, None] & (column < D))
 
 
+@mla_cache_gather.op.register_debug_check
 def check_contents(
     cache, block_table, cu_seqlens, total_tokens, v_head_dim, starts, out_dtype
 ) -> None:
@@ -180,6 +183,3 @@ def check_contents(
     wrong = wrong[(wrong < 0) | (wrong >= blocks)]
     check_that("mla_cache_gather", "block_table", wrong.numel() == 0,
                f"pages in [0, {blocks})", wrong[:1].tolist())  # fmt: skip
-
-
-mla_cache_gather.check_contents = check_contents

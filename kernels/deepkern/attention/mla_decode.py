@@ -103,7 +103,8 @@ class Tile(NamedTuple):
     min_split: int = 512  # tokens: a split's result costs as much traffic as 3.6 tokens a row
 
 
-def tile(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim) -> Tile:
+@mla_decode.op.register_tile
+def choose_tile(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim) -> Tile:
     """The tile for these shapes; neither B nor the width of the table may decide it."""
     target = arch.of(q.device)
     total = q.shape[1] * q.shape[2]
@@ -122,7 +123,7 @@ def tile(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim
 
 def _tile(target, dot: torch.dtype, cached: torch.dtype, total: int) -> tuple[int, ...]:
     """(rows, keys, wide, warps, stages) for `total` rows, made for 512 + 64 values a token."""
-    nvidia, roomy = target.backend == "cuda", target.shared >= 160 << 10
+    nvidia, roomy = target.backend == "cuda", target.smem >= 160 << 10
     if dot == torch.float32:
         return (16, 16, 64, 8, 1) if nvidia else (16, 16, 128, 4, 1)
     if not nvidia:
@@ -151,24 +152,24 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-@mla_decode.backend("triton")
-def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim):
+@mla_decode.op.register_launcher("triton")
+def _launch_triton(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim):
     args = q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim
-    out, lse = mla_decode.allocate(*args)
+    out, lse = mla_decode.op.allocate(*args)
     if lse.numel() == 0:
         return out, lse
     (B, Sq, H, W), R = q.shape, v_head_dim
     blocks, page = cache.shape[:2]
     capacity = block_table.shape[1] * page
     target = arch.of(q.device)
-    t = tile(*args)
+    t = choose_tile(*args)
     splits = max(min(cdiv(capacity, t.min_split), t.max_splits), 1)
     partial = partial_lse = None
     if splits > 1:
         partial = q.new_empty(B, splits, Sq * H, R, dtype=torch.float32)
         partial_lse = q.new_empty(B, splits, Sq * H, dtype=torch.float32)
     cached = parts(cache, R, torch.int32)
-    kernel[(B * cdiv(Sq * H, t.rows), splits)](
+    mla_decode_kernel[(B * cdiv(Sq * H, t.rows), splits)](
         q, *cached, block_table, cache_seqlens, out, lse, partial, partial_lse,
         softmax_scale * LOG2_E, Sq, H, R, W - R, capacity, blocks, page,
         q.stride(0), q.stride(1), q.stride(2), block_table.stride(0), *strides(*cached),
@@ -192,7 +193,7 @@ def launch(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_d
 
 
 @triton.jit
-def kernel(
+def mla_decode_kernel(
     q_ptr, latent_ptr, scale_ptr, rope_ptr, table_ptr, length_ptr, out_ptr, lse_ptr,
     partial_ptr, partial_lse_ptr,
     score_scale, Sq, H, R, D, capacity, blocks, page,
@@ -255,6 +256,7 @@ def kernel(
     )  # fmt: skip
 
 
+@mla_decode.op.register_debug_check
 def check_contents(q, cache, block_table, cache_seqlens, *_) -> None:
     blocks, page = cache.shape[:2]
     P = block_table.shape[1]
@@ -268,18 +270,14 @@ def check_contents(q, cache, block_table, cache_seqlens, *_) -> None:
                f"pages in [0, {blocks})", wrong[:1].tolist())  # fmt: skip
 
 
-def why_not_on_hopper(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim):
+@mla_decode.op.register_limits("cuda")
+def _unsupported_on_hopper(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim):
     """What the `cuda` backend (csrc/sm90/mla_decode.cuh) does not serve, or None."""
     if q.dtype != torch.bfloat16 or cache.dtype not in (torch.bfloat16, torch.uint8):
-        return f"it takes q in bfloat16 and a bfloat16 or FP8 cache, not {q.dtype}, {cache.dtype}"
+        return f"it supports q in bfloat16 and a bfloat16 or FP8 cache, not {q.dtype}, {cache.dtype}"
     if q.shape[-1:] != (576,) or v_head_dim != 512:
-        return f"it takes 512 + 64 values a token, not v_head_dim {v_head_dim} of {q.shape[-1:]}"
+        return f"it supports 512 + 64 values a token, not v_head_dim {v_head_dim} of {q.shape[-1:]}"
     strides = [stride * cache.element_size() for stride in cache.stride()[:2]]
     if cache.data_ptr() % 16 or any(stride % 16 for stride in strides):
-        return f"it takes tokens at multiples of 16 bytes, not strides {strides} in bytes"
+        return f"it supports tokens at multiples of 16 bytes, not strides {strides} in bytes"
     return None
-
-
-mla_decode.declines["cuda"] = why_not_on_hopper
-mla_decode.tile = tile
-mla_decode.check_contents = check_contents

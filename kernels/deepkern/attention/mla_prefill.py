@@ -114,7 +114,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal) -> Tile:
+@mla_prefill.op.register_tile
+def choose_tile(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal) -> Tile:
     """The tile for these widths; how many rows and heads there are does not enter."""
     return fitted(_tile(arch.of(q.device), q.dtype), q.shape[2], v.shape[2])
 
@@ -146,17 +147,17 @@ def precision(target) -> str:
     return "tf32x3" if target.backend == "cuda" else "ieee"
 
 
-@mla_prefill.backend("triton")
-def launch(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+@mla_prefill.op.register_launcher("triton")
+def _launch_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
     args = q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal
-    out, lse = mla_prefill.allocate(*args)
+    out, lse = mla_prefill.op.allocate(*args)
     if lse.numel() == 0:
         return out, lse
     (T, H, Dqk), (Tk, Hk, Dv) = q.shape, v.shape
-    t = tile(*args)
+    t = choose_tile(*args)
     tiles = cut(cu_seqlens_q, T, cu_seqlens_k, Tk, t.rows, last_first=causal)
     (D0, D1), (V0, V1) = parts(Dqk), parts(Dv)
-    kernel[(tiles.shape[0] * H,)](
+    mla_prefill_kernel[(tiles.shape[0] * H,)](
         q, k, v, tiles, out, lse, softmax_scale * LOG2_E.value, T, H, H // Hk, tiles.shape[0],
         Dqk, Dv, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         CAUSAL=causal, PRECISION=precision(arch.of(q.device)), BLOCK_M=t.rows, BLOCK_N=t.keys,
@@ -167,7 +168,7 @@ def launch(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
 
 
 @triton.jit(do_not_specialize=["T", "tiles"])
-def kernel(
+def mla_prefill_kernel(
     q_ptr, k_ptr, v_ptr, tiles_ptr, out_ptr, lse_ptr, score_scale, T, H, group, tiles, Dqk, Dv,
     q_row, q_head, k_row, k_head, v_row, v_head,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -257,6 +258,7 @@ def attend(
     return acc, top, total
 
 
+@mla_prefill.op.register_debug_check
 def check_contents(q, k, v, cu_seqlens_q, cu_seqlens_k, *_) -> None:
     """For DEEPKERN_DEBUG=1: boundaries ascend and stay in the tensor."""
     for argument, cu, limit in (
@@ -266,7 +268,3 @@ def check_contents(q, k, v, cu_seqlens_q, cu_seqlens_k, *_) -> None:
         found = cu.tolist()
         fits = found == sorted(found) and all(0 <= o <= limit for o in found)
         check_that("mla_prefill", argument, fits, f"ascending values in [0, {limit}]", found)
-
-
-mla_prefill.tile = tile
-mla_prefill.check_contents = check_contents

@@ -76,7 +76,7 @@ def mla_prefill_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def tile(q, v) -> tuple[Tile, Tile]:
+def choose_tile(q, v) -> tuple[Tile, Tile]:
     """How `key_kernel` and `query_kernel` are cut: by the widths, not by rows or heads."""
     target = arch.of(q.device)
     made = _key_tile(target, q.dtype), _query_tile(target, q.dtype)
@@ -104,11 +104,11 @@ def _query_tile(target, dtype: torch.dtype) -> tuple[int, ...]:
     return (128, 64 if target.name in ("sm_90", "sm_100") else 16, 8, 2)
 
 
-@mla_prefill_backward.backend("triton")
-def launch(
+@mla_prefill_backward.op.register_launcher("triton")
+def _launch_triton(
     grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, grad_lse
 ):
-    grads = mla_prefill_backward.allocate(
+    grads = mla_prefill_backward.op.allocate(
         grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, grad_lse
     )
     (T, H, Dqk), (Tk, Hk, Dv) = q.shape, v.shape
@@ -121,7 +121,7 @@ def launch(
             *grad_out.stride()[:2], *out.stride()[:2], lse.stride(0), grad_lse_head,
             ROWS=32, V=next_power_of_2(max(Dv, 1)), num_warps=4,
         )  # fmt: skip
-    by_key, by_query = tile(q, v)
+    by_key, by_query = choose_tile(q, v)
     key_tiles = cut(cu_seqlens_k, Tk, cu_seqlens_q, T, by_key.keys, last_first=False)
     query_tiles = cut(cu_seqlens_q, T, cu_seqlens_k, Tk, by_query.rows, last_first=causal)
     strides = [x.stride(i) for x in (grad_out, q, k, v) for i in (0, 1)]
@@ -162,11 +162,14 @@ def delta_kernel(
     tl.store(delta_ptr + head * T + row, tl.where(lse == float("-inf"), 0.0, delta), mask=row < T)
 
 
+@mla_prefill.op.register_autograd
 class MlaPrefill(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
         ctx.set_materialize_grads(False)
-        out, lse = mla_prefill.overload(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+        out, lse = mla_prefill.op.overload(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal
+        )
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
         ctx.rest = softmax_scale, causal
         return out, lse
@@ -177,8 +180,7 @@ class MlaPrefill(torch.autograd.Function):
         q, k, v, out, lse, *cu = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        grads = mla_prefill_backward.overload(grad_out, q, k, v, out, lse, *cu, *ctx.rest, grad_lse)
+        grads = mla_prefill_backward.op.overload(
+            grad_out, q, k, v, out, lse, *cu, *ctx.rest, grad_lse
+        )
         return *grads, None, None, None, None
-
-
-mla_prefill.autograd = MlaPrefill

@@ -77,22 +77,22 @@ def mla_sparse_decode(
     return out, q.new_empty(B, H, Sq, dtype=torch.float32)
 
 
-@mla_sparse_decode.backend("triton")
-def launch(q, cache, indices, softmax_scale, topk_length, attn_sink, v_head_dim):
+@mla_sparse_decode.op.register_launcher("triton")
+def _launch_triton(q, cache, indices, softmax_scale, topk_length, attn_sink, v_head_dim):
     args = q, cache, indices, softmax_scale, topk_length, attn_sink, v_head_dim
-    out, lse = mla_sparse_decode.allocate(*args)
+    out, lse = mla_sparse_decode.op.allocate(*args)
     sparse.attend(q, cache, indices, softmax_scale, topk_length, attn_sink, out, lse)
     return out, lse
 
 
-def tile(q, cache, indices, softmax_scale, topk_length, attn_sink, v_head_dim) -> sparse.Tile:
-    return sparse.tile(q, cache, v_head_dim)
+@mla_sparse_decode.op.register_tile
+def choose_tile(
+    q, cache, indices, softmax_scale, topk_length, attn_sink, v_head_dim
+) -> sparse.Tile:
+    return sparse.choose_tile(q, cache, v_head_dim)
 
 
+@mla_sparse_decode.op.register_debug_check
 def check_contents(q, cache, indices, softmax_scale, topk_length, *_) -> None:
     slots = cache.shape[0] * cache.shape[1]
     sparse.check_indices("mla_sparse_decode", indices, topk_length, slots)
-
-
-mla_sparse_decode.tile = tile
-mla_sparse_decode.check_contents = check_contents

@@ -82,10 +82,10 @@ def check_operands(op: str, q: Tensor, kv: Tensor, v_head_dim: int) -> None:
                f"a part of q's last dimension {q.shape[-1]}", v_head_dim)  # fmt: skip
 
 
-@mla_sparse_prefill.backend("triton")
-def launch(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length):
+@mla_sparse_prefill.op.register_launcher("triton")
+def _launch_triton(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length):
     args = q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length
-    out, max_logits, lse = mla_sparse_prefill.allocate(*args)
+    out, max_logits, lse = mla_sparse_prefill.op.allocate(*args)
     sparse.attend(
         q[:, None], kv[:, None], indices, softmax_scale, topk_length, attn_sink,
         out[:, None], lse[..., None], max_logits, max_splits=1,
@@ -93,19 +93,18 @@ def launch(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length):
     return out, max_logits, lse
 
 
-def tile(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length) -> sparse.Tile:
-    return sparse.tile(q, kv, v_head_dim)
+@mla_sparse_prefill.op.register_tile
+def choose_tile(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length) -> sparse.Tile:
+    return sparse.choose_tile(q, kv, v_head_dim)
 
 
+@mla_sparse_prefill.op.register_debug_check
 def check_contents(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length) -> None:
     sparse.check_indices("mla_sparse_prefill", indices, topk_length, kv.shape[0])
 
 
-mla_sparse_prefill.tile = tile
-mla_sparse_prefill.check_contents = check_contents
-
-
 @op(
+    optional_output=("attn_sink",),
     grad_out="real [S, H, R]",
     grad_lse="fp32 [S, H]",
     q="real [S, H, W]",
@@ -127,7 +126,7 @@ def mla_sparse_prefill_backward(
     softmax_scale: float,
     attn_sink: Tensor | None = None,
     topk_length: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of `mla_sparse_prefill` with respect to q, kv and attn_sink.
 
     Args:
@@ -157,23 +156,21 @@ def mla_sparse_prefill_backward(
     )
 
 
-mla_sparse_prefill_backward.optional_output = (2, "attn_sink")
-
-
-@mla_sparse_prefill_backward.backend("triton")
-def launch_backward(
+@mla_sparse_prefill_backward.op.register_launcher("triton")
+def _launch_backward_triton(
     grad_out, grad_lse, q, kv, indices, out, lse, softmax_scale, attn_sink, topk_length
 ):  # fmt: skip
     args = grad_out, grad_lse, q, kv, indices, out, lse, softmax_scale, attn_sink, topk_length
-    grads = mla_sparse_prefill_backward.allocate(*args)
+    grads = mla_sparse_prefill_backward.op.allocate(*args)
     sparse_gradients.gradients(*args, *grads)
     return grads
 
 
+@mla_sparse_prefill.op.register_autograd
 class MlaSparsePrefill(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length):
-        out, max_logits, lse = mla_sparse_prefill.overload(
+        out, max_logits, lse = mla_sparse_prefill.op.overload(
             q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length
         )
         ctx.mark_non_differentiable(max_logits)
@@ -188,10 +185,7 @@ class MlaSparsePrefill(torch.autograd.Function):
         q, kv, indices, out, lse, attn_sink, topk_length = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        grad_q, grad_kv, grad_sink = mla_sparse_prefill_backward.overload(
+        grad_q, grad_kv, grad_sink = mla_sparse_prefill_backward.op.overload(
             grad_out, grad_lse, q, kv, indices, out, lse, ctx.softmax_scale, attn_sink, topk_length
         )
         return grad_q, grad_kv, None, None, None, None if attn_sink is None else grad_sink, None
-
-
-mla_sparse_prefill.autograd = MlaSparsePrefill

@@ -67,21 +67,22 @@ def mqa_logits(
     return q.new_empty(q.shape[0], Skv, dtype=torch.float32)
 
 
-def tile(q: Tensor, *_) -> Tile:
+@mqa_logits.op.register_tile
+def choose_tile(q: Tensor, *_) -> Tile:
     """The tile for these shapes."""
     return tile_for(arch.of(q.device), q.shape[1], q.shape[2], most=128)
 
 
-@mqa_logits.backend("triton")
-def launch(q, kv, kv_scale, weights, starts, ends) -> Tensor:
-    out = mqa_logits.allocate(q, kv, kv_scale, weights, starts, ends)
+@mqa_logits.op.register_launcher("triton")
+def _launch_triton(q, kv, kv_scale, weights, starts, ends) -> Tensor:
+    out = mqa_logits.op.allocate(q, kv, kv_scale, weights, starts, ends)
     if out.numel() == 0:
         return out
     (S, H, D), Skv = q.shape, kv.shape[0]
     native_fp8 = arch.of(q.device).native_fp8
-    t = tile(q)
+    t = choose_tile(q)
     blocks = cdiv(S, t.queries)
-    kernel[(blocks * cdiv(Skv, CHUNK),)](
+    mqa_logits_kernel[(blocks * cdiv(Skv, CHUNK),)](
         as_bits(q, native_fp8), as_bits(kv, native_fp8), kv_scale, weights, starts, ends, out,
         S, Skv, H, D if H else 0, blocks, q.stride(0), q.stride(1), kv.stride(0), weights.stride(0),
         KEYS=t.keys, QUERIES=t.queries, HEADS=t.heads, WIDE=t.wide, CHUNK=CHUNK,
@@ -92,7 +93,7 @@ def launch(q, kv, kv_scale, weights, starts, ends) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["S", "blocks"])
-def kernel(
+def mqa_logits_kernel(
     q_ptr, kv_ptr, kv_scale_ptr, weights_ptr, start_ptr, end_ptr, out_ptr,
     S, Skv, H, D, blocks, q_query, q_head, kv_key, weights_query,
     KEYS: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr,
@@ -140,13 +141,10 @@ def fill(out, known, begin, end, key, Skv):
         tl.store(out + at.to(tl.int64), nothing, mask=(at < Skv) & known[None, :])
 
 
+@mqa_logits.op.register_debug_check
 def check_contents(q, kv, kv_scale, weights, starts, ends) -> None:
     Skv = kv.shape[0]
     for name, values in (("starts", starts), ("ends", ends)):
         wrong = values[(values < 0) | (values > Skv)]
         check_that("mqa_logits", name, wrong.numel() == 0,
                    f"values in [0, {Skv}]", wrong[:1].tolist())  # fmt: skip
-
-
-mqa_logits.tile = tile
-mqa_logits.check_contents = check_contents

@@ -83,26 +83,27 @@ def paged_mqa_logits(
     return q.new_empty(B * next_n, max_context_len, dtype=torch.float32)
 
 
-def tile(q: Tensor, *_) -> Tile:
+@paged_mqa_logits.op.register_tile
+def choose_tile(q: Tensor, *_) -> Tile:
     """The tile for these shapes."""
     _, next_n, H, D = q.shape
     return tile_for(arch.of(q.device), H, D, most=next_power_of_2(max(next_n, 1)))
 
 
-@paged_mqa_logits.backend("triton")
-def launch(q, cache, weights, context_lens, block_table, max_context_len) -> Tensor:
+@paged_mqa_logits.op.register_launcher("triton")
+def _launch_triton(q, cache, weights, context_lens, block_table, max_context_len) -> Tensor:
     args = q, cache, weights, context_lens, block_table, max_context_len
-    out = paged_mqa_logits.allocate(*args)
+    out = paged_mqa_logits.op.allocate(*args)
     if out.numel() == 0:
         return out
     B, next_n, H, D = q.shape
     blocks, page = cache.shape[:2]
     native_fp8 = arch.of(q.device).native_fp8
     values, scales = page_parts(cache, FP8 if native_fp8 else torch.uint8)
-    t = tile(q)
+    t = choose_tile(q)
     rounds = cdiv(next_n, t.queries)
     each = context_lens.dim() == 2
-    kernel[(B * cdiv(max_context_len, CHUNK) * rounds,)](
+    paged_mqa_logits_kernel[(B * cdiv(max_context_len, CHUNK) * rounds,)](
         as_bits(q, native_fp8), values, scales, weights, context_lens, block_table, out,
         next_n, H, D if H else 0, max_context_len, block_table.shape[1] * page, blocks, page,
         rounds,
@@ -117,7 +118,7 @@ def launch(q, cache, weights, context_lens, block_table, max_context_len) -> Ten
 
 
 @triton.jit(do_not_specialize=["next_n", "rounds"])
-def kernel(
+def paged_mqa_logits_kernel(
     q_ptr, values_ptr, scales_ptr, weights_ptr, length_ptr, table_ptr, out_ptr,
     next_n, H, D, width, capacity, blocks, page, rounds,
     q_batch, q_query, q_head, weights_query, length_batch, length_query, table_batch,
@@ -164,6 +165,7 @@ def kernel(
     fill(out, known, done, chunk_end, tokens, width)
 
 
+@paged_mqa_logits.op.register_debug_check
 def check_contents(q, cache, weights, context_lens, block_table, max_context_len) -> None:
     blocks, page = cache.shape[:2]
     P = block_table.shape[1]
@@ -178,7 +180,3 @@ def check_contents(q, cache, weights, context_lens, block_table, max_context_len
     wrong = used[(used < 0) | (used >= blocks)]
     check_that("paged_mqa_logits", "block_table", wrong.numel() == 0,
                f"pages in [0, {blocks})", wrong[:1].tolist())  # fmt: skip
-
-
-paged_mqa_logits.tile = tile
-paged_mqa_logits.check_contents = check_contents

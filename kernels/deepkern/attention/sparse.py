@@ -37,7 +37,7 @@ def min_split(H: int) -> int:
     return min(max(8 * next_power_of_2(max(H, 1)), 256), 1024)
 
 
-def tile(q: Tensor, cache: Tensor, v_head_dim: int) -> Tile:
+def choose_tile(q: Tensor, cache: Tensor, v_head_dim: int) -> Tile:
     """The tile for these widths and H heads; how many queries there are may not decide it."""
     target = arch.of(q.device)
     H, W = q.shape[-2:]
@@ -52,7 +52,7 @@ def tile(q: Tensor, cache: Tensor, v_head_dim: int) -> Tile:
 
 def _tile(target, dot: torch.dtype, cached: torch.dtype, H: int) -> tuple[int, ...]:
     """(rows, keys, wide, warps, stages) for H heads, made for 512 + 64 values a token."""
-    nvidia, roomy = target.backend == "cuda", target.shared >= 160 << 10
+    nvidia, roomy = target.backend == "cuda", target.smem >= 160 << 10
     if dot == torch.float32:
         return (16, 16, 64, 8, 1) if nvidia else (16, 16, 128, 4, 1)
     if not nvidia:
@@ -88,7 +88,7 @@ def attend(
     (B, Sq, H, W), R, topk = q.shape, out.shape[-1], indices.shape[-1]
     blocks, page = cache.shape[:2]
     target = arch.of(q.device)
-    t = tile(q, cache, R)
+    t = choose_tile(q, cache, R)
     least = min_split(H)
     splits = max(min(cdiv(topk, least), max_splits), 1)
     partial = partial_lse = None
@@ -96,7 +96,7 @@ def attend(
         partial = q.new_empty(B, splits, Sq * H, R, dtype=torch.float32)
         partial_lse = q.new_empty(B, splits, Sq * H, dtype=torch.float32)
     cached = parts(cache, R, torch.int32)
-    kernel[(B * Sq * cdiv(H, t.rows), splits)](
+    mla_sparse_attention_kernel[(B * Sq * cdiv(H, t.rows), splits)](
         q, *cached, indices, topk_length, attn_sink, out, lse, max_logits, partial, partial_lse,
         softmax_scale * LOG2_E, Sq, H, R, W - R, topk, blocks * page, page,
         q.stride(0), q.stride(1), q.stride(2), indices.stride(0), indices.stride(1),
@@ -120,7 +120,7 @@ def attend(
 
 
 @triton.jit(do_not_specialize=["topk"])
-def kernel(
+def mla_sparse_attention_kernel(
     q_ptr, latent_ptr, scale_ptr, rope_ptr, indices_ptr, length_ptr, sink_ptr,
     out_ptr, lse_ptr, max_ptr, partial_ptr, partial_lse_ptr,
     score_scale, Sq, H, R, D, topk, slots, page,

@@ -139,7 +139,7 @@ def launch_sum(indices, topk_length, shares, total):
 
 def query_tile(target, dtype: torch.dtype, H: int) -> tuple[int, ...]:
     """(rows, keys, wide, warps, stages) of `query_kernel`, made for 512 + 64 values a row."""
-    nvidia, roomy = target.backend == "cuda", target.shared >= 160 << 10
+    nvidia, roomy = target.backend == "cuda", target.smem >= 160 << 10
     if dtype == torch.float32:
         return (16, 16, 64, 8, 1) if nvidia else (16, 16, 128, 4, 1)
     if not nvidia:

@@ -56,15 +56,16 @@ def topk_indices(logits: Tensor, k: int, lengths: Tensor | None = None) -> Tenso
     return logits.new_empty((S, k), dtype=torch.int32)
 
 
-def tile(logits: Tensor, *_) -> int:
+@topk_indices.op.register_tile
+def choose_tile(logits: Tensor, *_) -> int:
     """Values of a chunk."""
     return next((t for t in TILES if t >= logits.shape[1]), TILES[-1])
 
 
-@topk_indices.backend("triton")
-def launch(logits: Tensor, k: int, lengths: Tensor | None) -> Tensor:
-    out = topk_indices.allocate(logits, k, lengths)
-    (S, N), TILE = logits.shape, tile(logits)
+@topk_indices.op.register_launcher("triton")
+def _launch_triton(logits: Tensor, k: int, lengths: Tensor | None) -> Tensor:
+    out = topk_indices.op.allocate(logits, k, lengths)
+    (S, N), TILE = logits.shape, choose_tile(logits)
     if out.numel() == 0:
         return out
     keys, places, row, last = logits, None, logits.stride(0), False
@@ -73,7 +74,7 @@ def launch(logits: Tensor, k: int, lengths: Tensor | None) -> Tensor:
         last = chunks == 1
         chosen = out if last else out.new_empty((S, chunks * k))
         chosen_keys = None if last else torch.empty_like(chosen)
-        kernel[(S * chunks,)](
+        topk_indices_kernel[(S * chunks,)](
             keys, places, lengths, chosen_keys, chosen, N, k, chunks, row,
             LOWEST_BIT=16 if logits.dtype == torch.bfloat16 else 0, TILE=TILE, PART=min(TILE, PART),
             num_warps=max(TILE // 1024, 4),
@@ -84,7 +85,7 @@ def launch(logits: Tensor, k: int, lengths: Tensor | None) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["k", "chunks"])
-def kernel(
+def topk_indices_kernel(
     keys_ptr, places_ptr, length_ptr, chosen_keys_ptr, chosen_ptr, N, k, chunks, row,
     LOWEST_BIT: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
@@ -169,13 +170,10 @@ def sortable(x):
     return key
 
 
+@topk_indices.op.register_debug_check
 def check_contents(logits: Tensor, k: int, lengths: Tensor | None) -> None:
     if lengths is not None:
         N = logits.shape[1]
         wrong = lengths[(lengths < 0) | (lengths > N)]
         check_that("topk_indices", "lengths", wrong.numel() == 0,
                    f"lengths in [0, {N}]", wrong[:1].tolist())  # fmt: skip
-
-
-topk_indices.tile = tile
-topk_indices.check_contents = check_contents

@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..experts import expert_combine, expert_dispatch_backward
 from ..experts.exchange import DTYPES, Exchange
+from ..experts.expert_combine import expert_combine
+from ..experts.expert_dispatch import expert_dispatch_backward
 from ..experts.expert_parallel import limit_of
 from ..experts.links import Link, unpack
-from ..quant import cast_per_token
+from ..quant.cast_per_token import cast_per_token
 from ..runtime.contract import Contract, check_that
 from .deep_ep_slots import Slots, as_bytes
 from .deep_ep_types import Config, EventHandle, EventOverlap
@@ -37,13 +38,17 @@ topk_idx_t = torch.int64
 LAYOUT = Contract("Buffer.get_dispatch_layout", topk_idx="int64|int32 [num_tokens, num_topk]")
 DISPATCH = Contract(
     "Buffer.dispatch",
+    optional=("x_scales", "topk_idx", "topk_weights"),
     x="real|fp8 [num_tokens, hidden]",
     x_scales="fp32 [num_tokens, hidden/128] strided",
     topk_idx="int64|int32 [num_tokens, num_topk]",
     topk_weights="fp32 [num_tokens, num_topk]",
 )
 COMBINE = Contract(
-    "Buffer.combine", x="real [num_recv_tokens, hidden]", topk_weights="fp32 [num_recv_tokens, _]"
+    "Buffer.combine",
+    optional=("topk_weights",),
+    x="real [num_recv_tokens, hidden]",
+    topk_weights="fp32 [num_recv_tokens, _]",
 )
 LL_DISPATCH = Contract(
     "Buffer.low_latency_dispatch",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..experts import expert_dispatch
+from ..experts.expert_dispatch import expert_dispatch
 from ..experts.links import Link
 from ..runtime.contract import FP8, check_that
 

@@ -57,9 +57,11 @@ def expert_combine(
     return y.new_empty((handle.shape[0], y.shape[1]))
 
 
-@expert_combine.backend("triton")
-def launch(y: Tensor, topk_weights: Tensor, handle: Tensor, shared: Tensor | None) -> Tensor:
-    out = expert_combine.allocate(y, topk_weights, handle, shared)
+@expert_combine.op.register_launcher("triton")
+def _launch_triton(
+    y: Tensor, topk_weights: Tensor, handle: Tensor, shared: Tensor | None
+) -> Tensor:
+    out = expert_combine.op.allocate(y, topk_weights, handle, shared)
     return sum_rows(y, topk_weights, handle, out, shared)
 
 
@@ -70,7 +72,7 @@ def sum_rows(
     (T, topk), (rows, K) = handle.shape, y.shape
     if out.numel() == 0:
         return out
-    kernel[(cdiv(T, TOKENS), cdiv(K, BLOCK_K))](
+    expert_combine_kernel[(cdiv(T, TOKENS), cdiv(K, BLOCK_K))](
         y, weights, handle, shared, out, T, topk, rows, K, y.stride(0),
         0 if weights is None else weights.stride(0), handle.stride(0),
         0 if shared is None else shared.stride(0),
@@ -79,18 +81,10 @@ def sum_rows(
     return out
 
 
+@expert_combine.op.register_debug_check
 def check_contents(y: Tensor, topk_weights: Tensor, handle: Tensor, *_) -> None:
     """For DEEPKERN_DEBUG=1: every entry of the handle is a row or -1."""
     _check_rows("expert_combine", handle, y.shape[0])
-
-
-def check_contents_backward(grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor) -> None:
-    """For DEEPKERN_DEBUG=1: so, and no row is named twice."""
-    _check_rows("expert_combine_backward", handle, y.shape[0])
-    named, times = handle[handle >= 0].unique(return_counts=True)
-    twice = named[times > 1].tolist()
-    expected = "each row named at most once"
-    check_that("expert_combine_backward", "handle", not twice, expected, f"rows {twice[:8]} again")
 
 
 def _check_rows(name: str, handle: Tensor, rows: int) -> None:
@@ -99,11 +93,8 @@ def _check_rows(name: str, handle: Tensor, rows: int) -> None:
     check_that(name, "handle", not wrong, f"values in [-1, {rows})", got)
 
 
-expert_combine.check_contents = check_contents
-
-
 @triton.jit(do_not_specialize=["T", "rows"])
-def kernel(
+def expert_combine_kernel(
     y_ptr, weights_ptr, handle_ptr, shared_ptr, out_ptr, T, topk, rows, K,
     y_row, weights_row, handle_row, shared_row,
     TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr,
@@ -156,14 +147,21 @@ def expert_combine_backward(
     return y.new_empty(y.shape), y.new_empty(handle.shape, dtype=torch.float32)
 
 
-expert_combine_backward.check_contents = check_contents_backward
+@expert_combine_backward.op.register_debug_check
+def check_contents_backward(grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor) -> None:
+    """For DEEPKERN_DEBUG=1: so, and no row is named twice."""
+    _check_rows("expert_combine_backward", handle, y.shape[0])
+    named, times = handle[handle >= 0].unique(return_counts=True)
+    twice = named[times > 1].tolist()
+    expected = "each row named at most once"
+    check_that("expert_combine_backward", "handle", not twice, expected, f"rows {twice[:8]} again")
 
 
-@expert_combine_backward.backend("triton")
-def launch_backward(
+@expert_combine_backward.op.register_launcher("triton")
+def _launch_backward_triton(
     grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad_y, grad_weights = expert_combine_backward.allocate(grad, y, topk_weights, handle)
+    grad_y, grad_weights = expert_combine_backward.op.allocate(grad, y, topk_weights, handle)
     (T, topk), (rows, K) = handle.shape, y.shape
     owner = torch.full((rows,), -1, dtype=torch.int32, device=y.device)  # the slot that names a row
     if handle.numel() and rows:
@@ -173,7 +171,7 @@ def launch_backward(
     slots = cdiv(T, TOKENS) * topk
     programs = slots + cdiv(rows, ZERO_ROWS)
     if programs:
-        backward_kernel[(programs,)](
+        expert_combine_backward_kernel[(programs,)](
             grad, y, topk_weights, handle, owner, grad_y, grad_weights, T, topk, rows, K, slots,
             grad.stride(0), y.stride(0), topk_weights.stride(0), handle.stride(0),
             TOKENS=TOKENS, BLOCK_K=BLOCK_K, ZERO_ROWS=ZERO_ROWS, num_warps=8,
@@ -192,7 +190,7 @@ def own_kernel(handle_ptr, owner_ptr, count, topk, rows, handle_row, BLOCK: tl.c
 
 
 @triton.jit(do_not_specialize=["T", "rows", "slots"])
-def backward_kernel(
+def expert_combine_backward_kernel(
     grad_ptr, y_ptr, weights_ptr, handle_ptr, owner_ptr, grad_y_ptr, grad_weights_ptr,
     T, topk, rows, K, slots, grad_row, y_row, weights_row, handle_row,
     TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, ZERO_ROWS: tl.constexpr,
@@ -226,22 +224,20 @@ def backward_kernel(
         tl.store(out, tl.sum(dot, 1, keep_dims=True), mask=token < T)
 
 
+@expert_combine.op.register_autograd
 class ExpertCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, topk_weights, handle, shared):
         ctx.save_for_backward(y, topk_weights, handle)
         ctx.shared_dtype = None if shared is None else shared.dtype
-        return expert_combine.overload(y, topk_weights, handle, shared)
+        return expert_combine.op.overload(y, topk_weights, handle, shared)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         y, topk_weights, handle = ctx.saved_tensors
-        grad_y, grad_weights = expert_combine_backward.overload(
+        grad_y, grad_weights = expert_combine_backward.op.overload(
             grad.contiguous(), y, topk_weights, handle
         )
         grad_shared = None if ctx.shared_dtype is None else grad.to(ctx.shared_dtype)
         return grad_y, grad_weights.to(topk_weights.dtype), None, grad_shared
-
-
-expert_combine.autograd = ExpertCombine

@@ -37,7 +37,12 @@ from .rows import (
 )
 
 
-@op(x="real|fp8 [T, K]", topk_idx="int64|int32 [T, topk]", x_scale="fp32 [T, K/128] strided")
+@op(
+    optional_output=("x_scale", "cast"),
+    x="real|fp8 [T, K]",
+    topk_idx="int64|int32 [T, topk]",
+    x_scale="fp32 [T, K/128] strided",
+)
 def expert_dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -46,7 +51,7 @@ def expert_dispatch(
     alignment: int = 1,
     cast: str | None = None,
     num_assigned: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """Sorts tokens by expert: each token's row comes once for each of its experts.
 
     Args:
@@ -109,11 +114,8 @@ def most_rows(N: int, E: int, alignment: int) -> int:
     return (N + min(E, N) * (alignment - 1)) // alignment * alignment
 
 
-expert_dispatch.optional_output = (1, "x_scale", "cast")
-
-
-@expert_dispatch.backend("triton")
-def launch(
+@expert_dispatch.op.register_launcher("triton")
+def _launch_triton(
     x: Tensor,
     topk_idx: Tensor,
     num_experts: int,
@@ -122,7 +124,7 @@ def launch(
     cast: str | None,
     num_assigned: int | None,
 ) -> tuple[Tensor, ...]:
-    outputs = expert_dispatch.allocate(
+    outputs = expert_dispatch.op.allocate(
         x, topk_idx, num_experts, x_scale, alignment, cast, num_assigned
     )
     out, scale, group_index, tokens_per_expert, handle = outputs
@@ -156,6 +158,7 @@ def copy(
     )  # fmt: skip
 
 
+@expert_dispatch.op.register_debug_check
 def check_contents(
     x: Tensor, topk_idx: Tensor, num_experts: int, *_, name: str = "expert_dispatch"
 ) -> None:
@@ -163,9 +166,6 @@ def check_contents(
     wrong = ((topk_idx < -1) | (topk_idx >= num_experts)).nonzero().tolist()
     got = f"{topk_idx[tuple(wrong[0])].item()} at {tuple(wrong[0])}" if wrong else None
     check_that(name, "topk_idx", not wrong, f"values in [-1, {num_experts})", got)
-
-
-expert_dispatch.check_contents = check_contents
 
 
 @triton.jit(do_not_specialize=["T", "rows", "copies"])
@@ -235,15 +235,16 @@ def expert_dispatch_backward(grad: Tensor, handle: Tensor) -> Tensor:
     return grad.new_empty((handle.shape[0], grad.shape[1]))
 
 
-@expert_dispatch_backward.backend("triton")
-def launch_backward(grad: Tensor, handle: Tensor) -> Tensor:
-    return sum_rows(grad, None, handle, expert_dispatch_backward.allocate(grad, handle))
+@expert_dispatch_backward.op.register_launcher("triton")
+def _launch_backward_triton(grad: Tensor, handle: Tensor) -> Tensor:
+    return sum_rows(grad, None, handle, expert_dispatch_backward.op.allocate(grad, handle))
 
 
+@expert_dispatch.op.register_autograd
 class ExpertDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
-        outputs = expert_dispatch.overload(x, *args)
+        outputs = expert_dispatch.op.overload(x, *args)
         ctx.save_for_backward(outputs[4])
         has_gradient = ctx.needs_input_grad[0] and outputs[0].dtype != FP8
         ctx.mark_non_differentiable(*outputs[1 if has_gradient else 0 :])
@@ -253,7 +254,4 @@ class ExpertDispatch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         (handle,) = ctx.saved_tensors
-        return expert_dispatch_backward.overload(grad.contiguous(), handle), *[None] * 6
-
-
-expert_dispatch.autograd = ExpertDispatch
+        return expert_dispatch_backward.op.overload(grad.contiguous(), handle), *[None] * 6

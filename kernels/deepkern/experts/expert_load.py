@@ -39,9 +39,9 @@ def expert_load(topk_idx: Tensor, num_experts: int) -> Tensor:
     return topk_idx.new_empty(num_experts, dtype=torch.int32)
 
 
-@expert_load.backend("triton")
-def launch(topk_idx: Tensor, num_experts: int) -> Tensor:
-    load = expert_load.allocate(topk_idx, num_experts)
+@expert_load.op.register_launcher("triton")
+def _launch_triton(topk_idx: Tensor, num_experts: int) -> Tensor:
+    load = expert_load.op.allocate(topk_idx, num_experts)
     if topk_idx.numel() == 0:
         return load.zero_()
     count(topk_idx, load)

@@ -40,6 +40,7 @@ TIMEOUT = 300.0  # seconds, where the group's own is longer
 
 DISPATCH = Contract(
     "ExpertParallel.dispatch",
+    optional=("topk_weights", "x_scale"),
     x="real|fp8 [T, K]",
     topk_idx="int64|int32 [T, topk]",
     topk_weights="real [T, topk] strided",

@@ -85,7 +85,7 @@ class Rows(NamedTuple):
 
 def tile_of_rows(a: Tensor, b: Tensor, b_scale: Tensor) -> GemmTile:
     """The tile for rows `a` that are spread evenly over the experts `b`."""
-    return m_grouped.tile(a, b, b_scale, -(-len(a) // len(b)))
+    return m_grouped.choose_tile(a, b, b_scale, -(-len(a) // len(b)))
 
 
 @triton.jit(do_not_specialize=["count"])

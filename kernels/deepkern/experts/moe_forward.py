@@ -41,7 +41,6 @@ from ..matmul.fp8_linear import LIFT
 from ..matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
 from ..matmul.products import check_b_scale
 from ..quant.cast_per_token import cast_per_token
-from ..quant.cast_per_token import launch as launch_cast
 from ..quant.swiglu_cast import swiglu_cast, write_backward
 from ..runtime.contract import check_that
 from ..runtime.op import op
@@ -114,20 +113,18 @@ def check_weights(name: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scal
     check_b_scale(name, w2, w2_scale, "w2_scale")
 
 
+@moe_forward.op.register_debug_check
 def check_contents(x: Tensor, topk_weights: Tensor, topk_idx: Tensor, w13: Tensor, *_) -> None:
     """For DEEPKERN_DEBUG=1: every index is an expert or -1."""
     check_indices(x, topk_idx, len(w13), name="moe_forward")
 
 
-moe_forward.check_contents = check_contents
-
-
-@moe_forward.backend("triton")
-def launch(
+@moe_forward.op.register_launcher("triton")
+def _launch_triton(
     x: Tensor, topk_weights: Tensor, topk_idx: Tensor,
     w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor,
 ) -> Tensor:  # fmt: skip
-    out = moe_forward.allocate(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale)
+    out = moe_forward.op.allocate(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale)
     if topk_idx.numel() == 0 or w13.numel() == 0:
         return out.zero_()
     rows = Rows.of(topk_idx, len(w13))
@@ -140,17 +137,17 @@ def launch(
     return sum_rows(y, topk_weights, rows.handle, out)
 
 
-@moe_forward.backend("cpu")
-def launch_on_cpu(
+@moe_forward.op.register_launcher("cpu")
+def _launch_cpu(
     x: Tensor, topk_weights: Tensor, topk_idx: Tensor,
     w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor,
 ) -> Tensor:  # fmt: skip
     """Expert by expert, with the native cast and product: on a CPU, counts may be looked at."""
-    out = moe_forward.allocate(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale)
+    out = moe_forward.op.allocate(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale)
     if topk_idx.numel() == 0 or w13.numel() == 0:
         return out.zero_()
-    multiply = fp8_gemm_nt.launcher("cpu")
-    q, scale = cast_per_token.launcher("cpu")(x, "fp32", "row")
+    multiply = fp8_gemm_nt.op.launcher("cpu")
+    q, scale = cast_per_token.op.launcher("cpu")(x, "fp32", "row")
     a, a_scale, _, counts, handle = plain.expert_dispatch(q, topk_idx, len(w13), scale)
     y, first = x.new_zeros((len(a), x.shape[1])), 0
     for e, count in enumerate(counts.tolist()):
@@ -163,16 +160,14 @@ def launch_on_cpu(
     return out.copy_(plain.expert_combine(y, topk_weights, handle))
 
 
-def tile(x: Tensor, topk_weights: Tensor, topk_idx: Tensor, w13: Tensor, w13_scale: Tensor,
+@moe_forward.op.register_tile
+def choose_tile(x: Tensor, topk_weights: Tensor, topk_idx: Tensor, w13: Tensor, w13_scale: Tensor,
          w2: Tensor, w2_scale: Tensor) -> str:  # fmt: skip
     """The tiles of the two products that a launch with these arguments takes."""
     rows = topk_idx.numel()
     a, h = (w.new_empty((rows, w.shape[2]), device="meta") for w in (w13, w2))
     tiles = [tile_of_rows(a, w13, w13_scale), tile_of_rows(h, w2, w2_scale)]
     return "; ".join(f"{name} {t}" for name, t in zip(("w13", "w2"), tiles, strict=True))
-
-
-moe_forward.tile = tile
 
 
 @op(
@@ -232,12 +227,12 @@ def check_blocks(name: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale
         check_that(name, argument, scale.shape[1] == blocks, expected, tuple(scale.shape))
 
 
-@moe_forward_backward.backend("triton")
-def launch_backward(
+@moe_forward_backward.op.register_launcher("triton")
+def _launch_backward_triton(
     grad: Tensor, topk_weights: Tensor, topk_idx: Tensor, gate_up: Tensor, gate_up_scale: Tensor,
     w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad_x, grad_weights = moe_forward_backward.allocate(
+    grad_x, grad_weights = moe_forward_backward.op.allocate(
         grad, topk_weights, topk_idx, gate_up, gate_up_scale, w13, w13_scale, w2, w2_scale
     )
     if topk_idx.numel() == 0 or w13.numel() == 0:
@@ -254,7 +249,7 @@ def launch_backward(
     write_backward(grad_h, gate_up, gate_up_scale, weights, None, outputs, rows.group_index)
     rows.collect(of_row, grad_weights, 1 / LIFT)
     del grad_h
-    q, scale = launch_cast(grad_gate_up, "fp32", "row")
+    q, scale = cast_per_token.op.launcher("triton")(grad_gate_up, "fp32", "row")
     del grad_gate_up
     y = rows.multiply(q, scale / LIFT, w13.mT, w13_scale.mT, wide)
     return sum_rows(y, None, rows.handle, grad_x), grad_weights
@@ -266,23 +261,24 @@ def step_by_step(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The layer op by op, the same bits as in one, for what a gradient needs of it: (out, gate_up
     in FP8, its scale), gate_up in the order of `expert_dispatch` with this alignment."""
-    multiply = m_grouped_fp8_gemm_nt_contiguous.overload
-    q, scale, group_index, _, handle = expert_dispatch.overload(
+    multiply = m_grouped_fp8_gemm_nt_contiguous.op.overload
+    q, scale, group_index, _, handle = expert_dispatch.op.overload(
         x, topk_idx, len(w13), None, alignment, "fp32"
     )
     gate_up = multiply(q, scale, w13, w13_scale, group_index, x.dtype)
-    y = multiply(*swiglu_cast.overload(gate_up), w2, w2_scale, group_index, x.dtype)
-    out = expert_combine.overload(y, topk_weights, handle)
-    return out, *cast_per_token.overload(gate_up)
+    y = multiply(*swiglu_cast.op.overload(gate_up), w2, w2_scale, group_index, x.dtype)
+    out = expert_combine.op.overload(y, topk_weights, handle)
+    return out, *cast_per_token.op.overload(gate_up)
 
 
+@moe_forward.op.register_autograd
 class MoeForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale):
         args = x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            return moe_forward.overload(*args)
-        moe_forward.allocate(*args)  # its checks
+            return moe_forward.op.overload(*args)
+        moe_forward.op.allocate(*args)  # its checks
         check_blocks("moe_forward", *args[3:])
         out, *gate_up = step_by_step(*args)
         ctx.save_for_backward(topk_weights, topk_idx, *gate_up, *args[3:])
@@ -293,8 +289,5 @@ class MoeForward(torch.autograd.Function):
     def backward(ctx, grad):
         topk_weights, *rest = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grad_x, grad_weights = moe_forward_backward.overload(grad, topk_weights, *rest)
+        grad_x, grad_weights = moe_forward_backward.op.overload(grad, topk_weights, *rest)
         return grad_x, grad_weights.to(topk_weights.dtype), *[None] * 5
-
-
-moe_forward.autograd = MoeForward

@@ -96,8 +96,8 @@ def route_topk(
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 
-@route_topk.backend("triton")
-def launch(
+@route_topk.op.register_launcher("triton")
+def _launch_triton(
     logits: Tensor,
     bias: Tensor | None,
     topk: int,
@@ -108,7 +108,7 @@ def launch(
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    weights, idx = route_topk.allocate(
+    weights, idx = route_topk.op.allocate(
         logits, bias, topk, num_groups, topk_groups, score, group_score, normalize, scale
     )
     T, E = logits.shape
@@ -118,7 +118,7 @@ def launch(
         num_groups = topk_groups = 1
     GROUPS, SIZE = next_power_of_2(num_groups), next_power_of_2(E // num_groups)
     ROWS = max(1, TILE // (GROUPS * SIZE))
-    kernel[(cdiv(T, ROWS),)](
+    route_topk_kernel[(cdiv(T, ROWS),)](
         logits, bias, weights, idx, T, E, logits.stride(0), scale, topk_groups, topk,
         SCORE=score, TOP2=group_score == "top2" and num_groups < E, NORMALIZE=normalize,
         NUM_GROUPS=num_groups, GROUPS=GROUPS, SIZE=SIZE, SLOT_LEVELS=(topk - 1).bit_length(),
@@ -132,6 +132,7 @@ def warps(values: int) -> int:
     return min(16, max(4, values // 1024))
 
 
+@route_topk.op.register_debug_check
 def check_contents(logits: Tensor, bias: Tensor | None, *_) -> None:
     """For DEEPKERN_DEBUG=1: no logit and no bias is NaN."""
     rows = logits.isnan().any(1).nonzero().flatten().tolist()
@@ -142,11 +143,8 @@ def check_contents(logits: Tensor, bias: Tensor | None, *_) -> None:
         check_that("route_topk", "bias", not experts, "numbers", f"NaN for experts {experts[:8]}")
 
 
-route_topk.check_contents = check_contents
-
-
 @triton.jit(do_not_specialize=["T"])
-def kernel(
+def route_topk_kernel(
     logits_ptr, bias_ptr, weights_ptr, idx_ptr, T, E, logits_row, scale, topk_groups, topk,
     SCORE: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
@@ -256,17 +254,19 @@ def route_topk_backward(
     return logits.new_empty(logits.shape)
 
 
-@route_topk_backward.backend("triton")
-def launch_backward(
+@route_topk_backward.op.register_launcher("triton")
+def _launch_backward_triton(
     grad_weights: Tensor, logits: Tensor, idx: Tensor, score: str, normalize: bool, scale: float
 ) -> Tensor:
-    grad_logits = route_topk_backward.allocate(grad_weights, logits, idx, score, normalize, scale)
+    grad_logits = route_topk_backward.op.allocate(
+        grad_weights, logits, idx, score, normalize, scale
+    )
     T, E = logits.shape
     if grad_logits.numel() == 0:
         return grad_logits
     EXPERTS = next_power_of_2(E)
     ROWS = max(1, TILE // EXPERTS)
-    backward_kernel[(cdiv(T, ROWS),)](
+    route_topk_backward_kernel[(cdiv(T, ROWS),)](
         grad_weights, logits, idx, grad_logits, T, E, idx.shape[1],
         grad_weights.stride(0), logits.stride(0), idx.stride(0), scale,
         SCORE=score, NORMALIZE=normalize, EXPERTS=EXPERTS, ROWS=ROWS,
@@ -276,7 +276,7 @@ def launch_backward(
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward_kernel(
+def route_topk_backward_kernel(
     grad_weights_ptr, logits_ptr, idx_ptr, grad_logits_ptr, T, E, topk,
     grad_row, logits_row, idx_row, scale,
     SCORE: tl.constexpr, NORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
@@ -316,12 +316,13 @@ def backward_kernel(
     tl.store(out, grad.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
 
+@route_topk.op.register_autograd
 class RouteTopk(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, logits, bias, topk, num_groups, topk_groups, score, group_score, normalize, scale
     ):
-        weights, idx = route_topk.overload(
+        weights, idx = route_topk.op.overload(
             logits, bias, topk, num_groups, topk_groups, score, group_score, normalize, scale
         )
         ctx.save_for_backward(logits, idx)
@@ -334,8 +335,5 @@ class RouteTopk(torch.autograd.Function):
     def backward(ctx, grad_weights, _):
         logits, idx = ctx.saved_tensors
         grad_weights = grad_weights.contiguous()  # it may be expanded
-        grad_logits = route_topk_backward.overload(grad_weights, logits, idx, *ctx.rule)
+        grad_logits = route_topk_backward.op.overload(grad_weights, logits, idx, *ctx.rule)
         return grad_logits, *[None] * 8
-
-
-route_topk.autograd = RouteTopk

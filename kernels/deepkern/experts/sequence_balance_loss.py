@@ -55,9 +55,9 @@ def sequence_balance_loss(
     return logits.new_empty((), dtype=torch.float32)
 
 
-@sequence_balance_loss.backend("triton")
-def launch(logits: Tensor, topk_idx: Tensor, score: str, alpha: float) -> Tensor:
-    loss = sequence_balance_loss.allocate(logits, topk_idx, score, alpha)
+@sequence_balance_loss.op.register_launcher("triton")
+def _launch_triton(logits: Tensor, topk_idx: Tensor, score: str, alpha: float) -> Tensor:
+    loss = sequence_balance_loss.op.allocate(logits, topk_idx, score, alpha)
     if logits.numel() == 0 or topk_idx.numel() == 0:
         return loss.zero_()
     of_sequence = logits.new_empty(len(logits), dtype=torch.float32)
@@ -168,11 +168,11 @@ def sequence_balance_loss_backward(
     return logits.new_empty(logits.shape)
 
 
-@sequence_balance_loss_backward.backend("triton")
-def launch_backward(
+@sequence_balance_loss_backward.op.register_launcher("triton")
+def _launch_backward_triton(
     grad: Tensor, logits: Tensor, topk_idx: Tensor, score: str, alpha: float
 ) -> Tensor:
-    grad_logits = sequence_balance_loss_backward.allocate(grad, logits, topk_idx, score, alpha)
+    grad_logits = sequence_balance_loss_backward.op.allocate(grad, logits, topk_idx, score, alpha)
     if logits.numel() == 0 or topk_idx.numel() == 0:
         return grad_logits.zero_()
     B, S, E = logits.shape
@@ -180,7 +180,7 @@ def launch_backward(
     sum_up(logits, topk_idx, score, 0.0, None, counts)
     EXPERTS = next_power_of_2(E)
     ROWS = max(1, TILE // EXPERTS)
-    backward_kernel[(B * cdiv(S, ROWS),)](
+    sequence_balance_loss_backward_kernel[(B * cdiv(S, ROWS),)](
         grad, logits, counts, grad_logits, S, E, factor(logits, topk_idx, alpha),
         *logits.stride()[:2], SCORE=score, ROWS=ROWS, EXPERTS=EXPERTS,
     )  # fmt: skip
@@ -188,7 +188,7 @@ def launch_backward(
 
 
 @triton.jit(do_not_specialize=["S"])
-def backward_kernel(
+def sequence_balance_loss_backward_kernel(
     grad_ptr, logits_ptr, counts_ptr, out_ptr, S, E, weight, logits_sequence, logits_row,
     SCORE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
@@ -217,20 +217,18 @@ def backward_kernel(
     tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@sequence_balance_loss.op.register_autograd
 class SequenceBalanceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, topk_idx, score, alpha):
         ctx.save_for_backward(logits, topk_idx)
         ctx.rule = score, alpha
-        return sequence_balance_loss.overload(logits, topk_idx, score, alpha)
+        return sequence_balance_loss.op.overload(logits, topk_idx, score, alpha)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad_logits = sequence_balance_loss_backward.overload(
+        grad_logits = sequence_balance_loss_backward.op.overload(
             grad.view(1), *ctx.saved_tensors, *ctx.rule
         )
         return grad_logits, None, None, None
-
-
-sequence_balance_loss.autograd = SequenceBalanceLoss

@@ -36,16 +36,16 @@ def update_expert_bias(bias: Tensor, load: Tensor, rate: float = 0.001) -> Tenso
     return bias.new_empty(bias.shape)
 
 
-@update_expert_bias.backend("triton")
-def launch(bias: Tensor, load: Tensor, rate: float) -> Tensor:
-    out = update_expert_bias.allocate(bias, load, rate)
+@update_expert_bias.op.register_launcher("triton")
+def _launch_triton(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    out = update_expert_bias.op.allocate(bias, load, rate)
     if out.numel():
-        kernel[(1,)](bias, load, out, rate, len(bias), BLOCK=1024)
+        update_expert_bias_kernel[(1,)](bias, load, out, rate, len(bias), BLOCK=1024)
     return out
 
 
 @triton.jit
-def kernel(bias_ptr, load_ptr, out_ptr, rate, E, BLOCK: tl.constexpr):
+def update_expert_bias_kernel(bias_ptr, load_ptr, out_ptr, rate, E, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.int64)
     for first in range(0, E, BLOCK):
         expert = first + tl.arange(0, BLOCK)

@@ -81,24 +81,24 @@ def fp8_gemm_nt(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-@fp8_gemm_nt.backend("triton")
-def launch(
+@fp8_gemm_nt.op.register_launcher("triton")
+def _launch_triton(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype, c: Tensor | None
 ) -> Tensor:
-    out = fp8_gemm_nt.allocate(a, a_scale, b, b_scale, out_dtype, c)
+    out = fp8_gemm_nt.op.allocate(a, a_scale, b, b_scale, out_dtype, c)
     if out.numel() == 0:
         return out
     if a.shape[1] == 0:
         return out.zero_() if c is None else out.copy_(c)
     (M, K), N = a.shape, b.shape[0]
-    target, t = arch.of(a.device), tile(a, a_scale, b, b_scale)
+    target, t = arch.of(a.device), choose_tile(a, a_scale, b, b_scale)
     x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
     blocks = cdiv(K, BLOCK)
     # With K spread over programs each writes its share of the sum, and `add_shares` adds them.
     at_once = t.splits if t.spread else 1
     shares = out.new_empty((at_once, M, N), dtype=torch.float32) if t.spread else out
     programs = cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N) * at_once
-    kernel[(t.grid(target, programs) if target.tma else programs,)](
+    fp8_gemm_nt_kernel[(t.grid(target, programs) if target.tma else programs,)](
         x, y, None if t.spread else c, shares, M, N, K, cdiv(blocks, t.splits), at_once,
         0 if c is None else c.stride(0), SPREAD=t.spread, SPLIT=t.splits > 1 and not t.spread,
         SWAPPED=t.swapped, B_BLOCK=rows_of_a_scale(b, b_scale),
@@ -113,18 +113,16 @@ def launch(
     return out
 
 
-def tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_) -> GemmTile:
+@fp8_gemm_nt.op.register_tile
+def choose_tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_) -> GemmTile:
     """The tile that a launch with these arguments takes."""
     (M, K), N = a.shape, b.shape[0]
     return gemm_tile(arch.of(a.device), M, N, K, rows_of_a_scale(b, b_scale))
 
 
-fp8_gemm_nt.tile = tile
-
-
 # M is masked, never specialised for: one compiled kernel serves every M.
 @triton.jit(do_not_specialize=["M", "split", "shares"])
-def kernel(
+def fp8_gemm_nt_kernel(
     a, b, c_ptr, out_ptr, M, N, K, split, shares, c_row,
     SPREAD: tl.constexpr, SPLIT: tl.constexpr, SWAPPED: tl.constexpr, B_BLOCK: tl.constexpr,
     TAIL: tl.constexpr, NATIVE_FP8: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,

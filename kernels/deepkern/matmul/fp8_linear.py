@@ -38,6 +38,7 @@ LIFT = 2.0**48
 
 CONTRACT = Contract(
     "fp8_linear",
+    optional=("weight_scale", "bias"),
     x="real [..., K] strided",
     weight="real|fp8 [N, K] strided",
     weight_scale="fp32 [N/128, K/128] strided",

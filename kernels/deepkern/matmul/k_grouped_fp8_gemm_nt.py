@@ -74,29 +74,27 @@ def k_grouped_fp8_gemm_nt(
     return a.new_empty((G, a.shape[0], b.shape[0]), dtype=torch.float32)
 
 
+@k_grouped_fp8_gemm_nt.op.register_debug_check
 def check_contents(a, a_scale, b, b_scale, group_offsets, c) -> None:
     """For DEEPKERN_DEBUG=1: offsets ascend within K."""
     check_offsets("k_grouped_fp8_gemm_nt", group_offsets, a.shape[1])
 
 
-k_grouped_fp8_gemm_nt.check_contents = check_contents
-
-
-@k_grouped_fp8_gemm_nt.backend("triton")
-def launch(
+@k_grouped_fp8_gemm_nt.op.register_launcher("triton")
+def _launch_triton(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_offsets: Tensor, c: Tensor | None
 ) -> Tensor:
     args = (a, a_scale, b, b_scale, group_offsets, c)
-    out = k_grouped_fp8_gemm_nt.allocate(*args)
+    out = k_grouped_fp8_gemm_nt.op.allocate(*args)
     if out.numel() == 0:
         return out
     if a.shape[1] == 0:
         return out.zero_() if c is None else out.copy_(c)
     (G, M, N), K = out.shape, a.shape[1]
-    target, t = arch.of(a.device), tile(*args)
+    target, t = arch.of(a.device), choose_tile(*args)
     x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
     tiles = G * cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N)
-    kernel[(t.grid(target, tiles) if target.tma else tiles,)](
+    k_grouped_fp8_gemm_nt_kernel[(t.grid(target, tiles) if target.tma else tiles,)](
         x, y, None if c is None else c.contiguous(), out, group_offsets.contiguous(), M, N, K,
         a_scale.shape[1], G, GROUPS=max(8, next_power_of_2(G)),
         SWAPPED=t.swapped, NATIVE_FP8=target.native_fp8, INDEX=index_type(x, y),
@@ -106,7 +104,8 @@ def launch(
     return out
 
 
-def tile(
+@k_grouped_fp8_gemm_nt.op.register_tile
+def choose_tile(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_offsets: Tensor, c: Tensor | None
 ) -> GemmTile:
     """The tile that a launch with these arguments takes, as if all groups were as long."""
@@ -115,11 +114,8 @@ def tile(
     return gemm_tile(arch.of(a.device), M, N, cdiv(K, G), 1, groups=G, form="k_grouped")
 
 
-k_grouped_fp8_gemm_nt.tile = tile
-
-
 @triton.jit(do_not_specialize=["K", "scale_blocks", "G"])
-def kernel(
+def k_grouped_fp8_gemm_nt_kernel(
     a, b, c_ptr, out_ptr, offsets_ptr, M, N, K, scale_blocks, G,
     GROUPS: tl.constexpr, SWAPPED: tl.constexpr, NATIVE_FP8: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,

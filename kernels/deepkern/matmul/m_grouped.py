@@ -25,7 +25,7 @@ from ..runtime.tiles import GemmTile, gemm_tile
 from .products import index_type, operand, products, rows_of_a_scale, tile_in_bands
 
 
-def tile(a: Tensor, b: Tensor, b_scale: Tensor, rows: int) -> GemmTile:
+def choose_tile(a: Tensor, b: Tensor, b_scale: Tensor, rows: int) -> GemmTile:
     """The tile for groups that have about so many rows each."""
     G, N, K = b.shape
     groups = G if a.dim() == 3 else min(G, len(a))  # that may have rows
@@ -48,7 +48,7 @@ def multiply(
     x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
     # Row tiles, if the rows of a group lie together: those that are full, and one for each group.
     most = a[..., 0].numel() // t.BLOCK_M + min(G, a[..., 0].numel())
-    kernel[(t.grid(target, most * cdiv(N, t.BLOCK_N)),)](
+    m_grouped_fp8_gemm_nt_kernel[(t.grid(target, most * cdiv(N, t.BLOCK_N)),)](
         x, y, out, group_index, extent, M, N, K, G,
         GROUPS=max(8, next_power_of_2(G)), SWAPPED=t.swapped,
         B_BLOCK=rows_of_a_scale(b, b_scale),
@@ -71,7 +71,7 @@ def group_rows(group_index_ptr, extent_ptr, M, G, GROUPS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "G"])
-def kernel(
+def m_grouped_fp8_gemm_nt_kernel(
     a, b, out_ptr, group_index_ptr, extent_ptr, M, N, K, G, GROUPS: tl.constexpr,
     SWAPPED: tl.constexpr, B_BLOCK: tl.constexpr, TAIL: tl.constexpr, NATIVE_FP8: tl.constexpr,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,

@@ -63,6 +63,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
+@m_grouped_fp8_gemm_nt_contiguous.op.register_debug_check
 def check_contents(a, a_scale, b, b_scale, group_index, out_dtype) -> None:
     """For DEEPKERN_DEBUG=1: group_index ascends, and holds -1 or a group."""
     name, G = "m_grouped_fp8_gemm_nt_contiguous", b.shape[0]
@@ -74,29 +75,24 @@ def check_contents(a, a_scale, b, b_scale, group_index, out_dtype) -> None:
     check_that(name, "group_index", bool((found.diff() >= 0).all()), expected, found.tolist())
 
 
-m_grouped_fp8_gemm_nt_contiguous.check_contents = check_contents
-
-
-@m_grouped_fp8_gemm_nt_contiguous.backend("triton")
-def launch(
+@m_grouped_fp8_gemm_nt_contiguous.op.register_launcher("triton")
+def _launch_triton(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_index: Tensor,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     args = (a, a_scale, b, b_scale, group_index, out_dtype)
-    out = m_grouped_fp8_gemm_nt_contiguous.allocate(*args)
+    out = m_grouped_fp8_gemm_nt_contiguous.op.allocate(*args)
     if out.numel() == 0:
         return out
     if b.numel() == 0:
         return out.zero_()
     group_index = group_index.contiguous()
     extent = m_grouped.survey(group_index, b.shape[0], out)
-    m_grouped.multiply(a, a_scale, b, b_scale, out, tile(*args), group_index, extent)
+    m_grouped.multiply(a, a_scale, b, b_scale, out, choose_tile(*args), group_index, extent)
     return out
 
 
-def tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_) -> GemmTile:
+@m_grouped_fp8_gemm_nt_contiguous.op.register_tile
+def choose_tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_) -> GemmTile:
     """The tile that a launch with these arguments takes, as if all groups had as many rows."""
-    return m_grouped.tile(a, b, b_scale, -(-a.shape[0] // max(b.shape[0], 1)))
-
-
-m_grouped_fp8_gemm_nt_contiguous.tile = tile
+    return m_grouped.choose_tile(a, b, b_scale, -(-a.shape[0] // max(b.shape[0], 1)))

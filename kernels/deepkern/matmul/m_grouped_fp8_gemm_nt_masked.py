@@ -64,6 +64,7 @@ def m_grouped_fp8_gemm_nt_masked(
     return a.new_empty((*a.shape[:2], b.shape[1]), dtype=out_dtype)
 
 
+@m_grouped_fp8_gemm_nt_masked.op.register_debug_check
 def check_contents(a, a_scale, b, b_scale, masked_m, out_dtype, expected_m) -> None:
     """For DEEPKERN_DEBUG=1: masked_m says rows that are there."""
     outside = masked_m[(masked_m < 0) | (masked_m > a.shape[1])]
@@ -72,32 +73,27 @@ def check_contents(a, a_scale, b, b_scale, masked_m, out_dtype, expected_m) -> N
     check_that(name, "masked_m", not len(outside), expected, outside[:1].tolist())
 
 
-m_grouped_fp8_gemm_nt_masked.check_contents = check_contents
-
-
-@m_grouped_fp8_gemm_nt_masked.backend("triton")
-def launch(
+@m_grouped_fp8_gemm_nt_masked.op.register_launcher("triton")
+def _launch_triton(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, masked_m: Tensor,
     out_dtype: torch.dtype, expected_m: int | None,
 ) -> Tensor:  # fmt: skip
     args = (a, a_scale, b, b_scale, masked_m, out_dtype, expected_m)
-    out = m_grouped_fp8_gemm_nt_masked.allocate(*args)
+    out = m_grouped_fp8_gemm_nt_masked.op.allocate(*args)
     if out.numel() == 0:
         return out
     if a.shape[2] == 0:
         return out.zero_()
     masked_m = masked_m.contiguous()
     m_grouped.zero_unused(masked_m, out)
-    m_grouped.multiply(a, a_scale, b, b_scale, out, tile(*args), None, masked_m)
+    m_grouped.multiply(a, a_scale, b, b_scale, out, choose_tile(*args), None, masked_m)
     return out
 
 
-def tile(
+@m_grouped_fp8_gemm_nt_masked.op.register_tile
+def choose_tile(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, masked_m: Tensor,
     out_dtype: torch.dtype, expected_m: int | None,
 ) -> GemmTile:  # fmt: skip
     """The tile that a launch with these arguments takes."""
-    return m_grouped.tile(a, b, b_scale, a.shape[1] if expected_m is None else expected_m)
-
-
-m_grouped_fp8_gemm_nt_masked.tile = tile
+    return m_grouped.choose_tile(a, b, b_scale, a.shape[1] if expected_m is None else expected_m)

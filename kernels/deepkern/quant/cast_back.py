@@ -52,9 +52,11 @@ def cast_back(q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.d
     return q.new_empty(q.shape, dtype=out_dtype)
 
 
-@cast_back.backend("triton")
-def launch(q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.dtype) -> Tensor:
-    out = cast_back.allocate(q, scale, block, out_dtype)
+@cast_back.op.register_launcher("triton")
+def _launch_triton(
+    q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.dtype
+) -> Tensor:
+    out = cast_back.op.allocate(q, scale, block, out_dtype)
     if out.numel() == 0:
         return out
     # Views unless the leading dimensions cannot be merged.
@@ -64,7 +66,7 @@ def launch(q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.dtyp
     rows, cols = min(block[0], N), min(block[1], K)  # a longer block covers no more
     native_fp8 = arch.of(q.device).native_fp8
     ROWS, COLS = 32, 128
-    kernel[(G * cdiv(N, ROWS) * cdiv(K, COLS),)](
+    cast_back_kernel[(G * cdiv(N, ROWS) * cdiv(K, COLS),)](
         as_bits(matrices, native_fp8), scales, out, N, K, rows, cols,
         *matrices.stride()[:2], *scales.stride(),
         ONE_ROW=rows % ROWS == 0 or rows == N, ONE_COLUMN=cols % COLS == 0 or cols == K,
@@ -74,7 +76,7 @@ def launch(q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.dtyp
 
 
 @triton.jit
-def kernel(
+def cast_back_kernel(
     q_ptr, scale_ptr, out_ptr, N, K, rows, cols,
     q_matrix, q_row, scale_matrix, scale_row, scale_column,
     ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,  # whether a tile lies in one block

@@ -48,15 +48,15 @@ def cast_per_block(x: Tensor, scale_format: str = "fp32") -> tuple[Tensor, Tenso
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(blocks, dtype=torch.float32)
 
 
-@cast_per_block.backend("triton")
-def launch(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
-    q, scale = cast_per_block.allocate(x, scale_format)
+@cast_per_block.op.register_launcher("triton")
+def _launch_triton(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
+    q, scale = cast_per_block.op.allocate(x, scale_format)
     if q.numel() == 0:
         return q, scale
     matrices = x if x.dim() == 3 else x[None]
     G, N, K = matrices.shape
     native_fp8 = arch.of(x.device).native_fp8_cast
-    kernel[(G * cdiv(N, BLOCK) * cdiv(K, BLOCK),)](
+    cast_per_block_kernel[(G * cdiv(N, BLOCK) * cdiv(K, BLOCK),)](
         matrices, as_bits(q, native_fp8), scale, N, K, matrices.stride(0), matrices.stride(1),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, num_warps=8,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def launch(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def kernel(
+def cast_per_block_kernel(
     x_ptr, q_ptr, scale_ptr, N, K, matrix_stride, row_stride,
     UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip

@@ -86,11 +86,11 @@ def cast_per_channel(
     return x.new_empty(q, dtype=FP8), new_scale(x, scale, scale_layout)
 
 
-@cast_per_channel.backend("triton")
-def launch(
+@cast_per_channel.op.register_launcher("triton")
+def _launch_triton(
     x: Tensor, scale_format: str, group_offsets: Tensor | None, transpose: bool, scale_layout: str
 ) -> tuple[Tensor, Tensor]:
-    q, scale = cast_per_channel.allocate(x, scale_format, group_offsets, transpose, scale_layout)
+    q, scale = cast_per_channel.op.allocate(x, scale_format, group_offsets, transpose, scale_layout)
     padded = with_padding(scale, scale_layout)
     if padded.numel() == 0:
         return q, scale
@@ -102,7 +102,7 @@ def launch(
     native_fp8 = arch.of(x.device).native_fp8_cast
     aligned = K % 16 == 0 and (M % 16 == 0 or not transpose)
     COLS = 64
-    kernel[(blocks * cdiv(channels, COLS),)](
+    cast_per_channel_kernel[(blocks * cdiv(channels, COLS),)](
         x, as_bits(q, native_fp8), padded, group_offsets, M, K, G, channels,
         x.stride(0), *q_strides, *scale_strides,
         # Without groups, blocks are aligned if M is, which Triton sees.
@@ -114,16 +114,14 @@ def launch(
     return q, scale
 
 
+@cast_per_channel.op.register_debug_check
 def check_contents(x: Tensor, scale_format: str, group_offsets: Tensor | None, *_) -> None:
     """For DEEPKERN_DEBUG=1: the offsets need no repair."""
     check_offsets("cast_per_channel", group_offsets, x.shape[0])
 
 
-cast_per_channel.check_contents = check_contents
-
-
 @triton.jit
-def kernel(
+def cast_per_channel_kernel(
     x_ptr, q_ptr, scale_ptr, offsets_ptr, M, K, G, channels,
     x_row, q_row, q_column, scale_block, scale_channel,
     MAY_ALIGN: tl.constexpr, UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr,

@@ -62,9 +62,9 @@ def cast_per_token(
     return x.new_empty(x.shape, dtype=FP8), new_scale(x, blocks, scale_layout)
 
 
-@cast_per_token.backend("triton")
-def launch(x: Tensor, scale_format: str, scale_layout: str) -> tuple[Tensor, Tensor]:
-    q, scale = cast_per_token.allocate(x, scale_format, scale_layout)
+@cast_per_token.op.register_launcher("triton")
+def _launch_triton(x: Tensor, scale_format: str, scale_layout: str) -> tuple[Tensor, Tensor]:
+    q, scale = cast_per_token.op.allocate(x, scale_format, scale_layout)
     if q.numel() == 0:
         return q, scale
     K = x.shape[-1]
@@ -75,7 +75,7 @@ def launch(x: Tensor, scale_format: str, scale_layout: str) -> tuple[Tensor, Ten
     scales = scales.reshape(matrices.shape[0], -1, scales.shape[-1])
     native_fp8 = arch.of(x.device).native_fp8_cast
     ROWS = 32
-    kernel[(matrices.shape[0] * cdiv(M, ROWS) * cdiv(K, BLOCK),)](
+    cast_per_token_kernel[(matrices.shape[0] * cdiv(M, ROWS) * cdiv(K, BLOCK),)](
         matrices, as_bits(q, native_fp8), scales, M, K, scales.shape[1],
         *matrices.stride()[:2], *scales.stride(),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS,
@@ -85,7 +85,7 @@ def launch(x: Tensor, scale_format: str, scale_layout: str) -> tuple[Tensor, Ten
 
 
 @triton.jit
-def kernel(
+def cast_per_token_kernel(
     x_ptr, q_ptr, scale_ptr, M, K, scale_rows, x_matrix, x_row,
     scale_matrix, scale_row, scale_block,
     UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr,

@@ -40,7 +40,7 @@ from .fp8 import (
 CHUNK = 8192  # columns whose squares are added pairwise; two chunks are so, too, if in one tile
 
 
-@op(x="real [M, K]", weight="real [K]", residual="real [M, K]")
+@op(optional_output=("residual",), x="real [M, K]", weight="real [K]", residual="real [M, K]")
 def rmsnorm_cast(
     x: Tensor,
     weight: Tensor,
@@ -48,7 +48,7 @@ def rmsnorm_cast(
     residual: Tensor | None = None,
     scale_format: str = "fp32",
     scale_layout: str = "row",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Normalises rows by their root mean square and casts them to FP8, one scale per 128 columns.
 
     Args:
@@ -86,11 +86,8 @@ def rmsnorm_cast(
     )
 
 
-rmsnorm_cast.optional_output = (3, "residual")
-
-
-@rmsnorm_cast.backend("triton")
-def launch(
+@rmsnorm_cast.op.register_launcher("triton")
+def _launch_triton(
     x: Tensor,
     weight: Tensor,
     eps: float,
@@ -98,7 +95,7 @@ def launch(
     scale_format: str,
     scale_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = rmsnorm_cast.allocate(x, weight, eps, residual, scale_format, scale_layout)
+    outputs = rmsnorm_cast.op.allocate(x, weight, eps, residual, scale_format, scale_layout)
     q, scale, normed, new_residual = outputs
     if q.numel() == 0:
         return outputs
@@ -109,7 +106,7 @@ def launch(
     in_registers = K <= CHUNK or (K <= 2 * CHUNK and all_wide)
     TILE = max(next_power_of_2(K), BLOCK) if in_registers else CHUNK
     ROWS = max(512 // TILE, 1)
-    kernel[(cdiv(padded.shape[0], ROWS),)](
+    rmsnorm_cast_kernel[(cdiv(padded.shape[0], ROWS),)](
         x, residual, weight, as_bits(q, native_fp8), padded, normed, new_residual,
         M, padded.shape[0], K, eps,
         x.stride(0), 0 if residual is None else residual.stride(0), *scale.stride(),
@@ -125,7 +122,7 @@ def is_wide(x: Tensor | None) -> bool:
 
 
 @triton.jit(do_not_specialize=["M", "padded_M"])
-def kernel(
+def rmsnorm_cast_kernel(
     x_ptr, residual_ptr, weight_ptr, q_ptr, scale_ptr, normed_ptr, new_residual_ptr,
     M, padded_M, K, eps, x_row, residual_row, scale_row, scale_column,
     UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr,

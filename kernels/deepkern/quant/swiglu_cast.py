@@ -90,15 +90,15 @@ def check_limit(name: str, limit: float | None) -> None:
     check_that(name, "limit", limit is None or limit >= 0, "a number >= 0, or None", limit)
 
 
-@swiglu_cast.backend("triton")
-def launch(
+@swiglu_cast.op.register_launcher("triton")
+def _launch_triton(
     gate_up: Tensor,
     weights: Tensor | None,
     limit: float | None,
     scale_format: str,
     scale_layout: str,
 ) -> tuple[Tensor, Tensor]:
-    q, scale = swiglu_cast.allocate(gate_up, weights, limit, scale_format, scale_layout)
+    q, scale = swiglu_cast.op.allocate(gate_up, weights, limit, scale_format, scale_layout)
     write(gate_up, weights, limit, q, scale, scale_format, scale_layout)
     return q, scale
 
@@ -114,7 +114,7 @@ def write(
     padded = with_padding(scale, scale_layout)
     native_fp8 = arch.of(q.device).native_fp8_cast
     ROWS = 16  # of which the padding of the scale, to a multiple of 4, takes no more
-    kernel[(cdiv(M, ROWS) * cdiv(I, BLOCK),)](
+    swiglu_cast_kernel[(cdiv(M, ROWS) * cdiv(I, BLOCK),)](
         gate_up, weights, group_index, limit, as_bits(q, native_fp8), padded, M, padded.shape[0], I,
         gate_up.stride(0), *scale.stride(),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS,
@@ -123,7 +123,7 @@ def write(
 
 
 @triton.jit(do_not_specialize=["M", "padded_M"])
-def kernel(
+def swiglu_cast_kernel(
     gate_up_ptr, weights_ptr, group_index_ptr, limit, q_ptr, scale_ptr, M, padded_M, I,
     gate_up_row, scale_row, scale_column,
     UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr,
@@ -163,6 +163,7 @@ def limited(gate, up, limit):
 
 
 @op(
+    optional_output=("weights",),
     grad="real [M, I]",
     gate_up="real|fp8 [M, J]",
     gate_up_scale="fp32 [M, J/128] strided",
@@ -174,7 +175,7 @@ def swiglu_cast_backward(
     gate_up_scale: Tensor | None = None,
     weights: Tensor | None = None,
     limit: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of SwiGLU, and its result again, from what was kept of its input.
 
     Args:
@@ -209,18 +210,15 @@ def swiglu_cast_backward(
     )
 
 
-swiglu_cast_backward.optional_output = (2, "weights")
-
-
-@swiglu_cast_backward.backend("triton")
-def launch_backward(
+@swiglu_cast_backward.op.register_launcher("triton")
+def _launch_backward_triton(
     grad: Tensor,
     gate_up: Tensor,
     gate_up_scale: Tensor | None,
     weights: Tensor | None,
     limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = swiglu_cast_backward.allocate(grad, gate_up, gate_up_scale, weights, limit)
+    outputs = swiglu_cast_backward.op.allocate(grad, gate_up, gate_up_scale, weights, limit)
     write_backward(grad, gate_up, gate_up_scale, weights, limit, outputs)
     return outputs
 
@@ -238,7 +236,7 @@ def write_backward(
     if gate_up_scale is not None:
         gate_up, scale_strides = as_bits(gate_up, native_fp8), gate_up_scale.stride()
     ROWS = 4  # twice as many spill where rows cannot be read 16 bytes at a time
-    backward_kernel[(cdiv(M, ROWS),)](
+    swiglu_cast_backward_kernel[(cdiv(M, ROWS),)](
         grad, gate_up, gate_up_scale, weights, group_index, limit, *outputs, M, I,
         grad.stride(0), gate_up.stride(0), *scale_strides,
         ONE_SCALE=I % BLOCK == 0, NATIVE_FP8=native_fp8, ROWS=ROWS,
@@ -247,7 +245,7 @@ def write_backward(
 
 
 @triton.jit(do_not_specialize=["M"])
-def backward_kernel(
+def swiglu_cast_backward_kernel(
     grad_ptr, gate_up_ptr, scale_ptr, weights_ptr, group_index_ptr, limit,
     grad_gate_up_ptr, y_ptr, grad_weights_ptr, M, I, grad_row, gate_up_row, scale_row, scale_column,
     ONE_SCALE: tl.constexpr,  # whether a tile of `up` lies in one block of the scale

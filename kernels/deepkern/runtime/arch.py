@@ -1,7 +1,7 @@
-"""Facts about the GPUs that kernels are written for, and which one a launch is for.
+"""The supported GPU targets, their numbers, and the target of a launch.
 
-The numbers are the vendors' public ones for the part named; they steer tile choice and the roofs
-in bench/, never correctness.
+The numbers are the vendor's public ones for the product named. Tile choice and the roofs in bench/
+use them; results do not depend on them.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ import torch
 
 
 class UnknownGpuError(RuntimeError):
-    """A GPU that the table below does not hold."""
+    """A GPU that is not in `ARCHS`."""
 
 
 @dataclass(frozen=True)
 class Arch:
     """One GPU target. Rates are dense TFLOPS, bandwidth in GB/s, memories in bytes."""
 
-    name: str  # as design.md lists targets: "sm_90", "gfx942", ...
-    part: str  # the product the numbers below are of
+    name: str  # "sm_90", "gfx942", ...
+    part: str  # the product with the numbers below
     backend: str  # triton's name: "cuda" or "hip"
     target: int | str  # triton's arch: 90 or "gfx942"
-    warp: int  # threads in a warp or wavefront
-    units: int  # SMs or compute units
-    shared: int  # shared memory a block may use
+    warp_size: int  # threads in a warp or wavefront
+    num_sms: int  # SMs or compute units
+    smem: int  # shared memory that one block can use
     l2: int
     bandwidth: int
     bf16_tflops: int
     fp8_tflops: int  # 0: no FP8 arithmetic
-    fp8_type: str  # what the hardware calls e4m3: "e4m3fn", "e4m3fnuz" or "" (none)
+    fp8_type: str  # the hardware's e4m3 type: "e4m3fn", "e4m3fnuz" or "" (none)
     tma: bool = False
     wgmma: bool = False
 
     @property
     def native_fp8(self) -> bool:
-        """Whether e4m3fn, the FP8 of the checkpoints, is a type of the hardware."""
+        """Whether the hardware has e4m3fn, the FP8 type of the checkpoints."""
         return self.fp8_type == "e4m3fn"
 
     @property
     def native_fp8_cast(self) -> bool:
-        """Whether float32 is cast to e4m3 with one rounding.
+        """Whether Triton casts float32 to e4m3 with one rounding.
 
-        For sm_89, Triton goes through a truncated float16 and loses ties: 0.4 % of codes.
+        On sm_89 it goes through a truncated float16, which gets 0.4 % of the codes wrong.
         """
         return self.native_fp8 and self.name != "sm_89"
 
@@ -76,7 +76,7 @@ _compiling_for: list[Arch] = []
 
 @contextlib.contextmanager
 def compile_for(target: Arch) -> Iterator[None]:
-    """Launches inside are for `target`, whatever the device: static inspection compiles so."""
+    """Launches inside the block are for `target`, whatever the device (for static inspection)."""
     _compiling_for.append(target)
     try:
         yield
@@ -90,7 +90,7 @@ def compiling_for() -> Arch | None:
 
 
 def of(device: torch.device) -> Arch:
-    """The facts for `device`. CPU tensors, which only the interpreter takes, count as sm_90."""
+    """The target of `device`. CPU tensors, which only the interpreter supports, count as sm_90."""
     if _compiling_for:
         return _compiling_for[-1]
     return _of_gpu(device.index or 0) if device.type == "cuda" else ARCHS["sm_90"]
@@ -106,15 +106,15 @@ def _of_gpu(index: int) -> Arch:
         name = {(8, 6): "sm_80", (8, 7): "sm_80", (10, 3): "sm_100", (12, 1): "sm_120"}.get(
             (major, minor), f"sm_{major}{minor}"
         )
-        if (major, minor) == (8, 6):  # A10, RTX 30: an A100's instructions, less shared memory
-            return dataclasses.replace(ARCHS["sm_80"], part="A10", shared=99 * _KB)
+        if (major, minor) == (8, 6):  # A10, RTX 30: instructions of an A100, less shared memory
+            return dataclasses.replace(ARCHS["sm_80"], part="A10", smem=99 * _KB)
     if name not in ARCHS:
-        raise UnknownGpuError(f"deepkern knows no GPU {name}; it knows {', '.join(ARCHS)}")
+        raise UnknownGpuError(f"unsupported GPU {name}; supported: {', '.join(ARCHS)}")
     return ARCHS[name]
 
 
-def why_unknown(device: torch.device) -> str | None:
-    """Why there are no facts about `device`, or None if there are."""
+def unknown_gpu_reason(device: torch.device) -> str | None:
+    """Why `device` is not a supported target, or None if it is."""
     try:
         of(device)
     except UnknownGpuError as error:

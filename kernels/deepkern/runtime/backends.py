@@ -1,9 +1,9 @@
 """Which backend serves an op: `cuda`, `triton`, `cpu` or `torch` (the reference).
 
-`auto`, the default, takes the fastest that can serve the device. `DEEPKERN_BACKEND=triton` or
-`with deepkern.backend("triton"):` force one, and then it is an error if that one cannot serve.
-The choice is process-wide, as torch.backends' switches are, so that backward passes, which torch
-runs on threads of its own, see it too.
+`auto`, the default, uses the fastest backend that supports the call. `DEEPKERN_BACKEND=triton` or
+`with deepkern.backend("triton"):` forces one; a call that it does not support is then an error.
+The choice is process-wide, like the switches of torch.backends, because torch runs backward passes
+on other threads.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import dataclass
 
 import torch
 
-from . import arch, evidence, native
+from . import arch, native, verified
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
-# Fastest first. Interpreted Triton is a check, not a way to compute: auto never takes it.
+# Fastest first. auto never uses Triton on CPU tensors: the interpreter is for tests.
 _AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
 _forced: list[str] = []
 
 
 class BackendError(RuntimeError):
-    """The backend asked for cannot serve the call."""
+    """The forced backend does not support the call."""
 
 
 @contextlib.contextmanager
@@ -45,57 +45,65 @@ def _known(name: str) -> str:
 
 
 def requested() -> str:
-    """The backend asked for: the innermost `with backend(...)`, then DEEPKERN_BACKEND, or auto."""
+    """The innermost `with backend(...)`, else DEEPKERN_BACKEND, else auto."""
     return _forced[-1] if _forced else _known(os.environ.get("DEEPKERN_BACKEND") or "auto")
 
 
 def choose(op, device: torch.device, args: tuple | None = None) -> str:
-    """The backend for a call of `op` on `device`; BackendError if the forced one cannot serve.
+    """The backend for a call of `op` on `device`.
 
-    `args`: all of the call's arguments, by position, not yet checked; a backend may decline them.
+    `args`: all arguments of the call, by position, unchecked. Raises BackendError if the forced
+    backend does not support the call.
     """
     name = requested()
     if name == "auto":
         candidates = _AUTO.get(device.type, ("torch",))
         return next(
-            c for c in candidates if why_not(op, c, device, args) is None and trusted(op, c)
+            c
+            for c in candidates
+            if unsupported_reason(op, c, device, args) is None and is_verified(op, c)
         )
-    reason = why_not(op, name, device, args)
+    reason = unsupported_reason(op, name, device, args)
     if reason is not None:
-        raise BackendError(f"{op.name}: backend {name!r} was asked for but cannot serve: {reason}")
+        raise BackendError(
+            f"{op.name}: the forced backend {name!r} does not support this: {reason}"
+        )
     return name
 
 
-def trusted(op, name: str) -> bool:
-    """Whether auto may take backend `name`: the Hopper kernels only once a GPU has proven them."""
-    return name != "cuda" or evidence.why_unproven(op.name) is None
+def is_verified(op, name: str) -> bool:
+    """Whether auto may use backend `name`: Hopper kernels must have passed their GPU tests."""
+    return name != "cuda" or verified.unverified_reason(op.name) is None
 
 
-def why_not(op, name: str, device: torch.device, args: tuple | None = None) -> str | None:
-    """Why `name` cannot serve `op` on `device`, or this call of it; None if it can."""
-    reason = _why_not_at_all(op, name, device)
-    if reason is None and args is not None and name in op.declines:
-        return op.declines[name](*args)
+def unsupported_reason(
+    op, name: str, device: torch.device, args: tuple | None = None
+) -> str | None:
+    """Why `name` does not support `op` on `device` (with `args`, if given); None if it does."""
+    reason = unsupported_on_device(op, name, device)
+    if reason is None and args is not None and name in op.limits:
+        return op.limits[name](*args)
     return reason
 
 
-def _why_not_at_all(op, name: str, device: torch.device) -> str | None:
+def unsupported_on_device(op, name: str, device: torch.device) -> str | None:
+    """Why `name` does not support `op` on `device`, whatever the arguments; None if it does."""
     if name == "torch":
         return None
     if name == "triton":
         if "triton" not in op.launchers:
             return "it has no Triton kernel"
         if device.type == "cuda":
-            return arch.why_unknown(device)
+            return arch.unknown_gpu_reason(device)
         if device.type == "cpu":
             needs = "CPU tensors need TRITON_INTERPRET=1 set before import"
             return None if interpreting() or arch.compiling_for() else needs
-        return f"Triton does not reach {device.type} tensors"
+        return f"Triton does not support {device.type} tensors"
     wanted = "cpu" if name == "cpu" else "cuda"
     if device.type != wanted:
-        return f"it takes {wanted} tensors, not {device.type}"
-    if native.why_absent():
-        return native.why_absent()
+        return f"it supports {wanted} tensors, not {device.type}"
+    if native.missing_reason():
+        return native.missing_reason()
     if wanted not in op.launchers and native.native_op(op.name, wanted) is None:
         return f"the package holds no native {wanted.upper()} kernel of this op"
     if name == "cuda" and arch.of(device).name != "sm_90":
@@ -108,8 +116,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def find(op_name: str, name: str) -> Callable:
-    """The launcher that is found by the op's name: the reference or the native op."""
+def find_launcher(op_name: str, name: str) -> Callable:
+    """The launcher looked up by the op's name: the reference or the native op."""
     if name == "torch":
         return getattr(importlib.import_module("deepkern.reference"), op_name)
     return native.native_op(op_name, name)
@@ -117,11 +125,11 @@ def find(op_name: str, name: str) -> Callable:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would run and why; `str()` of it is a readable page."""
+    """Which backend and tile a call would use, and why. `str()` formats it for reading."""
 
     op: str
     backend: str
-    reasons: dict[str, str]  # per backend: "serves" or why not
+    reasons: dict[str, str]  # by backend: "supported", or why it is not used
     where: str  # the GPU target, or the device where no GPU kernel runs
     tile: object | None
 
@@ -135,10 +143,17 @@ class Explanation:
 
 
 def explain(op, *args, **kwargs) -> Explanation:
-    """Says what a call would run: the backend, why not the others, and the tile.
+    """Reports which backend and tile a call would use, and why not the other backends.
 
-    `op` is a public function (`deepkern.fp8_gemm_nt`) or its name; the rest are its arguments.
-    Raises what the call itself would raise for bad arguments or a forced backend that cannot serve.
+    Args:
+        op: a public function (`deepkern.fp8_gemm_nt`) or its name.
+        args, kwargs: the arguments of the call.
+
+    Returns:
+        An `Explanation`; print it.
+
+    Raises what the call itself would raise for wrong arguments, or BackendError for a forced
+    backend that does not support the call.
     """
     from .op import OPS
 
@@ -152,13 +167,15 @@ def explain(op, *args, **kwargs) -> Explanation:
     chosen = choose(described, device, args)
     reasons = {}
     for name in BACKENDS:
-        reason = why_not(described, name, device, args)
-        serves = "serves" if requested() != "auto" or name == chosen else "serves, but slower"
-        if not trusted(described, name):
-            serves = f"serves if forced; {evidence.why_unproven(described.name)}"
-        reasons[name] = reason or serves
+        reason = unsupported_reason(described, name, device, args)
+        status = "supported" if requested() != "auto" or name == chosen else "supported, slower"
+        if not is_verified(described, name):
+            status = f"supported if forced; {verified.unverified_reason(described.name)}"
+        reasons[name] = reason or status
     if chosen not in ("cuda", "triton"):
         return Explanation(described.name, chosen, reasons, str(device), None)
-    # Those of the Hopper kernels are chosen in C++ (csrc/sm90/choose.h).
-    tile = described.tile(*args) if described.tile and chosen == "triton" else None
+    # The tiles of the Hopper kernels are chosen in C++ (csrc/sm90/choose.h).
+    tile = None
+    if described.choose_tile is not None and chosen == "triton":
+        tile = described.choose_tile(*args)
     return Explanation(described.name, chosen, reasons, arch.of(device).name, tile)

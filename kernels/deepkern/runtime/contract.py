@@ -1,25 +1,33 @@
-"""What an op's tensors must be, stated once as text and checked before anything is launched.
+"""The tensor contract of an op: dtype, shape and stride rules as text, checked before a launch.
 
 `Contract("fp8_gemm_nt", a="fp8 [M, K]", a_scale="fp32 [M, K/128] strided", ...)` reads like the
-table in the docs. A dtype is a name below or several joined by `|`. A dimension is a number, a
-name (bound by its first use, equal ever after), `K/128` (blocks begun), `G+1`, `_` (any), or a
-leading `...` (any leading dimensions; equal wherever `...` stands). Strides: the last dimension
-must be contiguous, unless the text ends in `strided` (anything goes) or `contiguous` (all of it).
+table in the docs. A dtype is a key of `DTYPES`, or several joined by `|`. A dimension is one of
 
-The checks run in the order device, dtype, rank, shape, stride over all arguments, so the first
-error named is the most basic one.
+- a number;
+- a name: its first use binds it, later uses must be equal;
+- `K/128`: ceil(K / 128);
+- `G+1`;
+- `_`: any size;
+- a leading `...`: any leading dimensions, equal in all arguments that have `...`.
+
+The last dimension must be contiguous, unless the text ends in `strided` (any strides) or
+`contiguous` (the whole tensor).
+
+The checks run in the order device, dtype, rank, shape, stride, each over all arguments. The error
+that is raised is therefore the most basic one.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
-REMEMBERED = 4096  # signatures that a contract keeps
+REMEMBERED = 4096  # signatures that one contract remembers as passed
 DTYPES = {
     "fp8": (FP8,),
     "real": (torch.bfloat16, torch.float16, torch.float32),
@@ -36,7 +44,7 @@ _PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One argument's part of a contract, parsed."""
+    """The rule of one argument, parsed."""
 
     text: str
     dtypes: tuple[torch.dtype, ...]
@@ -58,13 +66,19 @@ class TensorRule:
 class Contract:
     """The tensor rules of one op, by argument name."""
 
-    def __init__(self, op: str, **rules: str):
+    def __init__(self, op: str, optional: Collection[str] = (), **rules: str):
+        """`optional`: the arguments that may be None."""
         self.op = op
+        self.optional = frozenset(optional)
         self.rules = {name: TensorRule.parse(text) for name, text in rules.items()}
-        self._passed: set[tuple] = set()  # what was checked and found right
+        self._passed: set[tuple] = set()  # signatures that passed all checks
+
+    @property
+    def num_remembered(self) -> int:
+        return len(self._passed)
 
     def check(self, tensors: dict[str, Tensor | None]) -> None:
-        """Raises ValueError or TypeError naming op, argument, what was expected and what came."""
+        """Raises ValueError or TypeError: "op: argument: expected X, got Y"."""
         signature = _signature(tensors)
         if signature is None:
             self._check(tensors)
@@ -75,7 +89,12 @@ class Contract:
             self._passed.add(signature)
 
     def _check(self, tensors: dict[str, Tensor | None]) -> None:
+        for name, tensor in tensors.items():
+            if tensor is None and name not in self.optional:
+                self.missing(name)
         present = [(n, t, self.rules[n]) for n, t in tensors.items() if t is not None]
+        if not present:
+            return
         for name, tensor, _ in present:
             if not isinstance(tensor, Tensor):
                 raise TypeError(
@@ -98,6 +117,11 @@ class Contract:
         for name, tensor, rule in present:
             self._check_stride(name, tensor, rule)
 
+    def missing(self, name: str) -> None:
+        """Raises TypeError: argument `name` is required and is None."""
+        rule = self.rules[name].text.removesuffix(" strided").removesuffix(" contiguous")
+        raise TypeError(f"{self.op}: {name}: expected {rule}, got None")
+
     def _check_shapes(self, present) -> None:
         sizes: dict[str, object] = {}
         for name, tensor, rule in present:
@@ -116,7 +140,7 @@ class Contract:
     def _check_stride(self, name: str, tensor: Tensor, rule: TensorRule) -> None:
         if rule.layout == "contiguous" and not tensor.is_contiguous():
             self._fail(ValueError, name, "a contiguous tensor", f"strides {tensor.stride()}")
-        # A dimension of length 1 has no stride to speak of, nor has a tensor without elements.
+        # The stride of a dimension of length 1, or of an empty tensor, has no effect.
         has_stride = tensor.dim() and tensor.numel() and tensor.shape[-1] > 1
         if rule.layout == "" and has_stride and tensor.stride(-1) != 1:
             expected = "last dimension contiguous (stride 1)"
@@ -150,7 +174,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _size(dim: str, sizes: dict[str, object], size: int) -> int:
-    """What `dim` demands; an unbound name takes `size` as its value."""
+    """The size that `dim` requires; an unbound name is bound to `size`."""
     if dim.isdigit():
         return int(dim)
     if "/" in dim:
@@ -170,6 +194,6 @@ def check_choice(op: str, name: str, value: object, choices: tuple) -> None:
 
 
 def check_that(op: str, name: str, holds: bool, expected: str, got: object) -> None:
-    """Raises ValueError naming the argument unless `holds`: for rules that no text above states."""
+    """Raises ValueError unless `holds`: for rules that the contract text cannot state."""
     if not holds:
         raise ValueError(f"{op}: {name}: expected {expected}, got {got}")

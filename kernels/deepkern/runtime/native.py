@@ -1,6 +1,6 @@
 """The compiled parts of the package, which may be absent: deepkern._C and deepkern._host.
 
-Absence is not an error until somebody asks for what is absent; the reason is kept for then.
+A missing module is not an error at import. The reason is raised, or reported, at first use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NEEDS = {"_C": "g++", "_host": "g++, pybind11 and Python's headers (python3-dev)
 
 
 @functools.cache
-def _load(name: str) -> tuple[ModuleType | None, str | None]:
+def load(name: str) -> tuple[ModuleType | None, str | None]:
     """The extension module, or None and the reason."""
     try:
         return importlib.import_module(f"deepkern.{name}"), None
@@ -25,15 +25,15 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"deepkern.{name} does not load with torch {torch.__version__}: {error}"
 
 
-def why_absent() -> str | None:
-    """Why there are no native ops at all, or None."""
-    return _load("_C")[1]
+def missing_reason() -> str | None:
+    """Why there are no native ops at all, or None if there are."""
+    return load("_C")[1]
 
 
 @functools.cache
 def native_op(name: str, device: str = "cpu"):
     """The native overload of op `name` if it serves `device` ("cpu" or "cuda"), or None."""
-    if _load("_C")[0] is None or not hasattr(torch.ops.deepkern_native, name):
+    if load("_C")[0] is None or not hasattr(torch.ops.deepkern_native, name):
         return None
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deepkern_native::{name}", key):
@@ -43,7 +43,7 @@ def native_op(name: str, device: str = "cpu"):
 
 def host() -> ModuleType:
     """deepkern._host; ImportError with the reason if it is absent."""
-    module, reason = _load("_host")
+    module, reason = load("_host")
     if module is None:
         raise ImportError(reason)
     return module

@@ -97,7 +97,7 @@ class GemmTile:
 
     def grid(self, arch: Arch, tiles: int) -> int:
         """Programs to launch for so many tiles, if each goes on to the next: what the GPU holds."""
-        return min(tiles, arch.units * self.residents)
+        return min(tiles, arch.num_sms * self.residents)
 
     def options(self, arch: Arch) -> dict[str, int]:
         """The launch options of Triton that go with the tile."""
@@ -125,7 +125,7 @@ def gemm_tiles(arch: Arch, b_rows: int) -> tuple[GemmTile, ...]:
 
 
 def _with_stages(arch: Arch, tile: GemmTile) -> GemmTile:
-    shared = arch.shared // tile.residents - 1024 - (tile.store_bytes if arch.tma else 0)
+    shared = arch.smem // tile.residents - 1024 - (tile.store_bytes if arch.tma else 0)
     steps = shared // tile.step_bytes
     stages = steps if arch.name in ASYNC else steps + 1
     return replace(tile, num_stages=min(stages, MAX_STAGES[arch.backend]))
@@ -139,8 +139,8 @@ def k_splits(arch: Arch, N: int, K: int) -> int:
     """
     tiles, blocks = -(-N // 64), -(-K // BLOCK_K)
     splits = 1
-    if 4 * tiles <= arch.units:
-        while 2 * splits * tiles <= arch.units and blocks >= 8 * splits:
+    if 4 * tiles <= arch.num_sms:
+        while 2 * splits * tiles <= arch.num_sms and blocks >= 8 * splits:
             splits *= 2
     return splits
 
@@ -207,9 +207,9 @@ def seconds(
     """The estimated time of products, and to break a tie, the same without the memory's part."""
     shares = tile.splits if tile.spread else 1
     programs = groups * -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N) * shares
-    rounds = max(-(-programs // arch.units), 1)  # programs of the busiest multiprocessor
+    rounds = max(-(-programs // arch.num_sms), 1)  # programs of the busiest multiprocessor
     together = min(rounds, tile.residents)
-    flops = (arch.fp8_tflops if arch.native_fp8 else arch.bf16_tflops) * 1e12 / arch.units
+    flops = (arch.fp8_tflops if arch.native_fp8 else arch.bf16_tflops) * 1e12 / arch.num_sms
     step = max(
         2 * tile.BLOCK_M * tile.BLOCK_N * BLOCK_K / flops,
         (min(tile.BLOCK_M, M) + tile.BLOCK_N) * BLOCK_K / L2_RATE,

@@ -1,4 +1,4 @@
-"""`auto` takes a Hopper kernel only with a record of its GPU tests, of the very sources."""
+"""`auto` uses a Hopper kernel only if these sources passed their GPU tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 import deepkern
 from bench import machine, prove
-from deepkern.runtime import backends, evidence
+from deepkern.runtime import backends, verified
 from deepkern.testing import inputs
 
 OP, CUDA = "fp8_gemm_nt", torch.device("cuda", 0)
@@ -19,13 +19,13 @@ OP, CUDA = "fp8_gemm_nt", torch.device("cuda", 0)
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):
-    """Writes an evidence file; what is cached of it is forgotten before and after."""
-    file = tmp_path / "evidence.json"
-    monkeypatch.setattr(evidence, "FILE", file)
-    monkeypatch.setattr(evidence, "sources", lambda: "abc")
-    evidence.recorded.cache_clear()
-    yield lambda **found: (file.write_text(json.dumps(found)), evidence.recorded.cache_clear())
-    evidence.recorded.cache_clear()
+    """Writes a record; clears the cache before and after."""
+    file = tmp_path / "verified_kernels.json"
+    monkeypatch.setattr(verified, "FILE", file)
+    monkeypatch.setattr(verified, "compiled_sources", lambda: "abc")
+    verified.read_record.cache_clear()
+    yield lambda **found: (file.write_text(json.dumps(found)), verified.read_record.cache_clear())
+    verified.read_record.cache_clear()
 
 
 @pytest.fixture
@@ -33,27 +33,29 @@ def hopper(monkeypatch):
     """As on a Hopper GPU whose `cuda` and `triton` backends both serve."""
     served = {"cuda", "triton", "torch"}
     monkeypatch.setattr(
-        backends, "_why_not_at_all", lambda op, name, device: None if name in served else "absent"
+        backends,
+        "unsupported_on_device",
+        lambda op, name, device: None if name in served else "absent",
     )
 
 
-def test_unproven_is_left_alone(record, hopper):
+def test_auto_skips_an_unverified_kernel(record, hopper):
     assert backends.choose(deepkern.OPS[OP], CUDA) == "triton"
-    assert "no run on a GPU" in evidence.why_unproven(OP)
+    assert "not verified on a GPU" in verified.unverified_reason(OP)
     with deepkern.backend("cuda"):
         assert backends.choose(deepkern.OPS[OP], CUDA) == "cuda"
 
 
-def test_proven_is_taken_until_the_sources_change(record, hopper, monkeypatch):
+def test_auto_uses_verified_sources_only(record, hopper, monkeypatch):
     record(ops=[OP], gpu="NVIDIA H200", sources="abc", result="x.jsonl")
     assert backends.choose(deepkern.OPS[OP], CUDA) == "cuda"
     assert backends.choose(deepkern.OPS["mla_decode"], CUDA) == "triton"
-    monkeypatch.setattr(evidence, "sources", lambda: "other")
+    monkeypatch.setattr(verified, "compiled_sources", lambda: "other")
     assert backends.choose(deepkern.OPS[OP], CUDA) == "triton"
-    assert evidence.why_unproven(OP).endswith("changed since they were proven on NVIDIA H200")
+    assert verified.unverified_reason(OP).endswith("changed since it was verified on NVIDIA H200")
 
 
-def test_arguments_that_a_proven_kernel_declines_go_to_the_next(record, hopper):
+def test_auto_falls_back_for_unsupported_arguments(record, hopper):
     described = deepkern.OPS["mla_decode"]
     record(ops=["mla_decode"], gpu="NVIDIA H200", sources="abc", result="x.jsonl")
 
@@ -66,21 +68,23 @@ def test_arguments_that_a_proven_kernel_declines_go_to_the_next(record, hopper):
         assert chosen(**size) == "triton", size
         with (
             deepkern.backend("cuda"),
-            pytest.raises(deepkern.BackendError, match="mla_decode: .* it takes"),
+            pytest.raises(deepkern.BackendError, match="mla_decode: .* it supports"),
         ):
             chosen(**size)
 
 
-def test_a_damaged_record_is_named(record):
+def test_damaged_record_is_named(record):
     record(ops=[OP])
-    with pytest.raises(ValueError, match="evidence.json: expected ops, gpu, sources and result"):
-        evidence.why_unproven(OP)
+    with pytest.raises(
+        ValueError, match="verified_kernels.json: expected ops, gpu, sources and result"
+    ):
+        verified.unverified_reason(OP)
 
 
 def run(tmp_path, **counts) -> tuple[int, str]:
     said = io.StringIO()
     counts = dict.fromkeys(prove.COUNTS, 0) | counts
-    file = tmp_path / "evidence.json"
+    file = tmp_path / "verified_kernels.json"
     code = prove.run(lambda: counts, tmp_path, file, Console(file=said, width=200))
     return code, said.getvalue()
 
@@ -96,11 +100,11 @@ def test_prove_without_a_gpu(tmp_path, monkeypatch):
 def test_prove_records_a_clean_run_only(tmp_path, monkeypatch, bad):
     gpu = {"name": "NVIDIA H200", "target": "sm_90"}
     monkeypatch.setattr(machine, "_gpu", lambda: gpu)
-    monkeypatch.setattr(evidence, "sources", lambda: "abc")
+    monkeypatch.setattr(verified, "compiled_sources", lambda: "abc")
     monkeypatch.setattr(prove.native, "native_op", lambda op, device: op == OP)
     assert run(tmp_path, **bad)[0] == 1 and not list(tmp_path.iterdir())
     assert run(tmp_path, tests=9)[0] == 0
-    found = json.loads((tmp_path / "evidence.json").read_text())
+    found = json.loads((tmp_path / "verified_kernels.json").read_text())
     assert found["ops"] == [OP] and found["sources"] == "abc" and found["gpu"] == "NVIDIA H200"
     lines = (tmp_path / found["result"]).read_text().splitlines()
     assert json.loads(lines[1])["tests"] == 9
