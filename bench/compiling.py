@@ -32,7 +32,7 @@ from deepkern.runtime import arch
 from deepkern.runtime.arch import Arch
 from deepkern.testing import inputs
 
-from . import assembly
+from . import assembly, triton_launcher
 
 
 class StubDriver(DriverBase):
@@ -45,9 +45,13 @@ class StubDriver(DriverBase):
             get_device_properties=lambda _: {"max_shared_mem": target.smem},
             load_binary=lambda *_: ("loaded", None, 0, 0, 1024),
             unload_module=lambda *_: None,
+            **triton_launcher.utilities(),
         )
 
     def launcher_cls(self, source, metadata):
+        """Triton's real launcher where there is one for NVIDIA; it checks and runs nothing."""
+        if self.target.backend == "cuda":
+            return triton_launcher.build(source, metadata)
         return lambda *args: None
 
     def get_current_target(self) -> GPUTarget:

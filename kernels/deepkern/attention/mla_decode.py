@@ -274,7 +274,9 @@ def check_contents(q, cache, block_table, cache_seqlens, *_) -> None:
 def _unsupported_on_hopper(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim):
     """What the `cuda` backend (csrc/sm90/mla_decode.cuh) does not serve, or None."""
     if q.dtype != torch.bfloat16 or cache.dtype not in (torch.bfloat16, torch.uint8):
-        return f"it supports q in bfloat16 and a bfloat16 or FP8 cache, not {q.dtype}, {cache.dtype}"
+        return (
+            f"it supports q in bfloat16 and a bfloat16 or FP8 cache, not {q.dtype}, {cache.dtype}"
+        )
     if q.shape[-1:] != (576,) or v_head_dim != 512:
         return f"it supports 512 + 64 values a token, not v_head_dim {v_head_dim} of {q.shape[-1:]}"
     strides = [stride * cache.element_size() for stride in cache.stride()[:2]]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..matmul import m_grouped
+from ..matmul.m_grouped import choose_m_grouped_tile, launch_m_grouped_gemm
 from ..quant.swiglu_cast import write
 from ..runtime.contract import FP8
 from ..runtime.integers import cdiv
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
         """a [rows, K] times each row's b [N, K] -> [rows, N]; what is in no group stays as is."""
         out = a.new_empty((len(a), b.shape[1]), dtype=dtype)
         t = tile_of_rows(a, b, b_scale)
-        m_grouped.multiply(a, a_scale, b, b_scale, out, t, self.group_index, self.extent)
+        launch_m_grouped_gemm(a, a_scale, b, b_scale, out, t, self.group_index, self.extent)
         return out
 
     def activate(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
 
 def tile_of_rows(a: Tensor, b: Tensor, b_scale: Tensor) -> GemmTile:
     """The tile for rows `a` that are spread evenly over the experts `b`."""
-    return m_grouped.choose_tile(a, b, b_scale, -(-len(a) // len(b)))
+    return choose_m_grouped_tile(a, b, b_scale, -(-len(a) // len(b)))
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -36,10 +36,10 @@ import torch
 from torch import Tensor
 
 from .. import reference as plain
+from ..matmul.block_scaled_gemm import check_b_scale
 from ..matmul.fp8_gemm_nt import fp8_gemm_nt
 from ..matmul.fp8_linear import LIFT
 from ..matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
-from ..matmul.products import check_b_scale
 from ..quant.cast_per_token import cast_per_token
 from ..quant.swiglu_cast import swiglu_cast, write_backward
 from ..runtime.contract import check_that

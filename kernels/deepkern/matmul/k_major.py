@@ -1,11 +1,17 @@
-"""FP8 matrices in the layout that matrix instructions read: rows of K, 16-byte aligned.
+"""FP8 matrices in the layout that matrix instructions read: contiguous along K, 16-byte aligned.
 
-Hopper's FP8 instructions, and mma.sync's, want both operands contiguous along K. A matrix that lies
-the other way, as for the layouts nn, tn and tt, is transposed here once: 2 bytes of traffic a
-value. Where FP8 is widened to 16 bits in registers anyway, either layout is read as it is.
+    out[row, column] = x[row, column], contiguous along columns
 
-Cut: a program moves a tile of 128 x 64 bytes through shared memory, so that both sides see whole
-lines. The speed is that of memory.
+FP8 matrix instructions (wgmma and mma.sync) need both operands contiguous along K. A matrix with
+another layout (nn, tn, tt) is transposed once: 2 bytes of traffic per value. On targets that widen
+FP8 to 16 bits in registers, a transposed matrix is read without a copy.
+
+Parallelization: one program moves one tile of 128 x 64 bytes through shared memory, so that reads
+and writes are both coalesced.
+
+Limit: memory bandwidth.
+
+Source: the tiled transpose of CUDA's samples.
 """
 
 from __future__ import annotations
@@ -20,9 +26,9 @@ from ..runtime.integers import cdiv
 
 
 def k_major(x: Tensor, target: Arch) -> Tensor:
-    """`x` [..., rows, K] as [rows of all, K], laid out for kernels on `target` to read it fast.
+    """`x` [..., rows, K] as [all rows, K] in a layout that kernels on `target` can read.
 
-    A copy has K rounded up to a multiple of 16, and zeros there.
+    Returns a view if possible. A copy has K rounded up to a multiple of 16, filled with zeros.
     """
     if x.dim() == 3 and (len(x) == 1 or x.stride(0) == x.stride(1) * x.shape[1]):
         x = x.flatten(0, 1) if len(x) > 1 else x[0]
@@ -34,7 +40,7 @@ def k_major(x: Tensor, target: Arch) -> Tensor:
     if x.stride(-2) == 1 and rows > 1:
         matrices = x if x.dim() == 3 else x[None]
         grid = (cdiv(rows, 64) * cdiv(columns, 128), len(matrices))
-        transpose[grid](
+        transpose_bytes_kernel[grid](
             as_bits(matrices, False), as_bits(out, False), rows, columns, matrices.stride(0),
             matrices.stride(2), pitch,
         )  # fmt: skip
@@ -45,21 +51,33 @@ def k_major(x: Tensor, target: Arch) -> Tensor:
 
 
 def is_k_major(x: Tensor, target: Arch) -> bool:
-    """Whether kernels for `target` read `x` [rows, K] as it lies: lines start at 16-byte marks."""
+    """Whether kernels for `target` can read `x` [rows, K] without a copy."""
     transposed = x.stride(0) == 1 and x.stride(1) != 1 and not target.native_fp8
-    line, value = x.stride()[::-1] if transposed else x.stride()
-    return value == 1 and line % 16 == 0 and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
+    pitch, step = x.stride()[::-1] if transposed else x.stride()
+    if step != 1 or x.shape[1] % 16 != 0 or x.data_ptr() % 16 != 0:
+        return False
+    if len(x) == 1:
+        return True  # the pitch of a single row is never used
+    # Rows overlap in expanded tensors and sliding windows; TMA does not support that.
+    return pitch % 16 == 0 and (pitch >= x.shape[1] or not target.tma)
 
 
 @triton.jit
-def transpose(x_ptr, out_ptr, rows, columns, x_matrix, x_column, pitch):
-    """out[row, column] = x[row, column] of bytes; x is contiguous along rows, out along columns."""
+def transpose_bytes_kernel(
+    x_ptr,  # uint8 [matrices, rows, columns], contiguous along rows
+    out_ptr,  # uint8 [matrices, rows, pitch], contiguous along columns
+    rows,
+    columns,
+    x_matrix_stride,  # bytes
+    x_column_stride,
+    pitch,  # columns of out; those from `columns` on become 0
+):
     matrix = tl.program_id(1).to(tl.int64)
     row_tiles = tl.cdiv(rows, 64)
     row = (tl.program_id(0) % row_tiles * 64 + tl.arange(0, 64)).to(tl.int64)
     column = (tl.program_id(0) // row_tiles * 128 + tl.arange(0, 128)).to(tl.int64)
-    inside = (column < columns)[:, None] & (row < rows)[None, :]  # [128, 64]
-    written = (column < pitch)[None, :] & (row < rows)[:, None]
-    x_tile = x_ptr + matrix * x_matrix + column[:, None] * x_column + row[None, :]
-    out_tile = out_ptr + (matrix * rows + row[:, None]) * pitch + column[None, :]
-    tl.store(out_tile, tl.load(x_tile, mask=inside, other=0).T, mask=written)
+    load_mask = (column < columns)[:, None] & (row < rows)[None, :]  # [128, 64]
+    store_mask = (column < pitch)[None, :] & (row < rows)[:, None]  # [64, 128]
+    x_ptrs = x_ptr + matrix * x_matrix_stride + column[:, None] * x_column_stride + row[None, :]
+    out_ptrs = out_ptr + (matrix * rows + row[:, None]) * pitch + column[None, :]
+    tl.store(out_ptrs, tl.load(x_ptrs, mask=load_mask, other=0).T, mask=store_mask)

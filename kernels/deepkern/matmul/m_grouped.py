@@ -1,15 +1,15 @@
-"""FP8 products of groups of rows with a matrix each: what the contiguous and masked forms share.
+"""Shared by the m-grouped FP8 GEMMs, contiguous and masked: rows of group g times b[g]ᵀ.
 
     d[m] = a[m] · b[g]ᵀ  with block scales, for every row m of group g
 
-How many rows a group has is known on the device only. Cut: a group's rows are cut into tiles of
-BLOCK_M from the group's first row on, so groups need no alignment, and empty ones cost nothing. As
-many programs run as fit on the GPU; each goes through the tiles of all groups in strides, finding
-the group of a tile from the groups' numbers of tiles, which it sums up once. Nothing is read back.
+Parallelization: the kernel is persistent. Each program loops over the output tiles of all groups
+and finds the group of a tile from a prefix sum of the groups' tile counts. The tiles of a group
+start at the group's first row, so groups need no alignment and an empty group costs nothing. Group
+sizes are on the device, and the host does not read them.
 
-With many rows the tensor core is the limit, with few the reading of every b[g] that has any.
+Limit: many rows per group are bound by the tensor core, few by the bandwidth of reading each b[g].
 
-Source: DeepGEMM's m-grouped products; `products.py` for one tile.
+Source: DeepGEMM's m-grouped GEMMs; `block_scaled_gemm.py` for the mainloop.
 """
 
 from __future__ import annotations
@@ -22,139 +22,197 @@ from ..quant.fp8 import BLOCK
 from ..runtime import arch
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.tiles import GemmTile, gemm_tile
-from .products import index_type, operand, products, rows_of_a_scale, tile_in_bands
+from .block_scaled_gemm import (
+    KRange,
+    TileRows,
+    compute_tile,
+    gemm_operand,
+    index_type,
+    rows_per_scale,
+    tile_of_group,
+)
 
 
-def choose_tile(a: Tensor, b: Tensor, b_scale: Tensor, rows: int) -> GemmTile:
-    """The tile for groups that have about so many rows each."""
+def choose_m_grouped_tile(a: Tensor, b: Tensor, b_scale: Tensor, rows_per_group: int) -> GemmTile:
+    """The tile for groups of about `rows_per_group` rows each."""
     G, N, K = b.shape
-    groups = G if a.dim() == 3 else min(G, len(a))  # that may have rows
-    target, b_rows = arch.of(a.device), rows_of_a_scale(b, b_scale)
-    return gemm_tile(target, max(rows, 1), N, K, b_rows, groups=max(groups, 1), form="m_grouped")
+    groups = G if a.dim() == 3 else min(G, len(a))  # groups that can have rows
+    target, b_rows = arch.of(a.device), rows_per_scale(b, b_scale)
+    rows = max(rows_per_group, 1)
+    return gemm_tile(target, rows, N, K, b_rows, groups=max(groups, 1), form="m_grouped")
 
 
-def multiply(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, t: GemmTile,
-    group_index: Tensor | None, extent: Tensor,
-) -> None:  # fmt: skip
+def launch_m_grouped_gemm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    out: Tensor,
+    tile: GemmTile,
+    group_index: Tensor | None,
+    group_bounds: Tensor,
+) -> None:
     """Writes the rows of `out` that belong to a group.
 
-    a, out: [M, K] and [M, N] with `group_index` int32 [M], which says for each row whether a tile
-    of a group may write it; or [G, M, K] and [G, M, N]. `extent`: int32 [2, G] from `survey`, or
-    the number of rows in use, int32 [G]. (`survey`, or `experts/placement.py` as it places rows.)
+    Contiguous layout: a [M, K], out [M, N], `group_index` int32 [M], and `group_bounds` int32
+    [2, G] as `find_group_bounds` returns them. A program writes a row only if `group_index` names
+    its group. Masked layout: a [G, M, K], out [G, M, N], `group_index` None, and `group_bounds`
+    int32 [G], the number of valid rows.
     """
     target = arch.of(a.device)
     (G, N, K), M = b.shape, a.shape[-2]
-    x, y = operand(a, a_scale, target, t.BLOCK_M), operand(b, b_scale, target, t.BLOCK_N)
-    # Row tiles, if the rows of a group lie together: those that are full, and one for each group.
-    most = a[..., 0].numel() // t.BLOCK_M + min(G, a[..., 0].numel())
-    m_grouped_fp8_gemm_nt_kernel[(t.grid(target, most * cdiv(N, t.BLOCK_N)),)](
-        x, y, out, group_index, extent, M, N, K, G,
-        GROUPS=max(8, next_power_of_2(G)), SWAPPED=t.swapped,
-        B_BLOCK=rows_of_a_scale(b, b_scale),
-        TAIL=K % BLOCK != 0 and x.tiles is None, NATIVE_FP8=target.native_fp8,
-        INDEX=index_type(x, y), BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, GROUP_M=t.GROUP_M,
-        FLATTEN=target.tma, **t.options(target),
+    a_operand, a_desc = gemm_operand(a, a_scale, target, tile.BLOCK_M)
+    b_operand, b_desc = gemm_operand(b, b_scale, target, tile.BLOCK_N)
+    # Upper bound of the row tiles: all full ones, and one partial tile per group.
+    num_rows = a[..., 0].numel()
+    row_tiles = num_rows // tile.BLOCK_M + min(G, num_rows)
+    m_grouped_fp8_gemm_nt_kernel[(tile.grid(target, row_tiles * cdiv(N, tile.BLOCK_N)),)](
+        a_operand, a_desc, b_operand, b_desc, out, group_index, group_bounds, M, N, K, G,
+        GROUPS=max(8, next_power_of_2(G)), SWAPPED=tile.swapped,
+        B_ROWS_PER_SCALE=rows_per_scale(b, b_scale),
+        TAIL=K % BLOCK != 0 and a_desc is None, NATIVE_FP8=target.native_fp8,
+        INDEX=index_type(a_operand, b_operand), BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        GROUP_M=tile.GROUP_M, FLATTEN=target.tma, **tile.options(target),
     )  # fmt: skip
 
 
 @triton.jit
-def group_rows(group_index_ptr, extent_ptr, M, G, GROUPS: tl.constexpr):
-    """The first row of each group, and the row after its last: two of int32 [GROUPS]."""
+def load_group_bounds(group_index_ptr, group_bounds_ptr, M, G, GROUPS: tl.constexpr):
+    """The first row of each group and the row after its last: two int32 [GROUPS]."""
     group = tl.arange(0, GROUPS)
     if group_index_ptr is not None:
-        first = M - tl.load(extent_ptr + group, mask=group < G, other=0)
-        return first, tl.load(extent_ptr + G + group, mask=group < G, other=0)
+        first = M - tl.load(group_bounds_ptr + group, mask=group < G, other=0)
+        return first, tl.load(group_bounds_ptr + G + group, mask=group < G, other=0)
     else:
-        rows = tl.load(extent_ptr + group, mask=group < G, other=0)
+        rows = tl.load(group_bounds_ptr + group, mask=group < G, other=0)
         return tl.zeros((GROUPS,), tl.int32), tl.minimum(tl.maximum(rows, 0), M)
 
 
 @triton.jit(do_not_specialize=["M", "G"])
 def m_grouped_fp8_gemm_nt_kernel(
-    a, b, out_ptr, group_index_ptr, extent_ptr, M, N, K, G, GROUPS: tl.constexpr,
-    SWAPPED: tl.constexpr, B_BLOCK: tl.constexpr, TAIL: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
-    FLATTEN: tl.constexpr,
-):  # fmt: skip
-    first, end = group_rows(group_index_ptr, extent_ptr, M, G, GROUPS)
-    tiles = (tl.maximum(end - first, 0) + BLOCK_M - 1) // BLOCK_M  # [GROUPS]
-    before = tl.cumsum(tiles, 0) - tiles
-    rows, columns = tl.sum(tiles, 0), tl.cdiv(N, BLOCK_N)
-    blocks = K // 128 if TAIL else tl.cdiv(K, 128)
-    part = (0, 0, blocks, K, K, 0)
-    for t in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN):
-        row_block, column_block = tile_in_bands(t, rows, columns, GROUP_M)
-        mine = (row_block >= before) & (row_block < before + tiles)
-        group = tl.sum(tl.where(mine, tl.arange(0, GROUPS), 0), 0)
-        first_row = tl.sum(tl.where(mine, first + (row_block - before) * BLOCK_M, 0), 0)
-        rows_left = tl.sum(tl.where(mine, end, 0), 0) - first_row
+    a,  # Operand [M, K], or [G, M, K]
+    a_desc,  # its TMA descriptor, or None
+    b,  # Operand [G, N, K]
+    b_desc,
+    out_ptr,  # [M, N], or [G, M, N]
+    group_index_ptr,  # int32 [M], or None for the masked layout
+    group_bounds_ptr,  # int32 [2, G] or [G]; see launch_m_grouped_gemm
+    M,
+    N,
+    K,
+    G,
+    GROUPS: tl.constexpr,  # power of two, at least G
+    SWAPPED: tl.constexpr,  # b is the left operand of the matrix instruction
+    B_ROWS_PER_SCALE: tl.constexpr,  # 1 or 128
+    TAIL: tl.constexpr,  # K may end within a block; TMA fills it up with zeros instead
+    NATIVE_FP8: tl.constexpr,
+    INDEX: tl.constexpr,  # type of offsets within a tile
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,  # tile rows per L2 group
+    FLATTEN: tl.constexpr,  # pipeline across output tiles
+):
+    first, end = load_group_bounds(group_index_ptr, group_bounds_ptr, M, G, GROUPS)
+    tiles = (tl.maximum(end - first, 0) + BLOCK_M - 1) // BLOCK_M  # row tiles of a group, [GROUPS]
+    first_tile = tl.cumsum(tiles, 0) - tiles  # [GROUPS]
+    num_rows, num_columns = tl.sum(tiles, 0), tl.cdiv(N, BLOCK_N)
+    k_range = KRange(0, 0, K // 128 if TAIL else tl.cdiv(K, 128), K, K, 0)
+    num_tiles = num_rows * num_columns
+    for t in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+        row_block, column_block = tile_of_group(t, num_rows, num_columns, GROUP_M)
+        is_group = (row_block >= first_tile) & (row_block < first_tile + tiles)  # one is true
+        group = tl.sum(tl.where(is_group, tl.arange(0, GROUPS), 0), 0)
+        first_row = first + (row_block - first_tile) * BLOCK_M
+        first_row = tl.sum(tl.where(is_group, first_row, 0), 0)
+        valid_rows = tl.sum(tl.where(is_group, end, 0), 0) - first_row
         first_column = column_block * BLOCK_N
         group = tl.cast(group, tl.int64)
-        a_group = group * 0 if group_index_ptr is not None else group
-        a_first, b_first = (a_group * M).to(tl.int32), (group * N).to(tl.int32)
-        a_tile = (first_row, rows_left, a_first, a_group * a.scale_matrix)
-        b_tile = (first_column, N - first_column, b_first, group * b.scale_matrix)
-        sum = products(a, a_tile, b, b_tile, part, BLOCK_M, BLOCK_N, B_BLOCK, SWAPPED,
-                       a.tiles is not None, TAIL, False, NATIVE_FP8, INDEX)  # fmt: skip
+        a_group = group * 0 if group_index_ptr is not None else group  # matrix of a
+        a_matrix_row, b_matrix_row = (a_group * M).to(tl.int32), (group * N).to(tl.int32)
+        a_rows = TileRows(first_row, valid_rows, a_matrix_row, a_group * a.scale_matrix_stride)
+        b_rows = TileRows(
+            first_column, N - first_column, b_matrix_row, group * b.scale_matrix_stride
+        )
+        acc = compute_tile(
+            a, a_desc, a_rows, b, b_desc, b_rows, k_range, BLOCK_M, BLOCK_N, B_ROWS_PER_SCALE,
+            SWAPPED, TAIL, False, NATIVE_FP8, INDEX,
+        )  # fmt: skip
+        # Epilogue.
         m, column = tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
         row = a_group * M + first_row + m
-        row_inside = m < rows_left
+        row_mask = m < valid_rows
         if group_index_ptr is not None:
-            # Rows of no group lie among those of a group, and so may, in bad input, another's.
-            row_inside &= tl.load(group_index_ptr + row, mask=row_inside, other=-1) == group
-        inside = row_inside[:, None] & (column < N)[None, :]
-        out_tile = out_ptr + row[:, None] * N + column[None, :]
-        tl.store(out_tile, sum.to(out_ptr.dtype.element_ty), mask=inside)
+            # The row range of a group can contain skipped rows, and rows of other groups if
+            # group_index is not sorted.
+            row_mask &= tl.load(group_index_ptr + row, mask=row_mask, other=-1) == group
+        mask = row_mask[:, None] & (column < N)[None, :]
+        out_ptrs = out_ptr + row[:, None] * N + column[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def survey(group_index: Tensor, G: int, out: Tensor) -> Tensor:
-    """Where each group lies, int32 [2, G] for `multiply`; zeros the rows of `out` in no group."""
-    extent = group_index.new_zeros(2, G)
+def find_group_bounds(group_index: Tensor, G: int, out: Tensor) -> Tensor:
+    """The row range of each group, int32 [2, G]; also zeros the rows of `out` in no group.
+
+    bounds[0, g] = M - first row of g, bounds[1, g] = last row of g + 1; both 0 for an empty group.
+    """
+    group_bounds = group_index.new_zeros(2, G)
     M, N = out.shape
-    survey_kernel[(cdiv(M, 128), 8)](group_index, extent, out, M, N, G)
-    return extent
+    find_group_bounds_kernel[(cdiv(M, 128), 8)](group_index, group_bounds, out, M, N, G)
+    return group_bounds
 
 
 @triton.jit(do_not_specialize=["M", "G"])
-def survey_kernel(group_index_ptr, extent_ptr, out_ptr, M, N, G):
-    """extent[0, g] = M - first row of g, extent[1, g] = last row of g + 1; 0 for an empty group.
-
-    Only where a run of equal indices begins or ends the atomics are asked; they take maxima, so
-    their order does not matter.
-    """
+def find_group_bounds_kernel(
+    group_index_ptr,  # int32 [M]
+    group_bounds_ptr,  # int32 [2, G], zeros at the start
+    out_ptr,  # [M, N]
+    M,
+    N,
+    G,
+):
+    """Only rows at which `group_index` changes use atomics. Their maxima do not depend on order."""
     row = tl.program_id(0) * 128 + tl.arange(0, 128)
     group = tl.load(group_index_ptr + row, mask=row < M, other=0)
     valid = (group >= 0) & (group < G)
     zero_rows(out_ptr, row, (row < M) & (valid == 0), N)
     if tl.program_id(1) == 0:
         valid &= row < M
-        before = tl.load(group_index_ptr + row - 1, mask=(row > 0) & (row < M), other=-1)
-        after = tl.load(group_index_ptr + row + 1, mask=row + 1 < M, other=-1)
-        tl.atomic_max(extent_ptr + group, M - row, mask=valid & (before != group))
-        tl.atomic_max(extent_ptr + G + group, row + 1, mask=valid & (after != group))
+        previous = tl.load(group_index_ptr + row - 1, mask=(row > 0) & (row < M), other=-1)
+        following = tl.load(group_index_ptr + row + 1, mask=row + 1 < M, other=-1)
+        tl.atomic_max(group_bounds_ptr + group, M - row, mask=valid & (previous != group))
+        tl.atomic_max(group_bounds_ptr + G + group, row + 1, mask=valid & (following != group))
 
 
-def zero_unused(masked_m: Tensor, out: Tensor) -> None:
+def zero_masked_rows(masked_m: Tensor, out: Tensor) -> None:
     """Zeros the rows of `out` [G, M, N] from masked_m[g] on."""
     G, M, N = out.shape
-    unused_kernel[(cdiv(M, 128), 8, G)](masked_m, out, M, N)
+    zero_masked_rows_kernel[(cdiv(M, 128), 8, G)](masked_m, out, M, N)
 
 
 @triton.jit
-def unused_kernel(masked_m_ptr, out_ptr, M, N):
+def zero_masked_rows_kernel(
+    masked_m_ptr,  # int32 [G]
+    out_ptr,  # [G, M, N]
+    M,
+    N,
+):
     group = tl.cast(tl.program_id(2), tl.int64)
     row = tl.program_id(0) * 128 + tl.arange(0, 128)
-    used = tl.load(masked_m_ptr + group)
-    zero_rows(out_ptr + group * M * N, row, (row >= used) & (row < M), N)
+    masked_m = tl.load(masked_m_ptr + group)
+    zero_rows(out_ptr + group * M * N, row, (row >= masked_m) & (row < M), N)
 
 
 @triton.jit
-def zero_rows(out_ptr, row, skipped, N):
-    """Zeros the skipped ones of 128 rows, in each eighth block of columns from program_id(1) on."""
-    if tl.max(skipped.to(tl.int32), 0) > 0:
-        line = out_ptr + row.to(tl.int64)[:, None] * N
-        for first in range(tl.program_id(1) * 128, N, 8 * 128):
-            column = first + tl.arange(0, 128)
+def zero_rows(
+    out_ptr,  # [_, N]
+    row,  # int32 [128]
+    mask,  # [128], rows to zero
+    N,
+):
+    """Zeros rows in every eighth block of 128 columns, from block program_id(1) on."""
+    if tl.max(mask.to(tl.int32), 0) > 0:
+        row_ptrs = out_ptr + row.to(tl.int64)[:, None] * N
+        for start in range(tl.program_id(1) * 128, N, 8 * 128):
+            column = start + tl.arange(0, 128)
             zeros = tl.zeros((128, 128), out_ptr.dtype.element_ty)
-            tl.store(line + column[None, :], zeros, mask=skipped[:, None] & (column < N)[None, :])
+            tl.store(row_ptrs + column[None, :], zeros, mask=mask[:, None] & (column < N)[None, :])

@@ -1,10 +1,12 @@
-"""FP8 products of consecutive rows with their group's matrix; a row names its group.
+"""Grouped FP8 GEMM, contiguous layout: the rows of all groups in one matrix, sorted by group.
 
-    d[m] = a[m] · b[group_index[m]]ᵀ  with block scales, and 0 where group_index[m] is no group
+    d[m] = a[m] · b[group_index[m]]ᵀ  with block scales, and 0 where group_index[m] is not a group
 
-Cut: one pass over group_index finds where each group lies and zeros the rows of none; then
-`m_grouped.py` goes through the groups' tiles. Rows of padding inside a group cost arithmetic only
-where they share a tile with others.
+Parallelization: a small kernel finds the row range of each group and zeros the skipped rows. Then
+the persistent kernel of `m_grouped.py` loops over the tiles of all groups. Padding rows inside a
+group cost arithmetic only in tiles that also have valid rows.
+
+Limit: as in `m_grouped.py`.
 
 Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2; DeepGEMM's contiguous
 layout, here without its alignment of groups.
@@ -18,9 +20,9 @@ from torch import Tensor
 from ..runtime.contract import check_choice, check_that
 from ..runtime.op import op
 from ..runtime.tiles import GemmTile
-from . import m_grouped
+from .block_scaled_gemm import check_b_scale
 from .fp8_gemm_nt import REAL
-from .products import check_b_scale
+from .m_grouped import choose_m_grouped_tile, find_group_bounds, launch_m_grouped_gemm
 
 
 @op(
@@ -38,7 +40,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     group_index: Tensor,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Multiplies each row with the matrix of its group: `a[m] @ b[group_index[m]].T`.
+    """Multiplies each row by the matrix of its group: `a[m] @ b[group_index[m]].T`.
 
     Args:
         a: float8_e4m3fn [M, K], as for `fp8_gemm_nt`.
@@ -46,9 +48,9 @@ def m_grouped_fp8_gemm_nt_contiguous(
         b: float8_e4m3fn [G, N, K].
         b_scale: fp32 [G, ceil(N / 128), ceil(K / 128)], one per 128x128, or
             [G, N, ceil(K / 128)], one per 1x128; any strides.
-        group_index: int32 [M] on the device: the group of each row, ascending. Rows with -1, or
-            any other value that is no group, are skipped; they may lie anywhere. Groups may be
-            empty and need no alignment. (In another order the result is right, but slow.)
+        group_index: int32 [M] on the device: the group of each row, ascending. Rows whose value is
+            outside [0, G) are skipped (use -1), anywhere in the order. Groups may be empty and need
+            no alignment. An unsorted order gives the same result, slowly.
         out_dtype: bfloat16, float16 or float32.
 
     Returns:
@@ -56,22 +58,30 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+
+    Example:
+        >>> a, a_scale = deepkern.cast_per_token(torch.randn(5, 256))
+        >>> b, b_scale = deepkern.cast_per_block(torch.randn(2, 512, 256))
+        >>> group_index = torch.tensor([0, 0, 1, 1, -1], dtype=torch.int32)
+        >>> deepkern.m_grouped_fp8_gemm_nt_contiguous(a, a_scale, b, b_scale, group_index).shape
+        torch.Size([5, 512])
     """
     name = "m_grouped_fp8_gemm_nt_contiguous"
     check_choice(name, "out_dtype", out_dtype, REAL)
     check_b_scale(name, b, b_scale)
+    # Fake kernel: allocates the output; the launcher of a backend computes it.
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
 @m_grouped_fp8_gemm_nt_contiguous.op.register_debug_check
 def check_contents(a, a_scale, b, b_scale, group_index, out_dtype) -> None:
-    """For DEEPKERN_DEBUG=1: group_index ascends, and holds -1 or a group."""
+    """For DEEPKERN_DEBUG=1: the values of group_index ascend and are in [-1, G)."""
     name, G = "m_grouped_fp8_gemm_nt_contiguous", b.shape[0]
     found = group_index[group_index != -1]
     outside = found[(found < 0) | (found >= G)]
     expected = f"values from -1 to {G - 1}"
     check_that(name, "group_index", not len(outside), expected, outside[:1].tolist())
-    expected = "values that ascend but for -1"
+    expected = "ascending values, or -1"
     check_that(name, "group_index", bool((found.diff() >= 0).all()), expected, found.tolist())
 
 
@@ -87,12 +97,12 @@ def _launch_triton(
     if b.numel() == 0:
         return out.zero_()
     group_index = group_index.contiguous()
-    extent = m_grouped.survey(group_index, b.shape[0], out)
-    m_grouped.multiply(a, a_scale, b, b_scale, out, choose_tile(*args), group_index, extent)
+    bounds = find_group_bounds(group_index, b.shape[0], out)
+    launch_m_grouped_gemm(a, a_scale, b, b_scale, out, choose_tile(*args), group_index, bounds)
     return out
 
 
 @m_grouped_fp8_gemm_nt_contiguous.op.register_tile
 def choose_tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_) -> GemmTile:
-    """The tile that a launch with these arguments takes, as if all groups had as many rows."""
-    return m_grouped.choose_tile(a, b, b_scale, -(-a.shape[0] // max(b.shape[0], 1)))
+    """The tile that the launcher uses for these arguments: that of groups of equal size."""
+    return choose_m_grouped_tile(a, b, b_scale, -(-a.shape[0] // max(b.shape[0], 1)))
