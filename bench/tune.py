@@ -43,7 +43,7 @@ class Timed:
 
     op: str
     size: dict
-    shape: tuple  # M, N, K, b_rows, groups, form: as `tiles.gemm_tile` was asked
+    shape: tuple  # M, N, K, b_rows, groups, form: as `tiles.choose_gemm_tile` was asked
     model: GemmTile
     times: dict[GemmTile, float]
     failed: dict[GemmTile, str]
@@ -61,7 +61,7 @@ class Timed:
         """What a config says of it."""
         M, N, K, b_rows, groups, form = self.shape
         tile, (best, model) = self.best, (self.times[t] for t in (self.best, self.model))
-        return Tuned(form, b_rows, groups, M, N, K, (tile.BLOCK_M, tile.BLOCK_N, tile.spread),
+        return Tuned(form, b_rows, groups, M, N, K, (tile.BLOCK_M, tile.BLOCK_N, tile.parallel_splits),
                      round(best, 2), round(model, 2), on)  # fmt: skip
 
 
@@ -72,18 +72,18 @@ def time_tiles(op: str, size: dict, device: torch.device, time: Time) -> Timed:
 
     def model(target, *shape):
         asked.append((target, shape))
-        return tiles.modelled_tile(target, *shape)
+        return tiles.fastest_modelled_tile(target, *shape)
 
-    with torch.no_grad(), deepkern.backend("triton"), tiles.choosing(model):
+    with torch.no_grad(), deepkern.backend("triton"), tiles.override_tile_choice(model):
         want = call(*args)
     target, shape = asked[0]
     M, N, K, b_rows, _, form = shape
-    found = Timed(op, size, shape, tiles.modelled_tile(target, *shape), {}, {})
-    for tile in tiles.choosable(target, N, K, b_rows, form):
+    found = Timed(op, size, shape, tiles.fastest_modelled_tile(target, *shape), {}, {})
+    for tile in tiles.candidate_tiles(target, N, K, b_rows, form):
         with (
             torch.no_grad(),
             deepkern.backend("triton"),
-            tiles.choosing(lambda *_, tile=tile: tile),
+            tiles.override_tile_choice(lambda *_, tile=tile: tile),
         ):
             try:
                 compare.assert_bitwise(call(*args), want, "bits beside the model's tile")
@@ -109,7 +109,7 @@ def table(found: Sequence[Timed]) -> Table:
 
 
 def _name(tile: GemmTile) -> str:
-    return f"{tile.BLOCK_M}x{tile.BLOCK_N}{' at once' if tile.spread else ''}"
+    return f"{tile.BLOCK_M}x{tile.BLOCK_N}{' at once' if tile.parallel_splits else ''}"
 
 
 def write(found: Sequence[Timed], on: str, file: Path) -> int:

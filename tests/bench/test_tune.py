@@ -27,7 +27,7 @@ class Clock:
 
     def __call__(self, call) -> float:
         call()
-        tile = tiles.gemm_tile(SM_90, 1, 1, 1)  # what is being tried, whatever the shape
+        tile = tiles.choose_gemm_tile(SM_90, 1, 1, 1)  # what is being tried, whatever the shape
         self.asked.append(tile)
         return self.microseconds.get(f"t{tile.BLOCK_M}x{tile.BLOCK_N}", 100.0)
 
@@ -36,9 +36,9 @@ class Clock:
 def test_every_tile_is_run_and_the_fastest_found():
     clock = Clock(t128x64=10.0, t64x64=20.0)
     found = tune.time_tiles("fp8_gemm_nt", SIZE, CPU, clock)
-    assert clock.asked == tiles.choosable(SM_90, 72, 160) and len(clock.asked) == 8
+    assert clock.asked == tiles.candidate_tiles(SM_90, 72, 160) and len(clock.asked) == 8
     assert (found.best.BLOCK_M, found.best.BLOCK_N) == (128, 64) and not found.failed
-    assert found.model == tiles.modelled_tile(SM_90, 33, 72, 160)
+    assert found.model == tiles.fastest_modelled_tile(SM_90, 33, 72, 160)
     assert found.gain == found.times[found.model] / 10.0 >= 2
     assert found.shape == (33, 72, 160, 128, 1, "dense")
 
@@ -55,7 +55,7 @@ def test_every_tile_is_run_and_the_fastest_found():
 def test_groups(op, size, shape):
     found = tune.time_tiles(op, {**SIZE, "K": 128, **size}, CPU, Clock())
     assert found.shape == shape
-    assert list(found.times) == tiles.choosable(SM_90, 72, 128, shape[3], shape[5])
+    assert list(found.times) == tiles.candidate_tiles(SM_90, 72, 128, shape[3], shape[5])
 
 
 @interpreted
@@ -81,7 +81,7 @@ def test_a_tile_that_gives_other_bits_is_not_chosen(monkeypatch):
 @interpreted
 def test_a_tile_that_raises_is_said_and_does_not_end_the_tuning():
     def clock(call):
-        if tiles.gemm_tile(SM_90, 1, 1, 1).BLOCK_N == 128:
+        if tiles.choose_gemm_tile(SM_90, 1, 1, 1).BLOCK_N == 128:
             raise RuntimeError("out of registers")
         return 5.0
 
@@ -94,8 +94,8 @@ def test_a_tile_that_raises_is_said_and_does_not_end_the_tuning():
 
 def timed(M=33, best=10.0, model=20.0):
     shape = (M, 72, 160, 128, 1, "dense")
-    choice = tiles.modelled_tile(SM_90, *shape)
-    other = next(t for t in tiles.choosable(SM_90, 72, 160) if t != choice)
+    choice = tiles.fastest_modelled_tile(SM_90, *shape)
+    other = next(t for t in tiles.candidate_tiles(SM_90, 72, 160) if t != choice)
     return tune.Timed("fp8_gemm_nt", {}, shape, choice, {choice: model, other: best}, {}), other
 
 
@@ -104,13 +104,13 @@ def test_what_is_written_is_what_launches_take(tmp_path, monkeypatch):
     file = tmp_path / "sm_90.json"
     assert tune.write([found], "a GPU", file) == 1
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-    for cache in (tuned.load, tiles.best_tile):
+    for cache in (tuned.load, tiles.tuned_or_modelled_tile):
         cache.cache_clear()
     try:
-        tile = tiles.gemm_tile(SM_90, 33, 72, 160)
+        tile = tiles.choose_gemm_tile(SM_90, 33, 72, 160)
     finally:
         monkeypatch.undo()
-        for cache in (tuned.load, tiles.best_tile):
+        for cache in (tuned.load, tiles.tuned_or_modelled_tile):
             cache.cache_clear()
     assert tile == other and tile.origin == "tuned at M=33"
     (line,) = tuned.read(file)

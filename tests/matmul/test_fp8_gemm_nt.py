@@ -1,4 +1,4 @@
-"""fp8_gemm_nt: all edges, both scales of b, c, strides, NaN, and a row's bits whatever M is."""
+"""fp8_gemm_nt: edge shapes, both scale layouts of b, c, strides, NaN, batch invariance."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from deepkern.testing import compare, inputs
 from deepkern.testing.inputs.quant import values
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+NO_GPU = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU cannot launch for another target"
+)
 REAL = [BF16, F16, F32]
 
 
 @pytest.fixture(params=["torch", "triton", "cpu"])
 def backend(request, device):
-    """Forces each backend in turn; `cpu` is left out where there is no CPU tensor to give it."""
+    """Forces each backend in turn; `cpu` needs CPU tensors."""
     if request.param == "cpu" and device.type != "cpu":
         pytest.skip("cpu takes CPU tensors")
     with deepkern.backend(request.param):
@@ -33,13 +36,18 @@ def make(generator, M, N, K, **kwargs):
     return inputs.make("fp8_gemm_nt", generator, M=M, N=N, K=K, **kwargs)
 
 
+def force_tile(tile: tiles.GemmTile):
+    """Launches inside the block use this tile."""
+    return tiles.override_tile_choice(lambda *_: tile)
+
+
 def check(args) -> float:
     got = deepkern.fp8_gemm_nt(*args)
     return compare.assert_matches("fp8_gemm_nt", got, deepkern.reference.fp8_gemm_nt(*args))
 
 
 def plain(a, a_scale, b, b_scale, c=None):
-    """The product said another way than the reference says it: values first, then one matmul."""
+    """Independent of the reference: dequantize first, then one matmul in float64."""
     K, N = a.shape[1], b.shape[0]
     if b_scale.shape[0] != N:
         b_scale = b_scale.repeat_interleave(128, 0)[:N]
@@ -71,19 +79,44 @@ def test_edges(backend, generator, M, N, K, b_rows):
     compare.assert_close(got, plain(*tensors, c))
 
 
-# Off every grid, each N with each K, and each M with some of them.
-OFF_GRID = [
-    pytest.param((0, 1, 3, 127, 129, 257)[(i + 2 * j) % 6], N, K,
-                 marks=[pytest.mark.slow] if N * K > 1 << 20 else [])
-    for i, N in enumerate((1, 8, 100, 576, 2112))
-    for j, K in enumerate((1, 100, 128, 129, 7168))
-]  # fmt: skip
+# M, N, K and the scale format; none is a multiple of a tile.
+ODD_SHAPES = [
+    (0, 1, 1, "fp32"),
+    (3, 1, 100, "fp32"),
+    (129, 1, 128, "fp32"),
+    (0, 1, 129, "fp32"),
+    (3, 1, 7168, "fp32"),
+    (1, 8, 1, "fp32"),
+    (127, 8, 100, "ue8m0"),
+    (257, 8, 128, "ue8m0"),
+    (1, 8, 129, "fp32"),
+    (127, 8, 7168, "ue8m0"),
+    (3, 100, 1, "fp32"),
+    (129, 100, 100, "ue8m0"),
+    (0, 100, 128, "fp32"),
+    (3, 100, 129, "fp32"),
+    (129, 100, 7168, "ue8m0"),
+    (127, 576, 1, "fp32"),
+    (257, 576, 100, "ue8m0"),
+    (1, 576, 128, "ue8m0"),
+    (127, 576, 129, "fp32"),
+    (129, 2112, 1, "fp32"),
+    (0, 2112, 100, "fp32"),
+    (3, 2112, 128, "ue8m0"),
+    (129, 2112, 129, "fp32"),
+]
+LARGE_ODD_SHAPES = [
+    (257, 576, 7168, "ue8m0"),
+    (0, 2112, 7168, "fp32"),
+]
 
 
-@pytest.mark.parametrize(("M", "N", "K"), OFF_GRID)
-def test_off_every_grid(backend, generator, M, N, K):
-    """K = 7168 in a slice of a wider matrix; both scale formats in turn."""
-    scale_format = ("fp32", "ue8m0")[(M + N + K) % 2]
+@pytest.mark.parametrize(
+    ("M", "N", "K", "scale_format"),
+    [*ODD_SHAPES, *(pytest.param(*shape, marks=pytest.mark.slow) for shape in LARGE_ODD_SHAPES)],
+)
+def test_odd_shapes(backend, generator, M, N, K, scale_format):
+    """The operands are slices of wider matrices."""
     a, a_scale = deepkern.reference.cast_per_token(values(generator, M, K + 16), scale_format)
     b, b_scale = deepkern.reference.cast_per_block(values(generator, N, K + 16), scale_format)
     blocks = -(-K // 128)
@@ -110,45 +143,42 @@ def test_any_shape(M, N, K, b_rows, out_dtype, c, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("b_rows", [128, 1])
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
-def test_every_tile_of_every_target(target, b_rows, generator, monkeypatch):
-    """Each gives the same bits: also those of the targets that widen FP8 themselves."""
+@NO_GPU
+def test_all_tiles_give_the_same_bits(target, b_rows, generator):
+    """On every target, also those that widen FP8 in the kernel."""
     args = make(generator, 70, 140, 384, b_rows=b_rows, out_dtype=F32)
-    module = deepkern.matmul.fp8_gemm_nt.__wrapped__.__globals__
     with deepkern.backend("triton"):
         want = deepkern.fp8_gemm_nt(*args)
-        with arch.compile_for(target):
-            for tile in tiles.gemm_tiles(target, b_rows):
-                monkeypatch.setitem(module, "gemm_tile", lambda *_, tile=tile, **__: tile)
+        for tile in tiles.supported_tiles(target, b_rows):
+            with arch.compile_for(target), force_tile(tile):
                 compare.assert_bitwise(deepkern.fp8_gemm_nt(*args), want, str(tile))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("K", [512, 640, 700])
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
-def test_splits_of_k_at_once_or_one_after_the_other(target, K, generator, monkeypatch):
-    """The same sums, whoever adds them; and each tile that may be taken does."""
+@NO_GPU
+def test_both_kinds_of_split_k_give_the_same_bits(target, K, generator):
+    """One program per split, and one program for all splits."""
     args = make(generator, 70, 140, K, c=BF16, out_dtype=F32)
-    module = deepkern.matmul.fp8_gemm_nt.__wrapped__.__globals__
-    seen = []
+    results = []
     with deepkern.backend("triton"), arch.compile_for(target):
-        for tile in tiles.gemm_tiles(target, 128)[:4]:
-            for spread in (False, True):
-                split = replace(tile, splits=4, spread=spread)
-                monkeypatch.setitem(module, "gemm_tile", lambda *_, t=split, **__: t)
-                seen.append(deepkern.fp8_gemm_nt(*args))
-                compare.assert_bitwise(seen[-1], seen[0], str(split))
-    compare.assert_close(seen[0], plain(*args[:4], args[5]))
+        for tile in tiles.supported_tiles(target, 128)[:4]:
+            for parallel in (False, True):
+                split = replace(tile, num_splits=4, parallel_splits=parallel)
+                with force_tile(split):
+                    results.append(deepkern.fp8_gemm_nt(*args))
+                compare.assert_bitwise(results[-1], results[0], str(split))
+    compare.assert_close(results[0], plain(*args[:4], args[5]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("N", [40, 300])
-def test_a_row_has_the_same_bits_where_k_is_split(generator, N):
-    """M from 1 to 257 goes from splits at once, over small tiles, to splits in large ones."""
+def test_row_bits_independent_of_m_with_split_k(generator, N):
+    """M from 1 to 257 uses parallel splits, then small tiles, then splits in one program."""
     args = make(generator, 257, N, 1100, out_dtype=F32)
     a, a_scale, b, b_scale, *_ = args
-    assert tiles.k_splits(ARCHS["sm_90"], N, 1100) > 1
+    assert tiles.choose_num_splits(ARCHS["sm_90"], N, 1100) > 1
     with deepkern.backend("triton"):
         whole = deepkern.fp8_gemm_nt(*args)
         for M in ROWS:
@@ -158,9 +188,9 @@ def test_a_row_has_the_same_bits_where_k_is_split(generator, N):
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize(("M", "N", "K"), [(20, 48, 160), (33, 70, 129), (1, 16, 128), (64, 1, 40)])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
+@NO_GPU
 def test_transposed_operands(name, M, N, K, generator):
-    """The layouts nn, tn and tt are views; their bits are those of nt."""
+    """The layouts nn, tn and tt are views of the same values as nt."""
     a, a_scale, b, b_scale, *_ = make(generator, M, N, K)
     at, bt = (x.view(torch.uint8).t().contiguous().view(x.dtype).t() for x in (a, b))
     with deepkern.backend("triton"), arch.compile_for(ARCHS[name]):
@@ -171,7 +201,7 @@ def test_transposed_operands(name, M, N, K, generator):
             compare.assert_bitwise(got, want)
 
 
-def test_transposed_operands_are_read_in_place_where_fp8_is_widened(generator):
+def test_transposed_view_is_copied_for_native_fp8(generator):
     a, *_ = make(generator, 32, 48, 160)
     transposed = a.view(torch.uint8).t().contiguous().view(a.dtype).t()
     assert k_major(transposed, ARCHS["sm_80"]).data_ptr() == transposed.data_ptr()
@@ -180,21 +210,21 @@ def test_transposed_operands_are_read_in_place_where_fp8_is_widened(generator):
     compare.assert_bitwise(copy, a)
 
 
-def test_both_kinds_of_b_scale_give_the_same_bits(backend, generator):
+def test_both_b_scale_layouts_give_the_same_bits(backend, generator):
     a, a_scale, b, b_scale, *_ = make(generator, 20, 200, 300)
     per_row = b_scale.repeat_interleave(128, 0)[:200]
     got = deepkern.fp8_gemm_nt(a, a_scale, b, per_row, F32)
     compare.assert_bitwise(got, deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, F32))
 
 
-def test_fp32_output_is_as_near_as_fp32_sums_can_be(backend, generator):
+def test_fp32_output_within_1e_9(backend, generator):
     args = make(generator, 40, 70, 2048, out_dtype=F32)
     error = compare.diff(deepkern.fp8_gemm_nt(*args), plain(*args[:4]))
     assert error <= 1e-9
 
 
 @pytest.mark.parametrize("out_dtype", REAL)
-def test_error_is_at_most_twice_that_of_torch(backend, generator, out_dtype):
+def test_error_at_most_twice_that_of_torch(backend, generator, out_dtype):
     a, a_scale, b, b_scale, *_ = make(generator, 60, 80, 1024)
     a_scale *= 2**-10  # within float16's range
     exact = plain(a, a_scale, b, b_scale)
@@ -205,7 +235,7 @@ def test_error_is_at_most_twice_that_of_torch(backend, generator, out_dtype):
     assert compare.diff(got, exact) <= 2 * theirs + 1e-6
 
 
-def test_quantised_product_is_near_the_real_one(backend, generator):
+def test_close_to_the_unquantized_product(backend, generator):
     x, w = values(generator, 50, 500), values(generator, 90, 500)
     q, w_q = deepkern.reference.cast_per_token(x), deepkern.reference.cast_per_block(w)
     assert compare.diff(deepkern.fp8_gemm_nt(*q, *w_q), x.double() @ w.double().T) < 2e-3
@@ -215,21 +245,20 @@ ROWS = [1, 2, 16, 17, 33, 64, 65, 130, 257]
 
 
 @pytest.mark.parametrize("b_rows", [128, 1])
-def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(backend, generator, b_rows):
+def test_row_bits_independent_of_batch(backend, generator, b_rows):
     a, a_scale, b, b_scale, out_dtype, c = make(
         generator, 257, 130, 260, b_rows=b_rows, c=BF16, out_dtype=F32
     )
     whole = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, out_dtype, c)
-    for M in ROWS:
-        for rows in (slice(0, M), slice(257 - M, 257))[: 2 if M in (17, 65) else 1]:
-            part = deepkern.fp8_gemm_nt(a[rows], a_scale[rows], b, b_scale, out_dtype, c[rows])
-            compare.assert_bitwise(part, whole[rows], f"{M} rows")
+    for rows in (*(slice(0, M) for M in ROWS), slice(240, 257), slice(192, 257)):
+        part = deepkern.fp8_gemm_nt(a[rows], a_scale[rows], b, b_scale, out_dtype, c[rows])
+        compare.assert_bitwise(part, whole[rows], f"rows {rows}")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("N", "K"), [(4096, 7168), (576, 7168), (7168, 2048), (1000, 1000)])
-def test_a_row_has_the_same_bits_on_a_gpu(generator, N, K):
-    """Through all tiles: that the tensor core sums alike in each is the hardware's to keep."""
+def test_row_bits_independent_of_batch_on_gpu(generator, N, K):
+    """Over all tiles: the tensor core must sum alike in each."""
     a, a_scale, b, b_scale, *_ = make(generator, 4096, N, K)
     with deepkern.backend("triton"):
         whole = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale)
@@ -240,7 +269,7 @@ def test_a_row_has_the_same_bits_on_a_gpu(generator, N, K):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("N", "K"), [(2112, 7168), (576, 7168), (100, 1000)])
-def test_every_number_of_rows_and_a_hundred_times_on_a_gpu(generator, N, K):
+def test_row_bits_for_every_m_and_100_runs_on_gpu(generator, N, K):
     a, a_scale, b, b_scale, *_ = make(generator, 257, N, K)
     with deepkern.backend("triton"):
         whole = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, F32)
@@ -267,15 +296,37 @@ def test_strided_inputs(backend, generator, scale_layout):
     compare.assert_bitwise(got, compact)
 
 
-def test_rows_that_are_not_aligned(backend, generator):
-    """Views that start at odd bytes, and rows at odd distances."""
+def test_unaligned_rows(backend, generator):
+    """Views that start at odd bytes, and an odd row pitch."""
     a, a_scale, b, b_scale, *_ = make(generator, 20, 40, 301)
     tensors = (a[:, 1:], a_scale, b[1:, 1:], b_scale)
     compare.assert_close(deepkern.fp8_gemm_nt(*tensors, F32), plain(*tensors))
 
 
-def test_rows_far_apart(backend, generator):
-    """Beyond 32-bit offsets within a tile; the rows between are not touched."""
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("size", "strides"),
+    [((20, 256), (0, 1)), ((20, 256), (16, 1)), ((20, 256), (128, 1)), ((1, 256), (8, 1))],
+    ids=["expanded", "overlap-240", "overlap-128", "one-row"],
+)
+@NO_GPU
+def test_overlapping_rows(name, size, strides, generator):
+    """Rows of expanded tensors and sliding windows, for both operands."""
+    a, a_scale, b, b_scale, *_ = make(generator, size[0], 40, 256)
+    flat = make(generator, 40, 1, 256)[0].flatten()
+    x = flat.as_strided(size, strides)
+    compact = x.view(torch.uint8).contiguous().view(x.dtype)
+    scale = a_scale[:, :1].expand(-1, 2).contiguous()
+    with deepkern.backend("triton"), arch.compile_for(ARCHS[name]):
+        got = deepkern.fp8_gemm_nt(x, a_scale, b, b_scale, F32)
+        compare.assert_bitwise(got, deepkern.fp8_gemm_nt(compact, a_scale, b, b_scale, F32))
+        got = deepkern.fp8_gemm_nt(b, b_scale.expand(40, -1), x, scale, F32)
+        want = deepkern.fp8_gemm_nt(b, b_scale.expand(40, -1), compact, scale, F32)
+        compare.assert_bitwise(got, want)
+
+
+def test_rows_2_24_elements_apart(backend, generator):
+    """Offsets within a tile exceed 32 bits."""
     a, a_scale, b, b_scale, *_ = make(generator, 3, 20, 200)
     far = torch.empty(2 * 2**24 + 200, dtype=torch.uint8, device=a.device).view(a.dtype)
     far = far.as_strided((3, 200), (2**24, 1)).copy_(a)
@@ -285,7 +336,7 @@ def test_rows_far_apart(backend, generator):
 
 @pytest.mark.parametrize("out_dtype", REAL)
 @pytest.mark.parametrize("c", REAL)
-def test_c_is_added_before_the_one_rounding(backend, device, out_dtype, c):
+def test_c_is_added_before_rounding(backend, device, out_dtype, c):
     one = torch.ones(1, 1, device=device)
     eighth = (one / 8).to(torch.float8_e4m3fn)
     # 256 + 1.25: rounding the product first, or c, or the sum twice, would show in bf16.
@@ -294,14 +345,14 @@ def test_c_is_added_before_the_one_rounding(backend, device, out_dtype, c):
     assert got.item() == torch.tensor(257.25).to(out_dtype).item()
 
 
-def test_no_k_gives_c_or_zeros(backend, generator):
+def test_k_of_zero_gives_c_or_zeros(backend, generator):
     a, a_scale, b, b_scale, _, c = make(generator, 70, 40, 0, c=BF16)
     got = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale)
     assert got.shape == (70, 40) and not got.any()
     compare.assert_bitwise(deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, BF16, c), c)
 
 
-def test_nan_and_inf_stay_in_their_row_or_column(backend, generator):
+def test_nan_and_inf_stay_in_row_or_column(backend, generator):
     a, a_scale, b, b_scale, *_ = make(generator, 70, 300, 300)
     good = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, F32)
     a[3, 299], a_scale[66, 1], b[7, 0] = float("nan"), float("nan"), float("nan")
@@ -323,7 +374,7 @@ def test_float16_overflow_is_inf(backend, device):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 299, 301])
-def test_b_scale_of_another_number_of_rows(backend, generator, rows):
+def test_b_scale_with_wrong_number_of_rows(backend, generator, rows):
     a, a_scale, b, b_scale, *_ = make(generator, 4, 300, 200)
     wrong = torch.ones(rows, 2, device=a.device)
     with pytest.raises(ValueError) as caught:

@@ -18,16 +18,16 @@ TARGETS = pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 @TARGETS
 @pytest.mark.parametrize("b_rows", [128, 1])
 def test_stages_fit_the_shared_memory(target, b_rows):
-    for tile in tiles.gemm_tiles(target, b_rows):
+    for tile in tiles.supported_tiles(target, b_rows):
         buffered = tile.num_stages if target.name in tiles.ASYNC else tile.num_stages - 1
         assert tile.num_stages >= 2
-        assert tile.residents * buffered * tile.step_bytes <= target.smem
+        assert tile.programs_per_sm * buffered * tile.step_bytes <= target.smem
 
 
 @TARGETS
 def test_one_family_of_matrix_instruction(target):
     """What batch invariance rests on: see runtime/tiles.py."""
-    for tile in tiles.gemm_tiles(target, 128):
+    for tile in tiles.supported_tiles(target, 128):
         if target.name in ("sm_90", "sm_100"):
             assert (tile.BLOCK_N if tile.swapped else tile.BLOCK_M) >= 64
         options = tile.options(target)
@@ -36,7 +36,7 @@ def test_one_family_of_matrix_instruction(target):
 
 def form(tile: tiles.GemmTile) -> tiles.GemmTile:
     """What is compiled for a tile: the number of splits is no part of it."""
-    return replace(tile, splits=min(tile.splits, 2))
+    return replace(tile, num_splits=min(tile.num_splits, 2))
 
 
 M_SIZES = (1, 16, 17, 32, 48, 64, 65, 100, 128, 160, 256, 300, 512, 1024, 1500, 4096, 32768)
@@ -49,8 +49,10 @@ SHAPES = list(itertools.product(M_SIZES, N_SIZES, K_SIZES))
 @pytest.mark.parametrize("b_rows", [128, 1])
 def test_every_tile_that_may_be_chosen_is_inspected(target, b_rows):
     sizes = [s for s in inputs.sizes("fp8_gemm_nt").inspect if s.get("b_rows", 128) == b_rows]
-    inspected = {form(tiles.gemm_tile(target, s["M"], s["N"], s["K"], b_rows)) for s in sizes}
-    assert {form(tiles.gemm_tile(target, *shape, b_rows)) for shape in SHAPES} <= inspected
+    inspected = {
+        form(tiles.choose_gemm_tile(target, s["M"], s["N"], s["K"], b_rows)) for s in sizes
+    }
+    assert {form(tiles.choose_gemm_tile(target, *shape, b_rows)) for shape in SHAPES} <= inspected
 
 
 @TARGETS
@@ -66,7 +68,7 @@ def test_every_tile_that_may_be_chosen_is_inspected(target, b_rows):
 )
 def test_every_tile_of_groups_that_may_be_chosen_is_inspected(target, op, kind, b_rows):
     def chosen(M, N, K, groups):
-        return tiles.gemm_tile(target, M, N, K, b_rows, groups=groups, form=kind)
+        return tiles.choose_gemm_tile(target, M, N, K, b_rows, groups=groups, variant=kind)
 
     inspected = set()
     for size in inputs.sizes(op).inspect:
@@ -80,32 +82,32 @@ def test_every_tile_of_groups_that_may_be_chosen_is_inspected(target, op, kind, 
 
 @TARGETS
 def test_tiles_grow_with_the_number_of_rows(target):
-    few, many = (tiles.modelled_tile(target, M, 7168, 2048) for M in (1, 8192))
-    assert all(few.BLOCK_M <= tile.BLOCK_M for tile in tiles.gemm_tiles(target, 128))
+    few, many = (tiles.fastest_modelled_tile(target, M, 7168, 2048) for M in (1, 8192))
+    assert all(few.BLOCK_M <= tile.BLOCK_M for tile in tiles.supported_tiles(target, 128))
     assert many.BLOCK_M * many.BLOCK_N > few.BLOCK_M * few.BLOCK_N
 
 
 def test_scales_per_row_of_b_take_a_smaller_tile():
     sm_90 = ARCHS["sm_90"]
-    large = tiles.modelled_tile(sm_90, 4096, 4096, 7168)
+    large = tiles.fastest_modelled_tile(sm_90, 4096, 4096, 7168)
     assert str(large) == "128x128x128, 8 warps, 5 stages (cost model)"
-    smaller = tiles.modelled_tile(sm_90, 4096, 4096, 7168, b_rows=1)
+    smaller = tiles.fastest_modelled_tile(sm_90, 4096, 4096, 7168, b_rows=1)
     assert smaller.BLOCK_M * smaller.BLOCK_N < 128 * 128
 
 
 @TARGETS
 def test_estimate_is_not_below_what_the_part_can_do(target):
-    for tile in tiles.gemm_tiles(target, 128):
+    for tile in tiles.supported_tiles(target, 128):
         for M in (1, 64, 4096):
             N, K = 4096, 7168
             rate = 1e12 * (target.fp8_tflops if target.native_fp8 else target.bf16_tflops)
             roof = max(2 * M * N * K / rate, (M * K + N * K) / (target.bandwidth * 1e9))
-            assert tiles.seconds(target, tile, M, N, K)[0] >= 0.999 * roof
+            assert tiles.estimate_seconds(target, tile, M, N, K)[0] >= 0.999 * roof
 
 
 def test_unknown_architecture_is_named():
     with pytest.raises(LookupError, match="no GEMM tiles are listed for sm_70"):
-        tiles.gemm_tile(replace(ARCHS["sm_80"], name="sm_70"), 1, 1, 1)
+        tiles.choose_gemm_tile(replace(ARCHS["sm_80"], name="sm_70"), 1, 1, 1)
 
 
 def test_explain_names_the_tile(generator):

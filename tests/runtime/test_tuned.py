@@ -13,7 +13,7 @@ from deepkern.runtime.arch import ARCHS
 from deepkern.testing import inputs
 
 SM_90 = ARCHS["sm_90"]
-LINE = {"form": "dense", "b_rows": 128, "groups": 1, "M": 64, "N": 7168, "K": 2048,
+LINE = {"variant": "dense", "b_rows": 128, "groups": 1, "M": 64, "N": 7168, "K": 2048,
         "tile": [128, 64, False], "time": 8.5, "model": 9.5, "on": "no GPU: made up"}  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def configs(monkeypatch, tmp_path):
 
     def clear():
         tuned.load.cache_clear()
-        tiles.best_tile.cache_clear()
+        tiles.tuned_or_modelled_tile.cache_clear()
 
     def put(*lines, content=None):
         text = json.dumps({"target": "sm_90", "tiles": lines}) if content is None else content
@@ -37,9 +37,9 @@ def configs(monkeypatch, tmp_path):
 
 
 def test_a_committed_tile_is_taken(configs):
-    before = tiles.gemm_tile(SM_90, 64, 7168, 2048)
+    before = tiles.choose_gemm_tile(SM_90, 64, 7168, 2048)
     configs(LINE)
-    tile = tiles.gemm_tile(SM_90, 64, 7168, 2048)
+    tile = tiles.choose_gemm_tile(SM_90, 64, 7168, 2048)
     assert tile != before and (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps) == (128, 64, 8)
     assert str(tile) == "128x64x128, 8 warps, 8 stages (tuned at M=64)"
     assert str(before).endswith("(cost model)")
@@ -48,7 +48,7 @@ def test_a_committed_tile_is_taken(configs):
 @pytest.mark.parametrize("M", [32, 50, 64, 128])
 def test_within_a_factor_of_two(configs, M):
     configs(LINE)
-    assert tiles.gemm_tile(SM_90, M, 7168, 2048).origin == "tuned at M=64"
+    assert tiles.choose_gemm_tile(SM_90, M, 7168, 2048).origin == "tuned at M=64"
 
 
 @pytest.mark.parametrize(
@@ -57,25 +57,25 @@ def test_within_a_factor_of_two(configs, M):
 )
 def test_other_products_ask_the_model(configs, changed):
     shape = {"M": 64, "N": 7168, "K": 2048, "b_rows": 128, "groups": 1, **changed}
-    want = tiles.modelled_tile(SM_90, **shape)
+    want = tiles.fastest_modelled_tile(SM_90, **shape)
     configs(LINE)
-    got = tiles.gemm_tile(SM_90, **shape)
+    got = tiles.choose_gemm_tile(SM_90, **shape)
     assert got == want and got.origin == "cost model"
-    elsewhere = tiles.gemm_tile(ARCHS["sm_89"], 64, 7168, 2048)
+    elsewhere = tiles.choose_gemm_tile(ARCHS["sm_89"], 64, 7168, 2048)
     assert elsewhere.origin == "cost model"
 
 
 def test_the_nearest_size_is_taken(configs):
     configs(LINE, {**LINE, "M": 128, "tile": [64, 32, False]})
-    found = {M: tiles.gemm_tile(SM_90, M, 7168, 2048).BLOCK_M for M in (64, 90, 91, 128)}
+    found = {M: tiles.choose_gemm_tile(SM_90, M, 7168, 2048).BLOCK_M for M in (64, 90, 91, 128)}
     assert found == {64: 128, 90: 128, 91: 64, 128: 64}
 
 
 def test_groups_of_columns_vary_in_k(configs):
-    configs({**LINE, "form": "k_grouped", "b_rows": 1, "groups": 4, "tile": [64, 32, False]})
+    configs({**LINE, "variant": "k_grouped", "b_rows": 1, "groups": 4, "tile": [64, 32, False]})
 
     def origin(M, N, K):
-        return tiles.gemm_tile(SM_90, M, N, K, 1, 4, "k_grouped").origin
+        return tiles.choose_gemm_tile(SM_90, M, N, K, 1, 4, "k_grouped").origin
 
     assert origin(64, 7168, 4000) == "tuned at K=2048"
     assert origin(65, 7168, 2048) == origin(64, 7168, 4097) == "cost model"
@@ -84,17 +84,21 @@ def test_groups_of_columns_vary_in_k(configs):
 def test_the_number_of_splits_is_not_the_files(configs):
     """N and K decide it, so that a row's bits do not depend on what was tuned."""
     shape = {"M": 8, "N": 576, "K": 7168}
-    model = tiles.modelled_tile(SM_90, **shape)
+    model = tiles.fastest_modelled_tile(SM_90, **shape)
     configs({**LINE, **shape, "tile": [64, 64, True]})
-    tile = tiles.gemm_tile(SM_90, **shape)
-    assert model.splits == tile.splits > 1 and tile.spread and tile.origin != model.origin
+    tile = tiles.choose_gemm_tile(SM_90, **shape)
+    assert (
+        model.num_splits == tile.num_splits > 1
+        and tile.parallel_splits
+        and tile.origin != model.origin
+    )
 
 
 @pytest.mark.parametrize("tile", [[48, 64, False], [128, 128, True], [16, 64, True]])
 def test_a_tile_that_may_not_be_taken(configs, tile, tmp_path):
     configs(LINE, {**LINE, "M": 4096, "tile": tile})
     with pytest.raises(ValueError) as caught:
-        tiles.gemm_tile(SM_90, 4096, 7168, 2048)
+        tiles.choose_gemm_tile(SM_90, 4096, 7168, 2048)
     file, got = tmp_path / "sm_90.json", tuple(tile)
     assert str(caught.value) == (
         f"{file}: tiles[1]: expected a tile that this shape may take on sm_90, got {got}"
@@ -116,9 +120,9 @@ LINES = [
     ({**LINE, "N": "7168"}, "tiles[0].N: expected a number > 0, got '7168'"),
     ({**LINE, "K": True}, "tiles[0].K: expected a number > 0, got True"),
     ({**LINE, "time": -1}, "tiles[0].time: expected microseconds > 0, got -1"),
-    ({**LINE, "form": "n_grouped"}, "tiles[0].form: expected one of "),
-    ({**LINE, "tile": [64, 64]}, "tiles[0].tile: expected [BLOCK_M, BLOCK_N, spread], got [64"),
-    ({**LINE, "tile": [64, 64, 1]}, "tiles[0].tile: expected [BLOCK_M, BLOCK_N, spread], got [64"),
+    ({**LINE, "variant": "n_grouped"}, "tiles[0].variant: expected one of "),
+    ({**LINE, "tile": [64, 64]}, "tiles[0].tile: expected [BLOCK_M, BLOCK_N, parallel_splits], got [64"),
+    ({**LINE, "tile": [64, 64, 1]}, "tiles[0].tile: expected [BLOCK_M, BLOCK_N, parallel_splits], got [64"),
     ({**LINE, "on": None}, "tiles[0].on: expected text, got None"),
 ]
 DAMAGED += [(json.dumps({"target": "sm_90", "tiles": [line]}), said) for line, said in LINES]
@@ -128,7 +132,7 @@ DAMAGED += [(json.dumps({"target": "sm_90", "tiles": [line]}), said) for line, s
 def test_a_damaged_file_is_named(configs, tmp_path, content, said):
     configs(content=content)
     with pytest.raises(ValueError) as caught:
-        tiles.gemm_tile(SM_90, 1, 1, 1)
+        tiles.choose_gemm_tile(SM_90, 1, 1, 1)
     assert str(caught.value).startswith(f"{tmp_path / 'sm_90.json'}: ")
     assert said in str(caught.value)
 
@@ -147,21 +151,21 @@ def test_every_committed_tile_may_be_taken_and_is_inspected(target):
     """Reads what is committed, whatever the other tests put in its place."""
 
     def form(tile):
-        return replace(tile, splits=min(tile.splits, 2))
+        return replace(tile, num_splits=min(tile.num_splits, 2))
 
     lines = tuned.read(tuned.FOLDER / f"{target.name}.json")
     ops = {"dense": "fp8_gemm_nt", "m_grouped": "m_grouped_fp8_gemm_nt_masked",
            "k_grouped": "k_grouped_fp8_gemm_nt"}  # fmt: skip
     for line in lines:
-        shape = line.M, line.N, line.K, line.b_rows, line.groups, line.form
-        tile = tiles.gemm_tile(target, *shape)
+        shape = line.M, line.N, line.K, line.b_rows, line.groups, line.variant
+        tile = tiles.choose_gemm_tile(target, *shape)
         assert tile.origin == f"tuned at {line.varying}"
         inspected = set()
-        for s in inputs.sizes(ops[line.form]).inspect:
+        for s in inputs.sizes(ops[line.variant]).inspect:
             K, b_rows, G = s["K"], s.get("b_rows", 128), s.get("G", 1)
-            if line.form == "k_grouped":
+            if line.variant == "k_grouped":
                 K, b_rows = K // G, 1
             if b_rows == line.b_rows:
-                chosen = tiles.gemm_tile(target, s["M"], s["N"], K, b_rows, G, line.form)
+                chosen = tiles.choose_gemm_tile(target, s["M"], s["N"], K, b_rows, G, line.variant)
                 inspected.add(form(chosen))
         assert form(tile) in inspected, f"{line.file}: {tile} is inspected at no size"

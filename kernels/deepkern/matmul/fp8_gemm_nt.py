@@ -27,7 +27,7 @@ from ..runtime import arch
 from ..runtime.contract import check_choice
 from ..runtime.integers import cdiv
 from ..runtime.op import op
-from ..runtime.tiles import GemmTile, gemm_tile
+from ..runtime.tiles import GemmTile, choose_gemm_tile
 from .block_scaled_gemm import (
     KRange,
     TileRows,
@@ -93,7 +93,7 @@ def fp8_gemm_nt(
 def choose_tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_) -> GemmTile:
     """The tile that the launcher uses for these arguments."""
     (M, K), N = a.shape, b.shape[0]
-    return gemm_tile(arch.of(a.device), M, N, K, rows_per_scale(b, b_scale))
+    return choose_gemm_tile(arch.of(a.device), M, N, K, rows_per_scale(b, b_scale))
 
 
 @fp8_gemm_nt.op.register_launcher("triton")
@@ -111,21 +111,21 @@ def _launch_triton(
     b_operand, b_desc = gemm_operand(b, b_scale, target, tile.BLOCK_N)
     c_row_stride = 0 if c is None else c.stride(0)
     # With parallel splits each program writes a partial sum, and reduce_split_k adds them and c.
-    parallel_splits = tile.splits if tile.spread else 1
+    parallel_splits = tile.num_splits if tile.parallel_splits else 1
     result = out
-    if tile.spread:
+    if tile.parallel_splits:
         result = out.new_empty((parallel_splits, M, N), dtype=torch.float32)
     num_tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N) * parallel_splits
     fp8_gemm_nt_kernel[(tile.grid(target, num_tiles) if target.tma else num_tiles,)](
-        a_operand, a_desc, b_operand, b_desc, None if tile.spread else c, result,
-        M, N, K, cdiv(cdiv(K, BLOCK), tile.splits), parallel_splits, c_row_stride,
-        PARALLEL_SPLITS=tile.spread, SPLIT=tile.splits > 1 and not tile.spread,
+        a_operand, a_desc, b_operand, b_desc, None if tile.parallel_splits else c, result,
+        M, N, K, cdiv(cdiv(K, BLOCK), tile.num_splits), parallel_splits, c_row_stride,
+        PARALLEL_SPLITS=tile.parallel_splits, SPLIT=tile.num_splits > 1 and not tile.parallel_splits,
         SWAPPED=tile.swapped, B_ROWS_PER_SCALE=rows_per_scale(b, b_scale),
         TAIL=K % BLOCK != 0 and a_desc is None, NATIVE_FP8=target.native_fp8,
         INDEX=index_type(a_operand, b_operand), BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         GROUP_M=tile.GROUP_M, PERSISTENT=target.tma, **tile.options(target),
     )  # fmt: skip
-    if tile.spread:
+    if tile.parallel_splits:
         fp8_gemm_nt_reduce_split_k_kernel[(cdiv(M * N, 1024),)](
             result, c, out, parallel_splits, M * N, N, c_row_stride
         )

@@ -30,7 +30,7 @@ from ..runtime import arch
 from ..runtime.contract import check_that
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
-from ..runtime.tiles import GemmTile, gemm_tile
+from ..runtime.tiles import GemmTile, choose_gemm_tile
 from .block_scaled_gemm import (
     KRange,
     TileRows,
@@ -106,7 +106,7 @@ def choose_tile(
     """The tile that the launcher uses for these arguments: that of groups of equal length."""
     G = max(group_offsets.shape[0] - 1, 1)
     (M, K), N = a.shape, b.shape[0]
-    return gemm_tile(arch.of(a.device), M, N, cdiv(K, G), 1, groups=G, form="k_grouped")
+    return choose_gemm_tile(arch.of(a.device), M, N, cdiv(K, G), 1, groups=G, variant="k_grouped")
 
 
 @k_grouped_fp8_gemm_nt.op.register_launcher("triton")

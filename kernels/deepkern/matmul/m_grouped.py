@@ -21,7 +21,7 @@ from torch import Tensor
 from ..quant.fp8 import BLOCK
 from ..runtime import arch
 from ..runtime.integers import cdiv, next_power_of_2
-from ..runtime.tiles import GemmTile, gemm_tile
+from ..runtime.tiles import GemmTile, choose_gemm_tile
 from .block_scaled_gemm import (
     KRange,
     TileRows,
@@ -39,7 +39,7 @@ def choose_m_grouped_tile(a: Tensor, b: Tensor, b_scale: Tensor, rows_per_group:
     groups = G if a.dim() == 3 else min(G, len(a))  # groups that can have rows
     target, b_rows = arch.of(a.device), rows_per_scale(b, b_scale)
     rows = max(rows_per_group, 1)
-    return gemm_tile(target, rows, N, K, b_rows, groups=max(groups, 1), form="m_grouped")
+    return choose_gemm_tile(target, rows, N, K, b_rows, groups=max(groups, 1), variant="m_grouped")
 
 
 def launch_m_grouped_gemm(

@@ -1,9 +1,9 @@
-"""Tiles that `python -m bench tune` found faster than the model's, as `configs/<target>.json`.
+"""Tuned tiles: those that `python -m bench tune` measured as faster than the cost model's choice.
 
-A file holds, for products of one form with given scales, groups and sizes, the tile that was the
-fastest on a GPU of that target, and on which one. What varies from call to call (M; for groups of
-columns K) is looked up at the nearest size that was tuned, within a factor of two; everything else
-must be equal, or the model in `tiles.py` chooses. A file is read once, at the first launch.
+`configs/<target>.json` holds one line per tuned shape: the variant, scales, groups and sizes of a
+GEMM, the fastest tile on a GPU of that target, and the GPU. The size that varies from call to call
+(M; K for k_grouped) is looked up at the nearest tuned size, within a factor of two. Everything else
+must be equal, or the cost model in `tiles.py` chooses. A file is read once, at the first launch.
 """
 
 from __future__ import annotations
@@ -14,71 +14,73 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "configs"
-FORMS = ("dense", "m_grouped", "k_grouped")
-REACH = 2  # how many times larger or smaller than the tuned size a call may be
+VARIANTS = ("dense", "m_grouped", "k_grouped")
+MAX_RATIO = 2  # between the size of a call and the tuned size
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """One line of a file: the tile of one shape. Times in microseconds, `model` of the model's."""
+    """One line of a file. `time` and `model` (of the cost model's tile) are in microseconds."""
 
-    form: str
-    b_rows: int  # rows of b that share a scale
+    variant: str
+    b_rows: int  # rows of b per scale
     groups: int
-    M: int  # as `tiles.gemm_tile` takes them: of one group
+    M: int  # sizes of one group, as for tiles.choose_gemm_tile
     N: int
     K: int
-    tile: tuple[int, int, bool]  # BLOCK_M, BLOCK_N, spread
+    tile: tuple[int, int, bool]  # BLOCK_M, BLOCK_N, parallel_splits
     time: float
     model: float
     on: str  # GPU, versions, commit and date
-    file: str = ""  # where the line is from
+    file: str = ""  # the file of the line
     line: int = 0
 
     @property
     def key(self) -> tuple:
-        """What a call must share with it."""
-        fixed = (self.M, self.N) if self.form == "k_grouped" else (self.N, self.K)
-        return self.form, self.b_rows, self.groups, fixed
+        """What a call must have in common with this line."""
+        fixed = (self.M, self.N) if self.variant == "k_grouped" else (self.N, self.K)
+        return self.variant, self.b_rows, self.groups, fixed
 
     @property
     def varying(self) -> str:
-        """The size that a call may differ in: 'M=64'."""
-        return f"K={self.K}" if self.form == "k_grouped" else f"M={self.M}"
+        """The size that may differ in a call, such as "M=64"."""
+        return f"K={self.K}" if self.variant == "k_grouped" else f"M={self.M}"
 
     @property
     def size(self) -> int:
-        return self.K if self.form == "k_grouped" else self.M
+        return self.K if self.variant == "k_grouped" else self.M
 
     def error(self, expected: str, got: object) -> ValueError:
-        """What is wrong with the line, and where it stands."""
+        """A ValueError that names the file and the line."""
         return ValueError(f"{self.file}: tiles[{self.line}]: expected {expected}, got {got!r}")
 
     def record(self) -> dict:
-        """As it stands in a file."""
+        """The line as written to a file."""
         fields = asdict(self)
         return {name: fields[name] for name in fields if name not in ("file", "line")}
 
 
-def find(target: str, form: str, b_rows: int, groups: int, M: int, N: int, K: int) -> Tuned | None:
-    """The line for this product, the nearest one in the size that varies, or None."""
-    asked = Tuned(form, b_rows, groups, max(M, 1), N, max(K, 1), (0, 0, False), 0, 0, "")
+def find(
+    target: str, variant: str, b_rows: int, groups: int, M: int, N: int, K: int
+) -> Tuned | None:
+    """The line for this GEMM, the nearest in the size that varies; or None."""
+    call = Tuned(variant, b_rows, groups, max(M, 1), N, max(K, 1), (0, 0, False), 0, 0, "")
 
     def distance(line: Tuned) -> float:
-        return max(line.size / asked.size, asked.size / line.size)
+        return max(line.size / call.size, call.size / line.size)
 
-    near = [x for x in load(target) if x.key == asked.key and distance(x) <= REACH]
+    near = [x for x in load(target) if x.key == call.key and distance(x) <= MAX_RATIO]
     return min(near, key=distance, default=None)
 
 
 @functools.cache
 def load(target: str) -> tuple[Tuned, ...]:
-    """What is committed for `target`, read once."""
+    """The committed lines for `target`, read once."""
     return read(FOLDER / f"{target}.json")
 
 
 def read(file: Path) -> tuple[Tuned, ...]:
-    """The lines of `<target>.json`, none if there is no file; ValueError if it is damaged."""
+    """The lines of `<target>.json`; none without a file. Raises ValueError for a damaged file."""
     try:
         text = file.read_text()
     except FileNotFoundError:
@@ -106,9 +108,9 @@ def _line(file: Path, number: int, line: object) -> Tuned:
     for name in ("time", "model"):
         fits = type(line[name]) in (int, float) and line[name] > 0
         check(f".{name}", fits, "microseconds > 0", line[name])
-    check(".form", line["form"] in FORMS, f"one of {FORMS}", line["form"])
+    check(".variant", line["variant"] in VARIANTS, f"one of {VARIANTS}", line["variant"])
     check(".on", isinstance(line["on"], str), "text", line["on"])
     tile = line["tile"]
     fits = isinstance(tile, list) and [type(x) for x in tile] == [int, int, bool]
-    check(".tile", fits, "[BLOCK_M, BLOCK_N, spread]", tile)
+    check(".tile", fits, "[BLOCK_M, BLOCK_N, parallel_splits]", tile)
     return Tuned(**{**line, "tile": tuple(tile)}, file=str(file), line=number)

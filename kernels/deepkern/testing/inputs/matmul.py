@@ -11,7 +11,7 @@ from ... import reference
 from ...reference.quant import to_e4m3
 from ...runtime import tuned
 from ...runtime.arch import ARCHS
-from ...runtime.tiles import gemm_tile
+from ...runtime.tiles import choose_gemm_tile
 from . import Sizes
 from .quant import BF16, values
 
@@ -147,8 +147,10 @@ def _with_a_new_tile(sizes: list[dict], b_rows: int, form: str = "dense") -> lis
     few, seen = [], set()
     for size in [*sizes, *_tuned_sizes(b_rows, form)]:
         shape, groups = (size["M"], size["N"], size["K"]), size.get("G", 1)
-        tiles = [(n, gemm_tile(arch, *shape, b_rows, groups, form)) for n, arch in ARCHS.items()]
-        forms = {(name, replace(tile, splits=min(tile.splits, 2))) for name, tile in tiles}
+        tiles = [
+            (n, choose_gemm_tile(arch, *shape, b_rows, groups, form)) for n, arch in ARCHS.items()
+        ]
+        forms = {(name, replace(tile, num_splits=min(tile.num_splits, 2))) for name, tile in tiles}
         if not forms <= seen:
             seen |= forms
             few.append(size)
