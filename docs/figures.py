@@ -109,10 +109,12 @@ def call_path() -> Figure:
         x = 20 + 190 * i
         f.arrow((390, 206), (390, 226), (x + 85, 226), (x + 85, 246))
         f.box(x, 246, 170, 64, [name, where, place], GREEN)
-        f.arrow((x + 85, 310), (x + 85, 372))
+        f.arrow((x + 85, 310), (x + 85, 328))
+        f.arrow((x + 85, 354), (x + 85, 372))
         f.box(x, 372, 170, 36, [kernel], PURPLE)
-    f.text(390, 336, "launcher: checks the arguments, allocates the outputs,", 11, color=GRAY)
-    f.text(390, 352, "chooses the tile, launches", 11, color=GRAY)
+    f.rect(20, 328, 740, 26, PALE, 6)
+    line = "launcher: checks the arguments, allocates the outputs, chooses the tile, launches"
+    f.text(390, 345, line, 12)
     return f
 
 
@@ -143,13 +145,13 @@ def block_scaling() -> Figure:
     f.box(430, 58, 260, 56, ["tensor core", "Σ a[m, k] · b[n, k] over 128 values of k"], BLUE)
     f.arrow((295, 91), (430, 80))
     f.arrow((295, 238), (362, 238), (362, 100), (430, 100))
-    f.arrow((560, 114), (560, 150), label="FP8 sum, about 14 bits on Hopper", dx=8, dy=4)
+    f.arrow((560, 114), (560, 150), label="about 14 bits on Hopper", dx=8, dy=4)
     f.box(430, 150, 260, 56, ["promotion", "fma(sum, a_scale · b_scale, accumulator)"], ORANGE)
     f.arrow((560, 206), (560, 242), label="every 128 values", dx=8, dy=4)
     f.box(430, 242, 260, 56, ["accumulator", "fp32 registers, one per value of D"], GREEN)
     f.arrow((690, 270), (735, 270), (735, 86), (690, 86))
     f.text(742, 182, "j + 1", 11, "start", GRAY)
-    f.arrow((560, 298), (560, 334), label="after the last block: + c, one rounding", dx=8, dy=4)
+    f.arrow((560, 298), (560, 334), label="+ c, one rounding", dx=8, dy=4)
     f.text(560, 353, "D [M, N] in bf16, fp16 or fp32", 12, bold=True)
     return f
 
@@ -175,7 +177,7 @@ def split_k() -> Figure:
     f.rect(200, 258, 14, 96, PALE)
     f.text(224, 302, "Aᵀ: 16 columns,", 11, "start")
     f.text(224, 318, "8 of them used", 11, "start", GRAY)
-    f.text(168, 378, "1/2 of the products are padding; D is stored transposed", 11, color=GRAY)
+    f.text(168, 378, "1/2 of the products are padding; the tile is then transposed", 11, color=GRAY)
 
     f.parts.append(f'<line x1="375" y1="20" x2="375" y2="380" stroke="{LINE}"/>')
     f.text(580, 30, "Split-K", bold=True)
@@ -186,12 +188,13 @@ def split_k() -> Figure:
         f.rect(x, 68, 86, 26, (ORANGE, BLUE, PURPLE, GREEN)[s])
         f.text(x + 43, 85, f"split {s}", 11)
         f.arrow((x + 43, 94), (x + 43, 128))
-        f.box(x + 4, 128, 78, 44, [f"program {s}", "mainloop"], PALE)
+        f.box(x + 4, 128, 78, 44, ["mainloop", f"program {s}"], PALE)
         f.arrow((x + 43, 172), (x + 43, 206))
         f.rect(x + 10, 206, 66, 30, (ORANGE, BLUE, PURPLE, GREEN)[s])
         f.text(x + 43, 225, "fp32", 11)
         f.arrow((x + 43, 236), (x + 43, 288))
-    f.text(587, 262, "partial sums [splits, M, N]", 11, color=GRAY)
+    f.rect(500, 249, 174, 20, WHITE, stroke=WHITE)
+    f.text(587, 263, "partial sums [splits, M, N]", 11, color=GRAY)
     f.box(
         415,
         288,
@@ -231,13 +234,12 @@ def mla_decode() -> Figure:
     f.text(268, 266, "lse_i fp32 [rows]", 11, color=GRAY)
     f.text(516, 250, "out_i fp32 [rows, 512]", 11, color=GRAY)
     f.text(516, 266, "lse_i fp32 [rows]", 11, color=GRAY)
-    f.box(34, 286, 716, 44,
-          ["combine", "lse = log Σ exp(lse_i);  out = Σ exp(lse_i - lse) · out_i, in the order of the splits"],
-          GREEN)  # fmt: skip
+    sums = "lse = log Σ exp(lse_i);  out = Σ exp(lse_i - lse) · out_i, in the order of the splits"
+    f.box(34, 286, 716, 44, ["combine", sums], GREEN)
     f.arrow((392, 330), (392, 356))
     f.text(392, 374, "out [B, Sq, H, 512], lse [B, H, Sq]", 12, bold=True)
-    f.text(392, 391, "rows of a tile: the Sq · H queries of the sequence, which read the same tokens",
-           11, color=GRAY)  # fmt: skip
+    rows = "rows of a tile: the Sq · H queries of the sequence, which read the same tokens"
+    f.text(392, 391, rows, 11, color=GRAY)
     return f
 
 
