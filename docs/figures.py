@@ -177,7 +177,7 @@ def split_k() -> Figure:
     f.rect(200, 258, 14, 96, PALE)
     f.text(224, 302, "Aᵀ: 16 columns,", 11, "start")
     f.text(224, 318, "8 of them used", 11, "start", GRAY)
-    f.text(168, 378, "1/2 of the products are padding; the tile is then transposed", 11, color=GRAY)
+    f.text(168, 378, "1/2 of the products are padding", 11, color=GRAY)
 
     f.parts.append(f'<line x1="375" y1="20" x2="375" y2="380" stroke="{LINE}"/>')
     f.text(580, 30, "Split-K", bold=True)
