@@ -24,12 +24,13 @@ PYTEST = $(PY) -m pytest $(shell $(PY) -c "import importlib.util as u; \
 	print('-n $(JOBS) --dist worksteal' if u.find_spec('xdist') else '', \
 	'--timeout 600' if u.find_spec('pytest_timeout') else '')" 2>/dev/null)
 
-.PHONY: help setup run test check lint format wheel clean
+.PHONY: help setup run test check lint format docs wheel clean
 help:
 	@echo "make run      check every op, time it, run the model, and say whether all agree"
 	@echo "make test     every test that runs on this machine"
 	@echo "make check    lint and the fast tests (under 3 minutes)"
 	@echo "make setup    the virtual environment, the dependencies and the C++ parts"
+	@echo "make docs     the HTML site of docs/, in build/site"
 	@echo "make lint | format | wheel | clean"
 
 setup: $(STAMP)
@@ -73,6 +74,19 @@ lint: setup
 format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+$(VENV)/docs.stamp: requirements-docs.lock
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+	  echo "the theme of the site needs Python 3.11 or newer: name one with PYTHON=..."; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -r requirements-docs.lock
+	@touch $@
+
+# Strict: a warning, such as a link to nothing, is an error. Needs neither torch nor a network.
+docs: $(if $(filter-out 0,$(VENV)),$(VENV)/docs.stamp)
+	$(PY) docs/figures.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 # build/lib may hold files that the package has no more; setuptools would pack them.
 wheel: setup

@@ -84,7 +84,7 @@ class Error:
     scales: str  # "1" (the codes alone), "fp32" or "ue8m0", one per 1x128 of both
     K: int
     way: str  # how it is added
-    diff: float  # as design.md defines it; of a float32 result
+    diff: float  # as docs/numerics.md defines it; of a float32 result
     diff_bf16: float  # of the result rounded to bfloat16
     largest: float  # the largest |error|, over the root mean square of the exact result
 

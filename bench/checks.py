@@ -1,8 +1,9 @@
 """Is every op right, on every backend that this machine has?
 
-`cuda`, `triton` and `cpu` are held against the oracle by design.md's bounds. The `torch` backend is
-the oracle, so comparing it with itself would say nothing: it is held, more loosely, against the
-plain PyTorch formula that bench/baselines/ has for the op. Without one it counts as not checked.
+`cuda`, `triton` and `cpu` are compared with the oracle by the bounds of docs/numerics.md. The
+`torch` backend is the oracle, so comparing it with itself would say nothing: it is compared, with a
+looser bound, with the plain PyTorch formula that bench/baselines/ has for the op. Without one it
+counts as not checked.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def token_by_token(x, weights, idx, w13, w13_scale, w2, w2_scale, gate_error=0.0
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize(("K", "I"), [(160, 72), (129, 200)])
 def test_token_by_token(backend, K, I, dtype, generator):
-    """Tokens of which no code hangs on a sum's last digits are within the bounds of design.md."""
+    """Tokens whose codes do not depend on a sum's last bits meet the bounds of docs/numerics.md."""
     args = real_inputs(generator, 14, 3, 2, K, I, dtype)
     want, codes = token_by_token(*args)
     e = 2.0**-20  # fp32's error in a sum is a few units of 2^-24

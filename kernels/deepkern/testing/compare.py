@@ -1,4 +1,4 @@
-"""How a result is held against the oracle: bit for bit, or within a bound of design.md."""
+"""Compares a result with the oracle: bit for bit, or within a bound of docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_bitwise(got: Tensor, want: Tensor, label: str = "result") -> None:
 
 
 def assert_close(got: Tensor, want: Tensor, label: str = "result", dtype=None) -> float:
-    """Within design.md's bound for `dtype` (that of `got`), inf and NaN where `want` has them.
+    """Within the bound of docs/numerics.md for `dtype` (that of `got`); inf and NaN as in `want`.
 
     `want` may be of a wider dtype. Returns the diff.
     """
