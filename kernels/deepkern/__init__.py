@@ -13,7 +13,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-import torch
+from .runtime.op import install_lazy_ops
 
 if TYPE_CHECKING:
     from ._api import *  # noqa: F403
@@ -48,17 +48,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_load_api()})
 
 
-class _LazyOps(type(torch.ops.deepkern)):  # type: ignore[misc]
-    """`torch.ops.deepkern`, which loads the ops at first use."""
-
-    def __getattr__(self, op_name: str) -> object:
-        try:
-            return super().__getattr__(op_name)
-        except AttributeError:
-            if op_name.startswith("__") or "OPS" in globals():  # the ops are loaded
-                raise
-        _load_api()
-        return super().__getattr__(op_name)
-
-
-torch.ops.deepkern = _LazyOps("deepkern")
+install_lazy_ops(_load_api)

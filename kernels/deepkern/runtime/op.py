@@ -49,6 +49,28 @@ LIBRARY = torch.library.Library("deepkern", "DEF")
 OPS: dict[str, Op] = {}
 
 
+class LazyOps(type(torch.ops.deepkern)):  # type: ignore[misc]
+    """`torch.ops.deepkern`, which loads all ops when one that is not defined yet is looked up."""
+
+    load: Callable[[], object]
+    defining = False  # torch.library looks up an op before it defines it
+
+    def __getattr__(self, op_name: str) -> object:
+        try:
+            return super().__getattr__(op_name)
+        except AttributeError:
+            if op_name.startswith("__") or LazyOps.defining:
+                raise
+        LazyOps.load()
+        return super().__getattr__(op_name)
+
+
+def install_lazy_ops(load: Callable[[], object]) -> None:
+    """Makes `torch.ops.deepkern` call `load`, which defines all ops, at first use."""
+    LazyOps.load = staticmethod(load)
+    torch.ops.deepkern = LazyOps("deepkern")
+
+
 class OpFunction(Protocol[P, R_co]):
     """The public function of an op: the decorated signature, and the `Op` behind it."""
 
@@ -97,9 +119,13 @@ class Op:
 
         prototype.__signature__ = signature.replace(return_annotation=returns)  # type: ignore
         schema = torch.library.infer_schema(prototype, mutates_args=mutates)
-        LIBRARY.define(self.name + schema, tags=(torch.Tag.needs_exact_strides,))
-        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"deepkern::{self.name}", self.allocate, lib=LIBRARY)
+        LazyOps.defining = True
+        try:
+            LIBRARY.define(self.name + schema, tags=(torch.Tag.needs_exact_strides,))
+            LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"deepkern::{self.name}", self.allocate, lib=LIBRARY)
+        finally:
+            LazyOps.defining = False
         self.overload = getattr(torch.ops.deepkern, self.name).default
 
     # Registration, used as decorators.
