@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import deepkern
+from deepkern import cast_per_token, expert_combine, expert_dispatch_backward
 
 from ..experts.exchange import DTYPES
 from ..experts.links import Link, unpack
@@ -29,13 +29,17 @@ from .unsupported import DEEP_EP_BUFFER, PartialClass
 LAYOUT = Contract("Buffer.get_dispatch_layout", topk_idx="int64|int32 [num_tokens, num_topk]")
 DISPATCH = Contract(
     "Buffer.dispatch",
+    optional=("x_scales", "topk_idx", "topk_weights"),
     x="real|fp8 [num_tokens, hidden]",
     x_scales="fp32 [num_tokens, hidden/128] strided",
     topk_idx="int64|int32 [num_tokens, num_topk]",
     topk_weights="fp32 [num_tokens, num_topk]",
 )
 COMBINE = Contract(
-    "Buffer.combine", x="real [num_recv_tokens, hidden]", topk_weights="fp32 [num_recv_tokens, _]"
+    "Buffer.combine",
+    optional=("topk_weights",),
+    x="real [num_recv_tokens, hidden]",
+    topk_weights="fp32 [num_recv_tokens, _]",
 )
 LL_DISPATCH = Contract(
     "Buffer.low_latency_dispatch",
@@ -325,9 +329,7 @@ class Buffer(PartialClass):
         check_that(name, "x", len(x) <= most, f"at most {most} tokens", len(x))
         fits = round_scale or not use_ue8m0
         check_that(name, "use_ue8m0", fits, "False without round_scale", True)
-        data = (
-            list(deepkern.cast_per_token(x, "ue8m0" if round_scale else "fp32")) if use_fp8 else [x]
-        )
+        data = list(cast_per_token(x, "ue8m0" if round_scale else "fp32")) if use_fp8 else [x]
         valid = (topk_idx >= 0) & (topk_idx < num_experts)
         idx = torch.where(valid, topk_idx, -1).int()
         token = torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
@@ -395,7 +397,7 @@ class Buffer(PartialClass):
         link.agree("dispatch", False, weights, weights.shape[1], 0)
         transfer = link.start("dispatch", [weights])
         (weights_here,) = unpack(transfer.wait(), columns([weights]))
-        z = deepkern.expert_combine(x.reshape(-1, x.shape[2]), weights_here, handle.rows)
+        z = expert_combine(x.reshape(-1, x.shape[2]), weights_here, handle.rows)
         link.agree("combine", True, z, z.shape[1], 0)
         transfer = link.start_back("combine", [z])
         if out is None:
@@ -403,7 +405,7 @@ class Buffer(PartialClass):
 
         def hook() -> None:
             (rows,) = unpack(transfer.wait(), columns([z]))
-            out.copy_(deepkern.expert_dispatch_backward(rows, link.rows))
+            out.copy_(expert_dispatch_backward(rows, link.rows))
 
         if not return_recv_hook:
             hook()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import deepkern
+from deepkern import expert_combine, expert_dispatch
 
 from ..experts.exchange import DTYPES
 from ..experts.links import Link
@@ -27,13 +27,17 @@ from .unsupported import DEEP_EP_ELASTIC, PartialClass
 
 DISPATCH = Contract(
     "ElasticBuffer.dispatch",
+    optional=("x_scales", "topk_idx", "topk_weights"),
     x="real|fp8 [num_tokens, hidden]",
     x_scales="fp32 [num_tokens, hidden/128] strided",
     topk_idx="int64|int32 [num_tokens, num_topk]",
     topk_weights="fp32 [num_tokens, num_topk]",
 )
 COMBINE = Contract(
-    "ElasticBuffer.combine", x="real [num_recv_tokens, hidden]", topk_weights="fp32 [...]"
+    "ElasticBuffer.combine",
+    optional=("topk_weights",),
+    x="real [num_recv_tokens, hidden]",
+    topk_weights="fp32 [...]",
 )
 
 
@@ -345,9 +349,7 @@ class ElasticBuffer(PartialClass):
         if handle.do_expand:
             slots = handle.recv_src_metadata[:, 2:].contiguous()  # int32 [R, num_topk]
             ones = torch.ones(slots.shape, device=x.device)
-            x = deepkern.expert_combine(
-                x if self.allow_multiple_reduction else x.float(), ones, slots
-            )
+            x = expert_combine(x if self.allow_multiple_reduction else x.float(), ones, slots)
             if topk_weights is not None:
                 padded = torch.cat([topk_weights, topk_weights.new_zeros(1)])
                 topk_weights = padded[slots.long()]  # -1 (no row) reads the zero
@@ -367,7 +369,7 @@ def _expand(
 ) -> tuple[list[Tensor], Tensor | None]:
     """One row per token and expert, sorted by expert: data [rows, ...] and weights [rows]."""
     E, rows = len(handle.num_recv_tokens_per_expert_list), handle.num_expanded_tokens
-    x, scales, _, _, slots = deepkern.expert_dispatch(
+    x, scales, _, _, slots = expert_dispatch(
         data[0], handle.local_idx, E, data[1] if len(data) > 1 else None,
         handle.expert_alignment, num_assigned=handle.link.assigned,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import deepkern
+from deepkern import expert_dispatch_backward
 
 from ..experts.exchange import Exchange, Transfer
 from ..experts.expert_parallel import limit_of
@@ -59,15 +59,15 @@ def sum_over_ranks(
     link.agree("combine", True, x, x.shape[1], 0)
     received = unpack(link.start_back("combine", parts).wait(), columns(parts))
     if biases or dtype != x.dtype:
-        out = deepkern.expert_dispatch_backward(received[0].float(), link.rows)
+        out = expert_dispatch_backward(received[0].float(), link.rows)
         for b in biases:
             out += b
         out = out.to(dtype)
     else:
-        out = deepkern.expert_dispatch_backward(received[0], link.rows)
+        out = expert_dispatch_backward(received[0], link.rows)
     if topk_weights is None:
         return out, None
-    return out, deepkern.expert_dispatch_backward(received[1], link.rows)
+    return out, expert_dispatch_backward(received[1], link.rows)
 
 
 def experts_per_rank(name: str, num_experts: int, num_ranks: int) -> int:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import deepkern
+from deepkern import expert_dispatch
 
 from ..experts.links import Link
 from ..runtime.contract import FP8, check_that
@@ -63,8 +63,8 @@ class Slots:
         rank = rank.repeat_interleave(torch.tensor(link.received, device=device))
         origin = torch.stack([token.flatten(), rank], 1).view(torch.float32)  # moved as bits
         assigned = {"num_assigned": link.assigned}
-        x, scale, expert, count, rows = deepkern.expert_dispatch(x, local, E, scale, **assigned)
-        origin = deepkern.expert_dispatch(origin, local, E, **assigned)[0].view(torch.int32)
+        x, scale, expert, count, rows = expert_dispatch(x, local, E, scale, **assigned)
+        origin = expert_dispatch(origin, local, E, **assigned)[0].view(torch.int32)
         most = int(count.max())
         check_that(name, "topk_idx", most <= slots, "distinct experts per token", f"{most} rows")
         expert = expert.long()

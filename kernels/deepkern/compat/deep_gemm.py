@@ -257,7 +257,7 @@ def set_num_sms(new_num_sms: int) -> None:
 def get_num_sms() -> int:
     """The number set, or the GPU's number of SMs (that of an H200 without a GPU)."""
     if not torch.cuda.is_available():
-        return _settings["num_sms"] or arch.of(torch.device("cpu")).units
+        return _settings["num_sms"] or arch.of(torch.device("cpu")).num_sms
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return _settings["num_sms"] or gpu.multi_processor_count
 

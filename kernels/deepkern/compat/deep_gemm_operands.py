@@ -70,7 +70,7 @@ def check(function: str, tensors: dict[str, tuple[Tensor | None, str]]) -> None:
 
 @functools.cache
 def contract(function: str, rules: tuple[tuple[str, str], ...]) -> Contract:
-    return Contract(function, **dict(rules))
+    return Contract(function, optional=("c",), **dict(rules))
 
 
 def pair(function: str, argument: str, value: Operand) -> Operand:

@@ -129,7 +129,7 @@ DEEP_EP = by_name(
 
 DEEP_EP_BUFFER = by_name(
     {
-        "a communication buffer to view": "get_local_buffer_tensor",
+        "a communication buffer to view; use dispatch and combine": "get_local_buffer_tensor",
         "separate calls between nodes; use dispatch and combine, or deepkern.ExpertParallel with "
         "ranks_per_node": "internode_dispatch internode_combine",
         "masking of ranks; a failed rank raises deepkern.ExpertParallelError on the others": """
@@ -142,7 +142,8 @@ DEEP_EP_ELASTIC = by_name(
     {
         "detection of NVLink and RDMA domains; pass ranks_per_node to deepkern.ExpertParallel": """
             get_physical_domain_size""",
-        "Engram storage": "get_engram_storage_size_hint engram_write engram_fetch",
+        "Engram storage; keep the entries on each rank": """
+            get_engram_storage_size_hint engram_write engram_fetch""",
         "pipeline-parallel transfers; use torch.distributed.send and recv": """
             get_pp_buffer_size_hint pp_set_config pp_send pp_recv""",
         "all-gather and reduce-scatter sessions; use torch.distributed.all_gather_into_tensor": """
