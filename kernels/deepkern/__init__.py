@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from .runtime import interpreter
+    from .interpreter import install
 
-    interpreter.install()  # before the first kernel is defined
+    install()  # before the first kernel is defined
 
 
 def _load_api() -> dict[str, object]:

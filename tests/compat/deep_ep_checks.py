@@ -1,6 +1,6 @@
-"""What every rank runs in tests/compat/test_deep_ep.py: DeepEP's own checks, and some more.
+"""What every rank runs in tests/compat/test_deep_ep.py: the checks of DeepEP's tests, and more.
 
-What should come is worked out from the tokens of all ranks, which every rank can make.
+Each rank generates the tokens of all ranks and computes from them what it must receive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def tokens(T: int, E: int, topk: int, hidden: int, rank: int, dtype=torch.bfloat16):
-    """x, distinct experts with some -1 and other values of no expert among them, weights."""
+    """x, distinct experts of which some are -1 or out of range, weights."""
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(T, hidden, generator=generator).to(dtype)
     idx = torch.rand(T, E, generator=generator).argsort(1)[:, :topk]
@@ -52,7 +52,7 @@ def check_layout_and_dispatch():
     assert per_expert.tolist() == [(idx == e).sum().item() for e in range(E)]
     event.current_stream_wait()
 
-    # What comes here, token by token.
+    # The rows that this rank receives, token by token.
     rows, sources, local, w = [], [], [], []
     for xr, idxr, wr in everyone:
         for t in range(len(xr)):
@@ -108,7 +108,7 @@ def check_layout_and_dispatch():
             event.current_stream_wait()
             times = in_rank.sum(1)[:, None]
             reference = cast_back(given) if isinstance(given, tuple) else x.float()
-            # Each token's own row, as often as it went out: exact but for the roundings.
+            # The sum of a token's row over its ranks, exact except for the roundings.
             compare.assert_close(summed, reference.bfloat16().double() * times)
             if with_topk:
                 sent = (idx >= 0) & (idx < E)
@@ -131,8 +131,13 @@ def check_low_latency():
     size = deep_ep.Buffer.get_low_latency_rdma_size_hint(most, hidden, world, E)
     buffer = deep_ep.Buffer(dist.group.WORLD, 0, size, low_latency_mode=True, num_qps_per_rank=2)
     buffer.clean_low_latency_buffer(most, hidden, E)
-    forms = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
-    for use_fp8, round_scale, use_ue8m0 in forms:
+    variants = [
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, True, True),
+    ]
+    for use_fp8, round_scale, use_ue8m0 in variants:
         for with_hook in (False, True):
             stats = torch.full((per_rank,), 5, dtype=torch.int32)
             recv, count, handle, event, hook = buffer.low_latency_dispatch(
@@ -185,7 +190,7 @@ def check_low_latency():
                 * weights.masked_fill((idx < 0) | (idx >= E), 0).sum(1, keepdim=True).double()
             )
             for e in range(per_rank):
-                y[e, count[e] :] = torch.nan  # rows of nobody
+                y[e, count[e] :] = torch.nan  # rows of no token
             out = torch.empty_like(x)
             got, event, hook = buffer.low_latency_combine(
                 y, idx, weights, handle, return_recv_hook=with_hook, out=out
@@ -200,7 +205,7 @@ def check_low_latency():
 
 
 def check_without_tokens():
-    """Nobody has any."""
+    """No rank has a token."""
     world = dist.get_world_size()
     buffer = deep_ep.Buffer(dist.group.WORLD)
     x, idx = torch.zeros(0, 7).bfloat16(), torch.zeros(0, 2).long()
@@ -243,8 +248,8 @@ def check_errors():
     words = "Buffer.dispatch: is_token_in_rank: expected bool"
     raises(ValueError, words, buffer.dispatch, x, is_token_in_rank=in_rank.int(),
            num_tokens_per_expert=per_expert)  # fmt: skip
-    came = x.new_ones(sum(handle.link.received), 4)
-    raises(ValueError, "Buffer.combine: bias: expected shape (2, 4)", buffer.combine, came, handle,
+    rows = x.new_ones(sum(handle.link.received), 4)
+    raises(ValueError, "Buffer.combine: bias: expected shape (2, 4)", buffer.combine, rows, handle,
            bias=x[:1])  # fmt: skip
     (recv, _), _, slots, _, _ = buffer.low_latency_dispatch(x, idx, 2, world)
     words = "Buffer.low_latency_combine: topk_idx: expected shape (2, 1)"

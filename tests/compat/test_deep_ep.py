@@ -1,4 +1,4 @@
-"""compat.deep_ep over gloo: the checks of DeepEP's own tests, and ranks without tokens."""
+"""compat.deep_ep.Buffer over gloo: the checks of DeepEP's tests, and ranks without tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.experts.parallel_checks import assert_passed
 @pytest.mark.parametrize(("world", "backend"), [(1, "torch"), (2, "triton"), (3, "torch")])
 def test_ranks(world, backend):
     if backend == "triton" and "TRITON_INTERPRET" not in os.environ:
-        pytest.skip("Triton is not interpreted here")
+        pytest.skip("Triton kernels are not interpreted here")
     names = [name for name in vars(checks) if name.startswith("check_")]
     assert_passed(ranks.run(world, checks.everything, backend, timeout=240), names)
 

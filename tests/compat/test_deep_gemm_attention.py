@@ -1,4 +1,4 @@
-"""compat.deep_gemm's attention logits, as DeepGEMM's own tests call them and check them."""
+"""compat.deep_gemm's attention logits, called and checked as in DeepGEMM's tests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def by_definition(q, keys, weights, starts, ends) -> torch.Tensor:
     products = torch.einsum("mhd,nd->hmn", q.double(), keys.double()).relu()
     logits = torch.einsum("hmn,mh->mn", products, weights.double())
     n = torch.arange(len(keys), device=q.device)
-    seen = (n >= starts[:, None]) & (n < ends[:, None])
-    return logits.masked_fill(~seen, -math.inf)
+    key_mask = (n >= starts[:, None]) & (n < ends[:, None])
+    return logits.masked_fill(~key_mask, -math.inf)
 
 
 @pytest.mark.parametrize("clean_logits", [True, False])
@@ -82,8 +82,8 @@ def test_paged_mqa_logits(backend, two_dimensional, generator):
         compare.assert_close(got[rows], want)
 
 
-def test_signatures_are_deepgemms():
-    """csrc/apis/attention.hpp, register_apis."""
+def test_signatures():
+    """As in register_apis of DeepGEMM 2.6.1's csrc/apis/attention.hpp."""
     want = {
         "fp8_mqa_logits": "q kv weights cu_seq_len_k_start cu_seq_len_k_end clean_logits=True "
         "max_seqlen_k=0",
@@ -98,7 +98,7 @@ def test_signatures_are_deepgemms():
         assert " ".join(words) == parameters
 
 
-def test_refuses_in_deepgemms_words(generator):
+def test_errors_name_deepgemms_arguments(generator):
     q, kv, scale, weights, starts, ends = indexer.mqa_logits(generator, 2, 9, H=2, D=16)
     with pytest.raises(TypeError, match="fp8_mqa_logits: kv: expected a pair"):
         deep_gemm.fp8_mqa_logits(q, kv, weights, starts, ends)
@@ -106,5 +106,3 @@ def test_refuses_in_deepgemms_words(generator):
         deep_gemm.fp8_mqa_logits(q, (kv, scale[:-1]), weights, starts, ends)
     with pytest.raises(TypeError, match="fp8_paged_mqa_logits: kv_cache: expected dtype uint8"):
         deep_gemm.fp8_paged_mqa_logits(q[None], scale, weights, ends, ends[None], None, 9)
-    with pytest.raises(AttributeError, match="fp8_fp4_mqa_logits: deepkern has no FP4 data"):
-        deep_gemm.fp8_fp4_mqa_logits  # noqa: B018

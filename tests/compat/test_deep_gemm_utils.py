@@ -35,17 +35,17 @@ def test_casts(backend, generator, use_ue8m0):
         compare.assert_bitwise(scale, want)
         values = (blocks * (1 / want)[:, None, :, None]).flatten(2).flatten(0, 1)
         compare.assert_bitwise(q, values[:, :200].to(FP8))
-    turned = cast[1, 128](x.T, use_ue8m0)
-    for got, want in zip(turned, cast[128, 1](x, use_ue8m0), strict=True):
-        compare.assert_bitwise(got, want.T)  # DeepGEMM, too, casts a transposed view
+    mn_major = cast[1, 128](x.T, use_ue8m0)
+    for got, want in zip(mn_major, cast[128, 1](x, use_ue8m0), strict=True):
+        compare.assert_bitwise(got, want.T)  # a transposed view, as DeepGEMM accepts
 
 
 def test_cast_over_other_dimensions(generator):
     x = normal(generator, 3, 5, 7)
-    for dims, over in (((0,), (1, 2)), ((0, -1), (1,)), ((1,), (0, 2)), ((0, 1, 2), ())):
+    for dims, reduced in (((0,), (1, 2)), ((0, -1), (1,)), ((1,), (0, 2)), ((0, 1, 2), ())):
         q, scale = deep_gemm.per_custom_dims_cast_to_fp8(x, dims, False)
         amax = x.float().abs()
-        want = (amax.amax(over, keepdim=True) if over else amax) / 448
+        want = (amax.amax(reduced, keepdim=True) if reduced else amax) / 448
         compare.assert_bitwise(scale, want.squeeze())
         compare.assert_bitwise(q, (x * (1 / want)).to(FP8))
     _, scale = deep_gemm.per_custom_dims_cast_to_fp8(x, (0,), True)
@@ -74,27 +74,27 @@ def test_layouts_of_scales(mn, k, groups, seed):
     generator = torch.Generator().manual_seed(seed)
     lead, blocks = () if groups is None else (groups,), -(-k // 128)
     scale = torch.exp2(torch.randint(-126, 128, (*lead, mn, blocks), generator=generator).float())
-    turned = deep_gemm.get_mn_major_tma_aligned_tensor(scale)
+    mn_major = deep_gemm.get_mn_major_tma_aligned_tensor(scale)
     pitch = deep_gemm.get_tma_aligned_size(mn, 4)
     assert pitch % 4 == 0 and 0 <= pitch - mn < 4
-    compare.assert_bitwise(turned.contiguous(), scale.contiguous())
-    if turned.numel():
+    compare.assert_bitwise(mn_major.contiguous(), scale.contiguous())
+    if mn_major.numel():
         strides = (pitch * blocks, 1, pitch)[-scale.dim() :]
-        assert turned.stride() == strides
-        padded = turned.as_strided((*lead, pitch, blocks), strides)
+        assert mn_major.stride() == strides
+        padded = mn_major.as_strided((*lead, pitch, blocks), strides)
         assert not padded[..., mn:, :].any()
-        assert deep_gemm.get_mn_major_tma_aligned_tensor(turned) is turned
-    packed = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(turned)
+        assert deep_gemm.get_mn_major_tma_aligned_tensor(mn_major) is mn_major
+    packed = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(mn_major)
     assert packed.dtype == torch.int32 and packed.shape == (*lead, mn, -(-blocks // 4))
-    for form in (scale, turned, packed):
+    for layout in (scale, mn_major, packed):
         got = deep_gemm.transform_sf_into_required_layout(
-            form, mn, k, (1, 128, 128), groups, is_sfa=True
+            layout, mn, k, (1, 128, 128), groups, is_sfa=True
         )
         compare.assert_bitwise(got.contiguous(), scale.contiguous())
-        assert not got.numel() or got.stride() == turned.stride()
+        assert not got.numel() or got.stride() == mn_major.stride()
 
 
-def test_scales_per_block_stay_as_they_are():
+def test_scales_per_block_are_remn_major():
     scale = torch.rand(2, 3, 5)
     for recipe, is_sfa in (((1, 128, 128), False), ((128, 128), None), ((1, 128, 128), None)):
         got = deep_gemm.transform_sf_into_required_layout(scale, 300, 640, recipe, 2, is_sfa)
@@ -102,7 +102,7 @@ def test_scales_per_block_stay_as_they_are():
 
 
 def test_exponents_unpack_exactly(backend):
-    """All 256: 0 is 2^-127, a subnormal, and 255 is NaN."""
+    """All 256 exponents: 0 is 2^-127, a subnormal, and 255 is NaN."""
     exponent = torch.arange(256, dtype=torch.int32)
     got = deep_gemm.transform_sf_into_required_layout(exponent[:, None], 256, 1, (1, 128))[:, 0]
     assert got[255].isnan()

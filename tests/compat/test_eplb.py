@@ -11,7 +11,7 @@ import deepkern
 import deepkern.compat.eplb as eplb
 
 
-def test_as_eplb_is_called(seed):
+def test_signature_and_results(seed):
     weight = torch.rand(3, 32, generator=torch.Generator().manual_seed(seed)) ** 2
     names = ["weight", "num_replicas", "num_groups", "num_nodes", "num_gpus"]
     assert list(inspect.signature(eplb.rebalance_experts).parameters) == names
@@ -29,6 +29,6 @@ def test_as_eplb_is_called(seed):
         assert torch.equal(a, b)
 
 
-def test_what_eplb_asserts():
+def test_errors():
     with pytest.raises(ValueError, match="num_replicas: expected a multiple of num_gpus = 16"):
         eplb.rebalance_experts(torch.ones(1, 32), 40, 8, 4, 16)

@@ -1,4 +1,4 @@
-"""compat.flash_mla: every function against float64, with FlashMLA's calls, layouts and poison."""
+"""compat.flash_mla: every function against float64, with FlashMLA's calls and layouts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def values(cache, R=512):
     return deepkern.reference.attention.unpack(cache.flatten(0, 2), R)
 
 
-def attend(q, keys, seen, scale, R, sink=None):
-    """FlashMLA's definition: q [H, W], keys [n, W], seen [n] -> out [H, R], lse [H]."""
-    keys = keys.masked_fill(~seen[:, None], 0.0)
-    scores = (q.double() @ keys.T * scale).masked_fill(~seen, -INF)
+def attend(q, keys, key_mask, scale, R, sink=None):
+    """FlashMLA's definition: q [H, W], keys [n, W], key_mask [n] -> out [H, R], lse [H]."""
+    keys = keys.masked_fill(~key_mask[:, None], 0.0)
+    scores = (q.double() @ keys.T * scale).masked_fill(~key_mask, -INF)
     lse = scores.logsumexp(-1)
-    whole = lse if sink is None else torch.logaddexp(lse, sink.double())
-    out = (scores - whole.masked_fill(whole == -INF, 0.0)[:, None]).exp() @ keys[:, :R]
-    lonely = lse == -INF
-    return out.masked_fill(lonely[:, None], 0.0), lse.masked_fill(lonely, INF)
+    total_lse = lse if sink is None else torch.logaddexp(lse, sink.double())
+    out = (scores - total_lse.masked_fill(total_lse == -INF, 0.0)[:, None]).exp() @ keys[:, :R]
+    no_keys = lse == -INF
+    return out.masked_fill(no_keys[:, None], 0.0), lse.masked_fill(no_keys, INF)
 
 
 def check(got, want):
@@ -48,7 +48,7 @@ def test_dense_decode(backend, kind, style, generator):
     )
     if style == "new":
         metadata = flash_mla.get_mla_metadata()
-    else:  # two tensors then; whatever stands there is not looked at
+    else:  # earlier releases passed two tensors, which are ignored
         flash_mla.get_mla_metadata(seqlens, 2 * 5, 1)
         metadata = torch.full((132, 8), -7, dtype=torch.int32), seqlens
     given = cache if kind == "bf16" else cache.view(kind)
@@ -74,7 +74,7 @@ def sparse_case(generator, topk, Sq=2, H=4, page=16, pages=3, fp8=True):
     slots = torch.arange(pages * page, device=device)
     latent = torch.randn(len(slots), 512, generator=generator, device=device)
     k_rope = torch.randn(len(slots), 64, generator=generator, device=device)
-    used = slots[slots % 3 > 0]  # the others stay NaN, and no index names one
+    used = slots[slots % 3 > 0]  # the others stay NaN and no index names them
     deepkern.reference.mla_cache_append(latent[used], k_rope[used], cache, used)
     q = torch.randn(2, Sq, H, 576, generator=generator, device=device).bfloat16()
     pick = torch.randint(len(used), (2, Sq, topk), generator=generator, device=device)
@@ -92,16 +92,16 @@ def attend_indices(q, scopes, scale, sink=None):
     lse = torch.zeros(B, H, Sq, dtype=torch.float64, device=q.device)
     for b in range(B):
         for s in range(Sq):
-            keys, seen = [], []
+            keys, masks = [], []
             for cache, indices, length in scopes:
                 token, index = values(cache), indices[b, s].long()
                 count = len(index) if length is None else int(length[b])
-                there = (index >= 0) & (index < len(token))
-                there &= torch.arange(len(index), device=q.device) < count
-                keys.append(token[index.where(there, 0)])
-                seen.append(there)
+                valid = (index >= 0) & (index < len(token))
+                valid &= torch.arange(len(index), device=q.device) < count
+                keys.append(token[index.where(valid, 0)])
+                masks.append(valid)
             out[b, s], lse[b, :, s] = attend(
-                q[b, s], torch.cat(keys), torch.cat(seen), scale, 512, sink
+                q[b, s], torch.cat(keys), torch.cat(masks), scale, 512, sink
             )
     return out, lse
 
@@ -130,7 +130,7 @@ def test_sparse_decode(backend, with_sink, with_length, generator):
 def test_sparse_decode_over_two_caches(backend, with_sink, generator):
     q, cache, indices = sparse_case(generator, 20)
     _, extra, more = sparse_case(generator, 9, page=4, pages=5)
-    more[0, 0] = -1  # nothing in one of them, or in both
+    more[0, 0] = -1  # no key in one of the caches, or in both
     sink = sinks(q.device) if with_sink else None
     length = torch.tensor([4, 9], dtype=torch.int32, device=q.device)
     got = flash_mla.flash_mla_with_kvcache(
@@ -156,11 +156,11 @@ def test_sparse_prefill(backend, with_sink, generator):
     )
     for s in range(3):
         index = indices[s, 0].long()
-        seen = (index >= 0) & (index < 30) & (torch.arange(20, device=device) < length[s])
-        keys = kv[index.where(seen, 0), 0].double()
-        check((out[s], lse[s]), attend(q[s], keys, seen, 0.05, 512, sink))
-        top = (q[s].double() @ keys.T * 0.05).masked_fill(~seen, -INF).amax(-1)
-        compare.assert_close(max_logits[s], top)
+        valid = (index >= 0) & (index < 30) & (torch.arange(20, device=device) < length[s])
+        keys = kv[index.where(valid, 0), 0].double()
+        check((out[s], lse[s]), attend(q[s], keys, valid, 0.05, 512, sink))
+        row_max = (q[s].double() @ keys.T * 0.05).masked_fill(~valid, -INF).amax(-1)
+        compare.assert_close(max_logits[s], row_max)
     assert (lse[2] == INF).all() and (max_logits[2] == -INF).all()
 
 
@@ -185,10 +185,10 @@ def attend_varlen(q, k, v, offsets_q, offsets_k, scale, causal):
         scores = torch.einsum("qhd,khd->hqk", q[rows], kb) * scale
         if causal:
             Sq, Sk = scores.shape[1:]
-            ahead = torch.ones(Sq, Sk, device=q.device).triu(Sk - Sq + 1).bool()
-            scores = scores.masked_fill(ahead, -INF)
-        lonely = (scores == -INF).all(-1, keepdim=True)
-        weights = scores.masked_fill(lonely, 0.0).softmax(-1).masked_fill(lonely, 0.0)
+            future = torch.ones(Sq, Sk, device=q.device).triu(Sk - Sq + 1).bool()
+            scores = scores.masked_fill(future, -INF)
+        no_keys = (scores == -INF).all(-1, keepdim=True)
+        weights = scores.masked_fill(no_keys, 0.0).softmax(-1).masked_fill(no_keys, 0.0)
         outs.append(torch.einsum("hqk,khd->qhd", weights, vb))
         lses.append(scores.logsumexp(-1).T)
     return torch.cat(outs), torch.cat(lses)
@@ -227,8 +227,8 @@ def test_varlen_packed(backend, generator):
         compare.assert_bitwise(third, other)
 
 
-def test_metadata_is_empty_and_serves_every_call(backend, generator):
-    """One object for other shapes and lengths: nothing in it can be stale."""
+def test_metadata_is_valid_for_every_call(backend, generator):
+    """One object for several shapes and lengths: it has no state that could be stale."""
     metadata, rest = flash_mla.get_mla_metadata(cache_seqlens=1, anything="else")
     assert rest is None and not vars(metadata)
     for lengths in ((20,), (3, 40)):
@@ -241,8 +241,8 @@ def test_metadata_is_empty_and_serves_every_call(backend, generator):
         assert not vars(metadata)
 
 
-def test_reads_nothing_back():
-    """Under fake tensors, of which no value can be read: so a CUDA graph can capture it."""
+def test_no_device_to_host_copy():
+    """Fake tensors have no values, so no read: a CUDA graph can capture the call."""
     with FakeTensorMode(), deepkern.backend("torch"):
         q = torch.empty(2, 1, 16, 576, dtype=torch.bfloat16)
         cache = torch.empty(4, 64, 1, 576, dtype=torch.bfloat16)
@@ -251,7 +251,7 @@ def test_reads_nothing_back():
     assert out.shape == (2, 1, 16, 512) and lse.shape == (2, 16, 1)
 
 
-def test_refuses_what_does_not_go_together(generator):
+def test_incompatible_arguments_raise(generator):
     q, cache, table, seqlens, *_ = attention.mla_decode(generator, (5,), H=2, R=64, D=16, page=4)
     indices = torch.zeros(1, 1, 3, dtype=torch.int32, device=q.device)
     call = flash_mla.flash_mla_with_kvcache
@@ -276,7 +276,8 @@ def test_signatures():
     expected = {
         "flash_mla_with_kvcache": "q k_cache block_table cache_seqlens head_dim_v "
         "tile_scheduler_metadata num_splits softmax_scale causal is_fp8_kvcache indices attn_sink "
-        "extra_k_cache extra_indices_in_kvcache topk_length extra_topk_length",
+        "extra_k_cache extra_indices_in_kvcache topk_length extra_topk_length "
+        "enable_batch_invariant",
         "flash_mla_sparse_fwd": "q kv indices sm_scale d_v attn_sink topk_length",
         "flash_attn_varlen_func": "q k v cu_seqlens_qo cu_seqlens_kv max_seqlen_qo max_seqlen_kv "
         "dropout_p softmax_scale causal deterministic is_varlen",

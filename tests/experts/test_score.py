@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from deepkern.arithmetic import sum_pairwise
 from deepkern.experts import score
 from deepkern.reference import experts as reference
-from deepkern.runtime.exact import sum_pairwise
 from deepkern.testing import compare
 
 

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import next_power_of_2
 from ..quant.fp8 import matrix_operand
 from ..runtime.arch import Arch
 from ..runtime.contract import check_that
-from ..runtime.integers import next_power_of_2
 
 WIDE = 128  # of the head dimension, multiplied at a time
 

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import store
 from .indexer_cache import check_pages, page_parts

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime.contract import check_that
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 
 TILE = 2048  # values of each input that a program of 4 warps holds at a time: two loads a thread

@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, inverse_rms, next_power_of_2, sum_pairwise
 from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_that
-from ..runtime.exact import inverse_rms, sum_pairwise
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import check_width, parts, store, strides
 

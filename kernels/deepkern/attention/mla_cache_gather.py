@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..quant.fp8 import from_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import alignment, load, parts, rope_width, strides
 

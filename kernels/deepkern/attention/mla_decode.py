@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime import arch
 from ..runtime.contract import check_that
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import alignment, check_width, parts, strides
 from .splits import LN_2, combine, length_of, split_length_of

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime import arch
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .mla_prefill import LOG2_E, Tile, check_heads, fitted, mla_prefill, precision
 from .mla_prefill_gradients import key_kernel, query_kernel

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv
 from ..quant.fp8 import as_bits, matrix_operand
 from ..runtime import arch
 from ..runtime.contract import check_that
-from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .head_sums import Tile, check_queries, head_sums, load_queries, load_weights, tile_for
 

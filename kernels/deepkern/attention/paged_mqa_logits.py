@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..quant.fp8 import as_bits, matrix_operand
 from ..runtime import arch
 from ..runtime.contract import FP8, check_that
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .cache import load
 from .head_sums import Tile, check_queries, head_sums, load_queries, load_weights, tile_for

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..quant.groups import larger
-from ..runtime.integers import cdiv, next_power_of_2
 
 
 def cut(cu: Tensor, rows: int, other_cu: Tensor, other_rows: int, BLOCK: int, last_first: bool):

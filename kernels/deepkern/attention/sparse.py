@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime import arch
 from ..runtime.contract import check_that
-from ..runtime.integers import cdiv, next_power_of_2
 from .cache import alignment, parts, strides
 from .mla_decode import LOG2_E, Tile, dot_dtype, rope_dtype, triton_dtype
 from .splits import LN_2, combine, length_of, share_beside_sink, split_length_of

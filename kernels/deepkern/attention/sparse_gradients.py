@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime import arch
-from ..runtime.integers import cdiv, next_power_of_2
 from .mla_decode import triton_dtype
 from .splits import length_of, share_beside_sink
 from .token_tiles import load_block, load_rope

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv
 from ..runtime.contract import check_that
-from ..runtime.integers import cdiv
 from ..runtime.op import op
 
 MAX_K = 4096

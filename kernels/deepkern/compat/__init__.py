@@ -1,1 +1,1 @@
-"""deepkern under the call signatures that people already use, a module per library."""
+"""The interfaces of DeepGEMM, FlashMLA, DeepEP and EPLB, computed by deepkern."""

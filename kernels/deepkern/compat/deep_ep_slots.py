@@ -1,4 +1,4 @@
-"""The slots that DeepEP's low-latency dispatch fills: so many rows for each local expert."""
+"""Outputs of DeepEP's low-latency dispatch: a fixed number of row slots per local expert."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..experts.expert_dispatch import expert_dispatch
+from deepkern import expert_dispatch
+
 from ..experts.links import Link
 from ..runtime.contract import FP8, check_that
 
 
 class Slots:
-    """What `low_latency_dispatch` returns, to be filled when the rows are there."""
+    """The tensors that `low_latency_dispatch` returns; `fill` writes them when the rows arrive.
+
+    Args:
+        E: local experts.
+        slots: rows per expert.
+        hidden: columns.
+        like: a tensor of the device and dtype of the rows.
+        use_ue8m0: scales of FP8 rows are int32 with four exponents each.
+    """
 
     def __init__(self, E: int, slots: int, hidden: int, like: Tensor, use_ue8m0: bool):
         device = like.device
@@ -21,7 +30,7 @@ class Slots:
         blocks, dtype = -(-hidden // 128), torch.float32
         if use_ue8m0:
             blocks, dtype = -(-blocks // 4), torch.int32
-        # Column-major, as TMA would take them.
+        # Column-major, which TMA requires.
         scales = torch.zeros((E, blocks, slots), dtype=dtype, device=device).transpose(1, 2)
         self.scales = scales if like.dtype == FP8 else None
         self.sources = torch.full((E, slots), -1, dtype=torch.int32, device=device)
@@ -36,16 +45,28 @@ class Slots:
         self, name: str, link: Link, local: Tensor, token: Tensor, x: Tensor,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Puts rows into their slots; how many came [E, ranks], and the place of each [T, topk]."""
+        """Write received rows to their slots.
+
+        Args:
+            name: the calling function, for errors.
+            link: of the dispatch.
+            local: int32 [T, topk], the local expert of each slot of a received token, -1 for none.
+            token: int32 [T, 1], the token's index on its source rank.
+            x, scale: [T, hidden] and fp32 [T, ceil(hidden / 128)].
+
+        Returns:
+            int64 [E, ranks], the rows of each expert from each rank; int32 [T, topk], the index of
+            each row in [E * slots], -1 for none.
+        """
         (E, slots), size, device = self.sources.shape, link.exchange.size, x.device
         rank = torch.arange(size, dtype=torch.int32, device=device)
         rank = rank.repeat_interleave(torch.tensor(link.received, device=device))
-        origin = torch.stack([token.flatten(), rank], 1).view(torch.float32)  # bits, to be moved
-        how = {"num_assigned": link.assigned}
-        x, scale, expert, count, rows = expert_dispatch(x, local, E, scale, **how)
-        origin = expert_dispatch(origin, local, E, **how)[0].view(torch.int32)
+        origin = torch.stack([token.flatten(), rank], 1).view(torch.float32)  # moved as bits
+        assigned = {"num_assigned": link.assigned}
+        x, scale, expert, count, rows = expert_dispatch(x, local, E, scale, **assigned)
+        origin = expert_dispatch(origin, local, E, **assigned)[0].view(torch.int32)
         most = int(count.max())
-        check_that(name, "topk_idx", most <= slots, "no expert twice in a row", f"{most} rows")
+        check_that(name, "topk_idx", most <= slots, "distinct experts per token", f"{most} rows")
         expert = expert.long()
         slot = torch.arange(len(expert), device=device) - (count.cumsum(0) - count)[expert]
         place = expert * slots + slot
@@ -56,16 +77,16 @@ class Slots:
         self.count.copy_(count)
         counts = torch.zeros(E * size, dtype=torch.int64, device=device)
         counts.scatter_add_(0, expert * size + origin[:, 1], torch.ones_like(expert))
-        place = torch.cat([place, place.new_full((1,), -1)])  # the last for "no row": -1
+        place = torch.cat([place, place.new_full((1,), -1)])  # index -1 (no row) reads -1
         return counts.view(E, size), place[rows.long()].int()
 
 
 def packed_exponents(scale: Tensor) -> Tensor:
-    """Powers of two fp32 [rows, blocks] -> int32 [rows, ceil(blocks / 4)] of four UE8M0 each."""
+    """fp32 powers of two [rows, blocks] -> int32 [rows, ceil(blocks / 4)], four UE8M0 in each."""
     exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
     return F.pad(exponents, (0, -exponents.shape[1] % 4)).view(torch.int32)
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """FP8 as uint8, which torch indexes and joins; other dtypes as they are."""
+    """FP8 as uint8, which torch can index and concatenate; other dtypes unchanged."""
     return x.view(torch.uint8) if x.dtype == FP8 else x

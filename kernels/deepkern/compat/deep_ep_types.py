@@ -1,4 +1,4 @@
-"""What DeepEP's callers touch beside `Buffer`: events and tuning parameters."""
+"""DeepEP's events and tuning parameters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from ..runtime.contract import check_that
 
 
 class EventHandle:
-    """A point in the work of the current CUDA stream; without CUDA, where calls end when they
-    return, nothing."""
+    """A point in the work of the current CUDA stream. A no-op without CUDA."""
 
     def __init__(self) -> None:
         self.event = None
@@ -61,7 +60,7 @@ class EventOverlap:
 
 @dataclass
 class Config:
-    """DeepEP's tuning parameters. They steer nothing here, and no buffer is reserved."""
+    """DeepEP's tuning parameters. They have no effect, and no buffer is reserved."""
 
     num_sms: int = 20
     num_max_nvl_chunked_send_tokens: int = 6

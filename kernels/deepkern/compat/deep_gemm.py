@@ -1,23 +1,25 @@
-"""DeepGEMM's FP8 products and attention logits under DeepGEMM's names, computed by deepkern.
+"""DeepGEMM's FP8 GEMMs and attention logits, computed by deepkern.
 
     import deepkern.compat.deep_gemm as deep_gemm
 
 Names, arguments, their order and defaults are those of DeepGEMM 2.6.1, csrc/apis/gemm.hpp
-(https://github.com/deepseek-ai/DeepGEMM); keywords and names of earlier releases are taken too.
-In all functions
+(https://github.com/deepseek-ai/DeepGEMM). Keywords and names of earlier releases are accepted too.
+A name of DeepGEMM 2.8.0 that is missing here raises an AttributeError with the alternative; see
+unsupported.py. In all functions
 
 - `a` and `b` are (FP8 data, scale). Scales are fp32 with any strides, or int32 with four UE8M0
-  exponents each, which are unpacked. b's are per 128x128 or per 1x128; their shape says which.
+  exponents each, which are unpacked. Scales of `b` are per 128x128 or per 1x128, by their shape.
 - `d` is bf16, fp16 or fp32, is written in place and may have any strides. deepkern's ops return a
   new tensor, which is copied into `d`: one more pass over it.
-- `c` is added in fp32 before the one rounding. It may be `d`, and of another dtype than `d`.
-- Any shape will do, 0 included; groups need no alignment.
-- `recipe` is (1, 128, 128) or (1, 1, 128); `recipe_a` (1, 128), `recipe_b` that or (128, 128).
+- `c` is added in fp32 before the one rounding. It may be `d` itself or have another dtype.
+- Any shape is supported, 0 included; groups need no alignment.
+- `recipe` is (1, 128, 128) or (1, 1, 128); `recipe_a` is (1, 128); `recipe_b` is (1, 128) or
+  (128, 128).
 - `compiled_dims` and `disable_ue8m0_cast` have no effect: one compiled kernel serves all M, and
-  fp32 scales are used as they are on every GPU.
+  fp32 scales are used unchanged on every GPU.
 
-TypeError and ValueError name the function and the argument; where they speak of `a_scale` and
-`b_scale`, those are `a[1]` and `b[1]` as deepkern's op gets them, rows of K.
+TypeError and ValueError name the function and the argument. `a_scale` and `b_scale` in a message
+are `a[1]` and `b[1]` as deepkern's op receives them: [rows, K/128].
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import matmul
+import deepkern
+
 from ..quant.fp8 import BLOCK
 from ..runtime import arch
 from ..runtime.contract import check_that
@@ -38,16 +41,18 @@ from .deep_gemm_operands import (
     Operand,
     check,
     check_recipe,
+    concatenate_groups,
     group_of_rows,
     older_names,
     pair,
     rows_of_k,
-    side_by_side,
 )
 from .deep_gemm_utils import *  # noqa: F403
 from .deep_gemm_utils import ceil_div
+from .unsupported import DEEP_GEMM, module_getattr
 
-testing = utils  # DeepGEMM keeps calc_diff there
+testing = utils  # calc_diff is in deep_gemm.testing
+__getattr__ = module_getattr(__name__, DEEP_GEMM)
 
 
 def fp8_gemm_nt(
@@ -85,11 +90,11 @@ def fp8_gemm_tt(
 def multiply(
     layout: str, a: Operand, b: Operand, d: Tensor, c: Tensor | None, recipes: tuple
 ) -> None:
-    """The product of two matrices that lie as `layout` says."""
+    """d = a @ b (+ c), with `a` transposed if layout[0] is "t" and `b` if layout[1] is "t"."""
     dims = ({"n": "[M, K]", "t": "[K, M]"}[layout[0]], {"n": "[K, N]", "t": "[N, K]"}[layout[1]])
     operands = rows_of_k(f"fp8_gemm_{layout}", a, b, dims, recipes,
                          d=(d, "real [M, N] strided"), c=(c, "real [M, N]"))  # fmt: skip
-    d.copy_(matmul.fp8_gemm_nt(*operands, d.dtype, c))
+    d.copy_(deepkern.fp8_gemm_nt(*operands, d.dtype, c))
 
 
 @older_names(m_indices="grouped_layout")
@@ -102,11 +107,10 @@ def m_grouped_fp8_gemm_nt_contiguous(
     """d[m] = a[m] @ b[group of m].T: a [M, K], b [G, N, K], d [M, N].
 
     grouped_layout: int32 [M], the group of each row, ascending, -1 for none. With `use_psum_layout`
-    int32 [G], the row after each group's last; a group then begins where the one before ends,
+    int32 [G], the row after each group's last; a group then starts at the end of the previous one,
     rounded up to a multiple of `get_mk_alignment_for_contiguous_layout()`.
-    Rows of no group become zeros, so `ensure_zero_padding` has no effect, nor has
-    `expected_m_for_psum_layout`. DeepGEMM goes by the first of 128 rows; here each counts for
-    itself.
+    Rows without a group become zeros. `ensure_zero_padding` and `expected_m_for_psum_layout` have
+    no effect. DeepGEMM reads the group of every 128th row; deepkern reads that of each row.
     """
     multiply_rows("nt", a, b, d, grouped_layout, use_psum_layout, (recipe, recipe_a, recipe_b))
 
@@ -117,7 +121,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     recipe_b=None, compiled_dims: str = "nk", disable_ue8m0_cast: bool = False,
     use_psum_layout: bool = False, ensure_zero_padding: bool = True,
 ) -> None:  # fmt: skip
-    """d[m] = a[m] @ b[group of m]: b [G, K, N], its scale turned alike; the rest as above."""
+    """d[m] = a[m] @ b[group of m]: b [G, K, N] with scales [G, K/128, N/128]; else as above."""
     multiply_rows("nn", a, b, d, grouped_layout, use_psum_layout, (recipe, recipe_a, recipe_b))
 
 
@@ -125,7 +129,7 @@ def multiply_rows(
     layout: str, a: Operand, b: Operand, d: Tensor, grouped_layout: Tensor, psum: bool,
     recipes: tuple,
 ) -> None:  # fmt: skip
-    """The products of groups of rows, with matrices that lie as `layout` says."""
+    """d[m] = a[m] @ b[group of m], with `b` transposed if layout[1] is "t"."""
     dims = ("[M, K]", {"n": "[G, K, N]", "t": "[G, N, K]"}[layout[1]])
     operands = rows_of_k(
         f"m_grouped_fp8_gemm_{layout}_contiguous", a, b, dims, recipes,
@@ -133,7 +137,7 @@ def multiply_rows(
         grouped_layout=(grouped_layout, "int32 [G]" if psum else "int32 [M]"),
     )  # fmt: skip
     index = group_of_rows(grouped_layout, d.shape[0]) if psum else grouped_layout
-    d.copy_(matmul.m_grouped_fp8_gemm_nt_contiguous(*operands, index, d.dtype))
+    d.copy_(deepkern.m_grouped_fp8_gemm_nt_contiguous(*operands, index, d.dtype))
 
 
 def m_grouped_fp8_gemm_nt_masked(
@@ -142,14 +146,15 @@ def m_grouped_fp8_gemm_nt_masked(
 ) -> None:  # fmt: skip
     """d[g, :masked_m[g]] = a[g, :masked_m[g]] @ b[g].T: a [G, M, K], b [G, N, K], d [G, M, N].
 
-    masked_m: int32 [G]. Rows of `d` from masked_m[g] on become zeros. `expected_m` steers speed.
+    masked_m: int32 [G]. Rows of `d` from masked_m[g] on become zeros. `expected_m`: the typical
+    masked_m, a hint for the choice of the tile.
     """
     operands = rows_of_k(
         "m_grouped_fp8_gemm_nt_masked", a, b, ("[G, M, K]", "[G, N, K]"),
         (recipe, recipe_a, recipe_b), d=(d, "real [G, M, N] strided"),
         masked_m=(masked_m, "int32 [G]"),
     )  # fmt: skip
-    d.copy_(matmul.m_grouped_fp8_gemm_nt_masked(*operands, masked_m, d.dtype, expected_m))
+    d.copy_(deepkern.m_grouped_fp8_gemm_nt_masked(*operands, masked_m, d.dtype, expected_m))
 
 
 @older_names(ks="ks_cpu", ks_tensor="grouped_layout")
@@ -161,9 +166,9 @@ def k_grouped_fp8_gemm_tn_contiguous(
     """d[g] = a[rows of g].T @ b[rows of g] (+ c[g]): a [K, M], b [K, N], c and d fp32 [G, M, N].
 
     ks_cpu: the number of rows of each group, on the host; grouped_layout: the same, int32 [G] on
-    the device. Any length will do, 0 included; groups that begin at no multiple of 16 are read
-    slowly. Scales are fp32 [S, M] and [S, N], one per 128x1, and each group begins with a new one:
-    S is the sum of ceil(k / 128), or more. Nothing is read back from the device.
+    the device. Any length is supported, 0 included; groups that do not start at a multiple of 16
+    are read slowly. Scales are fp32 [S, M] and [S, N], one per 128x1, and blocks restart at each
+    group: S is at least the sum of ceil(k / 128). Nothing is read back from the device.
     """
     multiply_columns("tn", a, b, d, ks_cpu, grouped_layout, c, recipe, use_psum_layout)
 
@@ -174,9 +179,9 @@ def k_grouped_fp8_gemm_nt_contiguous(
     c: Tensor | None = None, recipe=(1, 1, 128), compiled_dims: str = "mn",
     use_psum_layout: bool = False,
 ) -> None:  # fmt: skip
-    """As above, but `a` holds, one group after the other, contiguous matrices [M, k], `b` [N, k].
+    """As above, but `a` is the concatenation of contiguous matrices [M, k], and `b` of [N, k].
 
-    Scales are fp32 [M, S] and [N, S]. The matrices are copied side by side first.
+    Scales are fp32 [M, S] and [N, S]. The matrices are copied to [M, K] and [N, K] first.
     """
     multiply_columns("nt", a, b, d, ks_cpu, grouped_layout, c, recipe, use_psum_layout)
 
@@ -185,7 +190,7 @@ def multiply_columns(
     layout: str, a: Operand, b: Operand, d: Tensor, ks: Sequence[int], lengths: Tensor,
     c: Tensor | None, recipe: Sequence[int], psum: bool,
 ) -> None:  # fmt: skip
-    """The products of groups of K: rows as they lie ("tn"), or matrix after matrix ("nt")."""
+    """d[g] = product over group g of K: layout "tn" is [K, rows], "nt" one matrix per group."""
     function = f"k_grouped_fp8_gemm_{layout}_contiguous"
     check_that(function, "use_psum_layout", not psum, "False", psum)
     check_recipe(function, "recipe", recipe, ((1, 1, BLOCK),))
@@ -210,12 +215,12 @@ def multiply_columns(
         if layout == "tn":
             data, scale = data.mT, scale.mT
         else:
-            data = side_by_side(data, rows, ks)
+            data = concatenate_groups(data, rows, ks)
         expected, blocks = f"{S} along K for ks_cpu = {list(ks)}", scale.shape[1]
         check_that(function, f"{name}[1]", blocks >= S, expected, blocks)
         operands += [data, scale]
     offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    d.copy_(matmul.k_grouped_fp8_gemm_nt(*operands, offsets, c))
+    d.copy_(deepkern.k_grouped_fp8_gemm_nt(*operands, offsets, c))
 
 
 # Names of earlier releases.
@@ -245,55 +250,37 @@ _settings = {"num_sms": 0, "tc_util": 0, "pdl": False}
 
 
 def set_num_sms(new_num_sms: int) -> None:
-    """Remembered, without effect: the products use all of the GPU."""
+    """Stored, without effect: the GEMMs use the whole GPU."""
     _settings["num_sms"] = new_num_sms
 
 
 def get_num_sms() -> int:
-    """What was set, or the GPU's number of multiprocessors; an H200's where there is no GPU."""
+    """The number set, or the GPU's number of SMs (that of an H200 without a GPU)."""
     if not torch.cuda.is_available():
-        return _settings["num_sms"] or arch.of(torch.device("cpu")).units
+        return _settings["num_sms"] or arch.of(torch.device("cpu")).num_sms
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return _settings["num_sms"] or gpu.multi_processor_count
 
 
 def set_tc_util(new_tc_util: int) -> None:
-    """Remembered, without effect."""
+    """Stored, without effect."""
     _settings["tc_util"] = new_tc_util
 
 
 def get_tc_util() -> int:
-    """What was set, or 100."""
+    """The value set, or 100."""
     return _settings["tc_util"] or 100
 
 
 def set_pdl(new_enable_pdl: bool) -> None:
-    """Remembered, without effect."""
+    """Stored, without effect."""
     _settings["pdl"] = new_enable_pdl
 
 
 def get_pdl() -> bool:
-    """What was set, or False."""
+    """The value set, or False."""
     return _settings["pdl"]
 
 
-# What DeepGEMM has and deepkern has not, by a part of the name; the first that fits counts.
-MISSING = {
-    "mega_moe": "expert layer that spans GPUs in one kernel",
-    "fp4": "FP4 data",
-    "bf16": "product of bf16 matrices; torch.matmul computes them",
-    "cublaslt": "cuBLASLt; torch.matmul calls it",
-    "einsum": "einsum",
-    "hc_prenorm": "product for hyper-connections",
-    "skip_head_mid": "product that leaves a gap in each head",
-    "k_grouped_mn_major": "packed scales for groups of K; k_grouped_fp8_gemm_* take fp32 ones",
-    "wgrad": "product of this name; fp8_gemm_nt and k_grouped_fp8_gemm_nt_contiguous add to c",
-    "set_": "such setting",
-}
-
-
-def __getattr__(name: str):
-    for part, what in MISSING.items():
-        if part in name:
-            raise AttributeError(f"{__name__}.{name}: deepkern has no {what}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def use_deterministic_algorithms(enabled: bool) -> None:
+    """Accepted, without effect: deepkern's ops are always deterministic and batch-invariant."""

@@ -1,8 +1,8 @@
 """DeepGEMM's attention logits (csrc/apis/attention.hpp of 2.6.1) under its names.
 
-Any number of heads, any head dimension, page size and next_n will do. What is not seen is -inf
-whether or not `clean_logits` asks for it. The result is contiguous; DeepGEMM's has rows 1024 bytes
-apart.
+Any number of heads, head dimension, page size and next_n is supported. Logits outside a query's
+range are -inf, with or without `clean_logits`. The result is contiguous; the rows of DeepGEMM's
+result have a pitch that is a multiple of 1024 bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import attention
+import deepkern
+
 from ..runtime.contract import check_that
 from .deep_gemm_operands import check
 
@@ -24,8 +25,8 @@ def fp8_mqa_logits(
     """fp32 [S, Skv]: `mqa_logits` of q FP8 [S, H, D], kv (FP8 [Skv, D], scale fp32 [Skv]).
 
     weights: fp32 [S, H]; cu_seq_len_k_start and cu_seq_len_k_end: int32 [S], the keys of a query.
-    With `max_seqlen_k`, [S, max_seqlen_k]: column j is the query's key start + j, and clean_logits
-    must be False. That takes one more pass over the result.
+    With `max_seqlen_k`, the result is [S, max_seqlen_k]: column j is the query's key start + j, and
+    clean_logits must be False. This costs one more pass over the result.
     """
     function = "fp8_mqa_logits"
     if not isinstance(kv, (tuple, list)) or len(kv) != 2:
@@ -39,11 +40,11 @@ def fp8_mqa_logits(
     check_that(function, "max_seqlen_k", max_seqlen_k >= 0, "0 or more", max_seqlen_k)
     check_that(function, "clean_logits", not (clean_logits and max_seqlen_k),
                "False with max_seqlen_k", clean_logits)  # fmt: skip
-    logits = attention.mqa_logits(q, *kv, weights, starts, ends)
+    logits = deepkern.mqa_logits(q, *kv, weights, starts, ends)
     if max_seqlen_k == 0:
         return logits
     Skv = kv[0].shape[0]
-    logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)  # the key that is not there
+    logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)  # column of missing keys
     key = starts.clamp(0, Skv)[:, None] + torch.arange(max_seqlen_k, device=q.device)
     return logits.gather(1, key.clamp(max=Skv))
 
@@ -51,7 +52,7 @@ def fp8_mqa_logits(
 def get_paged_mqa_logits_metadata(
     context_lens: Tensor, block_kv: int, num_sms: int, indices: Tensor | None = None
 ) -> Tensor:
-    """int32 [num_sms + 1, 2], zeros: deepkern's kernel reads the lengths and needs no schedule."""
+    """int32 [num_sms + 1, 2] of zeros: deepkern's kernel needs no schedule."""
     return context_lens.new_zeros((num_sms + 1, 2), dtype=torch.int32)
 
 
@@ -62,16 +63,18 @@ def fp8_paged_mqa_logits(
 ) -> Tensor:  # fmt: skip
     """fp32 [B * next_n, max_context_len]: `paged_mqa_logits` of q FP8 [B, next_n, H, D].
 
-    kv_cache: uint8 [blocks, page, 1, D + 4], in each page all values, then all scales; weights:
-    fp32 [B * next_n, H]; context_lens: int32 [B, next_n], the tokens that each query sees, or, as
-    in earlier releases, [B], those of the last one; block_table: int32 [B, P]. `schedule_meta` and
-    `indices`, which group the rows for DeepGEMM's schedule, have no effect.
+    kv_cache: uint8 [blocks, page, 1, D + 4]; a page holds all its values, then all its scales.
+    weights: fp32 [B * next_n, H].
+    context_lens: int32 [B, next_n], the tokens that each query attends to, or, as in earlier
+        releases, int32 [B], those of the last query.
+    block_table: int32 [B, P].
+    schedule_meta, indices: have no effect.
     """
     check("fp8_paged_mqa_logits", {
         "q": (q, "fp8 [B, next_n, H, D]"), "kv_cache": (kv_cache, "uint8 [blocks, page, 1, _]"),
         "weights": (weights, "fp32 [_, H]"), "context_lens": (context_lens, "int32 [...]"),
         "block_table": (block_table, "int32 [B, P]"),
     })  # fmt: skip
-    return attention.paged_mqa_logits(
+    return deepkern.paged_mqa_logits(
         q, kv_cache, weights, context_lens, block_table, max_context_len
     )

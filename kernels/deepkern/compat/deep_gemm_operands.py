@@ -1,4 +1,4 @@
-"""From DeepGEMM's arguments to those of deepkern's products: checks, layouts, groups."""
+"""Convert DeepGEMM's arguments to those of deepkern's GEMMs: checks, layouts, groups."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECIPES = {
 
 
 def older_names(**names: str) -> Callable[[Callable], Callable]:
-    """Lets a function take keywords of earlier releases: older_names(older="newer")."""
+    """Decorator that accepts keywords of earlier releases: older_names(older="newer")."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -38,9 +38,15 @@ def rows_of_k(
     function: str, a: Operand, b: Operand, dims: tuple[str, str], recipes: tuple,
     **others: tuple[Tensor | None, str],
 ) -> list[Tensor]:  # fmt: skip
-    """a, its scale, b, its scale as deepkern takes them: rows of K, and the scales in fp32.
+    """[a, a_scale, b, b_scale] as deepkern's GEMMs take them: rows of K, scales in fp32.
 
-    `dims`: how `a` and `b` lie. `others`: further tensors, each with its rule (see contract.py).
+    Args:
+        function: the calling function, for errors.
+        a, b: pairs of FP8 data and scale.
+        dims: the shapes of a's and b's data, such as ("[M, K]", "[K, N]"); the operand is
+            transposed if its last dimension is not K.
+        recipes: the caller's (recipe, recipe_a, recipe_b).
+        others: further tensors to check, each with its rule (see contract.py).
     """
     for (name, choices), recipe in zip(RECIPES.items(), recipes, strict=True):
         check_recipe(function, name, recipe, choices)
@@ -57,18 +63,18 @@ def rows_of_k(
 
 
 def check(function: str, tensors: dict[str, tuple[Tensor | None, str]]) -> None:
-    """Raises for the first tensor that is not as its rule says."""
+    """Raise TypeError or ValueError for the first tensor that violates its rule."""
     rules = tuple((name, rule) for name, (_, rule) in tensors.items())
     contract(function, rules).check({name: tensor for name, (tensor, _) in tensors.items()})
 
 
 @functools.cache
 def contract(function: str, rules: tuple[tuple[str, str], ...]) -> Contract:
-    return Contract(function, **dict(rules))
+    return Contract(function, optional=("c",), **dict(rules))
 
 
 def pair(function: str, argument: str, value: Operand) -> Operand:
-    """`value`, if it is data and scale."""
+    """`value` if it is a pair of data and scale; else a TypeError."""
     if not isinstance(value, (tuple, list)) or [isinstance(x, Tensor) for x in value] != [True] * 2:
         got = type(value).__name__
         raise TypeError(f"{function}: {argument}: expected a pair (FP8 data, scale), got {got}")
@@ -78,21 +84,21 @@ def pair(function: str, argument: str, value: Operand) -> Operand:
 
 
 def check_recipe(function: str, name: str, recipe: Sequence[int] | None, choices: tuple) -> None:
-    """`recipe`, also as a list, is one of `choices`."""
+    """Raise ValueError unless `recipe`, a tuple or a list, is one of `choices`."""
     check_choice(function, name, None if recipe is None else tuple(recipe), choices)
 
 
 def group_of_rows(ends: Tensor, M: int) -> Tensor:
-    """The group of each of M rows, if group g begins at ends[g - 1] aligned; no group between."""
+    """int32 [M], the group of each row; group g is [align(ends[g - 1]), ends[g]), -1 elsewhere."""
     alignment = get_mk_alignment_for_contiguous_layout()
-    begins = (F.pad(ends, (1, 0)) + alignment - 1) // alignment * alignment  # [G + 1]
+    starts = (F.pad(ends, (1, 0)) + alignment - 1) // alignment * alignment  # [G + 1]
     row = torch.arange(M, dtype=torch.int32, device=ends.device)
-    group = torch.searchsorted(ends, row, right=True)  # G past the last
-    return torch.where((row >= begins[group]) & (group < len(ends)), group, -1).int()
+    group = torch.searchsorted(ends, row, right=True)  # G after the last group
+    return torch.where((row >= starts[group]) & (group < len(ends)), group, -1).int()
 
 
-def side_by_side(data: Tensor, rows: int, ks: Sequence[int]) -> Tensor:
-    """Matrices [rows, k] that follow each other in `data`, as one [rows, sum of ks]."""
+def concatenate_groups(data: Tensor, rows: int, ks: Sequence[int]) -> Tensor:
+    """[rows, sum(ks)] from `data`, the concatenation of flattened matrices [rows, k]."""
     parts = data.flatten().split([rows * k for k in ks])
     matrices = [part.view(rows, k) for part, k in zip(parts, ks, strict=True)]
     return torch.cat(matrices, 1) if matrices else data.new_empty((rows, 0))

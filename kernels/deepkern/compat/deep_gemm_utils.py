@@ -1,10 +1,9 @@
-"""What DeepGEMM has beside its products: the layouts of scales, casts, arithmetic, a measure.
+"""DeepGEMM's utilities: casts, layouts of scales, alignment, error measure.
 
-The names are found in `deepkern.compat.deep_gemm`, and there under `utils` and `testing` too. The
-kernels of deepkern take fp32 scales with any strides and groups of any length, so no layout made
-here is needed: these functions keep code right that asks for one. Names, arguments and defaults are
-those of DeepGEMM 2.6.1 (https://github.com/deepseek-ai/DeepGEMM, csrc/apis/layout.hpp and
-deep_gemm/utils).
+`deepkern.compat.deep_gemm` exports these names, also as `utils` and `testing`. deepkern's kernels
+take fp32 scales with any strides and groups of any length, so they need none of these layouts; the
+functions exist for code that calls them. Names, arguments and defaults are those of DeepGEMM 2.6.1
+(https://github.com/deepseek-ai/DeepGEMM, csrc/apis/layout.hpp and deep_gemm/utils).
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import quant
+import deepkern
+
 from ..quant.fp8 import BLOCK
 from ..reference.quant import block_scale, row_major, to_e4m3
 from ..runtime.contract import Contract, check_choice, check_that
@@ -47,15 +47,15 @@ def ceil_div(x: int, y: int) -> int:
 
 
 def align(x: int, y: int) -> int:
-    """The multiple of y that is x or next above it."""
+    """x, rounded up to a multiple of y."""
     return ceil_div(x, y) * y
 
 
 def calc_diff(x: Tensor, y: Tensor) -> Tensor:
-    """1 - 2Σxy / Σ(x² + y²) in float64, as a tensor without dimensions; 0 where all is 0."""
+    """1 - 2Σxy / Σ(x² + y²) in float64, as a 0-d tensor; 0 if x and y are all 0."""
     x, y = x.double(), y.double()
-    total = (x * x + y * y).sum()
-    return (x - y).square().sum() / total.clamp(min=torch.finfo(torch.float64).tiny)
+    squares = (x * x + y * y).sum()
+    return (x - y).square().sum() / squares.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def per_token_cast_to_fp8(
@@ -68,20 +68,20 @@ def per_token_cast_to_fp8(
     check_choice("per_token_cast_to_fp8", "gran_k", gran_k, (BLOCK,))
     if use_packed_ue8m0:
         check_choice("per_token_cast_to_fp8", "use_ue8m0", use_ue8m0, (True,))
-    q, scale = quant.cast_per_token(x.contiguous(), _scale_format(use_ue8m0))
+    q, scale = deepkern.cast_per_token(x.contiguous(), _scale_format(use_ue8m0))
     return q, _pack(scale) if use_packed_ue8m0 else scale
 
 
 def per_channel_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128) -> tuple[Tensor, Tensor]:
     """x [m, n] as FP8, and one scale per 128x1, fp32 [m/128, n]: `deepkern.cast_per_channel`."""
     check_choice("per_channel_cast_to_fp8", "gran_k", gran_k, (BLOCK,))
-    return quant.cast_per_channel(x.contiguous(), _scale_format(use_ue8m0))
+    return deepkern.cast_per_channel(x.contiguous(), _scale_format(use_ue8m0))
 
 
 def per_block_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128) -> tuple[Tensor, Tensor]:
     """x [m, n] as FP8, one scale per 128x128, fp32 [m/128, n/128]: `deepkern.cast_per_block`."""
     check_choice("per_block_cast_to_fp8", "gran_k", gran_k, (BLOCK,))
-    return quant.cast_per_block(x.contiguous(), _scale_format(use_ue8m0))
+    return deepkern.cast_per_block(x.contiguous(), _scale_format(use_ue8m0))
 
 
 def per_custom_dims_cast_to_fp8(
@@ -89,21 +89,21 @@ def per_custom_dims_cast_to_fp8(
 ) -> tuple[Tensor, Tensor]:
     """x as FP8, and one scale per index of `dims`, over all other dimensions; in plain PyTorch."""
     kept = {dim % x.dim() for dim in dims}
-    over = [dim for dim in range(x.dim()) if dim not in kept]
+    reduced = [dim for dim in range(x.dim()) if dim not in kept]
     amax = x.float().abs()
-    scale = block_scale(amax.amax(over, True) if over else amax, _scale_format(use_ue8m0))
+    scale = block_scale(amax.amax(reduced, True) if reduced else amax, _scale_format(use_ue8m0))
     return to_e4m3(x.float() * (1 / scale)), scale.squeeze()
 
 
 def get_tma_aligned_size(x: int, element_size: int) -> int:
-    """x elements of so many bytes, rounded up to a multiple of 16 bytes."""
+    """The number of elements x, rounded up so that x * element_size is a multiple of 16 bytes."""
     return align(x, 16 // element_size)
 
 
 def get_mn_major_tma_aligned_tensor(sf: Tensor) -> Tensor:
-    """`sf` [..., mn, k/128] with strides (..., 1, mn to a multiple of 4); itself if it has them.
+    """`sf` [..., mn, k/128] with strides (..., 1, mn rounded up to a multiple of 4).
 
-    The padding holds zeros.
+    Returns `sf` itself if it has these strides. The padding is zero.
     """
     expected, got = "rank 2 or 3", f"rank {sf.dim()}"
     check_that("get_mn_major_tma_aligned_tensor", "sf", sf.dim() in (2, 3), expected, got)
@@ -120,7 +120,7 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(
 ) -> Tensor:
     """Scales [..., mn, k/128] as int32 [..., mn, k/512], four exponents each, mn-major.
 
-    A scale that is no power of two is rounded down to one. `psum_layout` has no effect.
+    A scale is rounded down to a power of two. `psum_layout` has no effect.
     """
     return get_mn_major_tma_aligned_tensor(_pack(sf))
 
@@ -135,18 +135,18 @@ def transform_sf_into_required_layout(
     disable_ue8m0_cast: bool = False,
     psum_layout: Tensor | None = None,
 ) -> Tensor:
-    """Checks a scale's shape; scales per 1x128 come back mn-major, those per 128x128 as they are.
+    """Check a scale's shape; return scales per 1x128 mn-major and those per 128x128 unchanged.
 
     Args:
         sf: fp32 [mn/rows, k/128]; or int32 [mn, k/512] with four UE8M0 exponents each, which are
-            unpacked. With `num_groups`, that many one under another.
+            unpacked. With `num_groups`, a leading dimension of that size.
         mn, k: the shape of the operand.
-        recipe: (rows for a, rows for b, 128), of which `is_sfa` chooses, or (rows, 128); rows that
-            share a scale are 1 or 128.
+        recipe: (rows of a per scale, rows of b per scale, 128), where `is_sfa` selects a or b, or
+            (rows per scale, 128); rows per scale are 1 or 128.
         disable_ue8m0_cast, psum_layout: have no effect. fp32 scales stay fp32 on every GPU.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument has another type, shape or value.
     """
     name, recipe = "transform_sf_into_required_layout", tuple(recipe)
     check_choice(name, "recipe", recipe, ((1, 128, 128), (1, 1, 128), (1, 128), (128, 128)))
@@ -161,7 +161,7 @@ def transform_sf_into_required_layout(
 
 
 def unpack(function: str, argument: str, scale: Tensor, k: int) -> Tensor:
-    """The fp32 scales of operands with k columns: `scale`, or what its int32 hold four by four."""
+    """The fp32 scales of an operand with k columns: int32 scales are unpacked, others returned."""
     if scale.dtype != torch.int32:
         return scale
     blocks, fours = ceil_div(k, BLOCK), scale.shape[-1]
@@ -171,7 +171,7 @@ def unpack(function: str, argument: str, scale: Tensor, k: int) -> Tensor:
 
 
 def _pack(scale: Tensor) -> Tensor:
-    """fp32 [..., K/128] as int32 [..., K/512]: the exponents alone, the first in the low byte."""
+    """fp32 [..., K/128] -> int32 [..., K/512] of four exponents, the first in the low byte."""
     *lead, blocks = scale.shape
     exponents = F.pad((scale.view(torch.int32) >> 23).to(torch.uint8), (0, -blocks % 4))
     return exponents.flatten().view(torch.int32).view(*lead, ceil_div(blocks, 4))
@@ -181,20 +181,20 @@ def _scale_format(use_ue8m0: bool) -> str:
     return "ue8m0" if use_ue8m0 else "fp32"
 
 
-_alignment = 128  # where groups of rows or of K begin, by what callers were told
+_alignment = 128  # rows; multiple at which callers start each group
 
 
 def get_mk_alignment_for_contiguous_layout() -> int:
-    """The multiple to which callers pad each group: 128, or what was set last.
+    """The multiple to which callers pad each group: 128, or the value set last.
 
-    deepkern's products need none, and 128 is for the code around them, which often relies on it.
-    Where yours does not, set 1 and save the padding (or 16, which keeps groups of K fast to read).
+    deepkern's GEMMs need no alignment; 128 is for callers that rely on it. Set 1 to save the
+    padding, or 16, which keeps groups of K fast to read.
     """
     return _alignment
 
 
 def set_mk_alignment_for_contiguous_layout(new_value: int) -> None:
-    """Sets what the function above returns, and where groups begin under `use_psum_layout`."""
+    """Set the alignment of groups, which `use_psum_layout` applies to the start of each group."""
     global _alignment
     expected = "at least 1"
     check_that("set_mk_alignment_for_contiguous_layout", "new_value", new_value >= 1, expected,
@@ -203,7 +203,7 @@ def set_mk_alignment_for_contiguous_layout(new_value: int) -> None:
 
 
 def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = None) -> int:
-    """32, the least that DeepGEMM ever asks for; `expected_m` has no effect."""
+    """32, the smallest that DeepGEMM returns; `expected_m` has no effect."""
     return 32
 
 

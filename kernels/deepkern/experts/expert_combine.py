@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv
 from ..runtime.contract import check_that
-from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .rows import BLOCK_K, TOKENS, ZERO_ROWS, check_assignments, slots_in_flight, zero_rows
 

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv
 from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
-from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .expert_combine import sum_rows
 from .placement import place

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv
 from ..matmul.m_grouped import choose_m_grouped_tile, launch_m_grouped_gemm
 from ..quant.swiglu_cast import write
 from ..runtime.contract import FP8
-from ..runtime.integers import cdiv
 from ..runtime.tiles import GemmTile
 from .expert_dispatch import copy
 from .placement import place

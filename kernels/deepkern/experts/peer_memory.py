@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.integers import cdiv, next_power_of_2
+from ..arithmetic import cdiv, next_power_of_2
 
 ALIGN = 16  # bytes; regions and rows are multiples
 BLOCK = 8192  # words that one program copies

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.integers import cdiv, next_power_of_2
+from ..arithmetic import cdiv, next_power_of_2
 
 CHUNK = 256  # assignments (and rows) that one program counts and places
 EXPERTS = 16  # experts that it looks at together

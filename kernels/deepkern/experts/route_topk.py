@@ -23,9 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2, sum_pairwise
 from ..runtime.contract import check_choice, check_that
-from ..runtime.exact import sum_pairwise
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .score import scores, sigmoid, softmax_sums
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import next_power_of_2
 from ..runtime.contract import check_that
-from ..runtime.integers import next_power_of_2
 
 TOKENS = 4
 BLOCK_K = 1024

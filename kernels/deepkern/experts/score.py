@@ -1,7 +1,7 @@
 """Router scores inside Triton kernels, the same bits on every machine.
 
 Which expert a token goes to must not depend on whose exp computed its score. So exp (of
-`runtime/exact.py`) and log1p are spelled out as IEEE additions, multiplications and divisions, each
+arithmetic.py) and log1p are spelled out as IEEE additions, multiplications and divisions, each
 rounded to nearest even, and the forward kernel that uses them is launched with
 `enable_fp_fusion=False` (no a * b + c in one rounding). `deepkern/reference/experts.py` has the
 same formulas, operation for operation, in PyTorch. A score is within 2.5 units in the last place of
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..runtime.exact import exp, sigmoid
+from ..arithmetic import exp, sigmoid
 
 
 @triton.jit

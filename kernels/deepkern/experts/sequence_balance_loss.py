@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime.contract import check_choice
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .route_topk import SCORES, TILE
 from .score import scores, sigmoid, softmax_sums

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv
 from ..quant.fp8 import BLOCK
 from ..runtime import arch
 from ..runtime.contract import check_choice
-from ..runtime.integers import cdiv
 from ..runtime.op import op
 from ..runtime.tiles import GemmTile, choose_gemm_tile
 from .block_scaled_gemm import (

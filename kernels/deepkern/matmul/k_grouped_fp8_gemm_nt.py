@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..quant.groups import check_offsets, group_spans
 from ..runtime import arch
 from ..runtime.contract import check_that
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from ..runtime.tiles import GemmTile, choose_gemm_tile
 from .block_scaled_gemm import (

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv
 from ..quant.fp8 import as_bits
 from ..runtime.arch import Arch
-from ..runtime.integers import cdiv
 
 
 def k_major(x: Tensor, target: Arch) -> Tensor:

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..quant.fp8 import BLOCK
 from ..runtime import arch
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.tiles import GemmTile, choose_gemm_tile
 from .block_scaled_gemm import (
     KRange,

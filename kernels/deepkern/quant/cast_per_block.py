@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
-from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .fp8 import BLOCK, as_bits, block_scale, magnitude_bits, to_fp8
 

@@ -21,10 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, inverse_rms, next_power_of_2, sum_pairwise
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice
-from ..runtime.exact import inverse_rms, sum_pairwise
-from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.op import op
 from .fp8 import (
     BLOCK,

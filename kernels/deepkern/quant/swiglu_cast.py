@@ -4,7 +4,7 @@
     q, scale = cast_per_token(y)                             y in fp32: one scale per row and block
 
 With a limit, gate = min(gate, limit) and up = clamp(up, -limit, limit) come first. The products are
-taken from left to right, each rounded, and σ is `runtime/exact.py`'s, so the bits are the
+taken from left to right, each rounded, and σ is `arithmetic.py`'s, so the bits are the
 reference's.
 
 Cut: a program takes ROWS rows of one 128-wide block of y, which are two blocks of gate_up. Each
@@ -25,10 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, sigmoid, sum_pairwise
 from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
-from ..runtime.exact import sigmoid, sum_pairwise
-from ..runtime.integers import cdiv
 from ..runtime.op import op
 from .fp8 import (
     BLOCK,

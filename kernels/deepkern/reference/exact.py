@@ -1,4 +1,4 @@
-"""The kernels' own arithmetic (runtime/exact.py), operation for operation, in plain PyTorch.
+"""The kernels' arithmetic (deepkern/arithmetic.py) in plain PyTorch, operation for operation.
 
 Each step is rounded to float32: torch.exp, torch.rsqrt and torch.sum differ from one machine to the
 next in the last place.

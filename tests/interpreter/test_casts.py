@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deepkern.runtime import interpreter
+from deepkern import interpreter
 
 if not interpreter.active():
     pytest.skip("needs the interpreter: TRITON_INTERPRET=1", allow_module_level=True)
@@ -33,12 +33,12 @@ LAYOUT = {
     "bf16": (8, 7, 127, True, 0x7FFF, False),
     "fp16": (5, 10, 15, True, 0x7FFF, False),
 }
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # inf and NaN are meant
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # inf and NaN are intended
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 
 
 def ladder(fmt):
-    """The finite values >= 0 of a format in order; a value's place in it is its code."""
+    """The finite values >= 0 of a format in ascending order; the index of a value is its code."""
     exponent_bits, mantissa_bits, bias, special, nan, _ = LAYOUT[fmt]
     values = []
     for exponent in range((1 << exponent_bits) - special):
@@ -69,10 +69,10 @@ def nearest(x, fmt, toward_zero=False):
     """The code of the value of `fmt` nearest to each float64, ties to the even code."""
     *_, nan, saturates = LAYOUT[fmt]
     values = ladder(fmt)
-    beyond = values[-1] + (values[-1] - values[-2])  # where the next value would be
+    next_value = values[-1] + (values[-1] - values[-2])  # if the format had one more
     magnitude = np.abs(x)
     low = np.searchsorted(values, magnitude, "right") - 1
-    up = np.append(values, beyond)[low + 1] - magnitude
+    up = np.append(values, next_value)[low + 1] - magnitude
     down = magnitude - values[low]
     code = low + ((up < down) | ((up == down) & (low % 2 == 1)))
     if toward_zero:
@@ -87,7 +87,7 @@ def nearest(x, fmt, toward_zero=False):
 
 
 def inputs(source):
-    """All values of a format of up to 16 bits; for the others every place where rounding turns."""
+    """All values of a format of up to 16 bits; for wider formats, values around rounding points."""
     if source in LAYOUT:
         width = TORCH[source].itemsize
         codes = np.arange(1 << 8 * width).astype(f"u{width}")
@@ -150,7 +150,7 @@ def test_cast_toward_zero(source, target):
     np.testing.assert_array_equal(codes(y), nearest(value, target, toward_zero=True))
 
 
-def test_cast_toward_zero_to_e4m3_does_not_exist_on_sm_90():
+def test_cast_toward_zero_to_e4m3_raises():
     with pytest.raises(Exception, match="fp8e4nv.*rtz"):
         run_cast(torch.ones(16), torch.float8_e4m3fn, "rtz")
 

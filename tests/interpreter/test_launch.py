@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deepkern.runtime import interpreter
+from deepkern import interpreter
 
 if not interpreter.active():
     pytest.skip("needs the interpreter: TRITON_INTERPRET=1", allow_module_level=True)
@@ -41,7 +41,7 @@ def pruned_kernel(x, out, n, BLOCK: tl.constexpr):
     tl.store(out, BLOCK)
 
 
-def test_autotune_takes_the_first_config_and_runs_once():
+def test_autotune_runs_first_config_once():
     out = torch.zeros(1, dtype=torch.int32)
     for n in (48, 64):
         x = torch.zeros(n)
@@ -64,7 +64,7 @@ def scale_kernel(x, out, scale, flag, BLOCK: tl.constexpr):
 
 
 def test_float_and_bool_arguments_have_types():
-    # A compiled kernel gets a float32 scalar, so bf16 * scale is float32; a literal is weak.
+    # A compiled kernel receives a float32 scalar, so bf16 * scale is float32; a literal stays bf16.
     x, out = torch.randn(16).bfloat16(), torch.empty(16)
     for flag in (True, False):
         scale_kernel[(1,)](x, out, 0.1, flag, 16)
@@ -126,7 +126,7 @@ def test_scalars_bound_loops():
     assert torch.equal(x, torch.arange(8) * 3.0 + 12)
 
 
-def test_the_language_is_restored_after_a_launch():
+def test_language_is_restored_after_launch():
     before = {name: getattr(tl, name) for name in ("load", "store", "range", "sum", "zeros")}
     core = {name: getattr(tl.core, name) for name in ("load", "reduce", "full")}
     loop_kernel[(1,)](torch.empty(8), 10, 8)
@@ -136,7 +136,7 @@ def test_the_language_is_restored_after_a_launch():
     assert all(getattr(tl.core, name) is value for name, value in core.items())
 
 
-def test_other_errors_keep_their_kind():
+def test_other_errors_keep_their_type():
     @triton.jit
     def broken(x):
         tl.static_assert(False, "on purpose")
@@ -155,12 +155,12 @@ def run(code, **environment):
     return result.stdout.split()
 
 
-def test_install_does_nothing_without_triton_interpret():
+def test_install_without_triton_interpret_is_no_op():
     code = """
 import triton
 from triton.runtime import driver
 before = triton.runtime.autotuner.Autotuner.do_bench, driver._active
-from deepkern.runtime import interpreter
+from deepkern import interpreter
 print(interpreter.install(), interpreter.active(),
       before == (triton.runtime.autotuner.Autotuner.do_bench, driver._active))
 """
@@ -173,14 +173,14 @@ def test_install_twice_changes_nothing():
     assert triton.runtime.interpreter.InterpreterBuilder.create_masked_load is load
 
 
-def test_an_unknown_version_is_refused():
+def test_unsupported_version_raises():
     code = """
 from triton.runtime import interpreter as stock
 del stock.GridExecutor
 try:
-    from deepkern.runtime import interpreter
+    from deepkern import interpreter
     interpreter.install()
 except RuntimeError as error:
-    print("refused" if "lacks GridExecutor" in str(error) else error)
+    print("raised" if "lacks GridExecutor" in str(error) else error)
 """
-    assert run(code, TRITON_INTERPRET="1") == ["refused"]
+    assert run(code, TRITON_INTERPRET="1") == ["raised"]

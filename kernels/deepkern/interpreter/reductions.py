@@ -1,8 +1,8 @@
 """Reductions and scans in the interpreter: pairs of neighbours, then pairs of pairs.
 
-That is the order of a butterfly on a GPU up to the layout, it is the same whatever the other
-dimensions of the tile are, it holds for combine functions that do not commute, and it rounds in
-the tile's own dtype at each step, as the GPU does. `reduce_tiles` and `scan_tiles` replace
+This is the order of a GPU's butterfly reduction, except for the layout. It does not depend on the
+other dimensions of the tile, it is valid for combine functions that do not commute, and it rounds
+to the tile's dtype at each step, as the GPU does. `reduce_tiles` and `scan_tiles` replace
 ReduceOps.apply_impl and ScanOps.apply_impl.
 """
 
@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import triton.language as tl
 
-from . import interpreter_numbers as numbers
+from . import numbers
 
 
 def _argmax(better, v1, i1, v2, i2):
@@ -19,7 +19,7 @@ def _argmax(better, v1, i1, v2, i2):
     return np.where(first, v1, v2), np.where(first, i1, i2)
 
 
-_FAST = {  # combine functions of triton.language.standard on arrays
+_FAST = {  # combine functions of triton.language.standard, as functions of numpy arrays
     "_sum_combine": np.add,
     "_prod_combine": np.multiply,
     "_xor_combine": np.bitwise_xor,
@@ -52,7 +52,7 @@ def _combiner(op, dtypes):
         out = body(*tiles)
         out = out if isinstance(out, tuple) else (out,)
         if any(isinstance(t, tl.tensor) and t.dtype != d for t, d in zip(out, dtypes, strict=True)):
-            raise TypeError(f"{name} returns other types than it is given, {dtypes}")
+            raise TypeError(f"{name} must return the types of its arguments, {dtypes}")
         values = (t.handle.data if isinstance(t, tl.tensor) else t for t in out)
         return tuple(np.broadcast_to(v, left[0].shape) for v in values)
 

@@ -1,93 +1,44 @@
-"""Triton's interpreter (TRITON_INTERPRET=1) made exact, memory-checked and race-checked.
-
-Upstream does not promise right answers for bf16 and FP8 (triton issues 11584, 10945), and they
-are silently wrong. Everything that mends this, the only monkey-patching of Triton in the project,
-is in this module and its four parts:
-
-interpreter_numbers  formats, casts, bf16 arithmetic, fma, min/max, dots, in numpy. Upstream takes
-                     dots and arithmetic of bf16 *bit patterns*, truncates float32 -> bf16, rounds
-                     float32 -> FP8 wrongly and does not saturate, wraps float -> int, rounds
-                     tl.fma twice, lets NaN win in tl.maximum, ignores input_precision.
-interpreter_ops      the builder's operations in terms of those, and the loads and stores.
-interpreter_reduce   reductions and scans. Upstream's compare bit patterns, ignore the index operand
-                     of argmax, and call a combine function once per element.
-interpreter_memory   every load, store, atomic, descriptor and block pointer is held to the tensor
-                     that its address was made from; races between programs raise.
-here                 launches, `and`/`or`/`not` on tiles (upstream returns the second operand),
-                     float and bool arguments (upstream leaves Python numbers, which promote
-                     differently), scalars as loop bounds with numpy >= 2.4, autotuning without a
-                     driver (the first configuration is taken, nothing is timed), and the cost of
-                     a launch and of a call to a device function.
-
-What stays inexact: the order and precision in which a GPU accumulates (a dot is one rounding of
-the exact sum, then one addition to the accumulator); `/`, exp, log, sqrt, sin, ... on float32,
-which a GPU approximates to 1-2 ulp and the interpreter rounds correctly; multiply-add contraction
-(a * b + c becomes one fma on a GPU unless enable_fp_fusion=False); payloads of NaNs; flushing of
-float32 subnormals by approximate functions; argmax of tiles with NaN, which depends on the layout.
-Not interpreted: inline assembly, libdevice, tl.dot_scaled before Triton 3.8.
-
-DEEPKERN_INTERPRETER_ORDER=reverse or random:SEED visits the programs of a grid in another order.
-"""
+"""Patches of Triton's interpreter: launches, the language, boolean operators, autotuning."""
 
 import ast
 import functools
-import os
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import triton
+from triton.runtime import interpreter as upstream
 
-from .interpreter_memory import InterpreterMemoryError, InterpreterRaceError, Launch, tensors
+from .memory import InterpreterMemoryError, InterpreterRaceError, Launch, tensors
 
-__all__ = ["InterpreterMemoryError", "InterpreterRaceError", "active", "install"]
-
-_NEEDED = """ASTTransformer GridExecutor InterpretedFunction InterpreterBuilder InterpreterError
+_REQUIRED = """ASTTransformer GridExecutor InterpretedFunction InterpreterBuilder InterpreterError
 ReduceOps ScanOps TensorHandle _LangPatchScope _MISSING _convert_float _get_np_dtype _implicit_cvt
 _patch_lang _validate_np_data_size"""
-_installed = False
 
 
-def active() -> bool:
-    """Whether kernels of this process run in the mended interpreter."""
-    return _installed
-
-
-def install() -> bool:
-    """Mend the interpreter if TRITON_INTERPRET asks for it; returns `active()`.
-
-    Call it before any kernel runs. Without TRITON_INTERPRET=1 nothing is touched or imported.
-    """
-    global _installed
-    wanted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-    if _installed or not wanted:
-        return _installed
-    import triton
-    from triton.runtime import interpreter as stock
-
-    missing = [name for name in _NEEDED.split() if not hasattr(stock, name)]
+def apply() -> None:
+    """Replace the parts of Triton's interpreter that the package docstring lists."""
+    missing = [name for name in _REQUIRED.split() if not hasattr(upstream, name)]
     if missing:
         raise RuntimeError(
-            f"deepkern does not know the interpreter of triton {triton.__version__} (it lacks "
+            f"deepkern does not support the interpreter of triton {triton.__version__} (it lacks "
             f"{', '.join(missing)}); it was tested with 3.6.0, 3.7.1 and 3.9.0"
         )
-    from . import interpreter_ops as ops
-    from . import interpreter_reduce as reduce
+    from . import ops, reductions  # both use the names that were just checked
 
     for name, method in ops.METHODS.items():
-        if name in ops.ADDED or hasattr(stock.InterpreterBuilder, name):
-            setattr(stock.InterpreterBuilder, name, method)
-    stock._convert_float = lambda data, source, target, mode: _bits(
+        if name in ops.ADDED or hasattr(upstream.InterpreterBuilder, name):
+            setattr(upstream.InterpreterBuilder, name, method)
+    upstream._convert_float = lambda data, source, target, mode: _bits(
         ops.numbers.cast(data, source.name, target.name)
     )
-    stock.ReduceOps.apply_impl = reduce.reduce_tiles
-    stock.ScanOps.apply_impl = reduce.scan_tiles
-    stock._get_np_dtype = _cached_by_name(stock._get_np_dtype)
-    _patch_launch(stock)
-    _patch_language(stock, triton.language)
-    _patch_boolean_operators(stock, triton.language)
-    _patch_autotuner(triton)
-    _installed = True
-    return True
+    upstream.ReduceOps.apply_impl = reductions.reduce_tiles
+    upstream.ScanOps.apply_impl = reductions.scan_tiles
+    upstream._get_np_dtype = _cached_by_name(upstream._get_np_dtype)
+    _patch_launch()
+    _patch_language(triton.language)
+    _patch_boolean_operators(triton.language)
+    _patch_autotuner()
 
 
 def _bits(data):
@@ -95,29 +46,29 @@ def _bits(data):
 
 
 def _cached_by_name(get_np_dtype):
-    known = {}
+    cache = {}
 
     def cached(dtype):
-        if dtype.name not in known:
-            known[dtype.name] = get_np_dtype(dtype)
-        return known[dtype.name]
+        if dtype.name not in cache:
+            cache[dtype.name] = get_np_dtype(dtype)
+        return cache[dtype.name]
 
     return cached
 
 
-def _patch_launch(stock):
-    """Every launch gets a `Launch`: windows for its arguments, its grid, its race record."""
-    executor, builder = stock.GridExecutor, stock.InterpreterBuilder
+def _patch_launch():
+    """Give every launch a `Launch`: windows for its arguments, its grid, its race record."""
+    executor, builder = upstream.GridExecutor, upstream.InterpreterBuilder
     call, to_host, to_device = (
         executor.__call__,
         executor._init_args_hst,
         executor._restore_args_dev,
     )
-    convert, set_dim, set_idx = stock._implicit_cvt, builder.set_grid_dim, builder.set_grid_idx
-    tl = stock.tl
+    convert, set_dim, set_idx = upstream._implicit_cvt, builder.set_grid_dim, builder.set_grid_idx
+    tl = upstream.tl
 
     def scalar(value, np_dtype, dtype):
-        return tl.tensor(stock.TensorHandle(np.array([value], np_dtype), dtype), dtype)
+        return tl.tensor(upstream.TensorHandle(np.array([value], np_dtype), dtype), dtype)
 
     @functools.wraps(call)
     def launch(self, *args, **kwargs):
@@ -125,7 +76,7 @@ def _patch_launch(stock):
         try:
             with np.errstate(all="ignore"):
                 return call(self, *args, **kwargs)
-        except stock.InterpreterError as error:
+        except upstream.InterpreterError as error:
             cause = error
             while cause is not None:
                 if isinstance(cause, InterpreterMemoryError | InterpreterRaceError):
@@ -144,20 +95,22 @@ def _patch_launch(stock):
 
     @functools.wraps(to_device)
     def restore_args(self, args, host, kwargs, host_kwargs):
-        # Tensors on the CPU were not copied: nothing to copy back.
-        given = [t for arg in (*args, *kwargs.values()) for _, t in tensors("", arg)]
-        if any(getattr(t, "base", t).device.type != "cpu" for t in given):
+        # CPU tensors were not copied, so there is nothing to copy back.
+        arguments = [t for arg in (*args, *kwargs.values()) for _, t in tensors("", arg)]
+        if any(getattr(t, "base", t).device.type != "cpu" for t in arguments):
             to_device(self, args, host, kwargs, host_kwargs)
 
     @functools.wraps(convert)
     def implicit_cvt(arg):
-        # As in a compiled launch, Python numbers come in as scalars of a type of their own.
+        # As in a compiled launch, Python numbers become scalars with a fixed type.
         if isinstance(arg, bool):
             return scalar(arg, np.bool_, tl.int1)
         if isinstance(arg, float):
             return scalar(arg, np.float32, tl.float32)
         if hasattr(arg, "data_ptr"):
-            return scalar(Launch.current.by_tensor[id(arg)].fake, np.uint64, convert(arg).type)
+            return scalar(
+                Launch.current.by_tensor[id(arg)].fake_address, np.uint64, convert(arg).type
+            )
         return convert(arg)
 
     def set_grid_dim(self, *grid):
@@ -168,22 +121,22 @@ def _patch_launch(stock):
         set_idx(self, *Launch.current.visit(x, y, z))
 
     executor.__call__, executor._init_args_hst = launch, init_args
-    executor._restore_args_dev, stock._implicit_cvt = restore_args, implicit_cvt
+    executor._restore_args_dev, upstream._implicit_cvt = restore_args, implicit_cvt
     builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
 
 
-def _patch_language(stock, tl):
-    """Redirect triton.language once per launch, not at each call, and always undo it."""
-    stock_patch = stock._patch_lang
-    everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+def _patch_language(tl):
+    """Redirect triton.language once per launch instead of at each call, and always restore it."""
+    upstream_patch = upstream._patch_lang
+    all_modules = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     changes, depth = [], 0
 
     def record():
-        scope = stock_patch(everything)
+        scope = upstream_patch(all_modules)
         scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
         interpreted_to_ir = tl.dtype.to_ir
 
-        def to_ir(self, builder):  # upstream's lacks these two before 3.9
+        def to_ir(self, builder):  # upstream lacks these two before 3.9
             missing = {"fp8e4b8": "get_fp8e4b8_ty", "fp8e5b16": "get_fp8e5b16_ty"}
             if self.name in missing:
                 return getattr(builder, missing[self.name])()
@@ -193,7 +146,7 @@ def _patch_language(stock, tl):
             raise NotImplementedError("the interpreter of this Triton has no tl.dot_scaled")
 
         scope.set_attr(tl.dtype, "to_ir", to_ir)
-        if not hasattr(stock.InterpreterBuilder, "create_dot_scaled"):
+        if not hasattr(upstream.InterpreterBuilder, "create_dot_scaled"):
             scope.set_attr(tl, "dot_scaled", dot_scaled)
         new = {(id(obj), name): vars(obj)[name] for obj, name, _ in scope._changes}
         changes.extend((*change, new[id(change[0]), change[1]]) for change in scope._changes)
@@ -203,7 +156,7 @@ def _patch_language(stock, tl):
         depth -= 1
         if depth == 0:
             for obj, name, old, _ in reversed(changes):
-                delattr(obj, name) if old is stock._MISSING else setattr(obj, name, old)
+                delattr(obj, name) if old is upstream._MISSING else setattr(obj, name, old)
 
     def patch_lang(fn):
         nonlocal depth
@@ -224,12 +177,12 @@ def _patch_language(stock, tl):
         finally:
             scope.restore()
 
-    stock._patch_lang, stock.InterpretedFunction.__call__ = patch_lang, device_function
+    upstream._patch_lang, upstream.InterpretedFunction.__call__ = patch_lang, device_function
 
 
-def _patch_boolean_operators(stock, tl):
-    """`and`, `or`, `not` on tensors as the compiler has them: elementwise, both sides evaluated."""
-    transformer = stock.ASTTransformer
+def _patch_boolean_operators(tl):
+    """Make `and`, `or`, `not` elementwise on tensors and evaluate both sides, as when compiled."""
+    transformer = upstream.ASTTransformer
 
     def bool_op(method, *operands):
         tensors = []
@@ -265,20 +218,21 @@ def _patch_boolean_operators(stock, tl):
         return ast.copy_location(ast.Call(func=name, args=[node.operand], keywords=[]), node)
 
     transformer.visit_BoolOp, transformer.visit_UnaryOp = visit_bool_op, visit_unary_op
-    stock._deepkern_bool_op, stock._deepkern_not_op = bool_op, not_op  # found by rewritten kernels
+    # Rewritten kernels look these up in the upstream module.
+    upstream._deepkern_bool_op, upstream._deepkern_not_op = bool_op, not_op
     probe = transformer().visit(ast.parse("x = a and b"))
     if any(isinstance(node, ast.BoolOp) for node in ast.walk(probe)):
-        visit_assign = transformer.visit_Assign  # before 3.8 it does not look into the value
+        visit_assign = transformer.visit_Assign  # before 3.8 it does not visit the value
 
-        def visit_value_too(self, node):
+        def visit_assign_and_value(self, node):
             node.value = self.visit(node.value)
             return visit_assign(self, node)
 
-        transformer.visit_Assign = visit_value_too
+        transformer.visit_Assign = visit_assign_and_value
 
 
-def _patch_autotuner(triton):
-    """No timing: every configuration takes no time, and the first of equals wins."""
+def _patch_autotuner():
+    """Time nothing: every configuration takes 0 ms, and the first of equal times is selected."""
     from triton.runtime.autotuner import Autotuner
 
     def do_bench(self):
@@ -287,7 +241,7 @@ def _patch_autotuner(triton):
     Autotuner.do_bench = property(do_bench, lambda self, value: None)
     try:
         _ = triton.runtime.driver.active
-    except Exception:  # no GPU, no driver: one that answers what a launcher may ask
+    except Exception:  # no GPU driver: install a stub with the properties that launchers read
         from triton.backends.compiler import GPUTarget
 
         properties = SimpleNamespace(multi_processor_count=132)

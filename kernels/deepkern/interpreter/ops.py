@@ -1,25 +1,24 @@
-"""What the interpreter's builder does for each operation, mended: see interpreter.py.
+"""Operations of the interpreter's builder: arithmetic, casts, dots, loads, stores and atomics.
 
-`Builder` holds methods that replace those of the same name in Triton's InterpreterBuilder. This
-module imports Triton and is itself imported by `interpreter.install` only.
+The methods of `Builder` replace those of the same name in Triton's InterpreterBuilder.
 """
 
 import numpy as np
 import torch
 import triton.language as tl
 from triton._C.libtriton import ir
-from triton.runtime import interpreter as stock
+from triton.runtime import interpreter as upstream
 
-from . import interpreter_numbers as numbers
-from .interpreter_memory import Launch
+from . import numbers
+from .memory import Launch
 
-Handle = stock.TensorHandle
+Handle = upstream.TensorHandle
 _COMPARISONS = {
     *(np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal),
 }
 _WRAPPING = {np.add, np.subtract, np.multiply}
-# Done in float64 and rounded, so that neither the machine's SIMD width nor the layout of the tile
-# shows. (A GPU approximates these, to 1 or 2 units in the last place.)
+# Computed in float64 and rounded, so that the result does not depend on the machine's SIMD width or
+# the tile's layout. (A GPU approximates these to 1 or 2 units in the last place.)
 _TRANSCENDENTAL = {np.exp, np.exp2, np.log, np.log2, np.sin, np.cos}
 
 
@@ -27,7 +26,7 @@ def _format(handle):
     return handle.dtype.scalar.name
 
 
-def _no_fp8(name):
+def _refuse_fp8(name):
     if name in numbers.FP8:
         raise TypeError(f"no GPU has arithmetic or comparisons on {name}: cast to a wider type")
 
@@ -37,8 +36,8 @@ class Builder:
 
     def binary_op(self, lhs, rhs, op):
         name, a, b = _format(lhs), lhs.data, rhs.data
-        _no_fp8(name)
-        if name == "bf16":  # exact products, sums and quotients of bf16 round alike via float32
+        _refuse_fp8(name)
+        if name == "bf16":  # rounding via float32 equals rounding bf16 results once
             a, b = numbers.decode(a, name), numbers.decode(b, name)
         if a.dtype == b.dtype == np.bool_ and op in _WRAPPING:  # int1 is an integer of one bit
             a, b = a.astype(np.int8), b.astype(np.int8)
@@ -48,13 +47,13 @@ class Builder:
             return Handle(out, tl.int1)
         if name == "bf16":
             out = numbers.encode(out, name)
-        elif not stock._validate_np_data_size(out, lhs.dtype.scalar):
-            out = out.astype(stock._get_np_dtype(lhs.dtype.scalar))
+        elif not upstream._validate_np_data_size(out, lhs.dtype.scalar):
+            out = out.astype(upstream._get_np_dtype(lhs.dtype.scalar))
         return Handle(out, lhs.dtype.scalar)
 
     def unary_op(self, arg, op):
         name = _format(arg)
-        _no_fp8(name)
+        _refuse_fp8(name)
         x = numbers.decode(arg.data, name) if name == "bf16" else arg.data
         out = op(x.astype(np.float64)) if op in _TRANSCENDENTAL else op(x)
         if name in numbers.FLOATS:
@@ -80,11 +79,11 @@ class Builder:
 
     def create_fma(self, x, y, z):
         name = _format(z)
-        _no_fp8(name)
+        _refuse_fp8(name)
         if name == "fp64":  # two roundings: neither numpy nor Python < 3.13 has this fma
             return Handle(x.data * y.data + z.data, z.dtype.scalar)
-        total = numbers.fma(*(numbers.decode(v.data, name) for v in (x, y, z)))
-        return Handle(numbers.encode(total, name), z.dtype.scalar)
+        out = numbers.fma(*(numbers.decode(v.data, name) for v in (x, y, z)))
+        return Handle(numbers.encode(out, name), z.dtype.scalar)
 
     def create_rsqrt(self, arg):
         return self.unary_op(arg, lambda x: 1 / np.sqrt(x.astype(np.float64)))
@@ -101,7 +100,7 @@ class Builder:
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
         source, target, data = _format(src), dst_type.scalar, src.data
-        np_target = stock._get_np_dtype(target)
+        np_target = upstream._get_np_dtype(target)
         if source in numbers.FLOATS and target.name in numbers.FLOATS:
             rtz = rounding_mode == ir.ROUNDING_MODE.RTZ
             data = numbers.cast(data, source, target.name, rtz)
@@ -142,29 +141,29 @@ class Builder:
         _store(ptrs, value, mask)
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
-        _ordering(sem)
+        _record_ordering(sem)
         if _format(val) == "bf16":
             return _atomic_add_bf16(rmwOp, ptr, val, mask)
         real = Handle(_real_addresses(ptr, mask.data), ptr.dtype)
-        return _STOCK["create_atomic_rmw"](self, rmwOp, real, val, mask, sem, scope)
+        return _UPSTREAM["create_atomic_rmw"](self, rmwOp, real, val, mask, sem, scope)
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
-        _ordering(sem)
+        _record_ordering(sem)
         real = Handle(_real_addresses(ptr, None), ptr.dtype)
-        return _STOCK["create_atomic_cas"](self, real, cmp, val, sem, scope)
+        return _UPSTREAM["create_atomic_cas"](self, real, cmp, val, sem, scope)
 
     def create_atomic_load(self, *args):
-        return _quietly(self, "create_atomic_load", *args)
+        return _without_race_check(self, "create_atomic_load", *args)
 
     def create_atomic_store(self, *args):
-        return _quietly(self, "create_atomic_store", *args)
+        return _without_race_check(self, "create_atomic_store", *args)
 
     def create_atomic_poll(self, *args):
-        return _quietly(self, "create_atomic_poll", *args)
+        return _without_race_check(self, "create_atomic_poll", *args)
 
     def create_descriptor_load(self, desc, indices, *rest):
         out = _without_nan(self, "create_descriptor_load", desc, indices, *rest)
-        if _has_nan_bits(desc):
+        if _pads_with_nan(desc):
             _fill_nan(out, desc.materialize_pointers(indices)[1])
         return out
 
@@ -172,23 +171,23 @@ class Builder:
         nan = padding_option == ir.PADDING_OPTION.PAD_NAN
         padding = ir.PADDING_OPTION.PAD_ZERO if nan else padding_option
         name = "create_tensor_pointer_load"
-        out = _STOCK[name](self, ptr, boundary_check, padding, *rest)
+        out = _UPSTREAM[name](self, ptr, boundary_check, padding, *rest)
         if nan:
             _fill_nan(out, ptr.materialize_pointers(boundary_check)[1])
         return out
 
     def create_print(self, prefix, hex, values, *rest):
-        shown = [v if hex else _readable(v) for v in values]
-        _STOCK["create_print"](self, prefix, hex, shown, *rest)
+        printed = [v if hex else _readable(v) for v in values]
+        _UPSTREAM["create_print"](self, prefix, hex, printed, *rest)
 
 
 METHODS = {name: method for name, method in vars(Builder).items() if not name.startswith("_")}
-_STOCK = {k: v for k, v in vars(stock.InterpreterBuilder).items() if k in METHODS}
-ADDED = {"get_bf16"}  # lacking in some versions, wanted in all
+_UPSTREAM = {k: v for k, v in vars(upstream.InterpreterBuilder).items() if k in METHODS}
+ADDED = {"get_bf16"}  # some versions of Triton lack it
 
 
-def _plain(mask, shape):
-    """A mask as an array of the tile's shape, or None when no lane is off."""
+def _array_mask(mask, shape):
+    """A mask as an array of the tile's shape, or None if it is all true."""
     mask = mask.data if isinstance(mask, Handle) else mask
     if mask is None or mask.all():
         return None
@@ -197,73 +196,73 @@ def _plain(mask, shape):
 
 def _load(ptrs, mask, other):
     launch, pointers, dtype = Launch.current, ptrs.data, ptrs.get_element_ty()
-    mask = _plain(mask, pointers.shape)
-    np_dtype = stock._get_np_dtype(dtype)
+    mask = _array_mask(mask, pointers.shape)
+    np_dtype = upstream._get_np_dtype(dtype)
     size = np_dtype.itemsize
-    parts = launch.locate(pointers, mask, size, "load of")
+    accesses = launch.locate(pointers, mask, size, "load of")
     fill = np.zeros((), np_dtype) if other is None else other.data.astype(np_dtype, copy=False)
-    if len(parts) == 1 and parts[0][2] is None:
-        space, offsets, _ = parts[0]
-        launch.before_read(space, offsets if mask is None else offsets[mask], size)
-        out = space.view(size).take(offsets >> size.bit_length() - 1, mode="clip").view(np_dtype)
+    if len(accesses) == 1 and accesses[0][2] is None:
+        window, offsets, _ = accesses[0]
+        launch.before_read(window, offsets if mask is None else offsets[mask], size)
+        out = window.view(size).take(offsets >> size.bit_length() - 1, mode="clip").view(np_dtype)
         return Handle(out if mask is None else np.where(mask, out, fill), dtype)
     out = np.broadcast_to(fill, pointers.shape).copy()
     flat = out.reshape(-1)
-    for space, offsets, lanes in parts:
-        launch.before_read(space, offsets, size)
-        flat[lanes] = space.view(size)[offsets >> size.bit_length() - 1].view(np_dtype)
+    for window, offsets, lanes in accesses:
+        launch.before_read(window, offsets, size)
+        flat[lanes] = window.view(size)[offsets >> size.bit_length() - 1].view(np_dtype)
     return Handle(out, dtype)
 
 
 def _store(ptrs, value, mask):
     launch, pointers = Launch.current, ptrs.data
-    mask = _plain(mask, pointers.shape)
-    np_dtype = stock._get_np_dtype(ptrs.get_element_ty())
+    mask = _array_mask(mask, pointers.shape)
+    np_dtype = upstream._get_np_dtype(ptrs.get_element_ty())
     size = np_dtype.itemsize
     values = np.broadcast_to(value.data.astype(np_dtype, copy=False), pointers.shape)
     bits = np.ascontiguousarray(values).view(f"u{size}")
-    for space, offsets, lanes in launch.locate(pointers, mask, size, "store to"):
+    for window, offsets, lanes in launch.locate(pointers, mask, size, "store to"):
         if lanes is not None:
-            launch.write(space, offsets, size, bits.reshape(-1)[lanes])
+            launch.write(window, offsets, size, bits.reshape(-1)[lanes])
         elif mask is not None:
-            launch.write(space, offsets[mask], size, bits[mask])
+            launch.write(window, offsets[mask], size, bits[mask])
         else:
-            launch.write(space, offsets.reshape(-1), size, bits.reshape(-1))
+            launch.write(window, offsets.reshape(-1), size, bits.reshape(-1))
 
 
-def _ordering(sem):
-    """An atomic with ordering may be part of a lock: see interpreter_memory."""
+def _record_ordering(sem):
+    """Record an atomic with ordering: it may be part of a lock (see memory.py)."""
     if sem != ir.MEM_SEMANTIC.RELAXED:
-        Launch.current.synced[Launch.current.program + 1] = True
+        Launch.current.has_ordered[Launch.current.program + 1] = True
 
 
-def _quietly(builder, name, ptr, *args):
-    """Atomic loads and stores: plain ones that take no part in the race check."""
+def _without_race_check(builder, name, ptr, *args):
+    """Run an atomic load or store as a plain one, without the race check."""
     launch = Launch.current
-    _ordering(args[-2])
-    launch.watching = False
+    _record_ordering(args[-2])
+    launch.check_races = False
     try:
-        return _STOCK[name](builder, ptr, *args)
+        return _UPSTREAM[name](builder, ptr, *args)
     finally:
-        launch.watching = True
+        launch.check_races = True
 
 
 def _atomic_lanes(ptrs, mask):
     launch = Launch.current
-    size = stock._get_np_dtype(ptrs.get_element_ty()).itemsize
-    mask = _plain(mask, ptrs.data.shape)
-    for space, offsets, lanes in launch.locate(ptrs.data, mask, size, "atomic on"):
+    size = upstream._get_np_dtype(ptrs.get_element_ty()).itemsize
+    mask = _array_mask(mask, ptrs.data.shape)
+    for window, offsets, lanes in launch.locate(ptrs.data, mask, size, "atomic on"):
         if lanes is None:
             lanes = np.arange(offsets.size) if mask is None else np.flatnonzero(mask)
             offsets = offsets.reshape(-1)[lanes]
-        launch.before_read(space, offsets, size, "atomic on")
-        yield space, offsets, lanes
+        launch.before_read(window, offsets, size, "atomic on")
+        yield window, offsets, lanes
 
 
 def _real_addresses(ptrs, mask):
     real = np.zeros(ptrs.data.size, np.uint64)
-    for space, offsets, lanes in _atomic_lanes(ptrs, mask):
-        real[lanes] = (offsets + space.real).astype(np.uint64)
+    for window, offsets, lanes in _atomic_lanes(ptrs, mask):
+        real[lanes] = (offsets + window.real_address).astype(np.uint64)
     return real.reshape(ptrs.data.shape)
 
 
@@ -272,16 +271,16 @@ def _atomic_add_bf16(op, ptrs, val, mask):
         raise NotImplementedError(f"atomic {op.name} on bf16")
     old = np.zeros(ptrs.data.size, np.uint16)
     add = numbers.decode(np.broadcast_to(val.data, ptrs.data.shape).reshape(-1), "bf16")
-    for space, offsets, lanes in _atomic_lanes(ptrs, mask.data):
-        memory = space.view(2)
+    for window, offsets, lanes in _atomic_lanes(ptrs, mask.data):
+        memory = window.view(2)
         for index, lane in zip(offsets >> 1, lanes, strict=True):
             old[lane] = memory[index]
-            total = numbers.decode(memory[index : index + 1], "bf16") + add[lane]
-            memory[index] = numbers.encode(total, "bf16")[0]
+            new = numbers.decode(memory[index : index + 1], "bf16") + add[lane]
+            memory[index] = numbers.encode(new, "bf16")[0]
     return Handle(old.reshape(ptrs.data.shape), val.dtype.scalar)
 
 
-def _has_nan_bits(desc):
+def _pads_with_nan(desc):
     return desc.padding == ir.PADDING_OPTION.PAD_NAN
 
 
@@ -292,12 +291,12 @@ def _readable(handle):
 
 
 def _without_nan(builder, name, desc, *args):
-    """Upstream pads with np.nan, which the integer arrays of bf16 and FP8 cannot hold."""
+    """Pad with 0: the integer arrays of bf16 and FP8 cannot hold the np.nan of upstream."""
     padding = desc.padding
     try:
-        if _has_nan_bits(desc):
+        if _pads_with_nan(desc):
             desc.padding = ir.PADDING_OPTION.PAD_ZERO
-        return _STOCK[name](builder, desc, *args)
+        return _UPSTREAM[name](builder, desc, *args)
     finally:
         desc.padding = padding
 

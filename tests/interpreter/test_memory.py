@@ -1,4 +1,4 @@
-"""Bounds, alignment and races: what must raise, with what words, and what must not."""
+"""Bounds, alignment and races: what raises, with which message, and what does not."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deepkern.runtime import interpreter
-from deepkern.runtime.interpreter import InterpreterMemoryError, InterpreterRaceError
+from deepkern import interpreter
+from deepkern.interpreter import InterpreterMemoryError, InterpreterRaceError
 
 if not interpreter.active():
     pytest.skip("needs the interpreter: TRITON_INTERPRET=1", allow_module_level=True)
@@ -26,7 +26,7 @@ def copy(x, y, shift_x=0, shift_y=0, limit=32):
     copy_kernel[(2,)](x, y, shift_x, shift_y, limit, 16)
 
 
-def test_inside_is_left_alone():
+def test_access_inside_is_allowed():
     x, y = torch.randn(32), torch.zeros(32)
     copy(x, y)
     assert torch.equal(x, y)
@@ -46,7 +46,7 @@ def test_store_outside(shift):
     assert not y[:32].any() and not y[64:].any()
 
 
-def test_message_names_everything():
+def test_message_names_tensor_and_lane():
     with pytest.raises(OUTSIDE) as caught:
         copy(torch.zeros(32, dtype=torch.bfloat16), torch.zeros(32), shift_x=1)
     message = str(caught.value)
@@ -71,7 +71,7 @@ def test_empty_tensors():
         copy(torch.zeros(0), torch.zeros(32), limit=1)
 
 
-def test_a_neighbour_is_outside():
+def test_neighbouring_tensor_is_outside():
     pool = torch.zeros(64)
     x, y = pool[:32], pool[32:]
     copy(x, y)
@@ -79,7 +79,7 @@ def test_a_neighbour_is_outside():
         copy(x, y, shift_x=1)
 
 
-def test_reach_of_a_strided_view():
+def test_range_of_strided_view():
     base = torch.arange(100.0)
     view = base[10:74].view(32, 2)[:, 0]  # elements 10, 12, ... 72: reaches 63 elements
     y = torch.zeros(32)
@@ -119,7 +119,7 @@ def test_pointers_loaded_from_memory():
     table_kernel[(1,)](torch.tensor([x.data_ptr()]), x, y, 32)
     assert torch.equal(x, y)
     hidden = torch.zeros(32)
-    with pytest.raises(OUTSIDE, match="not made from an argument"):
+    with pytest.raises(OUTSIDE, match="is in no tensor argument"):
         table_kernel[(1,)](torch.tensor([hidden.data_ptr()]), x, y, 32)
 
 
@@ -191,7 +191,7 @@ def test_descriptor_pads_with_nan(dtype):
     assert torch.equal(y[:20].float(), x.float()) and y[20:].float().isnan().all()
 
 
-def test_descriptor_of_the_host():
+def test_host_descriptor():
     x, y = torch.randn(40, 32), torch.zeros(40, 32)
     source = TensorDescriptor(x, [40, 32], [32, 1], [16, 32])
     host_descriptor_kernel[(3,)](source, TensorDescriptor(y, [40, 32], [32, 1], [16, 32]), 16)
@@ -279,7 +279,7 @@ def halves_kernel(x, y, BLOCK: tl.constexpr):
         tl.store(y + i, i + 1)
 
 
-def test_race_through_two_arguments_of_one_storage():
+def test_race_between_views_of_one_storage():
     pool = torch.zeros(24, dtype=torch.int32)
     halves_kernel[(2,)](pool[:8], pool[8:], 8)
     with pytest.raises(InterpreterRaceError, match="argument 'y' at element offset 0"):
@@ -299,7 +299,7 @@ def neighbour_kernel(x, shift, BLOCK: tl.constexpr):
     tl.store(x + i, value + 1)
 
 
-def test_in_place_is_fine_and_reading_what_another_wrote_is_not():
+def test_load_after_store_of_another_program():
     x = torch.zeros(40)
     neighbour_kernel[(2,)](x, 0, 16)
     assert (x[4:36] == 1).all()
@@ -314,21 +314,21 @@ def record_kernel(out, count):
 
 
 def test_order_of_programs(monkeypatch):
-    def visited():
+    def programs_in_order():
         when, count = torch.zeros(24, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         record_kernel[(4, 2, 3)](when, count)
         return when.argsort().tolist()
 
-    assert visited() == list(range(24))
+    assert programs_in_order() == list(range(24))
     monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", "reverse")
-    assert visited() == list(range(23, -1, -1))
+    assert programs_in_order() == list(range(23, -1, -1))
     with pytest.raises(InterpreterRaceError, match="which program .1, 0, 0. .* wrote"):
         neighbour_kernel[(2,)](torch.zeros(40), 1, 16)
     monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", "random:3")
-    assert sorted(visited()) == list(range(24)) and visited() != list(range(24))
+    assert sorted(programs_in_order()) == list(range(24)) and programs_in_order() != list(range(24))
     monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", "backwards")
     with pytest.raises(ValueError, match="expected reverse or random:SEED"):
-        visited()
+        programs_in_order()
 
 
 @triton.jit
@@ -347,7 +347,7 @@ def last_one_sums(sem):
     return out.item()
 
 
-def test_atomics_that_order_are_respected():
+def test_ordering_atomics_prevent_races():
     assert last_one_sums("acq_rel") == 64
     with pytest.raises(InterpreterRaceError, match="load of argument 'slots'"):
         last_one_sums("relaxed")
@@ -402,12 +402,12 @@ def clear_and_count_kernel(out):
         tl.atomic_add(out, 1, sem="relaxed")
 
 
-def test_atomic_on_what_another_program_stores():
+def test_atomic_after_store_of_another_program():
     with pytest.raises(InterpreterRaceError, match="atomic on argument 'out'"):
         clear_and_count_kernel[(2,)](torch.zeros(1, dtype=torch.int32))
 
 
-def test_a_new_launch_starts_afresh():
+def test_new_launch_clears_race_record():
     x = torch.zeros(40)
     for shift in (0, 1, 2):
         neighbour_kernel[(1,)](x, shift, 16)

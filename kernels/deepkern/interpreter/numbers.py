@@ -1,11 +1,11 @@
 """The arithmetic of sm_90 in numpy: number formats, casts, bf16, fma, min/max, and dots.
 
 numpy has no bf16 and no FP8: Triton's interpreter keeps them as bit patterns in uint16 and uint8
-arrays, and so do these functions. Formats go by Triton's names: bf16, fp16, fp32, fp64, and
+arrays, and so do these functions. Formats have Triton's names: bf16, fp16, fp32, fp64, and
 fp8e4nv (e4m3fn), fp8e5 (e5m2), fp8e4b8, fp8e5b16 (the AMD ones without inf or -0), fp8e4b15.
 
-Every narrowing cast rounds once, to nearest even unless told "rtz". A NaN becomes the one that an
-NVIDIA GPU writes (0x7f, 0x7fff); payloads of float32 and float64 NaNs are not modelled.
+Every narrowing cast rounds once, to nearest even, or toward zero with "rtz". A NaN becomes the one
+that an NVIDIA GPU writes (0x7f, 0x7fff); payloads of float32 and float64 NaNs are not modelled.
 """
 
 import functools
@@ -45,13 +45,13 @@ def _values(fmt):
 
 @functools.cache
 def _decode_table(fmt, wide):
-    """What each FP8 code becomes in a wider format, ready for `take`."""
+    """Value of each FP8 code in a wider format, as a table for `take`."""
     table = _values(fmt)
     if wide == "bf16":
         bits = encode(table, "bf16")
         if fmt == "fp8e5":
             # Triton's sm_90 code shifts the bits into place and multiplies by 2^112, so the
-            # exponent that means inf or NaN comes out as an ordinary one (65536 and up).
+            # exponent that means inf or NaN becomes an ordinary one (65536 and up).
             for code in (0x7C, 0x7D, 0x7E, 0x7F):
                 bits[[code, code | 0x80]] = encode(65536.0 * (1 + code % 4 / 4) * _SIGNS, "bf16")
         return bits
@@ -63,14 +63,14 @@ _SIGNS = np.array([1.0, -1.0])
 
 @functools.cache
 def _encode_table(fmt):
-    """FP8 code of each bf16 pattern; float32 comes here with its low half folded into one bit."""
+    """FP8 code of each bf16 pattern; float32 input has its low half folded into one sticky bit."""
     value = decode(np.arange(65536, dtype=np.uint16), "bf16").astype(np.float64)
     positive = _values(fmt)[:128]
     positive = positive[np.isfinite(positive)]
     middles = (positive[:-1] + positive[1:]) / 2
-    below = np.searchsorted(middles, np.abs(value), "left")
-    above = np.searchsorted(middles, np.abs(value), "right")  # differs from `below` at ties
-    code = np.where(below % 2 == 0, below, above)  # the even code has the even mantissa
+    ties_down = np.searchsorted(middles, np.abs(value), "left")
+    ties_up = np.searchsorted(middles, np.abs(value), "right")
+    code = np.where(ties_down % 2 == 0, ties_down, ties_up)  # an even code has an even mantissa
     negative = np.signbit(value)
     if fmt in ("fp8e4b8", "fp8e5b16"):
         negative &= code != 0
@@ -80,7 +80,7 @@ def _encode_table(fmt):
 
 
 def decode(data, fmt):
-    """bit patterns -> float32, exactly; fp32 and fp64 come back as they are."""
+    """Bit patterns -> float32, exactly; fp32 and fp64 are returned unchanged."""
     if fmt == "bf16":
         return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if fmt in FP8:
@@ -89,7 +89,7 @@ def decode(data, fmt):
 
 
 def encode(x, fmt, rtz=False):
-    """float32 or float64 -> the array that holds `fmt` in the interpreter."""
+    """float32 or float64 -> the array that represents `fmt` in the interpreter."""
     if rtz:
         return _truncate(x, fmt)
     if fmt in _NUMPY:
@@ -105,8 +105,8 @@ def encode(x, fmt, rtz=False):
         out = ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
         out[np.isnan(x)] = 0x7FFF
         return out
-    # Round to odd at bf16's eight bits first: FP8 has so much fewer that the second rounding
-    # then gives what one rounding would.
+    # Round to odd at bf16's 8 significant bits first. FP8 has at most 4, so the second rounding
+    # gives the same result as a single one.
     sticky = (bits & np.uint32(0xFFFF)) != 0
     return _encode_table(fmt).take((bits >> np.uint32(16)) | sticky)
 
@@ -124,7 +124,7 @@ def cast(data, source, target, rtz=False):
 
 
 def _odd(x, dtype):
-    """float64 -> narrower, rounded to odd: a later rounding then acts as on the exact value."""
+    """float64 -> narrower, rounded to odd: a later rounding then equals rounding once."""
     y = x.astype(dtype)
     back = y.astype(np.float64)
     y = np.where(np.abs(back) > np.abs(x), np.nextafter(y, dtype(0)), y)
@@ -154,7 +154,7 @@ def from_integer(data, fmt):
     """Integer or bool -> float, rounded once."""
     if fmt in _NUMPY:
         return data.astype(_NUMPY[fmt])
-    if data.dtype.itemsize == 8:  # more bits than float64 holds: fold the lowest into one
+    if data.dtype.itemsize == 8:  # float64 holds 53 bits: fold the lowest 12 into one
         low = data & data.dtype.type(0xFFF)
         data = np.where(np.abs(data) >> 53 == 0, data, data - low + (low != 0) * 0x800)
     return encode(data.astype(np.float64), fmt)
@@ -163,7 +163,7 @@ def from_integer(data, fmt):
 def to_integer(x, dtype):
     """Float -> integer as cvt.rzi: toward zero, clamped to the range, NaN -> 0 (or the lowest)."""
     dtype = np.dtype(dtype)
-    # There is no conversion to 8 bits: it goes by way of 16 and keeps the low byte.
+    # The GPU has no conversion to 8 bits: it converts to 16 and keeps the low byte.
     info = np.iinfo(np.dtype(f"{dtype.kind}2") if dtype.itemsize == 1 else dtype)
     x64 = np.trunc(x.astype(np.float64))
     high = x64 >= float(info.max)
@@ -175,7 +175,7 @@ def to_integer(x, dtype):
 
 
 def maximum_number(a, b):
-    """max.f32: a NaN loses against a number, and +0 wins over -0."""
+    """max.f32: returns the number if the other is NaN, and +0 for +0 and -0."""
     out = np.fmax(a, b)
     if out.dtype.kind == "f":
         zeros = (a == 0) & (b == 0)
@@ -185,12 +185,12 @@ def maximum_number(a, b):
 
 
 def minimum_number(a, b):
-    """min.f32: a NaN loses against a number, and -0 wins over +0."""
+    """min.f32: returns the number if the other is NaN, and -0 for +0 and -0."""
     return -maximum_number(-a, -b) if np.asarray(a).dtype.kind == "f" else np.fmin(a, b)
 
 
 def maximum_nan(a, b):
-    """max.NaN.f32: a NaN wins."""
+    """max.NaN.f32: returns NaN if either is NaN."""
     return np.where(np.isnan(a) | np.isnan(b), np.full((), np.nan, a.dtype), maximum_number(a, b))
 
 
@@ -201,15 +201,15 @@ def minimum_nan(a, b):
 def fma(x, y, z):
     """x * y + z rounded once, for float32 and narrower: float64 holds the product exactly."""
     product, z64 = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
-    total = product + z64
-    # Knuth's two-sum gives the rounding error of the sum; folding it in as "rounded to odd" makes
-    # the rounding to the narrow type act as if the sum were exact.
-    part = total - product
-    error = (product - (total - part)) + (z64 - part)
-    even = total.view(np.int64) & 1 == 0
+    rounded = product + z64
+    # Knuth's two-sum gives the rounding error of the sum. With that error the sum is rounded to
+    # odd, and the later rounding to the narrow type gives the same as from the exact sum.
+    z_rounded = rounded - product
+    error = (product - (rounded - z_rounded)) + (z64 - z_rounded)
+    even = rounded.view(np.int64) & 1 == 0
     away = np.where(error > 0, np.inf, -np.inf)
-    nudge = even & (error != 0) & np.isfinite(total)
-    return np.where(nudge, np.nextafter(total, away), total)
+    make_odd = even & (error != 0) & np.isfinite(rounded)
+    return np.where(make_odd, np.nextafter(rounded, away), rounded)
 
 
 def tf32(x, nearest=False):
@@ -224,7 +224,7 @@ def matmul(a, b, a_format, b_format, dtype, precision="ieee"):
     """Sum of products in float64, rounded once to `dtype`; a and b [..., M, K] and [..., K, N].
 
     float64 makes the sum exact for FP8 and int8, and for bf16 and fp16 unless magnitudes within
-    one dot are spread over more than about 2^30: the tile shape cannot show in the result. The
+    one dot differ by more than about 2^30, so the result does not depend on the tile shape. The
     tensor core's own accumulation (about 14 bits for FP8 on Hopper) is not modelled.
     """
     if a.dtype.kind in "iu" and a_format not in FLOATS:
@@ -236,7 +236,7 @@ def matmul(a, b, a_format, b_format, dtype, precision="ieee"):
     if a_format == "fp32" and precision == "tf32x3":
         high_a, high_b = tf32(a, True), tf32(b, True)
         low_a, low_b = tf32(a - high_a, True), tf32(b - high_b, True)
-        parts = ((low_a, high_b), (high_a, low_b), (high_a, high_b))
-        total = sum(np.matmul(p.astype(np.float64), q.astype(np.float64)) for p, q in parts)
-        return total.astype(dtype)
+        pairs = ((low_a, high_b), (high_a, low_b), (high_a, high_b))
+        out = sum(np.matmul(p.astype(np.float64), q.astype(np.float64)) for p, q in pairs)
+        return out.astype(dtype)
     return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)
