@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from model.blocks import dequantise_blocks, quantise_blocks
 from torch import nn
 
 import deepkern
 from model import DeepSeek, compare_precisions
-from model.blocks import dequantise_blocks, quantise_blocks
 from model.evaluate import bits_per_byte, windows
 from model.export import export, is_quantised
 from model.plain import MoE, balance_loss
