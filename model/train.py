@@ -40,7 +40,7 @@ from model.evaluate import bits_per_byte
 from model.export import export, is_quantized
 from model.plain import PlainModel, PlainMoE
 
-SEPARATOR = b"\f"  # between files; a form feed is white space to Python and rare in its source
+SEPARATOR = b"\f"  # before every file; a form feed is white space in Python and rare in its source
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 SKIPPED_DIRS |= {"encodings", "pydoc_data"}  # generated tables, not source
 RUNS = Path(__file__).parents[1] / "runs"  # git-ignored
@@ -80,7 +80,7 @@ def stdlib_files() -> dict[str, bytes]:
 
 
 def is_held_out(path: str) -> bool:
-    """Whether a file is kept out of training: 3 % of all, by the hash of the path."""
+    """Whether a file is held out of training: 3 % of the files, by the hash of the path."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % 1000 < 30
 
 

@@ -20,7 +20,7 @@ PART = 4 * 512 + 1  # 4 windows; the whole text is a slow test
 
 @pytest.fixture(scope="module")
 def plain() -> PlainModel:
-    """The stored weights, dequantised, in the plain model."""
+    """The stored weights, dequantized, in the plain model."""
     return PlainModel.from_pretrained(FOLDER)
 
 

@@ -46,7 +46,7 @@ CASES = {
     "v3-no-q-lora": ("V3", {**V3, "q_lora_rank": None}),
     "v3-one-group": ("V3", {**V3, "n_group": 1, "topk_group": 1}),
     "v3-all-dense": ("V3", {**V3, "first_k_dense_replace": 3}),
-    "v3-unnormalised": ("V3", {**V3, "norm_topk_prob": False, "routed_scaling_factor": 1.7}),
+    "v3-unnormalized": ("V3", {**V3, "norm_topk_prob": False, "routed_scaling_factor": 1.7}),
     "v3-yarn": ("V3", {**V3, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
     "v3-yarn-uneven": ("V3", {**V3, "rope_parameters": {**YARN, "mscale_all_dim": 0.3}}),
     "v3-half-split-rope": ("V3", {**V3, "rope_interleave": False}),
