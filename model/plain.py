@@ -2,12 +2,13 @@
 
 `model/deepseek.py` implements the same model on deepkern's ops, and tests compare the two.  This
 file favours clarity: keys and values are expanded to every head, attention is a softmax over the
-whole sequence, experts run one after another.  Only the rotary embedding is imported from that file;
-tests compare both models with transformers.
+whole sequence, experts run one after another.  Only the rotary embedding is imported from that
+file; tests compare both models with transformers.
 
-`state_dict()` has the names of the Hugging Face checkpoint, multi-token-prediction layer included.  Training uses this model, so it has the losses of the
-DeepSeek-V3 report: next token, multi-token prediction (section 2.2) and the sequence-wise balance
-loss.  A selection bias without gradient keeps the experts balanced (section 2.1.2).
+`state_dict()` has the names of the Hugging Face checkpoint, multi-token-prediction layer included.
+Training uses this model, so it has the losses of the DeepSeek-V3 report: next token, multi-token
+prediction (section 2.2) and the sequence-wise balance loss.  A selection bias without gradient
+keeps the experts balanced (section 2.1.2).
 
     m = PlainModel.from_pretrained("model/checkpoints/stdlib-bytes")
     logits = m(tokens)  # int64 [B, S] -> fp32 [B, S, vocab]
