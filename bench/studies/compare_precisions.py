@@ -11,8 +11,8 @@ It writes a JSON and a PNG to bench/results/: the losses, their mean over the la
 steps, the loss on the held-out text, each model scored in its own precision, and the relative
 distance of these to bf16.
 
-Source of the bound: the DeepSeek-V3 report (arXiv:2412.19437), section 3.3, reports a relative loss
-error below 0.25 %.
+Source of the bound: DeepSeek-V3 report (arXiv:2412.19437), section 3.3: the relative loss error is
+below 0.25 %.
 """
 
 from __future__ import annotations
