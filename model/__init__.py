@@ -1,4 +1,17 @@
-"""The reference model: DeepSeek-V3/R1 and V2 on deepkern's ops, and in plain PyTorch to compare."""
+"""The reference model: DeepSeek-V3, R1 and V2 on deepkern's ops.
+
+    from model import DeepSeek
+
+    m = DeepSeek.from_pretrained("model/checkpoints/stdlib-bytes", dtype=torch.float32)
+    logits = m(tokens)  # int64 [B, S] -> fp32 [B, S, vocab]
+
+deepseek.py   the architecture, top to bottom
+plain.py      the same model in plain PyTorch: the definition, the oracle, and what training uses
+config.py     config.json and presets
+checkpoint.py names, shapes, reading and writing of checkpoint directories
+generate.py   generation and `python -m model.generate`
+train.py, evaluate.py, export.py   training, bits per byte, FP8 checkpoints; each a command
+"""
 
 from __future__ import annotations
 
@@ -10,7 +23,7 @@ __all__ = ["CheckpointError", "Config", "DeepSeek"]
 
 
 def __getattr__(name: str) -> Any:
-    """DeepSeek is imported when asked for, so that `model.plain` and training need no deepkern."""
+    """Imports DeepSeek on first use, so `model.config` needs neither torch nor deepkern."""
     if name == "DeepSeek":
         from model.deepseek import DeepSeek
 

@@ -1,10 +1,13 @@
 """Model configuration with the field names of the Hugging Face DeepSeek checkpoints.
 
 `Config` reads and writes `config.json`.  One class serves V3/R1 (sigmoid scores, a selection bias,
-groups) and V2 (softmax scores, greedy); the differences are fields, and where a published
-config.json leaves one out, `model_type` decides.  Rotary settings are read in the spelling of the
-released checkpoints (`rope_theta` + `rope_scaling`) and in that of transformers 5
-(`rope_parameters`), and written in the first, which both understand.
+groups) and V2 (softmax scores, greedy); the differences are fields.  Where a published config.json
+omits one, `model_type` gives its default.  Rotary settings are read in the spelling of the released
+checkpoints (`rope_theta` + `rope_scaling`) and in that of transformers 5 (`rope_parameters`).  They
+are written in the first, which both read.
+
+    config = Config.load("model/checkpoints/stdlib-bytes")  # or its config.json
+    config = Config.preset("deepseek-v3", num_hidden_layers=4)
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+LATENT_NORM_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm; rms_norm_eps is for the other norms
+
 FP8_QUANTIZATION = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -22,7 +27,7 @@ FP8_QUANTIZATION = {
     "activation_scheme": "dynamic",
 }
 
-# config.json spellings that mean one of our fields.
+# Other spellings of a field in config.json.
 _ALIASES: dict[str, str] = {
     "num_mtp_layers": "num_nextn_predict_layers",
     "num_local_experts": "n_routed_experts",
@@ -50,7 +55,10 @@ _POSITIVE = (
 
 @dataclass
 class Config:
-    """Everything the model's shape and arithmetic depend on.  Defaults are DeepSeek-V3's."""
+    """Shape and arithmetic of a model.  Defaults are DeepSeek-V3's.
+
+    Raises ValueError that names the field if the model does not support a value.
+    """
 
     model_type: str = "deepseek_v3"
     vocab_size: int = 129280
@@ -87,7 +95,7 @@ class Config:
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
     quantization_config: dict[str, Any] | None = None
-    # config.json keys that mean nothing here; kept so that writing returns them
+    # config.json keys that this model does not use; `to_dict` writes them back
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -99,29 +107,31 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Raises ValueError naming the first field that this model cannot serve."""
+        """Raises ValueError that names the first field with an unsupported value."""
 
-        def need(ok: bool, name: str, expected: str) -> None:
+        def require(ok: bool, name: str, expected: str) -> None:
             if not ok:
                 raise ValueError(f"config: {name} = {getattr(self, name)!r}, expected {expected}")
 
         for name in _POSITIVE:
             value = getattr(self, name)
-            need(isinstance(value, int) and value > 0, name, "a positive integer")
-        need(self.n_shared_experts >= 0, "n_shared_experts", "0 or more")
-        need(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number")
-        need(self.scoring_func in ("sigmoid", "softmax"), "scoring_func", "sigmoid or softmax")
+            require(isinstance(value, int) and value > 0, name, "a positive integer")
+        require(self.n_shared_experts >= 0, "n_shared_experts", "0 or more")
+        require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number")
+        require(self.scoring_func in ("sigmoid", "softmax"), "scoring_func", "sigmoid or softmax")
         methods = ("noaux_tc", "greedy", "group_limited_greedy")
-        need(self.topk_method in methods, "topk_method", f"one of {methods}")
+        require(self.topk_method in methods, "topk_method", f"one of {methods}")
         groups_fit = self.n_routed_experts % self.n_group == 0
-        need(groups_fit, "n_group", f"a divisor of n_routed_experts = {self.n_routed_experts}")
-        need(self.topk_group <= self.n_group, "topk_group", f"at most n_group = {self.n_group}")
+        require(groups_fit, "n_group", f"a divisor of n_routed_experts = {self.n_routed_experts}")
+        require(self.topk_group <= self.n_group, "topk_group", f"at most n_group = {self.n_group}")
         reachable = self.n_routed_experts // self.n_group * self.topk_group
-        need(self.num_experts_per_tok <= reachable, "num_experts_per_tok", f"at most {reachable}")
+        require(
+            self.num_experts_per_tok <= reachable, "num_experts_per_tok", f"at most {reachable}"
+        )
         if self.rope_scaling is not None:
             kind = _rope_type(self.rope_scaling)
-            need(kind == "yarn", "rope_scaling", "type yarn (or none)")
-            need("factor" in self.rope_scaling, "rope_scaling", "a factor")
+            require(kind == "yarn", "rope_scaling", "type yarn (or none)")
+            require("factor" in self.rope_scaling, "rope_scaling", "a factor")
         for name, supported in (
             ("attention_bias", (False, None)),
             ("mlp_bias", (False, None)),
@@ -138,22 +148,24 @@ class Config:
 
     @property
     def cache_width(self) -> int:
-        """Values one token takes in the latent cache: latent, then rotated key."""
+        """Values per token in the latent cache: latent, then rotated key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def softmax_scale(self) -> float:
-        """1/sqrt(D), times mscale² under YaRN (which also lengthens the softmax)."""
+        """1/sqrt(qk_head_dim), times mscale² with YaRN."""
         scale, yarn = self.qk_head_dim**-0.5, self.rope_scaling
         if yarn and yarn.get("mscale_all_dim"):
             scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
         return scale
 
     def is_moe(self, layer: int) -> bool:
+        """Whether layer `layer`, counted from 0, has experts."""
         return layer >= self.first_k_dense_replace
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Config:
+        """The config of a parsed config.json."""
         raw = dict(raw)
         for alias, name in _ALIASES.items():
             if alias in raw:
@@ -173,9 +185,9 @@ class Config:
             raw.update(n_group=1, topk_group=1)
         if "num_nextn_predict_layers" in raw and raw["num_nextn_predict_layers"] is None:
             raw["num_nextn_predict_layers"] = 0
-        known = {f.name for f in fields(cls)} - {"extra"}
-        values = {k: v for k, v in raw.items() if k in known}
-        return cls(**values, extra={k: v for k, v in raw.items() if k not in known})
+        names = {f.name for f in fields(cls)} - {"extra"}
+        values = {k: v for k, v in raw.items() if k in names}
+        return cls(**values, extra={k: v for k, v in raw.items() if k not in names})
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
@@ -193,6 +205,7 @@ class Config:
             raise ValueError(f"{file}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of config.json."""
         values = asdict(self)
         extra = values.pop("extra")
         if self.model_type == "deepseek_v3":
@@ -201,7 +214,7 @@ class Config:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Config:
-        """A published shape by name: deepseek-v3, deepseek-r1, deepseek-v2-lite or tiny."""
+        """The shape of deepseek-v3, deepseek-r1 or deepseek-v2-lite, or tiny, with `changes`."""
         if name not in PRESETS:
             raise ValueError(f"config: no preset {name!r}, expected one of {sorted(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
@@ -212,6 +225,7 @@ def _rope_type(rope: dict[str, Any]) -> str:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1·mscale·ln(factor) + 1, YaRN's scale of queries and keys."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -261,7 +275,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bos_token_id": 100000,
         "eos_token_id": 100001,
     },
-    # Every kind of part V3 has, over bytes.  Few sizes are multiples of 128, on purpose.
+    # All kinds of layers that V3 has, over bytes.  Most sizes are no multiple of 128, which tests
+    # edge blocks.
     "tiny": {
         "vocab_size": 256,
         "hidden_size": 192,

@@ -1,27 +1,37 @@
-"""Bits per byte of a byte-level model on a text: the one figure that says whether a model is right.
+"""Bits per byte of a byte-level model on a text.
 
-The text is cut into windows of `window` bytes; each byte is predicted from the bytes before it in
-its own window and the last byte of the window before.  No byte is scored twice, so figures of two
-models on the same text and window compare directly.
+    python -m model.evaluate --checkpoint DIR --text FILE
+
+The text is split into windows of `window` bytes.  Each byte is predicted from the bytes before it
+in its window and the last byte of the previous window.  Each byte except the first is scored once,
+so figures of two models on the same text and window are comparable.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor
+
+from model.generate import CHECKPOINT, load_model
 
 
 def windows(data: bytes, window: int, batch: int) -> Iterator[Tensor]:
-    """int64 [<= batch, window + 1] pieces of `data`, neighbours sharing a byte; a shorter last."""
+    """Windows of `data`, int64 [<= batch, window + 1]; the last may be a shorter [1, rest].
+
+    Adjacent windows have one byte in common, the last of one and the first of the next.
+    """
     tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
     whole = (len(tokens) - 1) // window
     if whole:
-        pieces = tokens[: whole * window + 1].unfold(0, window + 1, window)
-        yield from pieces.split(batch)
+        full = tokens[: whole * window + 1].unfold(0, window + 1, window)
+        yield from full.split(batch)
     rest = tokens[whole * window :]
     if len(rest) > 1:
         yield rest[None]
@@ -38,8 +48,8 @@ def bits_per_byte(
 ) -> float:
     """Mean of -log2 p(byte | bytes before it in the window).
 
-    `model` maps int64 tokens [B, S] on `device` to logits [B, S, 256]; `progress` is called with
-    the number of bytes scored so far.
+    model: maps int64 tokens [B, S] on `device` to logits [B, S, 256].
+    progress: called after each batch with the number of bytes scored so far.
     """
     nats, scored = 0.0, 0
     for tokens in windows(data, window, batch):
@@ -50,3 +60,33 @@ def bits_per_byte(
         scored += target.numel()
         progress(scored)
     return nats / scored / math.log(2)
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="a directory of a model of bytes")] = CHECKPOINT,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="the file to score; heldout.txt of the checkpoint by default"),
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="bytes per window")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    fp8: Annotated[bool, typer.Option(help="keep weights in FP8 and multiply in FP8")] = False,
+    device: str = "cpu",
+) -> None:
+    """Prints the bits per byte of CHECKPOINT on TEXT."""
+    text = text or checkpoint / "heldout.txt"
+    if not text.is_file():
+        raise typer.BadParameter(f"{text}: no such file", param_hint="--text")
+    data = text.read_bytes()
+    if len(data) < 2:
+        raise typer.BadParameter(f"{text}: expected at least 2 bytes", param_hint="--text")
+    model = load_model(checkpoint, dtype, device, fp8)
+    if model.config.vocab_size != 256:
+        size = model.config.vocab_size
+        raise typer.BadParameter(f"{checkpoint}: {size} tokens, expected a model of 256 bytes")
+    value = bits_per_byte(model, data, window, device=device)
+    print(f"{value:.4f} bits per byte, {len(data) - 1} bytes scored, windows of {window}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,42 +1,51 @@
-"""Writes a trained model into a directory: FP8 weights in the Hugging Face layout, with its record.
+"""Writes FP8 checkpoints in the Hugging Face layout.
+
+    python -m model.export --checkpoint DIR --out DIR
 
 Linear weights become e4m3 with one fp32 scale per 128x128 block, edge blocks partial, as in the
-released DeepSeek-V3 weights; embedding, head, gate, norms and the prediction layer's eh_proj stay
-bf16 and the selection bias fp32.
+released DeepSeek-V3 weights.  Embedding, head, gate, norms and the prediction layer's eh_proj are
+bf16 and the selection bias is fp32.  The command converts any checkpoint that this model reads;
+`export` writes a trained model with the record of its training.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
+import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
-from model.blocks import dequantise_blocks, quantise_blocks
-from model.checkpoint import directory_replaced_at_once, write_checkpoint
-from model.config import FP8_QUANTIZATION
+from model.checkpoint import (
+    dequantize_blocks,
+    quantize_blocks,
+    replace_directory,
+    write_checkpoint,
+)
+from model.config import FP8_QUANTIZATION, Config
 from model.evaluate import bits_per_byte
+from model.generate import exit_with
 from model.plain import PlainModel
 
-PROMPT_FILE = "heldout.txt"
 
-
-def is_quantised(name: str) -> bool:
-    """Whether DeepSeek stores this tensor in FP8."""
-    kept = ("embed_tokens", "lm_head", "shared_head", "norm", "mlp.gate.", "eh_proj")
-    return name.endswith(".weight") and not any(part in name for part in kept)
+def is_quantized(name: str) -> bool:
+    """Whether DeepSeek checkpoints store this tensor in FP8."""
+    real = ("embed_tokens", "lm_head", "shared_head", "norm", "mlp.gate.", "eh_proj")
+    return name.endswith(".weight") and not any(part in name for part in real)
 
 
 def stored_tensors(model: PlainModel) -> dict[str, Tensor]:
-    """Checkpoint tensors by name, FP8 where DeepSeek has FP8."""
+    """The tensors of an FP8 checkpoint by name, `<name>_scale_inv` included."""
     tensors = {}
     for name, value in model.state_dict().items():
-        if is_quantised(name):
-            tensors[name], tensors[name + "_scale_inv"] = quantise_blocks(value)
+        if is_quantized(name):
+            tensors[name], tensors[name + "_scale_inv"] = quantize_blocks(value)
         elif name.endswith("e_score_correction_bias"):
             tensors[name] = value.float()
         else:
@@ -45,16 +54,21 @@ def stored_tensors(model: PlainModel) -> dict[str, Tensor]:
 
 
 def restored(model: PlainModel, tensors: dict[str, Tensor]) -> PlainModel:
-    """A copy of `model` with the weights that `tensors` hold."""
+    """A PlainModel of the same config with the weights of `tensors`, dequantized."""
     values = {}
     for name, value in tensors.items():
         if name.endswith("_scale_inv"):
             continue
         scale = tensors.get(name + "_scale_inv")
-        values[name] = value.float() if scale is None else dequantise_blocks(value, scale)
+        values[name] = value.float() if scale is None else dequantize_blocks(value, scale)
     copy = PlainModel(model.config)
     copy.load_state_dict(values)
     return copy.eval()
+
+
+def fp8_config(config: Config) -> Config:
+    """A copy of `config` that says that the weights are FP8."""
+    return Config(**{**vars(config), "quantization_config": FP8_QUANTIZATION})
 
 
 def export(
@@ -65,7 +79,11 @@ def export(
     log: list[dict[str, Any]],
     window: int = 512,
 ) -> dict[str, Any]:
-    """Writes `out`, whole or not at all, and returns the measurements it put in metrics.json."""
+    """Writes directory `out`, all or nothing, and returns the content of its metrics.json.
+
+    heldout: text that was not trained on, scored in windows of `window` bytes.
+    notes: what README.md says of the training.  log: rows of the loss curve.
+    """
     tensors = stored_tensors(model)
     start = time.monotonic()
     metrics = {
@@ -80,11 +98,9 @@ def export(
         "torch": torch.__version__,
         **notes,
     }
-    config = type(model.config)(**vars(model.config))
-    config.quantization_config = FP8_QUANTIZATION
-    with directory_replaced_at_once(out) as folder:
-        write_checkpoint(folder, config, tensors, shard_bytes=3_500_000)
-        (folder / PROMPT_FILE).write_bytes(heldout)
+    with replace_directory(out) as folder:
+        write_checkpoint(folder, fp8_config(model.config), tensors, shard_bytes=3_500_000)
+        (folder / "heldout.txt").write_bytes(heldout)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         (folder / "loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         plot(log, metrics, folder / "loss.png")
@@ -93,6 +109,7 @@ def export(
 
 
 def plot(log: list[dict[str, Any]], metrics: dict[str, Any], file: Path) -> None:
+    """Draws the loss curve as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,16 +120,16 @@ def plot(log: list[dict[str, Any]], metrics: dict[str, Any], file: Path) -> None
     smooth, value = [], None
     for row in trained:
         value = row["main"] if value is None else 0.75 * value + 0.25 * row["main"]
-        smooth.append(value / 0.6931)
+        smooth.append(value / math.log(2))
     millions = [row["tokens"] / 1e6 for row in trained]
-    axes.plot(millions, [row["main"] / 0.6931 for row in trained], lw=0.4, color="0.7")
+    axes.plot(millions, [row["main"] / math.log(2) for row in trained], lw=0.4, color="0.7")
     axes.plot(millions, smooth, label="training, smoothed")
-    checked = [row for row in log if "held_out_bpb" in row]
-    points = ([row["tokens"] / 1e6 for row in checked], [row["held_out_bpb"] for row in checked])
+    scored = [row for row in log if "held_out_bpb" in row]
+    points = ([row["tokens"] / 1e6 for row in scored], [row["held_out_bpb"] for row in scored])
     axes.plot(*points, "o-", ms=3, label="held out (first 16 KiB)")
     final = metrics["held_out_bits_per_byte_fp8"]
     axes.axhline(final, ls=":", color="k", label=f"held out, all, FP8: {final:.3f}")
-    axes.set(xlabel="million bytes seen", ylabel="bits per byte", ylim=(1, 5))
+    axes.set(xlabel="million bytes of training", ylabel="bits per byte", ylim=(1, 5))
     axes.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -123,21 +140,21 @@ README = """# stdlib-bytes
 
 A {parameters:,}-parameter DeepSeek-V3-shaped model over bytes: latent attention with a q_lora, one
 dense and three expert layers (16 routed experts in 4 groups, 4 active, 1 shared, sigmoid scores with
-a selection bias), one multi-token-prediction layer. Few of its sizes are multiples of 128, so the
-FP8 scales have partial edge blocks.
+a selection bias), one multi-token-prediction layer. Most of its sizes are no multiple of 128, so
+the FP8 scales have partial edge blocks.
 
 | | |
 |---|---|
 | trained on | {training_bytes:,} bytes: the `.py` files of Python {python}'s standard library without tests, `encodings` and `pydoc_data`; about 3 % of the files, chosen by hash of the path, held out |
-| seen in training | {tokens_seen:,} bytes in {steps:,} steps |
+| bytes processed in training | {tokens_seen:,} bytes in {steps:,} steps |
 | training time | {training_minutes} minutes, {training_threads} thread of a shared 2-core CPU machine without GPU, torch {torch} |
 | held-out bits per byte, fp32 weights | {held_out_bits_per_byte_fp32:.4f} |
 | held-out bits per byte, FP8 weights as stored | {held_out_bits_per_byte_fp8:.4f} |
 
 Bits per byte are over `heldout.txt` in windows of {window} bytes (`model/evaluate.py`). `metrics.json`
-has the same numbers and the recipe; `loss.jsonl` and `loss.png` the loss curve.
+has the same numbers and the recipe; `loss.jsonl` and `loss.png` have the loss curve.
 
-Made by `python -m model.train --minutes {recipe[minutes]:g}`: AdamW on {recipe[batch]} windows of
+Trained by `python -m model.train --minutes {recipe[minutes]:g}`: AdamW on {recipe[batch]} windows of
 {recipe[window]} bytes a step, learning rate {recipe[learning_rate]:g} with warm-up and a cosine over
 the clock; loss of the prediction layer times {recipe[mtp_weight]:g}, sequence-wise balance loss times
 {recipe[balance_weight]:g}, bias step {recipe[bias_step]:g}.
@@ -157,5 +174,32 @@ weights were trained on.
 
 
 def readme(metrics: dict[str, Any]) -> str:
+    """README.md of a trained checkpoint."""
     files = "\n".join(f"- `{path}`" for path in metrics["held_out_files"])
     return README.format(files=files, **metrics)
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="the directory to convert")],
+    out: Annotated[Path, typer.Option(help="the directory to write")],
+    overwrite: Annotated[bool, typer.Option(help="replace OUT if it is not empty")] = False,
+) -> None:
+    """Converts CHECKPOINT to FP8, in memory; tokenizer files are copied."""
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise typer.BadParameter(f"{out} is not empty", param_hint="--out")
+    try:
+        model = PlainModel.from_pretrained(checkpoint)
+    except (ValueError, FileNotFoundError) as error:
+        raise exit_with(error) from error
+    with replace_directory(out) as folder:
+        write_checkpoint(folder, fp8_config(model.config), stored_tensors(model))
+        for file in [
+            *checkpoint.glob("tokenizer*.json"),
+            *checkpoint.glob("generation_config.json"),
+        ]:
+            shutil.copy(file, folder)
+    print(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,11 +1,19 @@
-"""The model in plain PyTorch: the definition that the deepkern model is compared to.
+"""The DeepSeek-V3, R1 and V2 model in plain PyTorch: the definition and the oracle.
 
-Nothing here is clever: keys and values are expanded to every head, attention is a softmax over the
-whole sequence, experts run one after another.  Modules are named so that `state_dict()` has the
-names of the Hugging Face checkpoint, multi-token-prediction layer included.  Training uses this
-model too, hence the losses of the DeepSeek-V3 report: next token, multi-token prediction
-(section 2.2) and the sequence-wise balance loss; experts are kept balanced by a selection bias that
-no gradient reaches (section 2.1.2).
+`model/deepseek.py` implements the same model on deepkern's ops, and tests compare the two.  This
+file favours clarity: keys and values are expanded to every head, attention is a softmax over the
+whole sequence, experts run one after another.  Only the rotary embedding is imported from that
+file; tests compare both models with transformers.
+
+`state_dict()` has the names of the Hugging Face checkpoint, multi-token-prediction layer included.
+Training uses this model, so it has the losses of the DeepSeek-V3 report: next token, multi-token
+prediction (section 2.2) and the sequence-wise balance loss.  A selection bias without gradient
+keeps the experts balanced (section 2.1.2).
+
+    m = PlainModel.from_pretrained("model/checkpoints/stdlib-bytes")
+    logits = m(tokens)  # int64 [B, S] -> fp32 [B, S, vocab]
+
+Source: DeepSeek-V3 report (arXiv:2412.19437), section 2.
 """
 
 from __future__ import annotations
@@ -17,15 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import dequantise_blocks
-from model.checkpoint import Checkpoint
-from model.config import Config
-from model.rope import rope, rope_table
-
-LATENT_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says
+from model.checkpoint import Checkpoint, dequantize_blocks
+from model.config import LATENT_NORM_EPS, Config
+from model.deepseek import apply_rope, rope_cos_sin
 
 
-class RMSNorm(nn.Module):
+class PlainRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, the root in fp32."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -39,25 +46,26 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
-class Attention(nn.Module):
-    """Multi-head latent attention, un-absorbed: q, k, v are made for every head."""
+class PlainAttention(nn.Module):
+    """Multi-head latent attention, not absorbed: computes q, k and v of every head."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, c = config, config
         if c.q_lora_rank:
             self.q_a_proj = linear(c.hidden_size, c.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_EPS)
+            self.q_a_layernorm = PlainRMSNorm(c.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = linear(c.q_lora_rank, c.num_attention_heads * c.qk_head_dim)
         else:
             self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.qk_head_dim)
         self.kv_a_proj_with_mqa = linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
+        self.kv_a_layernorm = PlainRMSNorm(c.kv_lora_rank, LATENT_NORM_EPS)
         per_head = c.qk_nope_head_dim + c.v_head_dim
         self.kv_b_proj = linear(c.kv_lora_rank, c.num_attention_heads * per_head)
         self.o_proj = linear(c.num_attention_heads * c.v_head_dim, c.hidden_size)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
+        """x [B, S, hidden], cos_sin fp32 [S, rope] -> [B, S, hidden]."""
         c, heads = self.config, self.config.num_attention_heads
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
         q = q.unflatten(-1, (heads, -1))  # [B, S, H, nope + rope]
@@ -65,15 +73,19 @@ class Attention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (heads, -1))
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        k_rope = rope(k_rope[:, :, None], table, c.rope_interleave).expand(-1, -1, heads, -1)
-        q = torch.cat([q_nope, rope(q_rope, table, c.rope_interleave)], -1)
+        k_rope = apply_rope(k_rope[:, :, None], cos_sin, c.rope_interleave).expand(
+            -1, -1, heads, -1
+        )
+        q = torch.cat([q_nope, apply_rope(q_rope, cos_sin, c.rope_interleave)], -1)
         k = torch.cat([k_nope, k_rope], -1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=c.softmax_scale)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class PlainMLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = linear(size, inner), linear(size, inner)
@@ -83,8 +95,8 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Gate(nn.Module):
-    """Chooses each token's experts; the bias takes part in the choice, not in the weights."""
+class PlainGate(nn.Module):
+    """Chooses the experts of each token by score plus bias; their weights are without the bias."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -116,17 +128,22 @@ class Gate(nn.Module):
         return weights * c.routed_scaling_factor, experts, scores
 
 
-class MoE(nn.Module):
+class PlainMoE(nn.Module):
+    """Σ over a token's experts of weight·expert(x), plus the shared experts.
+
+    In training mode it stores `load`, int64 [E], and `balance`, the balance loss.
+    """
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, c = config, config
-        self.gate = Gate(c)
+        self.gate = PlainGate(c)
         self.experts = nn.ModuleList(
-            MLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts)
+            PlainMLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts)
         )
         if c.n_shared_experts:
             inner = c.moe_intermediate_size * c.n_shared_experts
-            self.shared_experts = MLP(c.hidden_size, inner)
+            self.shared_experts = PlainMLP(c.hidden_size, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         shape, sequences = x.shape, x.shape[0]
@@ -135,12 +152,12 @@ class MoE(nn.Module):
         order = experts.flatten().argsort(stable=True)  # (token, slot) pairs by expert
         counts = experts.flatten().bincount(minlength=len(self.experts))
         token = order // experts.shape[1]
-        parts = [
+        outputs = [
             expert(rows)
             for expert, rows in zip(self.experts, x[token].split(counts.tolist()), strict=True)
             if len(rows)
         ]
-        weighted = torch.cat(parts) * weights.flatten()[order, None].to(x.dtype)
+        weighted = torch.cat(outputs) * weights.flatten()[order, None].to(x.dtype)
         out = torch.zeros_like(x).index_add(0, token, weighted)
         if self.training:
             self.load = counts
@@ -151,63 +168,75 @@ class MoE(nn.Module):
 
 
 def balance_loss(experts: Tensor, scores: Tensor, sequences: int) -> Tensor:
-    """Sequence-wise balance loss Σ_e f_e·P_e, mean over sequences (1 when perfectly even).
+    """Sequence-wise balance loss Σ_e f_e·P_e, mean over sequences; 1 for an even load.
 
-    f_e is the share of the sequence's choices that went to expert e, P_e the mean normalised score.
+    f_e is the fraction of a sequence's choices that are expert e, times E; P_e is the mean
+    normalized score.
+
+    experts: int64 [T, topk]; scores: fp32 [T, E]; T tokens of `sequences` equally long sequences.
     """
     count, topk = scores.shape[-1], experts.shape[-1]
     chosen = torch.zeros_like(scores).scatter_(1, experts, 1.0).view(sequences, -1, count)
-    share = chosen.mean(1) * count / topk
+    fraction = chosen.mean(1) * count / topk
     probability = (scores / scores.sum(-1, keepdim=True)).view(sequences, -1, count).mean(1)
-    return (share * probability).sum(-1).mean()
+    return (fraction * probability).sum(-1).mean()
 
 
-class Layer(nn.Module):
+class PlainLayer(nn.Module):
+    """Attention and a dense MLP or experts, each after a norm and added to the residual stream."""
+
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
         c = config
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MoE(c) if c.is_moe(index) else MLP(c.hidden_size, c.intermediate_size)
+        self.input_layernorm = PlainRMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = PlainAttention(c)
+        self.post_attention_layernorm = PlainRMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = PlainMoE(c) if c.is_moe(index) else PlainMLP(c.hidden_size, c.intermediate_size)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), table)
+    def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos_sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class PredictionLayer(Layer):
-    """Multi-token prediction: from the hidden state at i and token i+1, predicts token i+2."""
+class PlainPredictionLayer(PlainLayer):
+    """Multi-token prediction: predicts token i+2 from the hidden state at i and token i+1."""
 
     def __init__(self, config: Config, index: int) -> None:
         super().__init__(config, index)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
-        self.enorm, self.hnorm = RMSNorm(size, eps), RMSNorm(size, eps)
+        self.enorm, self.hnorm = PlainRMSNorm(size, eps), PlainRMSNorm(size, eps)
         self.eh_proj = linear(2 * size, size)
         self.shared_head = nn.ModuleDict(
-            {"norm": RMSNorm(size, eps), "head": linear(size, config.vocab_size)}
+            {"norm": PlainRMSNorm(size, eps), "head": linear(size, config.vocab_size)}
         )
 
-    def predict(self, hidden: Tensor, next_tokens: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [B, S, hidden] after the final norm -> logits [B, S, vocab], its own hidden."""
+    def predict(
+        self, hidden: Tensor, next_tokens: Tensor, cos_sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [B, S, hidden] after the final norm, next_tokens int64 [B, S] -> logits, hidden.
+
+        The logits are [B, S, vocab], the hidden state that of this layer, [B, S, hidden].
+        """
         both = torch.cat([self.enorm(self.embed_tokens(next_tokens)), self.hnorm(hidden)], -1)
-        hidden = self.shared_head["norm"](self(self.eh_proj(both), table))
+        hidden = self.shared_head["norm"](self(self.eh_proj(both), cos_sin))
         return self.shared_head["head"](hidden), hidden
 
 
 class PlainModel(nn.Module):
+    """The model in fp32, without a cache; `PlainModel(config)` has random weights."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, c = config, config
-        layers = [Layer(c, i) for i in range(c.num_hidden_layers)]
+        layers = [PlainLayer(c, i) for i in range(c.num_hidden_layers)]
         for depth in range(c.num_nextn_predict_layers):
-            layers.append(PredictionLayer(c, c.num_hidden_layers + depth))
+            layers.append(PlainPredictionLayer(c, c.num_hidden_layers + depth))
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
                 "layers": nn.ModuleList(layers),
-                "norm": RMSNorm(c.hidden_size, c.rms_norm_eps),
+                "norm": PlainRMSNorm(c.hidden_size, c.rms_norm_eps),
             }
         )
         self.lm_head = linear(c.hidden_size, c.vocab_size)
@@ -216,7 +245,7 @@ class PlainModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> PlainModel:
-        """A checkpoint directory in fp32, dequantised here rather than by deepkern."""
+        """Loads a checkpoint directory and dequantizes it to fp32 without deepkern's ops."""
         checkpoint = Checkpoint.open(path)
         model = cls(checkpoint.check())
         weights = {}
@@ -224,23 +253,23 @@ class PlainModel(nn.Module):
             if name in checkpoint:
                 stored, scale = checkpoint.read(name)
                 block = checkpoint.block
-                real = stored if scale is None else dequantise_blocks(stored, scale, block)
+                real = stored if scale is None else dequantize_blocks(stored, scale, block)
                 weights[name] = real.float()
         embedding = weights["model.embed_tokens.weight"]
         if model.config.tie_word_embeddings:
             weights["lm_head.weight"] = embedding
         head = weights["lm_head.weight"]
-        for name in model.state_dict().keys() - weights.keys():  # copies that were left out
+        for name in model.state_dict().keys() - weights.keys():  # copies that are not stored
             weights[name] = embedding if name.endswith("embed_tokens.weight") else head
         model.load_state_dict(weights)
         return model.eval()
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """int64 [B, S] -> hidden states after the final norm [B, S, hidden]."""
-        table = rope_table(self.config, tokens.shape[1]).to(tokens.device)
+        cos_sin = rope_cos_sin(self.config, tokens.shape[1]).to(tokens.device)
         x = self.model["embed_tokens"](tokens)
         for layer in self.model["layers"][: self.config.num_hidden_layers]:
-            x = layer(x, table)
+            x = layer(x, cos_sin)
         return self.model["norm"](x)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -248,8 +277,11 @@ class PlainModel(nn.Module):
         return self.lm_head(self.hidden(tokens))
 
     def mtp_logits(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Logits [B, S - 1, vocab] of the first prediction layer: row i is about token i + 2."""
+        """Logits [B, S - 1, vocab] of the first prediction layer; row i predicts token i + 2.
+
+        hidden: the result of `hidden(tokens)`, if the caller has it.
+        """
         hidden = self.hidden(tokens) if hidden is None else hidden
-        table = rope_table(self.config, tokens.shape[1] - 1).to(tokens.device)
+        cos_sin = rope_cos_sin(self.config, tokens.shape[1] - 1).to(tokens.device)
         layer = self.model["layers"][self.config.num_hidden_layers]
-        return layer.predict(hidden[:, :-1], tokens[:, 1:], table)[0]
+        return layer.predict(hidden[:, :-1], tokens[:, 1:], cos_sin)[0]

@@ -1,15 +1,18 @@
 """Trains the `tiny` preset on the source of Python's standard library, one CPU core, plain PyTorch.
 
-    python -m model.train --minutes 60 --state build/train
+    python -m model.train --minutes 60                       # writes a new folder under runs/
+    python -m model.train --minutes 60 --out DIR --resume    # continues the run in DIR
 
-Bytes are the tokens.  About 3 % of the files, chosen by the hash of their path, are held out.  The
-length of the run is given in minutes: learning rate and progress follow the clock, so a slow
-machine sees fewer tokens rather than taking longer.  Given in steps, two runs of one seed see the
-same batches at the same rates, whatever each takes.  State is saved every few minutes and a run
-started again continues; at the end the model is exported (see `model/export.py`).
+The tokens are bytes.  About 3 % of the files, chosen by the hash of their path, are held out.  The
+length of a run is given in minutes: learning rate and progress follow the clock, so a slower
+machine processes fewer tokens in the same time.  With a length in steps, two runs of one seed use
+the same batches at the same rates on every machine.
+
+A run's folder holds `state.pt`, saved every few minutes, and at the end `checkpoint/`, which
+`model/export.py` writes.
 
 The Linears that DeepSeek-V3 trains in FP8 compute in fp32, in bf16, or in FP8 by its recipe
-(`deepkern.fp8_linear`); weights, gradients and all else are fp32 in each of the three.
+(`deepkern.fp8_linear`).  Weights, gradients and all other computation are fp32 in all three.
 """
 
 from __future__ import annotations
@@ -34,19 +37,19 @@ from torch import Tensor, nn
 import deepkern
 from model.config import Config
 from model.evaluate import bits_per_byte
-from model.export import export, is_quantised
-from model.plain import MoE, PlainModel
+from model.export import export, is_quantized
+from model.plain import PlainModel, PlainMoE
 
-SEPARATOR = b"\f"  # between files; a form feed is white space to Python and rare in its source
+SEPARATOR = b"\f"  # before every file; a form feed is white space in Python and rare in its source
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 SKIPPED_DIRS |= {"encodings", "pydoc_data"}  # generated tables, not source
-CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib-bytes"
+RUNS = Path(__file__).parents[1] / "runs"  # git-ignored
 HELDOUT_BYTES = 96 * 1024
 
 
 @dataclass
 class Recipe:
-    """What a run is, apart from the model's shape."""
+    """The options of a run that are not the model's config."""
 
     minutes: float = 60.0
     steps: int | None = None  # the length of the run, in place of `minutes`
@@ -64,7 +67,7 @@ class Recipe:
 
 
 def stdlib_files() -> dict[str, bytes]:
-    """Relative path -> content of the standard library's Python files, tests left out, by path."""
+    """Relative path -> content of the standard library's Python files except tests, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
     files = {}
     for folder, subfolders, names in os.walk(root):
@@ -77,11 +80,12 @@ def stdlib_files() -> dict[str, bytes]:
 
 
 def is_held_out(path: str) -> bool:
+    """Whether a file is held out of training: 3 % of the files, by the hash of the path."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % 1000 < 30
 
 
 def corpus() -> tuple[bytes, dict[str, bytes]]:
-    """Training bytes, and the held-out files."""
+    """The training bytes, and the held-out files as path -> content."""
     files = stdlib_files()
     held_out = {path: text for path, text in files.items() if is_held_out(path)}
     train = SEPARATOR.join(text for path, text in files.items() if path not in held_out)
@@ -89,19 +93,25 @@ def corpus() -> tuple[bytes, dict[str, bytes]]:
 
 
 def heldout_text(files: dict[str, bytes], size: int = HELDOUT_BYTES) -> tuple[bytes, list[str]]:
-    """Held-out files of 2 to 32 KiB, whole, in the order of their hash, cut at `size` bytes."""
+    """Joins held-out files of 2 to 32 KiB, in the order of their hash, up to `size` bytes.
+
+    Returns the text and the paths of its files.
+    """
     fitting = [path for path, text in files.items() if 2048 <= len(text) <= 32768]
     fitting.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
-    text, used = b"", []
+    text, paths = b"", []
     for path in fitting:
         if len(text) < size:
             text += SEPARATOR + files[path]
-            used.append(path)
-    return text[:size], used
+            paths.append(path)
+    return text[:size], paths
 
 
 def batches(data: bytes, recipe: Recipe, start: int) -> Iterator[Tensor]:
-    """Random windows, int64 [batch, window + 1]; batch number n is the same on every run."""
+    """Random windows, int64 [batch, window + 1], from batch `start` on.
+
+    Batch n is the same in every run of one seed.
+    """
     tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     step, span = start, torch.arange(recipe.window + 1)
     while True:
@@ -112,8 +122,8 @@ def batches(data: bytes, recipe: Recipe, start: int) -> Iterator[Tensor]:
         step += 1
 
 
-def initialise(model: PlainModel) -> None:
-    """Normal weights of deviation 1/sqrt(fan in); less where they add to the residual stream."""
+def initialize(model: PlainModel) -> None:
+    """Normal weights of deviation 1/sqrt(inputs), smaller for outputs added to the residual."""
     depth = 2 * model.config.num_hidden_layers
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
@@ -127,7 +137,7 @@ def initialise(model: PlainModel) -> None:
 
 
 def share_embedding_and_head(model: PlainModel) -> None:
-    """The prediction layer uses the main model's embedding and head, as the report says."""
+    """Makes the prediction layers use the main model's embedding and head, as in the report."""
     for layer in model.model["layers"][model.config.num_hidden_layers :]:
         layer.embed_tokens.weight = model.model["embed_tokens"].weight
         layer.shared_head["head"].weight = model.lm_head.weight
@@ -141,19 +151,19 @@ class BF16Linear(nn.Linear):
 
 
 class FP8Linear(deepkern.FP8Linear):
-    """Computes in FP8 where `BF16Linear` computes in bf16."""
+    """Computes in FP8 on fp32 activations and weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.bfloat16()).to(x.dtype)
 
 
 def set_precision(model: PlainModel, precision: str) -> None:
-    """Attention's projections, MLPs and experts compute in `precision`; parameters stay."""
-    kinds = {"fp32": nn.Linear, "bf16": BF16Linear, "fp8": FP8Linear}
+    """Makes projections, MLPs and experts compute in `precision`; parameters do not change."""
+    classes = {"fp32": nn.Linear, "bf16": BF16Linear, "fp8": FP8Linear}
     for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and is_quantised(f"{name}.weight"):
+        if isinstance(linear, nn.Linear) and is_quantized(f"{name}.weight"):
             parent, _, child = name.rpartition(".")
-            new = kinds[precision](
+            new = classes[precision](
                 linear.in_features, linear.out_features, bias=False, device="meta"
             )
             new.weight = linear.weight
@@ -161,24 +171,27 @@ def set_precision(model: PlainModel, precision: str) -> None:
 
 
 def losses(model: PlainModel, tokens: Tensor) -> dict[str, Tensor]:
-    """Mean nats of the next byte and of the one after, and the mean balance loss."""
+    """Mean nats of the next byte and of the one after, and the mean balance loss.
+
+    tokens: int64 [B, window + 1].
+    """
     inputs = tokens[:, :-1]
     hidden = model.hidden(inputs)
     logits, ahead = model.lm_head(hidden), model.mtp_logits(inputs, hidden)
-    gates = [module for module in model.modules() if isinstance(module, MoE)]
+    layers = [module for module in model.modules() if isinstance(module, PlainMoE)]
     return {
         "main": F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()),
         "mtp": F.cross_entropy(ahead.flatten(0, 1), tokens[:, 2:].flatten()),
-        "balance": torch.stack([gate.balance for gate in gates]).mean(),
+        "balance": torch.stack([layer.balance for layer in layers]).mean(),
     }
 
 
 @torch.no_grad()
 def update_biases(model: PlainModel, step: float) -> float:
-    """Moves each expert's selection bias against its load; returns the worst max/mean load."""
+    """Moves each selection bias by ±step towards an even load; returns the worst max/mean load."""
     worst = 0.0
     for module in model.modules():
-        if isinstance(module, MoE):
+        if isinstance(module, PlainMoE):
             load = module.load.float()
             module.gate.e_score_correction_bias += step * (load.mean() - load).sign()
             worst = max(worst, (load.max() / load.mean()).item())
@@ -186,7 +199,7 @@ def update_biases(model: PlainModel, step: float) -> float:
 
 
 def learning_rate(recipe: Recipe, progress: float) -> float:
-    """Linear warm-up, then half a cosine down to `final`; progress runs from 0 to 1."""
+    """Linear warm-up, then half a cosine down to `final`; progress is from 0 to 1."""
     if progress < recipe.warmup:
         return recipe.learning_rate * (progress / recipe.warmup)
     angle = math.pi * (progress - recipe.warmup) / (1 - recipe.warmup)
@@ -194,6 +207,7 @@ def learning_rate(recipe: Recipe, progress: float) -> float:
 
 
 def make_optimizer(model: PlainModel, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
@@ -204,13 +218,13 @@ def make_optimizer(model: PlainModel, recipe: Recipe) -> torch.optim.AdamW:
 
 
 class Run:
-    """A training run: the model, its optimizer, the clock, and where they are saved."""
+    """A training run: model, optimizer, clock and log; continues folder/state.pt if it exists."""
 
     def __init__(self, config: Config, recipe: Recipe, folder: Path) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder = recipe, folder
         self.model = PlainModel(config)
-        initialise(self.model)
+        initialize(self.model)
         share_embedding_and_head(self.model)
         set_precision(self.model, recipe.precision)
         self.optimizer = make_optimizer(self.model, recipe)
@@ -226,12 +240,13 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """From 0 to 1, by the steps or by the clock."""
+        """From 0 to 1, by steps or by the clock."""
         if self.recipe.steps is not None:
             return min(self.step / self.recipe.steps, 1.0)
         return min(self.seconds / (60 * self.recipe.minutes), 1.0)
 
     def save(self) -> None:
+        """Writes folder/state.pt, all or nothing."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -243,21 +258,23 @@ class Run:
         os.replace(self.folder / "state.tmp", self.folder / "state.pt")
 
     def train_step(self, tokens: Tensor) -> dict[str, float]:
+        """One optimizer step on tokens int64 [B, window + 1]; returns its losses and rates."""
         self.model.train()
         lr = learning_rate(self.recipe, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        parts = losses(self.model, tokens)
-        total = parts["main"] + self.recipe.mtp_weight * parts["mtp"]
-        (total + self.recipe.balance_weight * parts["balance"]).backward()
+        terms = losses(self.model, tokens)
+        loss = terms["main"] + self.recipe.mtp_weight * terms["mtp"]
+        (loss + self.recipe.balance_weight * terms["balance"]).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         imbalance = update_biases(self.model, self.recipe.bias_step)
-        values = {name: value.item() for name, value in parts.items()}
+        values = {name: value.item() for name, value in terms.items()}
         return {**values, "lr": lr, "gradient_norm": norm.item(), "imbalance": imbalance}
 
     def record(self, values: dict[str, float]) -> None:
+        """Appends a row to the log."""
         tokens = self.step * self.recipe.batch * self.recipe.window
         row = {"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 1), **values}
         self.log.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
@@ -266,7 +283,10 @@ class Run:
 def run_until_done(
     run: Run, data: bytes, check: bytes, save_every: float = 240.0, log_every: int = 20
 ) -> None:
-    """Trains to the end; logs every `log_every` steps, scores `check`, held out, at each save."""
+    """Trains to the end of the run; saves every `save_every` seconds.
+
+    Logs every `log_every` steps, and at each save the bits per byte of `check`, held-out text.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("training", total=1.0, completed=run.progress)
@@ -291,27 +311,39 @@ def run_until_done(
     run.save()
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+def run_folder(out: Path | None, resume: bool) -> Path:
+    """The folder of a run: `out`, or a new one under runs/ named by the time.
+
+    Raises typer.BadParameter if a new run would write to a folder that is not empty, or if there is
+    no run to resume.
+    """
+    if resume and (out is None or not (out / "state.pt").is_file()):
+        raise typer.BadParameter(f"{out}: no state.pt to resume; name its folder with --out")
+    if out is None:
+        out = RUNS / time.strftime("%Y-%m-%dT%H-%M-%S")
+    if out.exists() and not resume and any(out.iterdir()):
+        raise typer.BadParameter(f"{out} is not empty; --resume continues the run in it")
+    return out
 
 
-@app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="the checkpoint directory to write")] = CHECKPOINT,
-    state: Annotated[Path, typer.Option(help="where the run keeps itself")] = Path("build/train"),
+    out: Annotated[Path | None, typer.Option(help="the run's folder; a new one in runs/")] = None,
+    resume: Annotated[bool, typer.Option(help="continue the run in OUT")] = False,
     minutes: float = Recipe.minutes,
     learning_rate: float = Recipe.learning_rate,
     batch: int = Recipe.batch,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
 ) -> None:
-    """Trains, or continues, and exports."""
+    """Trains and exports; the checkpoint is OUT/checkpoint."""
+    folder = run_folder(out, resume)
     torch.set_num_threads(threads)
     recipe = Recipe(minutes=minutes, learning_rate=learning_rate, batch=batch)
     config = Config.preset("tiny", max_position_embeddings=recipe.window)
     data, held_out = corpus()
     text, paths = heldout_text(held_out)
-    run = Run(config, recipe, state)
+    run = Run(config, recipe, folder)
     size = sum(p.numel() for p in run.model.parameters())
-    print(f"{size:,} parameters, {len(data):,} bytes to train on", flush=True)
+    print(f"{folder}: {size:,} parameters, {len(data):,} bytes to train on", flush=True)
     run_until_done(run, data, text[: 16 * 1024])
     notes = {
         "recipe": asdict(recipe),
@@ -322,9 +354,9 @@ def main(
         "training_minutes": round(run.seconds / 60, 1),
         "training_threads": threads,
     }
-    metrics = export(run.model, out, text, notes, run.log)
+    metrics = export(run.model, folder / "checkpoint", text, notes, run.log)
     print(json.dumps(metrics, indent=1))
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

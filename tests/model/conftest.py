@@ -1,4 +1,4 @@
-"""Random small checkpoints, in which no weight is trivially one or zero."""
+"""Small models with random weights; no norm is one and no bias is zero."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 
 from model.checkpoint import Checkpoint, write_checkpoint
 from model.config import Config
-from model.deepseek import DeepSeek
-from model.layers import Precision
+from model.deepseek import DeepSeek, Precision
 from model.plain import PlainModel
 
 YARN = {
@@ -33,7 +32,7 @@ def one_thread():
 
 
 def small_config(**changes: Any) -> Config:
-    """V3-shaped, three layers, one dense and two of experts; sizes off the 128 grid."""
+    """One dense layer and two with experts, as in V3; no size is a multiple of 128."""
     values = {
         "vocab_size": 101,
         "hidden_size": 72,
@@ -57,8 +56,8 @@ def small_config(**changes: Any) -> Config:
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module) -> None:
-    """Weights that keep activations near one, norms around one, selection biases around zero."""
+def randomize(model: torch.nn.Module) -> None:
+    """Weights of deviation 1/sqrt(inputs), norms from 0.5 to 1.5, selection biases around 0."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.uniform_(0.5, 1.5)
@@ -71,7 +70,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 def plain_model(config: Config) -> PlainModel:
     model = PlainModel(config)
-    randomise(model)
+    randomize(model)
     return model.eval()
 
 
@@ -87,15 +86,15 @@ def make_plain() -> Callable[[Config], PlainModel]:
 
 @pytest.fixture
 def fill() -> Callable[[torch.nn.Module], None]:
-    return randomise
+    return randomize
 
 
 @pytest.fixture
 def deepkern_model() -> Callable[..., DeepSeek]:
-    """The deepkern model with a plain model's weights, through memory."""
+    """Builds the deepkern model with the weights of a plain model."""
 
     def build(plain: PlainModel, *precision: Any, **options: Any) -> DeepSeek:
-        checkpoint = Checkpoint.of(plain.config, plain.state_dict())
+        checkpoint = Checkpoint.from_tensors(plain.config, plain.state_dict())
         return DeepSeek.from_checkpoint(checkpoint, Precision(*precision, **options))
 
     return build

@@ -1,4 +1,4 @@
-"""Reading checkpoints: every layout that is right, and every kind of damage by file and tensor."""
+"""Reading checkpoints: all valid layouts, and an error that names file and tensor for damage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import CheckpointError, DeepSeek
-from model.checkpoint import INDEX, SINGLE, directory_replaced_at_once, write_checkpoint
+from model.checkpoint import INDEX, SINGLE, replace_directory, write_checkpoint
 from model.config import FP8_QUANTIZATION
 from model.export import stored_tensors
 from model.plain import PlainModel
@@ -32,7 +32,7 @@ def plain(make_config, make_plain) -> PlainModel:
 
 @pytest.fixture
 def fp8_folder(tmp_path, make_config, make_plain) -> Path:
-    """FP8 as DeepSeek stores it; no size is a multiple of 128, some take two blocks."""
+    """FP8 as DeepSeek stores it; no size is a multiple of 128, some have two blocks."""
     config = make_config(
         hidden_size=136, kv_lora_rank=140, q_lora_rank=24, num_nextn_predict_layers=1,
         quantization_config=FP8_QUANTIZATION,
@@ -41,7 +41,7 @@ def fp8_folder(tmp_path, make_config, make_plain) -> Path:
     return tmp_path / "fp8"
 
 
-def dequantised_by_hand(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def dequantize_by_loop(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     out = {}
     for name, tensor in tensors.items():
         if name.endswith("_scale_inv"):
@@ -56,11 +56,11 @@ def dequantised_by_hand(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return out
 
 
-def test_shards_change_nothing(plain, saved):
-    whole, parts = saved(plain, "whole"), saved(plain, "parts", shard_bytes=50_000)
-    assert len(list(parts.glob("*.safetensors"))) > 3
-    assert not (whole / INDEX).exists()
-    assert torch.equal(load(whole)(TOKENS), load(parts)(TOKENS))
+def test_shards_give_the_same_logits(plain, saved):
+    single, sharded = saved(plain, "single"), saved(plain, "sharded", shard_bytes=50_000)
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    assert not (single / INDEX).exists()
+    assert torch.equal(load(single)(TOKENS), load(sharded)(TOKENS))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -71,13 +71,13 @@ def test_stored_dtypes(plain, tmp_path, stored):
     torch.testing.assert_close(load(tmp_path / "x")(TOKENS), plain(TOKENS), atol=1e-4, rtol=0)
 
 
-def test_fp8_is_dequantised_exactly_edge_blocks_included(fp8_folder):
+def test_fp8_edge_blocks_are_dequantized(fp8_folder):
     tensors = load_file(fp8_folder / SINGLE)
     assert tensors[Q_A].dtype == torch.float8_e4m3fn
     assert tensors["model.layers.1.self_attn.kv_b_proj.weight_scale_inv"].shape == (1, 2)
     model = load(fp8_folder)
     plain = PlainModel(model.config)
-    plain.load_state_dict(dequantised_by_hand(tensors))
+    plain.load_state_dict(dequantize_by_loop(tensors))
     for name, weight in PlainModel.from_pretrained(fp8_folder).state_dict().items():
         assert torch.equal(weight, plain.state_dict()[name]), name
     torch.testing.assert_close(model(TOKENS), plain.eval()(TOKENS), atol=1e-4, rtol=0)
@@ -85,22 +85,22 @@ def test_fp8_is_dequantised_exactly_edge_blocks_included(fp8_folder):
     torch.testing.assert_close(model.mtp_logits(TOKENS), mtp, atol=1e-4, rtol=0)
 
 
-def test_fp8_stays_resident_when_asked(fp8_folder):
+def test_fp8_keeps_fp8_weights(fp8_folder):
     tensors = load_file(fp8_folder / SINGLE)
     model = load(fp8_folder, fp8=True)
     layer = model.model["layers"][1]
-    for part in (layer.self_attn.q_a_proj, layer.mlp.shared_experts.down_proj):
-        assert part.weight.dtype == torch.float8_e4m3fn and part.scale is not None
+    for linear in (layer.self_attn.q_a_proj, layer.mlp.shared_experts.down_proj):
+        assert linear.weight.dtype == torch.float8_e4m3fn and linear.scale is not None
     assert layer.mlp.experts.w13.dtype == torch.float8_e4m3fn
     assert torch.equal(
         layer.self_attn.q_a_proj.weight.view(torch.uint8), tensors[Q_A].view(torch.uint8)
     )
     exact, rounded = load(fp8_folder)(TOKENS), model(TOKENS)
-    # e4m3 activations: 3 mantissa bits over a few matmuls; experts may be chosen differently
+    # Activations have 3 mantissa bits, and a rounding error can change the choice of an expert.
     assert (rounded - exact).norm() / exact.norm() < 0.25
 
 
-def test_fp8_asked_of_a_real_checkpoint_quantises_at_load(plain, saved):
+def test_fp8_quantizes_real_weights_at_load(plain, saved):
     model = load(saved(plain), fp8=True)
     assert model.model["layers"][0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
     exact = load(saved(plain))(TOKENS)
@@ -108,7 +108,7 @@ def test_fp8_asked_of_a_real_checkpoint_quantises_at_load(plain, saved):
 
 
 def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Changes tensors of model.safetensors; None removes."""
+    """Replaces tensors of model.safetensors; removes those with value None."""
     tensors = load_file(folder / SINGLE)
     for name, value in changes.items():
         tensors.pop(name, None)
@@ -123,7 +123,7 @@ def edit_json(file: Path, change) -> None:
     file.write_text(json.dumps(raw))
 
 
-def refused(folder: Path, *words: str, error: type[Exception] = CheckpointError) -> None:
+def assert_error(folder: Path, *words: str, error: type[Exception] = CheckpointError) -> None:
     with pytest.raises(error) as caught:
         load(folder)
     for word in words:
@@ -136,7 +136,7 @@ def test_truncated_file(plain, saved):
     for size in (0, 4, 300, file.stat().st_size // 2, file.stat().st_size - 1):
         whole = file.read_bytes()
         file.write_bytes(whole[:size])
-        refused(folder, str(file))
+        assert_error(folder, str(file))
         file.write_bytes(whole)
     load(folder)
 
@@ -144,48 +144,48 @@ def test_truncated_file(plain, saved):
 def test_garbage_file(plain, saved):
     folder = saved(plain)
     (folder / SINGLE).write_bytes(b"\xff" * 4096)
-    refused(folder, SINGLE)
+    assert_error(folder, SINGLE)
 
 
 @pytest.mark.parametrize("name", [Q_A, EXPERT, "lm_head.weight", "model.norm.weight"])
 def test_missing_tensor(plain, saved, name):
     folder = saved(plain)
     rewrite(folder, **{name: None})
-    refused(folder, str(folder), name, "missing")
+    assert_error(folder, str(folder), name, "missing")
 
 
 def test_missing_selection_bias(plain, saved):
     folder, name = saved(plain), "model.layers.1.mlp.gate.e_score_correction_bias"
     rewrite(folder, **{name: None})
-    refused(folder, name)
+    assert_error(folder, name)
 
 
 def test_partly_missing_prediction_layer(plain, saved):
     folder, name = saved(plain), "model.layers.3.eh_proj.weight"
     rewrite(folder, **{name: None})
-    refused(folder, name)
+    assert_error(folder, name)
 
 
-@pytest.mark.parametrize("shape", [(24, 71), (72, 24), (24,), (1, 24, 72), (0, 72)])
+@pytest.mark.parametrize("shape", [(24, 71), (72, 24), (24,), (1, 24, 72), (0, 72)], ids=str)
 def test_wrong_shape(plain, saved, shape):
     folder = saved(plain)
     rewrite(folder, **{Q_A: torch.zeros(shape)})
-    refused(folder, str(folder / SINGLE), Q_A, str(list(shape)), "[24, 72]")
+    assert_error(folder, str(folder / SINGLE), Q_A, str(list(shape)), "[24, 72]")
 
 
 def test_wrong_dtype(plain, saved):
     folder = saved(plain)
     rewrite(folder, **{Q_A: torch.zeros(24, 72, dtype=torch.int32)})
-    refused(folder, SINGLE, Q_A, "dtype")
+    assert_error(folder, SINGLE, Q_A, "dtype")
 
 
 def test_unknown_tensor(plain, saved):
     folder = saved(plain)
     rewrite(folder, **{"model.layers.0.self_attn.q_a_proj.bias": torch.zeros(24)})
-    refused(folder, SINGLE, "q_a_proj.bias")
+    assert_error(folder, SINGLE, "q_a_proj.bias")
 
 
-def test_known_extras_are_ignored(plain, saved):
+def test_rotary_tables_are_ignored(plain, saved):
     folder = saved(plain)
     rewrite(folder, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
     load(folder)
@@ -193,31 +193,31 @@ def test_known_extras_are_ignored(plain, saved):
 
 def test_missing_scale(fp8_folder):
     rewrite(fp8_folder, **{Q_A + "_scale_inv": None})
-    refused(fp8_folder, SINGLE, Q_A, "_scale_inv", "missing")
+    assert_error(fp8_folder, SINGLE, Q_A, "_scale_inv", "missing")
 
 
 def test_fp8_vector(fp8_folder):
     name = "model.layers.1.input_layernorm.weight"
     rewrite(fp8_folder, **{name: torch.ones(136).to(torch.float8_e4m3fn)})
-    refused(fp8_folder, SINGLE, name, "not a matrix")
+    assert_error(fp8_folder, SINGLE, name, "not a matrix")
 
 
 def test_wrong_scale_shape(fp8_folder):
     rewrite(fp8_folder, **{Q_A + "_scale_inv": torch.ones(1, 1)})
-    refused(fp8_folder, SINGLE, Q_A + "_scale_inv", "[1, 1]", "[1, 2]")
+    assert_error(fp8_folder, SINGLE, Q_A + "_scale_inv", "[1, 1]", "[1, 2]")
 
 
 def test_scale_without_fp8(plain, saved):
     folder = saved(plain)
     rewrite(folder, **{Q_A + "_scale_inv": torch.ones(1, 1)})
-    refused(folder, SINGLE, Q_A + "_scale_inv")
+    assert_error(folder, SINGLE, Q_A + "_scale_inv")
 
 
 def test_missing_shard(plain, saved):
     folder = saved(plain, shard_bytes=50_000)
     gone = sorted(folder.glob("*.safetensors"))[1]
     gone.unlink()
-    refused(folder, str(gone), "missing")
+    assert_error(folder, str(gone), "missing")
 
 
 def test_shard_without_its_tensor(plain, saved):
@@ -226,7 +226,7 @@ def test_shard_without_its_tensor(plain, saved):
     tensors = load_file(folder / file)
     del tensors[Q_A]
     save_file(tensors, folder / file)
-    refused(folder, file, Q_A)
+    assert_error(folder, file, Q_A)
 
 
 def test_index_without_a_tensor(plain, saved):
@@ -234,40 +234,40 @@ def test_index_without_a_tensor(plain, saved):
     file = json.loads((folder / INDEX).read_text())["weight_map"][Q_A]
     tensors = load_file(folder / file)
     edit_json(folder / INDEX, lambda raw: raw["weight_map"].pop(Q_A))
-    load(folder)  # the shard has it all the same
+    load(folder)  # the shard still has it
     del tensors[Q_A]
     save_file(tensors, folder / file)
-    refused(folder, Q_A)
+    assert_error(folder, Q_A)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}'])
 def test_broken_index(plain, saved, text):
     folder = saved(plain, shard_bytes=50_000)
     (folder / INDEX).write_text(text)
-    refused(folder, INDEX)
+    assert_error(folder, INDEX)
 
 
 @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", 7])
-def test_index_that_points_elsewhere(plain, saved, file):
+def test_index_with_a_file_outside(plain, saved, file):
     folder = saved(plain, shard_bytes=50_000)
     edit_json(folder / INDEX, lambda raw: raw["weight_map"].update({Q_A: file}))
-    refused(folder, INDEX, Q_A)
+    assert_error(folder, INDEX, Q_A)
 
 
 def test_no_weights(plain, saved):
     folder = saved(plain)
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
-    refused(folder, str(folder), SINGLE, ".bin")
+    assert_error(folder, str(folder), SINGLE, ".bin")
 
 
 def test_no_directory(tmp_path):
-    refused(tmp_path / "none", str(tmp_path / "none"), error=FileNotFoundError)
+    assert_error(tmp_path / "none", str(tmp_path / "none"), error=FileNotFoundError)
 
 
 def test_no_config(plain, saved):
     folder = saved(plain)
     (folder / "config.json").unlink()
-    refused(folder, "config.json", error=FileNotFoundError)
+    assert_error(folder, "config.json", error=FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -289,56 +289,65 @@ def test_no_config(plain, saved):
 def test_config_that_does_not_fit(plain, saved, change, word):
     folder = saved(plain)
     edit_json(folder / "config.json", lambda raw: raw.update(change))
-    refused(folder, word, error=ValueError)
+    assert_error(folder, word, error=ValueError)
 
 
-def test_prediction_layer_loaded_skipped_or_absent(plain, saved):
-    folder = saved(plain)
-    logits, ahead = load(folder)(TOKENS), load(folder).mtp_logits(TOKENS)
-    torch.testing.assert_close(ahead, plain.mtp_logits(TOKENS), atol=1e-4, rtol=0)
+PREDICTION = "model.layers.3."
 
-    # announced, and its embedding and head left out: the main model's are used
+
+def test_prediction_layer_is_loaded(plain, saved):
+    mtp = load(saved(plain)).mtp_logits(TOKENS)
+    torch.testing.assert_close(mtp, plain.mtp_logits(TOKENS), atol=1e-4, rtol=0)
+
+
+def test_prediction_layer_without_its_copies(plain, saved):
+    """Without the copies of embedding and head, the main model's are used."""
+    folder, main = saved(plain), plain.state_dict()
     copies = ["embed_tokens.weight", "shared_head.head.weight"]
-    rewrite(folder, **{f"model.layers.3.{name}": None for name in copies})
-    main = plain.state_dict()
+    rewrite(folder, **{PREDICTION + name: None for name in copies})
     layer = plain.model["layers"][3]
     layer.embed_tokens.weight = torch.nn.Parameter(main["model.embed_tokens.weight"])
     layer.shared_head["head"].weight = torch.nn.Parameter(main["lm_head.weight"])
     for model in (load(folder), PlainModel.from_pretrained(folder)):
-        ahead = model.mtp_logits(TOKENS)
-        torch.testing.assert_close(ahead, plain.mtp_logits(TOKENS), atol=1e-4, rtol=0)
+        mtp = model.mtp_logits(TOKENS)
+        torch.testing.assert_close(mtp, plain.mtp_logits(TOKENS), atol=1e-4, rtol=0)
 
-    # not asked for: skipped
+
+def test_prediction_layer_not_in_the_config(plain, saved):
+    folder = saved(plain)
+    logits = load(folder)(TOKENS)
     edit_json(folder / "config.json", lambda raw: raw.update(num_nextn_predict_layers=0))
     assert torch.equal(load(folder)(TOKENS), logits)
     with pytest.raises(ValueError, match="prediction layer"):
         load(folder).mtp_logits(TOKENS)
 
-    # announced, and nothing of it there: as if not announced
-    edit_json(folder / "config.json", lambda raw: raw.update(num_nextn_predict_layers=1))
-    names = [name for name in load_file(folder / SINGLE) if name.startswith("model.layers.3.")]
+
+def test_prediction_layer_not_in_the_files(plain, saved):
+    folder = saved(plain)
+    logits = load(folder)(TOKENS)
+    names = [name for name in load_file(folder / SINGLE) if name.startswith(PREDICTION)]
     rewrite(folder, **dict.fromkeys(names))
     model = load(folder)
     assert model.config.num_nextn_predict_layers == 0
     assert torch.equal(model(TOKENS), logits)
 
 
-def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
+def test_replace_directory_is_all_or_nothing(tmp_path):
     target = tmp_path / "out"
-    with directory_replaced_at_once(target) as folder:
+    with replace_directory(target) as folder:
         (folder / "a").write_text("1")
-    with pytest.raises(RuntimeError), directory_replaced_at_once(target) as folder:
+    with pytest.raises(RuntimeError), replace_directory(target) as folder:
         (folder / "b").write_text("2")
         raise RuntimeError
     assert [p.name for p in target.iterdir()] == ["a"]
-    with directory_replaced_at_once(target) as folder:
+    with replace_directory(target) as folder:
         (folder / "c").write_text("3")
     assert [p.name for p in target.iterdir()] == ["c"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_nothing_is_unpickled():
-    """Loading for inference never reaches torch.load or pickle (train.py reads its own state)."""
+def test_no_pickle():
+    """Only train.py, which reads its own state, calls torch.load; no other file unpickles."""
     for file in Path(DeepSeek.__module__.replace(".", "/")).parent.glob("*.py"):
         if file.name != "train.py":
             assert not re.search(r"torch\.load|pickle\.", file.read_text()), file

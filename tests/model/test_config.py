@@ -1,4 +1,4 @@
-"""Presets against the published sizes; config.json in all its spellings."""
+"""Presets have the published sizes; config.json is read in all its spellings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from model import Config, DeepSeek
+from model.checkpoint import expected_tensors
 from model.config import PRESETS
-from model.names import expected_tensors
 from model.plain import PlainModel
 
 
 @pytest.mark.parametrize(
     ("preset", "main", "prediction"),
-    # 671B and 15.7B are the published totals; the prediction layer's 11.5B + 2 x 0.9B copies
-    # of embedding and head make the 685B of the download.
+    # Published: 671B and 15.7B.  The prediction layer has 11.5B and copies of embedding and head of
+    # 0.9B each, which gives the 685B of the download.
     [
         ("deepseek-v3", 671_026_404_352, 13_463_426_048),
         ("deepseek-r1", 671_026_404_352, 13_463_426_048),
@@ -27,14 +27,14 @@ def test_parameter_counts(preset, main, prediction):
     config = Config.preset(preset)
     with torch.device("meta"):
         model = DeepSeek(config)
-    ahead = f"model.layers.{config.num_hidden_layers}."
+    prefix = f"model.layers.{config.num_hidden_layers}."
     counts = {name: p.numel() for name, p in model.named_parameters()}
-    assert sum(n for name, n in counts.items() if not name.startswith(ahead)) == main
-    assert sum(n for name, n in counts.items() if name.startswith(ahead)) == prediction
+    assert sum(n for name, n in counts.items() if not name.startswith(prefix)) == main
+    assert sum(n for name, n in counts.items() if name.startswith(prefix)) == prediction
 
 
-def test_names_and_shapes_are_those_of_the_released_v3():
-    """Samples of DeepSeek-V3's model.safetensors.index.json and of its headers."""
+def test_names_and_shapes_of_released_v3():
+    """Samples of DeepSeek-V3's model.safetensors.index.json and its headers."""
     shapes = expected_tensors(Config.preset("deepseek-v3"))
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (7168, 18432)
     assert shapes["model.layers.60.mlp.experts.255.up_proj.weight"] == (2048, 7168)
@@ -47,13 +47,17 @@ def test_names_and_shapes_are_those_of_the_released_v3():
     assert "model.layers.3.mlp.gate.e_score_correction_bias" in shapes
 
 
-@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"tie_word_embeddings": True}])
-def test_plain_model_has_exactly_the_expected_tensors(make_config, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"q_lora_rank": None}, {"tie_word_embeddings": True}],
+    ids=["v3", "no_q_lora", "tied"],
+)
+def test_plain_model_has_expected_tensors(make_config, changes):
     config = make_config(num_nextn_predict_layers=1, **changes)
-    held = {name: tuple(t.shape) for name, t in PlainModel(config).state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in PlainModel(config).state_dict().items()}
     if config.tie_word_embeddings:
-        held.pop("lm_head.weight")
-    assert held == expected_tensors(config)
+        shapes.pop("lm_head.weight")
+    assert shapes == expected_tensors(config)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -64,16 +68,16 @@ def test_round_trip(preset, tmp_path):
     assert {**vars(again), "extra": {}} == {**vars(config), "extra": {}}
 
 
-def test_unknown_keys_survive():
+def test_unknown_keys_are_written_back():
     config = Config.from_dict({**Config.preset("tiny").to_dict(), "ep_size": 1})
     assert config.to_dict()["ep_size"] == 1
 
 
-def test_both_rope_spellings_mean_the_same(yarn):
+def test_both_rope_spellings_are_equal(yarn):
     old = Config.from_dict({"rope_theta": 50000.0, "rope_scaling": yarn})
-    spelled = {k: v for k, v in yarn.items() if k != "type"}
+    renamed = {k: v for k, v in yarn.items() if k != "type"}
     new = Config.from_dict(
-        {"rope_parameters": {**spelled, "rope_type": "yarn", "rope_theta": 50000.0}}
+        {"rope_parameters": {**renamed, "rope_type": "yarn", "rope_theta": 50000.0}}
     )
     assert old.rope_theta == new.rope_theta == 50000.0
     assert old.softmax_scale == new.softmax_scale > old.qk_head_dim**-0.5
@@ -88,7 +92,7 @@ def test_v3_softmax_scale():
     )
 
 
-def test_v2_defaults_come_from_the_model_type():
+def test_v2_defaults():
     config = Config.from_dict({"model_type": "deepseek_v2", "n_group": None, "topk_group": None})
     assert config.scoring_func == "softmax" and config.topk_method == "greedy"
     assert not config.norm_topk_prob and config.n_group == 1 and config.routed_scaling_factor == 1

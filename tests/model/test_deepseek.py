@@ -1,4 +1,4 @@
-"""The deepkern model against the plain one, decoding against prefill, and its bad input."""
+"""The deepkern model equals the plain one, decode equals prefill, bad input is an error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import pytest
 import torch
 
 import deepkern
-from model.cache import LatentCache
+from model import Config, DeepSeek
+from model.deepseek import LatentCache, Precision
+
+PRECISIONS = {
+    "fp32": Precision(),
+    "bf16": Precision(torch.bfloat16),
+    "fp8": Precision(torch.bfloat16, fp8=True),
+}
 
 
 @pytest.fixture
@@ -16,31 +23,31 @@ def tokens() -> torch.Tensor:
 
 CASES = {
     "v3": {},
-    "no q_lora": {"q_lora_rank": None},
-    "no shared expert": {"n_shared_experts": 0},
-    "one group": {"n_group": 1, "topk_group": 1},
+    "no_q_lora": {"q_lora_rank": None},
+    "no_shared_expert": {"n_shared_experts": 0},
+    "one_group": {"n_group": 1, "topk_group": 1},
     "softmax": {
         "topk_method": "group_limited_greedy", "scoring_func": "softmax", "norm_topk_prob": False,
     },
-    "one expert": {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1},
-    "one head": {"num_attention_heads": 1},
-    "wide rope": {"qk_rope_head_dim": 64, "kv_lora_rank": 512},
+    "one_expert": {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1},
+    "one_head": {"num_attention_heads": 1},
+    "wide_rope": {"qk_rope_head_dim": 64, "kv_lora_rank": 512},
     "tied": {"tie_word_embeddings": True},
-    "half-split": {"rope_interleave": False},
+    "half_split": {"rope_interleave": False},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-def test_logits_are_the_plain_model_s(make_config, make_plain, deepkern_model, tokens, changes):
+def test_logits_match_plain_model(make_config, make_plain, deepkern_model, tokens, changes):
     plain = make_plain(make_config(num_nextn_predict_layers=1, **changes))
     model = deepkern_model(plain)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), plain(tokens), atol=1e-4, rtol=0)
-        ahead = plain.mtp_logits(tokens)
-    torch.testing.assert_close(model.mtp_logits(tokens), ahead, atol=1e-4, rtol=0)
+        mtp = plain.mtp_logits(tokens)
+    torch.testing.assert_close(model.mtp_logits(tokens), mtp, atol=1e-4, rtol=0)
 
 
-def test_yarn(make_config, make_plain, deepkern_model, tokens, yarn):
+def test_yarn_matches_plain_model(make_config, make_plain, deepkern_model, tokens, yarn):
     plain = make_plain(make_config(rope_scaling=yarn))
     without = make_plain(make_config())
     without.load_state_dict(plain.state_dict())
@@ -49,52 +56,88 @@ def test_yarn(make_config, make_plain, deepkern_model, tokens, yarn):
         assert (plain(tokens) - without(tokens)).abs().max() > 0.01
 
 
-def test_bf16_and_fp8_stay_close(make_config, make_plain, deepkern_model, tokens):
-    # Without experts, so that a rounding cannot change a choice.
+@pytest.mark.parametrize(("fp8", "limit"), [(False, 0.03), (True, 0.2)], ids=["bf16", "fp8"])
+def test_low_precision_is_close(make_config, make_plain, deepkern_model, tokens, fp8, limit):
+    # All layers are dense: a rounding error cannot change the choice of an expert.
     plain = make_plain(make_config(first_k_dense_replace=3))
     exact = deepkern_model(plain)(tokens)
-    for options, limit in (({}, 0.03), ({"fp8": True}, 0.2)):
-        logits = deepkern_model(plain, torch.bfloat16, **options)(tokens)
-        assert logits.dtype == torch.bfloat16
-        assert (logits - exact).norm() / exact.norm() < limit
+    logits = deepkern_model(plain, torch.bfloat16, fp8=fp8)(tokens)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - exact).norm() / exact.norm() < limit
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_generate_repeats_the_full_forward(make_config, make_plain, deepkern_model, tokens, fp8):
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+def test_random_weights_give_finite_logits(tokens, precision):
+    model = DeepSeek(Config.preset("tiny"), precision)
+    for logits in (model(tokens), model.mtp_logits(tokens)):
+        assert logits.dtype == precision.dtype and logits.isfinite().all()
+        assert logits.float().std() > 0.1
+
+
+def test_random_weights_repeat_with_the_seed(tokens):
+    first, other = DeepSeek(Config.preset("tiny"))(tokens), DeepSeek(Config.preset("tiny"))(tokens)
+    torch.manual_seed(0)
+    torch.randint(101, (2, 30))  # as the fixture `tokens`
+    assert torch.equal(DeepSeek(Config.preset("tiny"))(tokens), first)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
+def test_generate_equals_repeated_forward(make_config, make_plain, deepkern_model, tokens, fp8):
     model = deepkern_model(make_plain(make_config()), fp8=fp8)
     out = model.generate(tokens, 12)
     assert out.shape == (2, 42) and torch.equal(out[:, :30], tokens)
-    again = tokens
+    expected = tokens
     for _ in range(12):
-        again = torch.cat([again, model(again)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(out, again)
+        expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, expected)
 
 
-def test_a_sequence_does_not_see_its_neighbours(make_config, make_plain, deepkern_model, tokens):
+def test_sequences_are_independent(make_config, make_plain, deepkern_model, tokens):
     model = deepkern_model(make_plain(make_config()))
     together, alone = model(tokens), model(tokens[1:])
     torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
 
 
-def test_pages_of_any_size_and_poisoned_cache(make_config, make_plain, deepkern_model, tokens):
+@pytest.mark.parametrize("page", [1, 7, 16, 64])
+def test_page_size_and_poisoned_cache(make_config, make_plain, deepkern_model, tokens, page):
     model = deepkern_model(make_plain(make_config()))
-    expected = model(tokens)
-    for page in (1, 7, 16, 64):
-        cache = model.new_cache(2, 30, page=page)
-        cache.layers.fill_(torch.nan)
-        parts = [model(chunk, cache) for chunk in tokens.split([5, 1, 24], 1)]
-        torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=0)
+    cache = model.new_cache(2, 30, page=page)
+    cache.layers.fill_(torch.nan)
+    logits = [model(chunk, cache) for chunk in tokens.split([5, 1, 24], 1)]
+    torch.testing.assert_close(torch.cat(logits, 1), model(tokens), atol=1e-5, rtol=0)
 
 
-def test_bf16_cache_pages_are_distinct(make_config):
+def test_cache_slots_are_distinct(make_config):
     cache = LatentCache(make_config(), batch=3, capacity=20, dtype=torch.bfloat16, page=8)
-    first, second = cache.reserve(13), cache.reserve(11)
+    first = cache.next_slots(3, 13)
+    cache.length += 13
+    second = cache.next_slots(3, 11)
     slots = torch.cat([first.slots, second.slots])
     assert slots.unique().numel() == 3 * 24 and slots.max() < 3 * 24
     assert second.positions.view(3, 11)[2].tolist() == list(range(13, 24))
-    assert second.lengths.tolist() == [24, 24, 24]
-    with pytest.raises(ValueError, match="25 tokens do not fit"):
-        cache.reserve(1)
+    assert second.cache_seqlens.tolist() == [24, 24, 24]
+
+
+BAD_STEPS = {
+    "batch_too_small": ((1, 2), "batch of 1, expected 2"),
+    "batch_too_large": ((3, 2), "batch of 3, expected 2"),
+    "too_many_tokens": ((2, 62), "65 tokens do not fit, it holds 64"),
+}
+
+
+@pytest.mark.parametrize(("shape", "message"), BAD_STEPS.values(), ids=BAD_STEPS)
+def test_failed_forward_keeps_cache_length(
+    make_config, make_plain, deepkern_model, tokens, shape, message
+):
+    model = deepkern_model(make_plain(make_config()))
+    cache = model.new_cache(2, 20)
+    model(tokens[:, :3], cache)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(shape, dtype=torch.int64), cache)
+    assert cache.length == 3
+    expected = model(tokens[:, :5])[:, 3:]
+    torch.testing.assert_close(model(tokens[:, 3:5], cache), expected, atol=1e-5, rtol=0)
 
 
 def test_empty_input(make_config, make_plain, deepkern_model):
@@ -106,9 +149,11 @@ def test_empty_input(make_config, make_plain, deepkern_model):
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3), torch.zeros(1, 3).int()]
+    "bad",
+    [torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3), torch.zeros(1, 3).int()],
+    ids=["one_dimension", "fp32", "int32"],
 )
-def test_tokens_of_the_wrong_kind(make_config, make_plain, deepkern_model, bad):
+def test_bad_tokens(make_config, make_plain, deepkern_model, bad):
     model = deepkern_model(make_plain(make_config()))
     with pytest.raises(ValueError, match="tokens: expected int64"):
         model(bad)
@@ -120,32 +165,32 @@ def test_empty_prompt(make_config, make_plain, deepkern_model):
         model.generate(torch.zeros(1, 0, dtype=torch.int64), 3)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_every_backend_gives_the_same_model(make_config, make_plain, deepkern_model, backend, fp8):
-    """The `backend` fixture forces each in turn."""
+@pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
+def test_backends_agree(make_config, make_plain, deepkern_model, backend, fp8):
+    """The `backend` fixture forces each backend in turn."""
     plain = make_plain(make_config(num_hidden_layers=2))
-    model, few = deepkern_model(plain, fp8=fp8), torch.tensor([[3, 99, 5, 7], [50, 50, 50, 0]])
+    model, tokens = deepkern_model(plain, fp8=fp8), torch.tensor([[3, 99, 5, 7], [50, 50, 50, 0]])
     cache = model.new_cache(2, 4, page=4)
-    logits = torch.cat([model(chunk, cache) for chunk in few.split([3, 1], 1)], 1)
+    logits = torch.cat([model(chunk, cache) for chunk in tokens.split([3, 1], 1)], 1)
     with torch.no_grad(), deepkern.backend("torch"):
-        expected = model(few) if fp8 else plain(few)
-    # In FP8 a difference in the last bit may fall on the other side of a rounding.
+        expected = model(tokens) if fp8 else plain(tokens)
+    # With FP8 a difference in the last bit can change the rounding of an activation.
     limit = 0.02 if fp8 else 1e-5
     assert (logits - expected).norm() / expected.norm() < limit
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
 def test_on_a_gpu(make_config, make_plain, deepkern_model, device, tokens, fp8):
     plain = make_plain(make_config(num_nextn_predict_layers=1))
-    here = deepkern_model(plain, fp8=fp8)
-    there = deepkern_model(plain, device=device, fp8=fp8)
+    on_cpu = deepkern_model(plain, fp8=fp8)
+    on_gpu = deepkern_model(plain, device=device, fp8=fp8)
     limit = 0.05 if fp8 else 1e-3
-    for there_logits, logits in (
-        (there(tokens.to(device)), here(tokens)),
-        (there.mtp_logits(tokens.to(device)), here.mtp_logits(tokens)),
+    for logits, expected in (
+        (on_gpu(tokens.to(device)), on_cpu(tokens)),
+        (on_gpu.mtp_logits(tokens.to(device)), on_cpu.mtp_logits(tokens)),
     ):
-        assert there_logits.device.type == device.type
-        assert (there_logits.cpu() - logits).norm() / logits.norm() < limit
+        assert logits.device.type == device.type
+        assert (logits.cpu() - expected).norm() / expected.norm() < limit
     prompt = tokens[:, :5].to(device)
-    assert there.generate(prompt, 4).shape == (2, 9)
+    assert on_gpu.generate(prompt, 4).shape == (2, 9)

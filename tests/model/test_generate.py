@@ -1,6 +1,8 @@
-"""`python -m model.generate`: bytes and tokenizers, streaming, and errors that read well."""
+"""`python -m model.generate`: tokenizers, BOS, streaming, end tokens and error messages."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
@@ -8,7 +10,15 @@ import typer
 from typer.testing import CliRunner
 
 from model import Config, DeepSeek
-from model.generate import Bytes, Tokenizer, main, stop_tokens, text_of
+from model.generate import (
+    ByteTokenizer,
+    FileTokenizer,
+    load_tokenizer,
+    main,
+    stop_tokens,
+    stream,
+    with_bos,
+)
 
 app = typer.Typer()
 app.command()(main)
@@ -20,11 +30,25 @@ def folder(make_config, make_plain, saved):
     return saved(make_plain(config))
 
 
+@pytest.fixture
+def tokenizer_file(folder):
+    """Writes a byte-level tokenizer.json of 256 tokens into the checkpoint."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
 def run(*arguments: object):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16", "--fp8"]])
+@pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16", "--fp8"]], ids=["fp32", "fp8"])
 def test_prints_prompt_and_continuation(folder, options):
     arguments = ["--checkpoint", folder, "--prompt", "import ö", "--max-new-tokens", 9, *options]
     result = run(*arguments)
@@ -33,37 +57,52 @@ def test_prints_prompt_and_continuation(folder, options):
     assert run(*arguments).stdout == result.stdout
 
 
-def test_text_is_what_the_model_generates(folder):
-    result = run("--checkpoint", folder, "--prompt", "abc", "--max-new-tokens", 9)
+@pytest.mark.parametrize("prompt", ["abc", "\fabc"], ids=["without_bos", "with_bos"])
+def test_command_equals_generate(folder, prompt):
+    result = run("--checkpoint", folder, "--prompt", prompt, "--max-new-tokens", 9)
     model = DeepSeek.from_pretrained(folder, dtype=torch.float32)
-    tokens = model.generate(torch.tensor([[12, *b"abc"]]), 9)[0].tolist()
-    expected = bytes(tokens).decode(errors="replace")
-    # an unfinished character at the very end is not printed; a stream has no line ends to keep
-    assert expected.startswith(result.stdout.rstrip("\n")) or result.stdout.startswith(expected)
+    tokenizer = load_tokenizer(folder)
+    tokens = model.generate(torch.tensor([tokenizer.encode(prompt)]), 9)[0].tolist()
+    assert tokens[:4] == [12, *b"abc"]
+    text = tokenizer.decode(tokens)
+    # The command does not print an incomplete character at the end; it may print a line end.
+    assert text.startswith(result.stdout.rstrip("\n")) or result.stdout.startswith(text)
 
 
-def test_bytes_split_characters():
-    decode = Bytes(None).decoder()
+def test_stream_equals_generate(folder):
+    model, prompt = DeepSeek.from_pretrained(folder, dtype=torch.float32), torch.tensor([[1], [2]])
+    tokens = torch.stack([prompt[:, 0], *stream(model, prompt, 5)], 1)
+    assert torch.equal(tokens, model.generate(prompt, 5))
+
+
+def test_with_bos():
+    assert with_bos([1, 2], 12) == [12, 1, 2]
+    assert with_bos([12, 2], 12) == [12, 2]
+    assert with_bos([], 12) == [12]
+    assert with_bos([1], None) == [1]
+
+
+def test_byte_tokenizer_joins_characters():
+    decode = ByteTokenizer(None).decoder()
     assert [decode(b) for b in "aö".encode()] == ["a", "", "ö"]
-    assert Bytes(12).encode("a\udcff") == [12, 97, 255]
+    assert ByteTokenizer(12).encode("a\udcff") == [12, 97, 255]
+    assert ByteTokenizer(None).decode(list("aö".encode())) == "aö"
 
 
-def test_tokenizer_file(folder):
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
-    fast = Fast(models.BPE(vocab=vocabulary, merges=[]))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.save(str(folder / "tokenizer.json"))
-    text = text_of(folder, Config.load(folder))
-    assert isinstance(text, Tokenizer)
-    decode = text.decoder()
-    assert "".join(decode(token) for token in text.encode("hé llo")) == "hé llo"
+def test_tokenizer_file(folder, tokenizer_file):
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, FileTokenizer)
+    tokens, decode = tokenizer.encode("hé llo"), tokenizer.decoder()
+    assert "".join(decode(token) for token in tokens) == tokenizer.decode(tokens) == "hé llo"
     result = run("--checkpoint", folder, "--prompt", "x = 1", "--max-new-tokens", 4)
     assert result.exit_code == 0 and "x = 1" in result.stdout
+
+
+@pytest.mark.parametrize(("add_bos", "first"), [(True, 12), (False, 64)], ids=["bos", "no_bos"])
+def test_tokenizer_config_adds_bos(folder, tokenizer_file, add_bos, first):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
+    tokens = load_tokenizer(folder).encode("abc")
+    assert tokens[0] == first and len(tokens) == 3 + add_bos
 
 
 def test_stop_tokens():

@@ -1,4 +1,4 @@
-"""The committed checkpoint: it loads, it is small, and it is as good as its README says."""
+"""The committed checkpoint: size, logits, and the bits per byte that its README states."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from model.plain import PlainModel
 FOLDER = Path(__file__).parents[2] / "model" / "checkpoints" / "stdlib-bytes"
 METRICS = json.loads((FOLDER / "metrics.json").read_text())
 HELD_OUT = (FOLDER / "heldout.txt").read_bytes()
-PART = 4 * 512 + 1  # a few windows: the whole text takes a while
+PART = 4 * 512 + 1  # 4 windows; the whole text is a slow test
 
 
 @pytest.fixture(scope="module")
 def plain() -> PlainModel:
-    """The stored weights, dequantised, in the plain model."""
+    """The stored weights, dequantized, in the plain model."""
     return PlainModel.from_pretrained(FOLDER)
 
 
@@ -34,14 +34,18 @@ def test_size_and_shape():
     assert 64 * 1024 <= len(HELD_OUT) == METRICS["held_out_bytes"] <= 128 * 1024
 
 
-def test_logits_are_the_plain_model_s(plain):
+def test_logits_match_plain_model(plain):
     tokens = torch.tensor([list(HELD_OUT[:200])])
     model = DeepSeek.from_pretrained(FOLDER, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), plain(tokens), atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"fp8": True}, {"dtype": torch.bfloat16, "fp8": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fp8": True}, {"dtype": torch.bfloat16, "fp8": True}],
+    ids=["fp32", "fp32_fp8", "bf16_fp8"],
+)
 def test_bits_per_byte_of_a_part(plain, options):
     model = DeepSeek.from_pretrained(FOLDER, **{"dtype": torch.float32, **options})
     expected = bits_per_byte(plain, HELD_OUT[:PART])
@@ -51,13 +55,13 @@ def test_bits_per_byte_of_a_part(plain, options):
 
 @pytest.mark.slow
 def test_bits_per_byte_of_the_whole_text(plain):
-    """With PyTorch's own matmul, as the README's figure was measured."""
+    """In the plain model, as the README's figure was measured."""
     stated = METRICS["held_out_bits_per_byte_fp8"]
     assert f"{stated:.4f}" in (FOLDER / "README.md").read_text()
     assert bits_per_byte(plain, HELD_OUT, METRICS["window"]) == pytest.approx(stated, abs=1e-3)
 
 
-def test_continues_python():
+def test_completes_python():
     model = DeepSeek.from_pretrained(FOLDER, dtype=torch.float32)
     prompt = b"\fimport os\n\n\nclass Error(Exc"
     out = model.generate(torch.tensor([list(prompt)]), 8)[0].tolist()

@@ -1,4 +1,4 @@
-"""The same saved checkpoint in transformers and here: logits within 1e-4 in fp32."""
+"""Logits of a saved checkpoint are within 1e-4 of those of transformers, in fp32."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES = {
     "v3-no-q-lora": ("V3", {**V3, "q_lora_rank": None}),
     "v3-one-group": ("V3", {**V3, "n_group": 1, "topk_group": 1}),
     "v3-all-dense": ("V3", {**V3, "first_k_dense_replace": 3}),
-    "v3-unnormalised": ("V3", {**V3, "norm_topk_prob": False, "routed_scaling_factor": 1.7}),
+    "v3-unnormalized": ("V3", {**V3, "norm_topk_prob": False, "routed_scaling_factor": 1.7}),
     "v3-yarn": ("V3", {**V3, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
     "v3-yarn-uneven": ("V3", {**V3, "rope_parameters": {**YARN, "mscale_all_dim": 0.3}}),
     "v3-half-split-rope": ("V3", {**V3, "rope_interleave": False}),
@@ -74,27 +74,27 @@ def case(request, tmp_path_factory):
     family, values = CASES[request.param]
     torch.manual_seed(1)
     config = getattr(transformers, f"Deepseek{family}Config")(**values)
-    theirs = getattr(transformers, f"Deepseek{family}ForCausalLM")(config).eval()
+    reference = getattr(transformers, f"Deepseek{family}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in reference.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-        for name, buffer in theirs.named_buffers():
+        for name, buffer in reference.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.2)
         tokens = torch.randint(config.vocab_size, (2, 40))
-        logits = theirs(tokens).logits
+        logits = reference(tokens).logits
     folder = tmp_path_factory.mktemp(request.param)
-    theirs.save_pretrained(folder)
+    reference.save_pretrained(folder)
     return folder, tokens, logits
 
 
-def report(name: str, ours: torch.Tensor, theirs: torch.Tensor, record) -> None:
-    """Fails beyond the tolerance; -s or the report's properties show the figure."""
-    assert theirs.abs().max() > 0.5, "the model is too quiet to compare"
-    difference = (ours - theirs).abs().max().item()
+def report(name: str, ours: torch.Tensor, reference: torch.Tensor, record) -> None:
+    """Fails above the tolerance; -s or the report's properties show the difference."""
+    assert reference.abs().max() > 0.5, "the logits are too small to compare"
+    difference = (ours - reference).abs().max().item()
     record("max_logit_difference", difference)
     print(f"max logit difference to transformers, {name}: {difference:.2e}")
     assert difference <= TOLERANCE
@@ -123,18 +123,18 @@ def test_decode_in_chunks(case, record_property):
 
 
 @torch.no_grad()
-def test_plain_model_too(case, record_property):
-    """The definition that `make run` compares with stands on its own feet."""
+def test_plain_model(case, record_property):
+    """`make run` compares with the plain model; this compares that with transformers."""
     folder, tokens, logits = case
     plain = PlainModel.from_pretrained(folder)
     report(f"plain {folder.name}", plain(tokens), logits, record_property)
 
 
 @torch.no_grad()
-def test_transformers_reads_what_is_written_here(make_config, make_plain, saved, yarn):
+def test_transformers_reads_our_checkpoint(make_config, make_plain, saved, yarn):
     plain = make_plain(make_config(rope_scaling=yarn))
     folder = saved(plain, shard_bytes=100_000)
-    theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reference = transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.randint(101, (2, 40))
-    difference = (theirs.eval()(tokens).logits - plain(tokens)).abs().max().item()
+    difference = (reference.eval()(tokens).logits - plain(tokens)).abs().max().item()
     assert difference <= TOLERANCE
