@@ -1,7 +1,7 @@
-"""Reads what a compiled kernel is made of: registers, spills, memory, instructions that count.
+"""Reads the resources of a compiled kernel: registers, spills, shared memory, key instructions.
 
 NVIDIA: `cuobjdump` of Triton's own wheel on the cubin. AMD: the assembly text with its metadata.
-A record is a dict, ready for JSON; `read` says what is in it.
+A record is a dict for JSON; `read` documents its fields.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 
 from deepkern.runtime.arch import Arch
 
-# Per multiprocessor: (threads, blocks, shared bytes). Vendors' occupancy tables; 64 K registers.
+# Per SM: (threads, blocks, shared bytes). Vendors' occupancy tables; 64 K registers.
 _NVIDIA_LIMITS = {
     "sm_80": (2048, 32, 164 << 10),
     "sm_89": (1536, 24, 100 << 10),
@@ -24,7 +24,7 @@ _NVIDIA_LIMITS = {
     "sm_100": (2048, 32, 228 << 10),
     "sm_120": (1536, 24, 100 << 10),
 }
-_NVIDIA_RESERVED = 1 << 10  # shared memory that the system takes of every block
+_NVIDIA_RESERVED = 1 << 10  # shared memory of every block that CUDA reserves
 
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.M)
 _GCN = re.compile(r"^\s+([a-z][a-z0-9_]+)", re.M)
@@ -34,15 +34,17 @@ _WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 def read(kernel, target: Arch) -> dict:
     """The record of a CompiledKernel.
 
-    registers: a thread's. spill_bytes: what a thread stores to and loads from local memory, each
-    instruction counted once. shared: bytes a block. blocks: resident on one multiprocessor at once,
-    and limit: what bounds them. matrix: tensor-core instructions by mnemonic. dots: tl.dot in the
-    source's IR, so dots without matrix instructions is a fallback to plain arithmetic.
+    registers: per thread.
+    spill_bytes: stored to and loaded from local memory per thread, each instruction counted once.
+    shared: bytes per block.
+    blocks: resident blocks per SM, and limit: the resource that bounds them.
+    matrix: tensor-core instructions by mnemonic.
+    dots: tl.dot operations in the IR. Without matrix instructions they use plain arithmetic.
     tma, async_copy: bulk tensor copies, and asynchronous copies to shared memory.
     """
     threads = kernel.metadata.num_warps * target.warp_size
-    found = _read_cubin(kernel.asm["cubin"]) if target.backend == "cuda" else _read_gcn(kernel)
-    record = {"shared": kernel.metadata.shared, "threads": threads, **found}
+    read_asm = _read_cubin(kernel.asm["cubin"]) if target.backend == "cuda" else _read_gcn(kernel)
+    record = {"shared": kernel.metadata.shared, "threads": threads, **read_asm}
     limits = blocks(target, record["registers"], record["shared"], threads)
     record["limit"] = min(limits, key=limits.get)
     record["blocks"] = limits[record["limit"]]
@@ -67,14 +69,14 @@ def read_sass(text: str) -> dict:
     """Registers, spills and instruction counts from what `cuobjdump -res-usage -sass` prints."""
     registers = int(re.search(r"\bREG:(\d+)", text)[1])
     counts: Counter[str] = Counter()
-    spilled = 0
+    spill_bytes = 0
     for name, modifiers in _SASS.findall(text):
         counts[name] += 1
         if name in ("STL", "LDL"):
-            spilled += next((_WIDTH[m] for m in modifiers.split(".") if m in _WIDTH), 4)
+            spill_bytes += next((_WIDTH[m] for m in modifiers.split(".") if m in _WIDTH), 4)
     return {
         "registers": registers,
-        "spill_bytes": spilled,
+        "spill_bytes": spill_bytes,
         "matrix": {name: n for name, n in sorted(counts.items()) if name.endswith("MMA")},
         "tma": sum(counts[n] for n in ("UTMALDG", "UTMASTG", "UTMAREDG")),
         "async_copy": counts["LDGSTS"],
@@ -87,18 +89,18 @@ def _read_gcn(kernel) -> dict:
 
 
 def read_gcn(text: str) -> dict:
-    """The same from AMD assembly. Scratch counts as spilled: Triton has no other use of it."""
+    """The same from AMD assembly. All scratch memory is spills: Triton uses it for nothing else."""
 
     def metadata(name: str) -> int:
-        found = re.search(rf"^\s+\.{name}:\s+(\d+)", text, re.M)
-        return int(found[1]) if found else 0
+        match = re.search(rf"^\s+\.{name}:\s+(\d+)", text, re.M)
+        return int(match[1]) if match else 0
 
     counts = Counter(_GCN.findall(text))
     matrix = {n: c for n, c in sorted(counts.items()) if n.startswith(("v_mfma_", "v_smfmac_"))}
-    spilled = 4 * metadata("vgpr_spill_count")
+    vgpr_spill_bytes = 4 * metadata("vgpr_spill_count")
     return {
         "registers": metadata("vgpr_count"),
-        "spill_bytes": max(spilled, metadata("private_segment_fixed_size")),
+        "spill_bytes": max(vgpr_spill_bytes, metadata("private_segment_fixed_size")),
         "matrix": matrix,
         "tma": 0,
         "async_copy": len(re.findall(r"^\s+(?:buffer|global)_load\w*.*\blds\b", text, re.M)),
@@ -107,7 +109,7 @@ def read_gcn(text: str) -> dict:
 
 
 def blocks(target: Arch, registers: int, shared: int, threads: int) -> dict[str, int]:
-    """How many blocks fit on a multiprocessor by each of its limits; the smallest counts."""
+    """How many blocks fit on an SM by each limit; the smallest applies."""
     rule = _blocks_nvidia if target.backend == "cuda" else _blocks_amd
     return rule(target, registers, shared, threads)
 
@@ -115,9 +117,7 @@ def blocks(target: Arch, registers: int, shared: int, threads: int) -> dict[str,
 def _blocks_nvidia(target: Arch, registers: int, shared: int, threads: int) -> dict[str, int]:
     most_threads, most_blocks, most_shared = _NVIDIA_LIMITS[target.name]
     warps = threads // target.warp_size
-    per_warp = (
-        -(-registers * target.warp_size // 256) * 256
-    )  # registers are handed out by 256 a warp
+    per_warp = -(-registers * target.warp_size // 256) * 256  # allocated in units of 256 per warp
     return {
         "registers": 65536 // max(per_warp * warps, 1),
         "shared": most_shared // (shared + _NVIDIA_RESERVED),

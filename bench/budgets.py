@@ -1,8 +1,8 @@
-"""The committed budgets of every compiled kernel, and what breaks one.
+"""The committed budgets of every compiled kernel, and their checks.
 
-`budgets.json` holds, for op, kernel, tile config and target, what the pinned Triton makes of it.
-Other versions of Triton allocate registers a little differently, so with them only what no version
-may do is held: fail to compile, spill, or do a tl.dot without matrix instructions.
+`budgets.json` has the resources of each op, kernel, tile config and target under the pinned Triton.
+Other versions of Triton allocate registers a little differently. With them we check only that
+every kernel compiles, does not spill, and computes tl.dot with matrix instructions.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 import triton
 
 FILE = Path(__file__).parent / "budgets.json"
-PINNED = "3.7.1"  # the Triton whose numbers the budgets are
+PINNED = "3.7.1"  # the Triton version that the budgets were measured with
 
 
 def key(record: dict) -> tuple[str, str, str, str]:
-    """What a budget is for."""
+    """The key of a record's budget."""
     return record["op"], record["kernel"], record["config"], record["target"]
 
 
@@ -37,7 +37,7 @@ def load(file: Path = FILE) -> dict[tuple, dict]:
 
 
 def write(budgets: dict[tuple, dict], file: Path = FILE) -> None:
-    """Writes all budgets, sorted, one line for each."""
+    """Writes all budgets, sorted, one per line."""
     lines, tree = [], {}
     for (op, kernel, config, target), budget in sorted(budgets.items()):
         tree.setdefault(op, {}).setdefault(kernel, {}).setdefault(config, {})[target] = budget
@@ -60,23 +60,23 @@ def write(budgets: dict[tuple, dict], file: Path = FILE) -> None:
 
 
 def worst(records: list[dict]) -> dict[tuple, dict]:
-    """One record per key: two sizes may differ in alignment only, and the larger one counts."""
-    found: dict[tuple, dict] = {}
+    """One record per key with the larger resources: two sizes may differ in alignment only."""
+    worst_of: dict[tuple, dict] = {}
     for record in records:
-        other = found.setdefault(key(record), record)
+        other = worst_of.setdefault(key(record), record)
         if "error" in record:
-            found[key(record)] = record
+            worst_of[key(record)] = record
         elif "error" not in other and record is not other:
             largest = {n: max(record[n], other[n]) for n in ("registers", "shared", "spill_bytes")}
             fewest = record if len(record["matrix"]) < len(other["matrix"]) else other
-            found[key(record)] = {**fewest, **largest}
-    return found
+            worst_of[key(record)] = {**fewest, **largest}
+    return worst_of
 
 
 def merged(
     committed: dict[tuple, dict], records: list[dict], ops: Sequence[str], targets: Sequence[str]
 ) -> dict[tuple, dict]:
-    """`committed` with all that was inspected anew in place of what it said of these ops."""
+    """`committed`, with the budgets of `ops` on `targets` replaced by those of `records`."""
     kept = {k: b for k, b in committed.items() if k[0] not in ops or k[3] not in targets}
     fresh = {
         k: {"registers": r["registers"], "shared": r["shared"], "matrix": sorted(r["matrix"])}
@@ -93,15 +93,15 @@ def problems(
     targets: Sequence[str] = (),
     triton_version: str = triton.__version__,
 ) -> dict[tuple, list[str]]:
-    """What is wrong, by key. Without `committed`, or on another Triton, sizes are not compared."""
-    found = worst(records)
-    wrong = {k: _unconditional(record) for k, record in found.items()}
+    """The problems by key. Without `committed`, or on another Triton, budgets are not compared."""
+    compiled = worst(records)
+    wrong = {k: _unconditional(record) for k, record in compiled.items()}
     if committed is not None and triton_version == PINNED:
-        for k, record in found.items():
+        for k, record in compiled.items():
             if "error" not in record:
                 wrong[k] += _against(record, committed.get(k))
         for k in committed:
-            if k not in found and k[0] in ops and k[3] in targets:
+            if k not in compiled and k[0] in ops and k[3] in targets:
                 wrong[k] = ["has a budget but is no longer compiled at any inspect size"]
     return {k: texts for k, texts in wrong.items() if texts}
 

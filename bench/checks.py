@@ -1,9 +1,8 @@
-"""Is every op right, on every backend that this machine has?
+"""Checks every op on every backend that this machine has.
 
-`cuda`, `triton` and `cpu` are compared with the oracle by the bounds of docs/numerics.md. The
-`torch` backend is the oracle, so comparing it with itself would say nothing: it is compared, with a
-looser bound, with the plain PyTorch formula that bench/baselines/ has for the op. Without one it
-counts as not checked.
+`cuda`, `triton` and `cpu` are compared with the reference, within the bounds of docs/numerics.md.
+The `torch` backend is the reference. It is compared, within a wider bound, with the op's `baseline`
+in plain PyTorch (testing/ops/).
 """
 
 from __future__ import annotations
@@ -16,18 +15,19 @@ from torch import Tensor
 
 import deepkern
 from deepkern.runtime import backends
-from deepkern.testing import compare, inputs
+from deepkern.testing import compare
+from deepkern.testing.ops import by_name, facts
 
-from . import baselines, machine
+from . import machine
 
-# Plain PyTorch rounds at other places than the oracle: diffs up to 8e-6 were seen. A relative error
-# of 1 % in all values is a diff of 5e-5.
+# Plain PyTorch rounds at other steps than the reference: diffs up to 8e-6 were measured. A relative
+# error of 1 % in all values is a diff of 5e-5.
 PLAIN_TOLERANCE = 2e-5
 
 
 @dataclass(frozen=True)
 class Check:
-    """One op at one size on one backend. `ok` is None when there was nothing to hold it against."""
+    """One op at one size on one backend. `ok` is None if there was nothing to compare it with."""
 
     op: str
     backend: str
@@ -43,20 +43,20 @@ class Check:
 
 
 def plan(ops: list[str]) -> list[tuple[str, str]]:
-    """(op, backend) for all that can be checked here."""
+    """(op, backend) for everything that this machine can check."""
     return [(op, name) for op in ops for name in backends.BACKENDS
             if machine.served(deepkern.OPS[op], name)]  # fmt: skip
 
 
 def check(op: str, backend: str, device: torch.device, seed: int = 0) -> Iterator[Check]:
     """Checks `op` on `backend` at each of its small sizes."""
-    for size in inputs.sizes(op).small:
+    for size in facts(op).SIZES.small:
         generator = torch.Generator(device).manual_seed(seed)
         try:
-            args = deepkern.OPS[op].positional(inputs.make(op, generator, **size))
-            declined = backends.unsupported_reason(deepkern.OPS[op], backend, device, args)
-            if declined:
-                yield Check(op, backend, text(size), "oracle", None, None, 0.0, declined)
+            args = deepkern.OPS[op].positional(facts(op).inputs(generator, **size))
+            reason = backends.unsupported_reason(deepkern.OPS[op], backend, device, args)
+            if reason:
+                yield Check(op, backend, text(size), "oracle", None, None, 0.0, reason)
             else:
                 yield _check(op, backend, text(size), args)
         except Exception as error:
@@ -66,13 +66,9 @@ def check(op: str, backend: str, device: torch.device, seed: int = 0) -> Iterato
 
 def _check(op: str, backend: str, size: str, args: tuple) -> Check:
     with torch.no_grad(), deepkern.backend(backend), compare.poison():
-        got = outputs(deepkern.OPS[op], args)
+        got = outputs(getattr(deepkern, op), args)
     if backend == "torch":
-        plain = baselines.BASELINES.get(op)
-        if plain is None:
-            note = "the torch backend is the oracle, and there is no other formula"
-            return Check(op, backend, size, "plain PyTorch", None, None, PLAIN_TOLERANCE, note)
-        ok, error, note = roughly(op, args, got, outputs(plain, args))
+        ok, error, note = compare_plain(op, args, got, outputs(facts(op).baseline, args))
         return Check(op, backend, size, "plain PyTorch", ok, error, PLAIN_TOLERANCE, note)
     want = outputs(getattr(deepkern.reference, op), args)
     bound = tolerance(op, want)
@@ -84,29 +80,29 @@ def _check(op: str, backend: str, size: str, args: tuple) -> Check:
 
 
 def outputs(call: Callable, args: tuple) -> tuple:
-    """What `call` gives on copies of its tensors; what it made of them if it gives nothing."""
+    """The outputs of `call` on copies of its tensors, or those tensors if it returns None."""
     args = tuple(copy(x) if isinstance(x, Tensor) else x for x in args)
     got = call(*args)
     got = tuple(x for x in args if isinstance(x, Tensor)) if got is None else got
-    return tuple(got) if isinstance(got, (tuple, list)) else (got,)
+    return compare.as_tuple(got)
 
 
 def copy(x: Tensor) -> Tensor:
-    """A copy with the same strides and the same memory between its elements."""
+    """A copy with the same strides and the same values between its elements."""
     memory = x.untyped_storage().clone()
     return x.new_empty(0).set_(memory, x.storage_offset(), x.shape, x.stride())
 
 
 def tolerance(op: str, want: tuple) -> float:
-    """The widest bound that applies to an output of `op`; 0 if all are held bit for bit."""
-    if op in compare.BITWISE:
+    """The widest bound of an output of `op`; 0 if all must be equal bit for bit."""
+    if facts(op).EXACT:
         return 0.0
     dtypes = [x.dtype for x in want if isinstance(x, Tensor)]
     return max((compare.TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
 
 
 def largest(got: tuple, want: tuple) -> float | None:
-    """The largest diff of outputs that can be compared, for the record of a failure."""
+    """The largest diff of the outputs of equal shapes, for the record of a failure."""
     pairs = [
         (g.double(), w.double())
         for g, w in zip(got, want, strict=False)
@@ -116,17 +112,22 @@ def largest(got: tuple, want: tuple) -> float | None:
     return max(diffs, default=None)
 
 
-def roughly(op: str, args: tuple, got: tuple, want: tuple) -> tuple[bool | None, float | None, str]:
-    """(agreed, largest diff, why not) against plain PyTorch; None of its outputs: nothing agreed.
+def compare_plain(
+    op: str, args: tuple, got: tuple, want: tuple
+) -> tuple[bool | None, float | None, str]:
+    """(equal, largest diff, reason if not equal) of `got` and plain PyTorch's outputs `want`.
 
     Integers must be equal; floating-point values, FP8 included, within PLAIN_TOLERANCE, with NaN
-    and inf at the same places. An output that the plain formula leaves out (None) is passed over.
+    and inf at the same positions. An output that PyTorch does not give (None) is skipped; `equal`
+    is None if it gives none.
     """
+    readable = getattr(facts(op), "readable", None)
     compared, worst = 0, 0.0
     for number, (g, w) in enumerate(zip(got, want, strict=True)):
         if not isinstance(w, Tensor):
             continue
-        g, w = (baselines.readable(op, args, x) for x in (g, w))
+        if readable is not None:
+            g, w = (readable(x, **by_name(op, args)) for x in (g, w))
         compared += 1
         if g.shape != w.shape:
             return False, None, f"output {number}: {tuple(g.shape)}, plain {tuple(w.shape)}"
@@ -136,16 +137,16 @@ def roughly(op: str, args: tuple, got: tuple, want: tuple) -> tuple[bool | None,
             continue
         g, w = g.double(), w.double()
         if not torch.equal(g.isfinite(), w.isfinite()):
-            return False, None, f"output {number}: NaN or inf at other places than plain PyTorch"
+            return False, None, f"output {number}: NaN or inf at other positions than plain PyTorch"
         finite = w.isfinite()
         worst = max(worst, compare.diff(g[finite], w[finite]))
     if not compared:
-        return None, None, "the plain formula gives nothing to compare"
+        return None, None, "plain PyTorch gives nothing to compare"
     if worst > PLAIN_TOLERANCE:
         return False, worst, f"diff to plain PyTorch {worst:.3g} > {PLAIN_TOLERANCE:.0e}"
     return True, worst, ""
 
 
 def text(size: dict) -> str:
-    """A size as words: 'M=33 K=300 dtype=float32'."""
+    """A size as text: 'M=33 K=300 dtype=float32'."""
     return " ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in size.items())

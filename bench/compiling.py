@@ -1,13 +1,13 @@
-"""Compiles an op's Triton kernels for any GPU target, with no GPU.
+"""Compiles an op's Triton kernels for any GPU target, without a GPU.
 
-The op's own launcher runs, on CPU tensors that are allocated and never written, under a stub driver
-that compiles as for `target` and launches nothing. So what is inspected is exactly what a call
-would compile: no signature or tile is written down twice.
+The op's own launcher runs on CPU tensors that are allocated and not written, under a stub driver
+that compiles for `target` and launches nothing. So we inspect exactly the kernels that a call
+compiles, and no signature or tile is written twice.
 
-    python -m bench.compiling        serves "op target" lines from stdin, a JSON line for each
+    python -m bench.compiling        reads "op target" lines from stdin, writes a JSON line for each
 
-serves from a process of its own, because Triton must have been imported without TRITON_INTERPRET
-and because a crash of a compiler must not end the run (see `bench/inspect.py`).
+It is a separate process because Triton must be imported without TRITON_INTERPRET, and because a
+crash of a compiler must not end the run (see bench/inspect.py).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from triton.runtime.jit import JITFunction
 import deepkern
 from deepkern.runtime import arch
 from deepkern.runtime.arch import Arch
-from deepkern.testing import inputs
+from deepkern.testing.ops import facts
 
 from . import assembly, triton_launcher
 
 
 class StubDriver(DriverBase):
-    """A Triton driver for a GPU that is not there: kernels compile for it and are not run."""
+    """A Triton driver without a GPU: kernels compile for `target` and do not run."""
 
     def __init__(self, target: Arch):
         self.target = target
@@ -58,7 +58,7 @@ class StubDriver(DriverBase):
         return GPUTarget(self.target.backend, self.target.target, self.target.warp_size)
 
     def get_current_device(self) -> str:
-        return self.target.name  # Triton keeps compiled kernels by device: so by target
+        return self.target.name  # Triton caches compiled kernels by device: here by target
 
     def get_current_stream(self, device) -> int:
         return 0
@@ -79,7 +79,7 @@ class StubDriver(DriverBase):
 
 @contextlib.contextmanager
 def stub_driver(target: Arch) -> Iterator[None]:
-    """Launches inside compile for `target`, once each, and run nothing."""
+    """Launches inside compile for `target` and run nothing; each kernel compiles once."""
     triton.runtime.driver.set_active(StubDriver(target))
     with arch.compile_for(target):
         yield
@@ -87,7 +87,7 @@ def stub_driver(target: Arch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiling(target: Arch) -> Iterator[list]:
-    """Launches inside compile for `target`; yields the list of CompiledKernel they come to."""
+    """Launches inside compile for `target`; yields the list of their CompiledKernels."""
     compiled = []
     launch = JITFunction.run
 
@@ -105,7 +105,7 @@ def compiling(target: Arch) -> Iterator[list]:
 
 
 def unwritten_arguments(op_name: str, size: dict) -> tuple:
-    """All of the op's arguments at one size: tensors of the right shapes, whatever they hold."""
+    """All arguments of the op at one size; the tensors have the right shapes and any content."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def real(x):
@@ -115,23 +115,23 @@ def unwritten_arguments(op_name: str, size: dict) -> tuple:
 
     try:
         with FakeTensorMode():
-            made = inputs.make(op_name, torch.Generator().manual_seed(0), **size)
-        made = tree_map(real, made)
-    except Exception:  # the maker reads values: then they have to be made
-        made = inputs.make(op_name, torch.Generator().manual_seed(0), **size)
-    return deepkern.OPS[op_name].positional(made)
+            args = facts(op_name).inputs(torch.Generator().manual_seed(0), **size)
+        args = tree_map(real, args)
+    except Exception:  # `inputs` reads values, which fake tensors do not have
+        args = facts(op_name).inputs(torch.Generator().manual_seed(0), **size)
+    return deepkern.OPS[op_name].positional(args)
 
 
 def config(kernel) -> str:
-    """The compile-time choices of a compiled kernel, as text: tile sizes, flags, warps, stages."""
+    """The compile-time arguments of a kernel as text: tile sizes, flags, warps, stages."""
     source, metadata = kernel.src, kernel.metadata
     parameters = source.fn.params
-    chosen = {
+    constants = {
         parameters[path[0]].name: getattr(value, "value", value)
         for path, value in source.constants.items()
         if len(path) == 1 and parameters[path[0]].is_constexpr and value is not None
     }
-    words = [name if value is True else f"{name}={value}" for name, value in chosen.items()
+    words = [name if value is True else f"{name}={value}" for name, value in constants.items()
              if value is not False]  # fmt: skip
     default = {"cuda": 3, "hip": 2}[metadata.target.backend]
     stages = f" stages={metadata.num_stages}" if metadata.num_stages != default else ""
@@ -139,30 +139,30 @@ def config(kernel) -> str:
 
 
 def inspect(op_name: str, target_name: str) -> list[dict]:
-    """One record per kernel and tile config that `op_name` launches at its `inspect` sizes."""
+    """One record per kernel and tile config that `op_name` launches at its inspect sizes."""
     target = arch.ARCHS[target_name]
-    launch = deepkern.OPS[op_name].launcher("triton")
+    launcher = deepkern.OPS[op_name].launcher("triton")
     records: dict[str, dict] = {}
-    for index, size in enumerate(inputs.sizes(op_name).inspect):
-        where = {"op": op_name, "target": target_name, "size": index}
+    for index, size in enumerate(facts(op_name).SIZES.inspect):
+        label = {"op": op_name, "target": target_name, "size": index}
         compiled = []
         try:
             args = unwritten_arguments(op_name, size)
             with compiling(target) as compiled:
-                launch(*args)
+                launcher(*args)
         except Exception as error:
-            records[f"error {index}"] = {**where, "kernel": "?", "config": str(size),
+            records[f"error {index}"] = {**label, "kernel": "?", "config": str(size),
                                          "error": reason(error)}  # fmt: skip
         for kernel in compiled:
             if kernel.hash not in records:
                 name = kernel.src.fn.__name__
                 read = assembly.read(kernel, target)
-                records[kernel.hash] = {**where, "kernel": name, "config": config(kernel), **read}
+                records[kernel.hash] = {**label, "kernel": name, "config": config(kernel), **read}
     return list(records.values())
 
 
 def reason(error: BaseException) -> str:
-    """The error that a chain of compiler errors began with, on one line."""
+    """The first error of a chain of compiler errors, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join("".join(traceback.format_exception_only(error)).split())
@@ -170,9 +170,9 @@ def reason(error: BaseException) -> str:
 
 
 def serve() -> None:
-    """Answers each "op target" line of stdin with one line: the JSON list of its records."""
+    """Writes, for each "op target" line of stdin, one line with the JSON list of its records."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what compilers print on stdout must not mix with the answers
+    os.dup2(2, 1)  # output of the compilers on stdout must not mix with the answers
     for line in sys.stdin:
         answers.write(json.dumps(inspect(*line.split())) + "\n")
         answers.flush()

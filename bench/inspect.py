@@ -1,7 +1,7 @@
-"""`python -m bench inspect`: every kernel, compiled for every GPU, without one.
+"""`python -m bench inspect`: compiles every kernel for every GPU target, without a GPU.
 
-The work is done by `bench.compiling` in processes of its own; here are the crew that runs them, the
-table, and the verdict against the committed budgets.
+This runs `bench.compiling` in several processes, prints a table, and compares with the committed
+budgets.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from rich.console import Console
 from rich.table import Table
 
 from . import budgets
-from .progress import bar, screen
+from .command_line import bar, screen
 
 ROOT = Path(__file__).parent.parent
 
 
 class Worker:
-    """A `python -m bench.compiling` process, started again if a compiler takes it down."""
+    """A `python -m bench.compiling` process, restarted if a compiler crashes it."""
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
 
     def inspect(self, op: str, target: str) -> list[dict]:
         if self.process is None or self.process.poll() is not None:
-            self.process = self._start()
+            self.process = self.start()
         self.process.stdin.write(f"{op} {target}\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -44,7 +44,7 @@ class Worker:
             {"op": op, "target": target, "size": 0, "kernel": "?", "config": "", "error": error}
         ]
 
-    def _start(self) -> subprocess.Popen:
+    def start(self) -> subprocess.Popen:
         paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         env.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
@@ -68,16 +68,16 @@ def compile_all(
 ) -> list[dict]:
     """Records of every kernel of `ops` on `targets`, in that order; see bench/assembly.py."""
     jobs = [(op, target) for op in ops for target in targets]
-    crew = threading.local()
+    thread = threading.local()
     workers: list[Worker] = []
 
-    def enlist():
-        crew.worker = Worker()
-        workers.append(crew.worker)
+    def start_worker():
+        thread.worker = Worker()
+        workers.append(thread.worker)
 
     records = {}
-    with ThreadPoolExecutor(processes, initializer=enlist) as pool:
-        running = {pool.submit(lambda job: crew.worker.inspect(*job), job): job for job in jobs}
+    with ThreadPoolExecutor(processes, initializer=start_worker) as pool:
+        running = {pool.submit(lambda job: thread.worker.inspect(*job), job): job for job in jobs}
         for future in as_completed(running):
             records[running[future]] = future.result()
             done(*running[future])
@@ -87,7 +87,7 @@ def compile_all(
 
 
 def table(records: list[dict]) -> Table:
-    """What was found, a row for every kernel, tile config and target that compiles."""
+    """One row for every kernel, tile config and target that compiles."""
     view = Table(title="Kernels as compiled", title_justify="left", header_style="bold")
     for name in ("kernel", "tile config", "target"):
         view.add_column(name, overflow="fold")
@@ -95,14 +95,14 @@ def table(records: list[dict]) -> Table:
         view.add_column(name, justify="right")
     for name in ("matrix instructions", "TMA", "async"):
         view.add_column(name, overflow="fold")
-    before = None
+    previous = None
     compiled = [r for r in budgets.worst(records).values() if "error" not in r]
     for record in sorted(compiled, key=lambda r: (r["op"], r["kernel"], r["config"])):
         label = (f"{record['op']}\n  {record['kernel']}", record["config"])
-        first = label != before
-        if first and before is not None:
+        first = label != previous
+        if first and previous is not None:
             view.add_section()
-        before = label
+        previous = label
         view.add_row(*(label if first else ("", "")), record["target"], *_cells(record))
     return view
 
@@ -118,13 +118,13 @@ def _cells(record: dict) -> list[str]:
     return [str(record["registers"]), spill, shared, blocks, matrix, tma, copies]
 
 
-def verdict(problems: dict[tuple, list[str]]) -> list[str]:
-    """The problems as lines, one for all targets on which a kernel has the same one."""
+def problem_lines(problems: dict[tuple, list[str]]) -> list[str]:
+    """The problems as text; targets with the same problem of a kernel have one line."""
     targets: dict[tuple, list[str]] = {}
     for (op, kernel, config, target), texts in problems.items():
         for text in texts:
             targets.setdefault((f"{op} {kernel} [{config}]", text), []).append(target)
-    return [f"{where} on {' '.join(on)}: {text}" for (where, text), on in targets.items()]
+    return [f"{kernel} on {' '.join(names)}: {text}" for (kernel, text), names in targets.items()]
 
 
 def run(
@@ -135,18 +135,19 @@ def run(
     processes: int = 2,
     console: Console | None = None,
 ) -> int:
-    """The command: compile, print, and with `check` or `write` compare or rewrite the budgets."""
+    """Compiles and prints; with `check` or `write` compares or rewrites the budgets."""
     console = console or screen()
     with bar(console, "compiling", len(ops) * len(targets)) as step:
         records = compile_all(ops, targets, processes, lambda op, target: step(f"{op} {target}"))
     committed = budgets.load()
     problems = budgets.problems(records, committed if check else None, ops, targets)
     console.print(table(records))
-    for line in verdict(problems):
+    for line in problem_lines(problems):
         console.print(line, style="red", markup=False, soft_wrap=True)
     kernels = len({(r["op"], r["kernel"]) for r in records if "error" not in r})
-    console.print(f"{kernels} kernels in {len(budgets.worst(records))} forms over {len(targets)} "
-                  f"targets, {len(problems)} with problems")  # fmt: skip
+    variants = len(budgets.worst(records))
+    console.print(f"{kernels} kernels in {variants} variants over {len(targets)} targets, "
+                  f"{len(problems)} with problems")  # fmt: skip
     if write:
         budgets.write(budgets.merged(committed, records, ops, targets))
         console.print(f"budgets written to {budgets.FILE}")

@@ -1,7 +1,7 @@
-"""The committed checkpoint at work: logits beside plain PyTorch, a continuation, speed, and bits.
+"""The committed checkpoint: logits compared with plain PyTorch, a continuation, speed, and bits.
 
 Everything is measured on the checkpoint's own held-out text. The fp32 model must agree with plain
-PyTorch on the same weights to LOGIT_TOLERANCE, and no precision may cost more than BITS_LOST.
+PyTorch on the same weights to LOGIT_TOLERANCE. No precision may lose more than BITS_LOST.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHECKPOINT = machine.ROOT / "model" / "checkpoints" / "stdlib-bytes"
 HELD_OUT = "heldout.txt"
 LOGIT_TOLERANCE = 1e-4  # absolute, in fp32 on a CPU
 BITS_LOST = 0.02  # bits per byte that bf16 or FP8 arithmetic may add to the fp32 figure
-SAME_BYTES = 0.9  # share of decoded bytes that prefill must predict too
+SAME_BYTES = 0.9  # fraction of decoded bytes that prefill must predict, too
 PROMPT_BYTES = 384
 NEW_TOKENS = 96
 TIMED_TOKENS, REPEATS = 32, 3
@@ -33,7 +33,7 @@ STEPS = ("load", "logits", "continuation", "speed", "bits fp32", "bits bf16", "b
 def run(path: Path = CHECKPOINT, step: Callable[[str], object] = lambda what: None) -> list[dict]:
     """The records of kind "model"; each has `name`, `value`, `unit` and `ok`.
 
-    On a CPU with one thread: the model is so small that a second one costs more than it gives.
+    On a CPU with one thread: the model is so small that a second thread makes it slower.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -105,7 +105,7 @@ def plain_model(path: Path):
 
 @torch.no_grad()
 def logits(exact, plain, tokens: Tensor) -> dict:
-    """Held-out logits of the fp32 model beside plain PyTorch's."""
+    """Held-out logits of the fp32 model compared with plain PyTorch's."""
     ours, theirs = exact(tokens), plain(tokens)
     worst = (ours - theirs).abs().max().item()
     agree = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
@@ -117,7 +117,7 @@ def logits(exact, plain, tokens: Tensor) -> dict:
 
 
 def choose_prompt(text: bytes) -> bytes:
-    """PROMPT_BYTES of the held-out text that end where a function's body begins, if it has any."""
+    """PROMPT_BYTES of the held-out text that end before a function's body, if it has one."""
     end = text.find(b"def ", PROMPT_BYTES)
     end = text.find(b"\n", end) + 1 if end >= 0 else 0
     end = max(end, PROMPT_BYTES)
@@ -125,21 +125,21 @@ def choose_prompt(text: bytes) -> bytes:
 
 
 def continuation(model, prompt: bytes, device: torch.device) -> list[dict]:
-    """Greedy bytes after the prompt, and that decoding from the cache gives what prefill gives."""
+    """Greedy bytes after the prompt; checks that decoding from the cache agrees with prefill."""
     tokens = as_tokens(prompt, device)
     whole = model.generate(tokens, NEW_TOKENS)
     new = bytes(whole[0, tokens.shape[1] :].tolist())
     again = model(whole[:, :-1])[0, tokens.shape[1] - 1 :].argmax(-1).tolist()
     same = sum(a == b for a, b in zip(new, again, strict=True)) / max(len(new), 1)
     shown = prompt[-160:].decode("utf-8", "replace"), new.decode("utf-8", "replace")
-    # In bf16 near-equal bytes may swap between decoding and prefill; a broken cache gives noise.
+    # In bf16, bytes of nearly equal logits may swap; a broken cache predicts noise.
     return [
         record("prompt (its end)", shown[0], "text", None),
         record("continuation", shown[1], "text", None, f"{NEW_TOKENS} bytes, greedy, bf16"),
         record(
             "decoded bytes that prefill predicts too",
             same,
-            "share",
+            "fraction",
             same >= SAME_BYTES,
             f"at least {SAME_BYTES}",
         ),
@@ -150,14 +150,14 @@ def speed(model, name: str, tokens: Tensor) -> list[dict]:
     """Tokens a second of prefill and of decoding, best of REPEATS."""
 
     def best(call: Callable[[], object], count: int) -> float:
-        taken = []
+        seconds = []
         for _ in range(REPEATS):
             start = time.perf_counter()
             call()
             if tokens.device.type == "cuda":
                 torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-        return count / min(taken)
+            seconds.append(time.perf_counter() - start)
+        return count / min(seconds)
 
     new = TIMED_TOKENS
     prefill = best(lambda: model(tokens), tokens.shape[1])

@@ -1,4 +1,4 @@
-"""What machine a run is on, in the words a reader of its figures needs."""
+"""The machine of a run: hardware, versions and commit."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
 
 
 def device() -> torch.device:
-    """Where ops are checked and timed."""
+    """The device on which ops are checked and timed."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def describe() -> dict:
-    """CPU, GPU, versions, commit and the backends that can serve here."""
+    """CPU, GPU, versions, commit and the backends of this machine."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu(),
@@ -53,14 +53,14 @@ def served(op, name: str) -> bool:
 
 
 def _served(name: str) -> str:
-    """'9 of 9 ops', or why none."""
+    """'9 of 9 ops', or the reason if there are none."""
     reasons = [backends.unsupported_reason(op, name, device()) for op in deepkern.OPS.values()]
     count = reasons.count(None)
     return f"{count} of {len(reasons)} ops" if count else next(filter(None, reasons), "no ops")
 
 
 def _cpu_info(*keys: str) -> str:
-    """The first line of /proc/cpuinfo under one of `keys`; empty where there is no such file."""
+    """The first line of /proc/cpuinfo under one of `keys`; empty without such a file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The picture of a run: speed beside PyTorch, and error against what is allowed."""
+"""The picture of a run: speed compared with PyTorch, and errors compared with their bounds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .timings import Speed
 
 _COLOURS = {"cuda": "#2a7f3f", "triton": "#3b6fb6", "cpu": "#c2721d", "torch": "#8a8a8a"}
 _WRONG = "#c22222"
-_FLOOR = 1e-18  # where bars of errors begin
+_FLOOR = 1e-18  # start of the error bars
 
 
 def draw(machine: dict, checks: list[Check], speeds: list[Speed], file: Path) -> None:
-    """Writes a PNG of two panels: a bar per timed size, and a bar per checked op and backend."""
+    """Writes a PNG with one bar per timed size, and one bar per checked op and backend."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,8 +26,8 @@ def draw(machine: dict, checks: list[Check], speeds: list[Speed], file: Path) ->
     figure, axes = plt.subplots(1, 2, figsize=(16, 2 + 0.36 * rows), layout="constrained")
     _draw_ratios(axes[0], ratios)
     _draw_errors(axes[1], errors)
-    used = {x.backend for x in (*ratios, *errors)}
-    handles = [Patch(color=_COLOURS[name], label=name) for name in _COLOURS if name in used]
+    backends = {x.backend for x in (*ratios, *errors)}
+    handles = [Patch(color=_COLOURS[name], label=name) for name in _COLOURS if name in backends]
     if not all(check.ok for check in errors):
         handles.append(Patch(color=_WRONG, label="wrong"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) or 1)
@@ -44,11 +44,11 @@ def _title(machine: dict) -> str:
 
 
 def _draw_ratios(axes, speeds: list[Speed]) -> None:
-    axes.set_title("Speed beside PyTorch")
+    axes.set_title("Speed compared with PyTorch")
     axes.set_xlabel("PyTorch's time / deepkern's time  (right of the line: deepkern is faster)")
-    labels = [f"{s.op}  {s.size}\nbeside: {s.baseline}" for s in speeds]
+    labels = [f"{s.op}  {s.size}\nbaseline: {s.baseline}" for s in speeds]
     axes.set_yticks(range(len(speeds)), labels, fontsize=7)
-    # A ratio is read from 1, so bars start there, and 1/2 is as long as 2.
+    # Bars start at a ratio of 1, so that 1/2 is as long as 2.
     lengths, colours = [s.ratio - 1 for s in speeds], [_COLOURS[s.backend] for s in speeds]
     axes.barh(range(len(speeds)), lengths, left=1, color=colours)
     axes.set_xscale("log")
@@ -60,19 +60,21 @@ def _draw_ratios(axes, speeds: list[Speed]) -> None:
         axes.annotate(text, (s.ratio, y), (4 * sign, 0), textcoords="offset points", ha=align,
                       va="center", fontsize=7)  # fmt: skip
     low, high = (extreme([s.ratio for s in speeds] + [1]) for extreme in (min, max))
-    room = max(high / low, 10) ** 0.45  # for the texts beside the longest bars
+    room = max(high / low, 10) ** 0.45  # for the text next to the longest bars
     axes.set_xlim(low / room, high * room)
     axes.set_ylim(len(speeds) - 0.4, -0.6)
 
 
 def worst(checks: list[Check]) -> list[Check]:
-    """Of each op and backend the check that came nearest to its tolerance, or failed."""
-    found: dict[tuple[str, str], Check] = {}
+    """The check of each op and backend that is closest to its bound, or failed."""
+    worst_of: dict[tuple[str, str], Check] = {}
     for check in checks:
         key = (check.op, check.backend)
-        if check.ok is not None and (key not in found or _severity(check) > _severity(found[key])):
-            found[key] = check
-    return sorted(found.values(), key=lambda c: (c.op, list(_COLOURS).index(c.backend)))
+        if check.ok is not None and (
+            key not in worst_of or _severity(check) > _severity(worst_of[key])
+        ):
+            worst_of[key] = check
+    return sorted(worst_of.values(), key=lambda c: (c.op, list(_COLOURS).index(c.backend)))
 
 
 def _severity(check: Check) -> tuple[bool, float]:
@@ -82,15 +84,15 @@ def _severity(check: Check) -> tuple[bool, float]:
 
 
 def _draw_errors(axes, checks: list[Check]) -> None:
-    axes.set_title("Error against what is allowed")
-    axes.set_xlabel("diff = 1 - 2Σxy / Σ(x² + y²), nearest to its bound  (black: the bound)")
+    axes.set_title("Error compared with its bound")
+    axes.set_xlabel("diff = 1 - 2Σxy / Σ(x² + y²), closest to its bound  (black: the bound)")
     axes.set_yticks(range(len(checks)), [f"{c.op}  {c.backend}" for c in checks], fontsize=7)
     axes.set_xscale("log")
     axes.set_xlim(_FLOOR, 10)
     for y, c in enumerate(checks):
         colour = _COLOURS[c.backend] if c.ok else _WRONG
         if not c.error:
-            bits = "bits equal, as they must be" if c.tolerance == 0 else "bits equal"
+            bits = "bits equal, as required" if c.tolerance == 0 else "bits equal"
             words = "failed: see the table" if not c.ok else bits
             axes.text(_FLOOR * 3, y, words, va="center", fontsize=7, color=colour)
         else:

@@ -1,4 +1,4 @@
-"""What a person reads of a run: tables of the machine, the checks, the speeds and the model."""
+"""The report of a run: tables of the machine, the checks, the speeds and the model."""
 
 from __future__ import annotations
 
@@ -13,70 +13,71 @@ from rich.text import Text
 from .checks import Check
 from .timings import Speed
 
-ROOF = "roof: a copy's bandwidth, and on a GPU the peak rate; on a CPU, caches can beat it"
+ROOF = "roof: a copy's bandwidth, and on a GPU the peak rate; a CPU's caches can be faster"
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 
-def machine(facts: dict) -> Panel:
-    gpu = facts["gpu"]
-    seen = f"{gpu['name']} ({gpu['target']}), {gpu['memory_gib']} GiB" if gpu else "none"
-    interpreted = " (interpreted: checked, not timed)" if facts["interpreted_triton"] else ""
+def machine(about: dict) -> Panel:
+    gpu = about["gpu"]
+    gpu_text = f"{gpu['name']} ({gpu['target']}), {gpu['memory_gib']} GiB" if gpu else "none"
+    interpreted = " (interpreted: checked, not timed)" if about["interpreted_triton"] else ""
     lines = [
-        f"CPU       {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, "
-        f"{facts['memory_gib']} GiB; {' '.join(facts['isa'])}",
-        f"GPU       {seen}",
-        f"versions  deepkern {facts['deepkern']} at {facts['commit']}, torch {facts['torch']}, "
-        f"triton {facts['triton']}, Python {facts['python']}",
-        *(f"{name:9} {said}{interpreted if name == 'triton' else ''}"
-          for name, said in facts["backends"].items()),
+        f"CPU       {about['cpu']}, {about['cores']} cores, {about['threads']} threads, "
+        f"{about['memory_gib']} GiB; {' '.join(about['isa'])}",
+        f"GPU       {gpu_text}",
+        f"versions  deepkern {about['deepkern']} at {about['commit']}, torch {about['torch']}, "
+        f"triton {about['triton']}, Python {about['python']}",
+        *(f"{name:9} {status}{interpreted if name == 'triton' else ''}"
+          for name, status in about["backends"].items()),
     ]  # fmt: skip
     return Panel(Text("\n".join(lines)), title="This machine", title_align="left")
 
 
 def checked(checks: Iterable[Check]) -> Table:
-    """One row per op, one column per backend: the largest error over all sizes, or what failed."""
+    """One row per op, one column per backend: the largest error over all sizes, or the failures."""
     cells: dict[str, dict[str, list[Check]]] = {}
     for check in checks:
         cells.setdefault(check.op, {}).setdefault(check.backend, []).append(check)
     names = [name for name in BACKENDS if any(name in row for row in cells.values())]
-    view = Table(title="Checks: largest error / what is allowed", title_justify="left")
+    view = Table(title="Checks: largest error / bound", title_justify="left")
     view.add_column("op")
     for name in names:
-        view.add_column(f"{name}, to {'plain PyTorch' if name == 'torch' else 'the oracle'}")
+        view.add_column(f"{name}, to {'plain PyTorch' if name == 'torch' else 'the reference'}")
     for op, row in cells.items():
-        view.add_row(op, *(_verdict(row.get(name, [])) for name in names))
+        view.add_row(op, *(_cell(row.get(name, [])) for name in names))
     return view
 
 
-def _verdict(found: list[Check]) -> str:
-    if not found:
+def _cell(checks: list[Check]) -> str:
+    if not checks:
         return "[dim]-"
-    failed = [check for check in found if check.ok is False]
+    failed = [check for check in checks if check.ok is False]
     if failed:
-        return f"[red]wrong at {len(failed)} of {len(found)} sizes"
-    held = [check for check in found if check.ok]
-    if not held:
+        return f"[red]wrong at {len(failed)} of {len(checks)} sizes"
+    passed = [check for check in checks if check.ok]
+    if not passed:
         return "[yellow]not checked"
-    if all(check.tolerance == 0 for check in held):
-        return f"[green]same bits[/] at {len(held)} sizes"
-    worst = max(check.error for check in held)
-    return (
-        f"[green]{worst:.1e}[/] / {max(check.tolerance for check in held):.0e}, {len(held)} sizes"
-    )
+    if all(check.tolerance == 0 for check in passed):
+        return f"[green]same bits[/] at {len(passed)} sizes"
+    worst = max(check.error for check in passed)
+    bound = max(check.tolerance for check in passed)
+    return f"[green]{worst:.1e}[/] / {bound:.0e}, {len(passed)} sizes"
 
 
 def timed(speeds: Iterable[Speed]) -> Table:
     view = Table(
-        title="Speed beside PyTorch (ratio above 1: deepkern is faster)", title_justify="left"
+        title="Speed compared with PyTorch (ratio above 1: deepkern is faster)",
+        title_justify="left",
     )
     for name in ("op", "size", "backend"):
         view.add_column(name)
     for name in ("µs", "GB/s", "TFLOPS", "of roof", "PyTorch µs", "ratio"):
         view.add_column(name, justify="right")
     view.add_column("PyTorch baseline")
-    before = None
+    previous = None
     for s in speeds:
-        label, before = (("", "", "") if s.label == before else s.label), s.label
+        label = ("", "", "") if s.label == previous else s.label
+        previous = s.label
         if s.microseconds is None:
             view.add_row(*label, *[""] * 6, f"[red]{escape(s.note)}")
             continue
@@ -85,8 +86,8 @@ def timed(speeds: Iterable[Speed]) -> Table:
             _number(s.microseconds), _number(s.gb_per_s), _number(s.tflops),
             f"{s.roof:.0%}" if s.roof else "",
         )  # fmt: skip
-        said = f"{s.baseline}[yellow]: {escape(s.note)}" if s.note else s.baseline
-        view.add_row(*label, *ours, _number(s.baseline_microseconds), ratio, said)
+        baseline = f"{s.baseline}[yellow]: {escape(s.note)}" if s.note else s.baseline
+        view.add_row(*label, *ours, _number(s.baseline_microseconds), ratio, baseline)
     return view
 
 
@@ -113,7 +114,7 @@ def model(records: Iterable[dict]) -> Group:
 
 
 def failures(records: Iterable[dict]) -> list[str]:
-    """One line for everything that disagreed."""
+    """One line for each failed record."""
     return [
         " ".join(str(r[key]) for key in ("op", "backend", "size", "name", "note") if r.get(key))
         for r in records

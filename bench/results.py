@@ -1,4 +1,4 @@
-"""Where a run leaves its figures: JSON lines in bench/results/, one file a run, whole or absent."""
+"""The results of a run: JSON lines in bench/results/, one file per run, written whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def path(machine: dict, keep: bool, folder: Path = FOLDER) -> Path:
-    """`2026-11-23T12-52-39-cpu.jsonl`; git ignores those of a CPU unless the run is to be kept."""
+    """`2026-11-23T12-52-39-cpu.jsonl`; git ignores a CPU's results unless `keep` is set."""
     when = machine["time"].replace(":", "-").removesuffix("+00-00")
     gpu = machine["gpu"]
     device = re.sub(r"\W+", "-", gpu["name"]).strip("-").lower() if gpu else "cpu"
@@ -32,7 +32,7 @@ def write(records: list[dict], file: Path) -> None:
 
 
 def _finite(value):
-    """JSON has no NaN or inf: they become strings."""
+    """NaN and inf as strings, because JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

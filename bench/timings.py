@@ -1,22 +1,22 @@
-"""How fast every op is beside PyTorch.
+"""Times every op and its PyTorch baselines.
 
-No op is timed whose check failed, and none on a backend that is no way to compute: interpreted
-Triton.
+An op whose check failed is not timed, nor is interpreted Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
 import deepkern
 from deepkern.runtime import arch, backends
-from deepkern.testing import inputs
+from deepkern.testing.costs import Cost
+from deepkern.testing.ops import by_name, cost, facts
 from deepkern.testing.timing import Timing, time_call
 
-from . import baselines, checks, costs, machine
+from . import checks, machine
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Speed:
     size: str
     ok: bool = True
     microseconds: float | None = None
-    spread: float | None = None  # interquartile range over median
+    iqr_ratio: float | None = None  # interquartile range over median
     gb_per_s: float | None = None
     tflops: float | None = None
-    roof: float | None = None  # share of the time that the hardware needs at least, 1 = at the roof
+    roof: float | None = None  # the least time the hardware needs, over ours: 1 is the best
     baseline: str = ""
     baseline_microseconds: float | None = None
     ratio: float | None = None  # baseline's time over ours: above 1, we are faster
@@ -46,28 +46,28 @@ class Speed:
 
 
 def timed_backends(op: str, device: torch.device) -> list[str]:
-    """The backends whose speed says something: on a CPU what auto takes, on a GPU all kernels."""
-    described = deepkern.OPS[op]
+    """The backends to time: on a CPU the one that auto chooses, on a GPU all kernels."""
+    registered = deepkern.OPS[op]
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     if backends.interpreting():
         names = tuple(name for name in names if name != "triton")
     return [
-        name for name in names if backends.unsupported_reason(described, name, device) is None
+        name for name in names if backends.unsupported_reason(registered, name, device) is None
     ] or ["torch"]
 
 
 def plan(ops: list[str], device: torch.device) -> list[tuple[str, dict, str]]:
-    """(op, size, backend) for all that is to be timed."""
+    """(op, size, backend) for everything to time."""
     return [
         (op, size, backend)
         for op in ops
-        for size in (inputs.sizes(op).gpu if device.type == "cuda" else inputs.sizes(op).cpu)
+        for size in (facts(op).SIZES.gpu if device.type == "cuda" else facts(op).SIZES.cpu)
         for backend in timed_backends(op, device)
     ]
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s that a copy within the device's memory reaches, reading and writing counted."""
+    """GB/s of a copy within the device's memory; reads and writes both count."""
     source = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)
     target = torch.empty_like(source)
     seconds = time_call(lambda: target.copy_(source), device, 0.3).median / 1e6
@@ -77,84 +77,101 @@ def copy_bandwidth(device: torch.device) -> float:
 def time_op(
     op: str, size: dict, backend: str, device: torch.device, bandwidth: float, seconds: float
 ) -> list[Speed]:
-    """Times `op` beside each of its baselines, after checking that they agree at this size.
+    """Times `op` and each of its providers, after a check that the results agree at this size.
 
-    Nothing, where the backend serves the op but not these arguments.
+    Returns nothing if the backend serves the op but not these arguments.
     """
     label = (op, backend, checks.text(size))
-    plain = baselines.BASELINES.get(op)
-    call = deepkern.OPS[op]
+    registered, call = deepkern.OPS[op], getattr(deepkern, op)
     with torch.no_grad(), deepkern.backend(backend):
         try:
-            made = inputs.make(op, torch.Generator(device).manual_seed(1), **size)
-            args = deepkern.OPS[op].positional(made)
-            if backends.unsupported_reason(call, backend, device, args):
+            given = facts(op).inputs(torch.Generator(device).manual_seed(1), **size)
+            args = registered.positional(given)
+            if backends.unsupported_reason(registered, backend, device, args):
                 return []
             got = checks.outputs(call, args)
-            if plain is not None:
-                agreed, _, why = checks.roughly(op, args, got, checks.outputs(plain, args))
-                if agreed is False:
-                    return [Speed(*label, ok=False, note=f"not timed: {why}")]
+            want = checks.outputs(facts(op).baseline, args)
+            agrees, _, reason = checks.compare_plain(op, args, got, want)
+            if agrees is False:
+                return [Speed(*label, ok=False, note=f"not timed: {reason}")]
             ours = time_call(lambda: call(*args), device, seconds)
-            theirs = time_others(op, args, device, seconds)
+            theirs = time_providers(op, args, device, seconds)
         except Exception as error:
             return [Speed(*label, ok=False, note=f"{type(error).__name__}: {error}"[:300])]
-    taken = ours.median / 1e6
-    moved, operations = costs.cost(op, args, got)
+    elapsed, work = ours.median / 1e6, cost(op, args, got)
     speed = Speed(
         *label,
         microseconds=ours.median,
-        spread=ours.spread,
-        gb_per_s=moved / taken / 1e9,
-        tflops=operations / taken / 1e12 if operations else None,
-        roof=_roof(op, moved, operations, device, bandwidth, taken),
+        iqr_ratio=ours.iqr_ratio,
+        gb_per_s=work.bytes / elapsed / 1e9,
+        tflops=work.flops / elapsed / 1e12 if work.flops else None,
+        roof=_roof(work, device, bandwidth, elapsed),
     )
-    beside = [
+    return [
         replace(speed, baseline=words, note=t)
         if isinstance(t, str)
         else replace(speed, baseline=words, baseline_microseconds=t.median,
                      ratio=t.median / ours.median)
         for words, t in theirs.items()
     ]  # fmt: skip
-    return beside or [speed]
 
 
-def time_others(
+def providers(op: str, args: tuple) -> dict[str, Callable[[], object]]:
+    """The calls to compare `op` with, by description: its baseline and its `others`."""
+    baseline, others = facts(op).baseline, getattr(facts(op), "others", None)
+    description = baseline.__doc__.splitlines()[0].rstrip(".")
+    calls: dict[str, Callable[[], object]] = {description: lambda: baseline(*args)}
+    if others is not None:
+        try:
+            calls |= others(**by_name(op, args))
+        except Exception as error:
+            calls["further baselines"] = _raising(error)
+    return calls
+
+
+def _raising(error: Exception) -> Callable[[], object]:
+    """A call that raises `error`, so that the report shows it."""
+
+    def call():
+        raise error
+
+    return call
+
+
+def time_providers(
     op: str, args: tuple, device: torch.device, seconds: float
 ) -> dict[str, Timing | str]:
-    """The time of each of the op's baselines, or why it cannot run."""
+    """The time of each of the op's providers, or the reason why it cannot run."""
     theirs: dict[str, Timing | str] = {}
-    for words, other in baselines.calls(op, args).items():
+    for words, call in providers(op, args).items():
         try:
-            other()  # prepares
-            theirs[words] = time_call(other, device, seconds)
+            call()  # the first call prepares
+            theirs[words] = time_call(call, device, seconds)
         except Exception as error:
             lines = str(error).splitlines() or [""]
             theirs[words] = f"{type(error).__name__}: {lines[0]}"[:200]
     return theirs
 
 
-def _roof(
-    op: str, moved: int, operations: int, device: torch.device, bandwidth: float, taken: float
-) -> float | None:
-    """The least time this device could take, by a copy's bandwidth and its peak rate, over `taken`.
+def _roof(work: Cost, device: torch.device, bandwidth: float, elapsed: float) -> float | None:
+    """The least time by a copy's bandwidth and the device's peak rate, over `elapsed` seconds.
 
-    No peak rate is known of a CPU, so an op that multiplies has no roof there.
+    None for an op that multiplies on a CPU, whose peak rate we do not know.
     """
-    memory = moved / (bandwidth * 1e9)
-    if not operations:
-        return memory / taken
+    memory = work.bytes / (bandwidth * 1e9)
+    if not work.flops:
+        return memory / elapsed
     if device.type != "cuda":
         return None
-    facts = arch.of(device)
-    rate = facts.fp8_tflops if op in costs.FP8_PRODUCTS and facts.fp8_tflops else facts.bf16_tflops
-    return max(memory, operations / (rate * 1e12)) / taken
+    target = arch.of(device)
+    rate = target.fp8_tflops if work.fp8 and target.fp8_tflops else target.bf16_tflops
+    return max(memory, work.flops / (rate * 1e12)) / elapsed
 
 
 def time_all(
     jobs: list[tuple[str, dict, str]], failed: set[tuple[str, str]], seconds: float
 ) -> Iterator[Speed]:
-    """Times `jobs`, leaving out each (op, backend) that is in `failed`."""
+    """Times `jobs` except those whose (op, backend) is in `failed`."""
     device = machine.device()
     bandwidth = copy_bandwidth(device)
     for op, size, backend in jobs:

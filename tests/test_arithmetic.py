@@ -22,8 +22,8 @@ COMPILE = """
 import re, sys, torch, deepkern
 from bench import compiling
 from deepkern.runtime.arch import ARCHS
-from deepkern.testing import inputs
-for size in inputs.sizes(sys.argv[1]).inspect:
+from deepkern.testing import ops
+for size in ops.sizes(sys.argv[1]).inspect:
     with compiling.compiling(ARCHS["sm_90"]) as kernels, deepkern.backend("triton"):
         op = getattr(torch.ops.deepkern, sys.argv[1])
         op(*compiling.unwritten_arguments(sys.argv[1], size))

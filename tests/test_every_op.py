@@ -12,7 +12,7 @@ import torch
 import deepkern
 from deepkern.runtime import backends
 from deepkern.runtime.contract import DTYPES
-from deepkern.testing import compare, inputs
+from deepkern.testing import compare, ops
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(deepkern.OPS)
@@ -30,7 +30,7 @@ CHECKED = [
 
 
 def small(name: str, generator: torch.Generator, index: int = 0) -> tuple:
-    return inputs.make(name, generator, **inputs.sizes(name).small[index])
+    return ops.inputs(name, generator, **ops.sizes(name).small[index])
 
 
 def call(name: str, args: tuple):
@@ -53,7 +53,7 @@ def test_twins(name):
     assert (ROOT / f"tests/{family}/test_{name}.py").exists()
     assert hasattr(importlib.import_module(f"deepkern.reference.{family}"), name)
     assert callable(getattr(deepkern, name))
-    assert name in inputs.family(name).SIZES
+    assert ops.facts(name).SIZES
     assert inspect.getdoc(deepkern.OPS[name]), "no docstring"
 
 
@@ -67,7 +67,7 @@ def test_reference_takes_the_same_arguments(name):
 def test_matches_oracle(name, backend, generator):
     if backend == "cpu" and generator.device != CPU:
         pytest.skip("the cpu backend takes CPU tensors")
-    for index in range(len(inputs.sizes(name).small)):
+    for index in range(len(ops.sizes(name).small)):
         args = small(name, generator, index)
         with deepkern.backend(backend):
             got = call(name, args)
@@ -79,7 +79,7 @@ def test_matches_oracle(name, backend, generator):
 def test_same_bits_twice(name, backend, generator):
     args = small(name, generator)
     with deepkern.backend(backend):
-        first, second = compare._as_tuple(call(name, args)), compare._as_tuple(call(name, args))
+        first, second = compare.as_tuple(call(name, args)), compare.as_tuple(call(name, args))
     for a, b in zip(first, second, strict=True):
         if isinstance(a, torch.Tensor):
             compare.assert_bitwise(a, b, name)
@@ -144,8 +144,8 @@ class Unknown:
 def test_bad_tensor(name, argument, kind, backend, generator):
     described = deepkern.OPS[name]
     position = [p for p, _ in described.parameters].index(argument)
-    for size in inputs.sizes(name).small:  # the first size at which the argument is given
-        args = list(inputs.make(name, generator, **size))
+    for size in ops.sizes(name).small:  # the first size at which the argument is given
+        args = list(ops.inputs(name, generator, **size))
         if isinstance(args[position], torch.Tensor):
             break
     else:

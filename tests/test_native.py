@@ -9,7 +9,7 @@ import torch
 import deepkern
 from deepkern.runtime import native
 from deepkern.testing import compare
-from deepkern.testing.inputs import quant
+from deepkern.testing.random_inputs import values
 
 
 def needs(module: str) -> pytest.MarkDecorator:
@@ -88,8 +88,8 @@ def test_random_float32_bits(isa, seed):
 def test_partial_blocks_and_strided_rows(isa, K, seed):
     generator = torch.Generator().manual_seed(seed)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        check(quant.values(generator, 9, K + 40, dtype=dtype)[:, 17 : 17 + K])
-        check(quant.values(generator, 3, 5, K, dtype=dtype).transpose(0, 1))
+        check(values(generator, 9, K + 40, dtype=dtype)[:, 17 : 17 + K])
+        check(values(generator, 3, 5, K, dtype=dtype).transpose(0, 1))
 
 
 @needs_ops
@@ -116,7 +116,7 @@ def test_ties_and_subnormals(isa):
 )
 def test_scale_by_columns(isa, shape, seed):
     """The same values; the columns stand apart by a multiple of 4, and hold zeros up to there."""
-    x = quant.values(torch.Generator().manual_seed(seed), *shape)
+    x = values(torch.Generator().manual_seed(seed), *shape)
     q, scale = native.native_op("cast_per_token")(x, "fp32", "row")
     q_too, by_column = native.native_op("cast_per_token")(x, "fp32", "column")
     compare.assert_bitwise(q_too, q)
@@ -131,7 +131,7 @@ def test_scale_by_columns(isa, shape, seed):
 
 @needs_ops
 def test_many_rows_over_threads(seed):
-    check(quant.values(torch.Generator().manual_seed(seed), 5000, 130))
+    check(values(torch.Generator().manual_seed(seed), 5000, 130))
 
 
 @needs_ops

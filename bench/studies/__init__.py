@@ -1,1 +1,1 @@
-"""Studies: long runs that answer one question and write their result to bench/results/."""
+"""Studies: each is a script that answers one question, `python -m bench.studies.NAME`."""

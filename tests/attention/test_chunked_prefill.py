@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import deepkern
-from deepkern.testing import compare
-from deepkern.testing.inputs import attention
+from deepkern.testing import caches, compare, ops
 
 PAGE = Path(__file__).parent.parent.parent / "docs/attention.md"
 R, D, NOPE, DV, H = 64, 16, 16, 24, 3
@@ -46,7 +45,7 @@ def test_chunks_are_the_whole_prompt(backend, documented, cache_dtype, generator
 
     latent, k_rope, q = randn(tokens, R), randn(tokens, D), randn(tokens, H, NOPE + D)
     up_k, up_v = randn(H, NOPE, R) / 8, randn(H, DV, R) / 8
-    cache = attention.empty_cache(generator, 11, page, R, D, cache_dtype)
+    cache = caches.empty_cache(generator, 11, page, R, D, cache_dtype)
     table = torch.randperm(11, generator=generator, device=device).int()[None, :9]
     position = torch.arange(tokens, device=device)
     slots = table[0].long()[position // page] * page + position % page
@@ -76,8 +75,8 @@ def test_chunks_are_the_whole_prompt(backend, documented, cache_dtype, generator
 @pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}])
 def test_context_on_several_ranks(backend, kind, generator):
     """Each holds some pages of a sequence, one none; merged in order, the whole attention."""
-    q, cache, table, _, scale, _, width = attention.mla_decode(
-        generator, (96,), H=4, R=64, D=16, page=16, causal=False, **kind
+    q, cache, table, _, scale, _, width = ops.inputs(
+        "mla_decode", generator, (96,), H=4, R=64, D=16, page=16, causal=False, **kind
     )
     merged = None
     for first, last in ((0, 2), (2, 2), (2, 5), (5, 6)):

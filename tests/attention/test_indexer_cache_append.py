@@ -7,8 +7,7 @@ import torch
 
 import deepkern
 from deepkern.runtime import arch
-from deepkern.testing import compare
-from deepkern.testing.inputs import indexer
+from deepkern.testing import caches, compare, ops
 
 FP8 = torch.float8_e4m3fn
 FAR = 2**31 - 1
@@ -27,7 +26,7 @@ def test_the_bytes_of_a_page(backend, target, scale_format, generator):
     page, D = 3, 128
     k = torch.randn(4, D, generator=generator, device=generator.device).bfloat16()
     k[3] = 0
-    cache = indexer.indexer_cache(generator, 2, page, D)
+    cache = caches.empty_indexer_cache(generator, 2, page, D)
     slots = torch.tensor([4, -1, 0, 5], device=k.device)
     with arch.compile_for(arch.ARCHS[target]):
         deepkern.indexer_cache_append(k, cache, slots, scale_format)
@@ -52,7 +51,7 @@ def test_the_bytes_of_a_page(backend, target, scale_format, generator):
 @pytest.mark.parametrize("D", [1, 64, 130, 300])
 def test_widths_and_pages(backend, dtype, page, D, generator):
     """The scales of odd widths are not aligned."""
-    k, cache, slots = indexer.indexer_cache_append(generator, 9, D=D, page=page, dtype=dtype)
+    k, cache, slots = ops.inputs("indexer_cache_append", generator, 9, D=D, page=page, dtype=dtype)
     want = cache.clone()
     deepkern.reference.indexer_cache_append(k, want, slots, "ue8m0")
     compare.assert_bitwise(append(k, cache, slots, "ue8m0"), want)
@@ -61,7 +60,7 @@ def test_widths_and_pages(backend, dtype, page, D, generator):
 
 
 def test_hostile_slots_write_nothing(backend, generator):
-    k, cache, _ = indexer.indexer_cache_append(generator, 7, D=32, page=4)
+    k, cache, _ = ops.inputs("indexer_cache_append", generator, 7, D=32, page=4)
     slots = cache.shape[0] * cache.shape[1]
     hostile = [-1, -(2**63), 2**63 - 1, slots, FAR, -FAR - 1, 2**32]
     slots = torch.tensor(hostile, device=k.device)
@@ -69,7 +68,7 @@ def test_hostile_slots_write_nothing(backend, generator):
 
 
 def test_nan_and_inf_stay_in_their_token(backend, generator):
-    k, cache, _ = indexer.indexer_cache_append(generator, 3, D=64, page=4)
+    k, cache, _ = ops.inputs("indexer_cache_append", generator, 3, D=64, page=4)
     slots = torch.arange(3, device=k.device)
     clean = append(k, cache, slots)
     k[1, 5], k[2, 0] = torch.inf, torch.nan
@@ -82,7 +81,7 @@ def test_nan_and_inf_stay_in_their_token(backend, generator):
 
 
 def test_debug_and_refusals(generator, monkeypatch):
-    k, cache, slots = indexer.indexer_cache_append(generator, 3, D=32, page=4)
+    k, cache, slots = ops.inputs("indexer_cache_append", generator, 3, D=32, page=4)
     name = "indexer_cache_append"
     with pytest.raises(ValueError, match=f"{name}: cache: expected last dimension 36"):
         append(k, cache[..., :-1], slots)

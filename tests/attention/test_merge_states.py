@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import deepkern
-from deepkern.testing import compare
-from deepkern.testing.inputs import attention
+from deepkern.testing import compare, ops
 
 INF = math.inf
 
@@ -47,7 +46,7 @@ def test_two_halves_are_the_whole(backend, lead, dtype, generator):
 
 def test_lse_of_any_strides(backend, generator):
     """What FlashMLA's prefill gives is [T, H] turned."""
-    out_a, lse_a, out_b, lse_b = attention.merge_states(generator, (), 7, 4, 32)
+    out_a, lse_a, out_b, lse_b = ops.inputs("merge_states", generator, (), 7, 4, 32)
     want = deepkern.merge_states(out_a, lse_a, out_b, lse_b)
     turned = lse_a.T.contiguous().T
     apart = torch.full((4, 7, 2), math.nan, device=lse_b.device)
@@ -87,7 +86,7 @@ def test_extremes_of_lse(backend, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_against_float64_autograd(backend, dtype, generator):
-    parts = attention.merge_states(generator, (2,), 3, 4, 40, dtype, empty=False)
+    parts = ops.inputs("merge_states", generator, (2,), 3, 4, 40, dtype, empty=False)
     given = [x.clone().requires_grad_() for x in parts]
     out, lse = deepkern.merge_states(*given)
     grad_out = torch.randn(out.shape, generator=generator, device=out.device).to(dtype)
@@ -107,7 +106,7 @@ def test_gradients_against_float64_autograd(backend, dtype, generator):
 
 def test_gradients_where_nothing_was_seen(backend, generator):
     """They are zero there, NaN in `out` or not, and flow to the other side whole."""
-    parts = attention.merge_states(generator, (), 6, 5, 16, torch.float32)
+    parts = ops.inputs("merge_states", generator, (), 6, 5, 16, torch.float32)
     given = [x.clone().requires_grad_() for x in parts]
     out, lse = deepkern.merge_states(*given)
     grads = torch.autograd.grad(out.sum() + lse[lse > -INF].sum(), given)
@@ -123,7 +122,7 @@ def test_gradients_where_nothing_was_seen(backend, generator):
 
 
 def test_only_one_output_used(backend, generator):
-    parts = attention.merge_states(generator, (2,), 1, 3, 16, torch.float32, empty=False)
+    parts = ops.inputs("merge_states", generator, (2,), 1, 3, 16, torch.float32, empty=False)
     given = [x.clone().requires_grad_() for x in parts]
     out, _ = deepkern.merge_states(*given)
     grads = torch.autograd.grad(out.sum(), given)
@@ -133,7 +132,7 @@ def test_only_one_output_used(backend, generator):
 
 
 def test_a_row_does_not_see_the_others(backend, generator):
-    parts = attention.merge_states(generator, (3,), 4, 5, 64)
+    parts = ops.inputs("merge_states", generator, (3,), 4, 5, 64)
     out, lse = deepkern.merge_states(*parts)
     alone = [x[1:2, 2:3, 3:4] if x.dim() == 4 else x[1:2, 3:4, 2:3] for x in parts]
     one, one_lse = deepkern.merge_states(*alone)
@@ -142,14 +141,14 @@ def test_a_row_does_not_see_the_others(backend, generator):
 
 
 def test_dtypes_may_differ(backend, generator):
-    out_a, lse_a, out_b, lse_b = attention.merge_states(generator, (), 3, 2, 16)
+    out_a, lse_a, out_b, lse_b = ops.inputs("merge_states", generator, (), 3, 2, 16)
     out, _ = deepkern.merge_states(out_a, lse_a, out_b.float(), lse_b)
     assert out.dtype == torch.bfloat16
     compare.assert_bitwise(out, deepkern.merge_states(out_a, lse_a, out_b, lse_b)[0])
 
 
 def test_refuses_lse_of_the_other_layout(generator):
-    out_a, lse_a, out_b, lse_b = attention.merge_states(generator, (), 7, 4, 32)
+    out_a, lse_a, out_b, lse_b = ops.inputs("merge_states", generator, (), 7, 4, 32)
     with pytest.raises(ValueError, match=r"merge_states: lse_a: expected H = 4 in fp32 \[..., H"):
         deepkern.merge_states(out_a, lse_a.T, out_b, lse_b)
 

@@ -7,8 +7,7 @@ import torch
 
 import deepkern
 from deepkern.runtime import arch
-from deepkern.testing import compare
-from deepkern.testing.inputs import attention
+from deepkern.testing import compare, ops
 
 REAL = [torch.bfloat16, torch.float16, torch.float32]
 FAR = 2**31 - 1
@@ -26,8 +25,15 @@ def append(args: tuple, **changed) -> torch.Tensor:
 @pytest.mark.parametrize("cache_dtype", REAL)
 def test_values_of_a_real_cache(backend, cache_dtype, generator):
     """Against float64 and complex multiplication, which is not how the reference does it."""
-    args = attention.mla_cache_append(
-        generator, 9, R=96, D=16, page=4, dtype=torch.float32, cache_dtype=cache_dtype
+    args = ops.inputs(
+        "mla_cache_append",
+        generator,
+        9,
+        R=96,
+        D=16,
+        page=4,
+        dtype=torch.float32,
+        cache_dtype=cache_dtype,
     )
     latent, k_rope, _, slots, weight, positions, table = args
     cache = append(args).flatten(0, 1)[:, 0]
@@ -49,7 +55,9 @@ def test_values_of_a_real_cache(backend, cache_dtype, generator):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_the_656_bytes_of_a_token(backend, target, generator):
     """The public V3.2 layout: 512 e4m3, 4 fp32 scales, 64 bf16."""
-    latent, k_rope, cache, *_ = attention.mla_cache_append(generator, 3, cache_dtype=torch.uint8)
+    latent, k_rope, cache, *_ = ops.inputs(
+        "mla_cache_append", generator, 3, cache_dtype=torch.uint8
+    )
     slots = torch.tensor([5, -1, 0], device=latent.device)
     with arch.compile_for(arch.ARCHS[target]):
         deepkern.mla_cache_append(latent, k_rope, cache, slots)
@@ -67,14 +75,16 @@ def test_the_656_bytes_of_a_token(backend, target, generator):
 @pytest.mark.parametrize("page", [1, 2, 53])
 @pytest.mark.parametrize(("R", "D"), [(512, 64), (130, 6), (16, 0)])
 def test_widths_and_pages(backend, cache_dtype, page, R, D, generator):
-    args = attention.mla_cache_append(generator, 5, R=R, D=D, page=page, cache_dtype=cache_dtype)
+    args = ops.inputs(
+        "mla_cache_append", generator, 5, R=R, D=D, page=page, cache_dtype=cache_dtype
+    )
     want = args[2].clone()
     deepkern.reference.mla_cache_append(*args[:2], want, *args[3:])
     compare.assert_bitwise(append(args), want)
 
 
 def test_hostile_slots_and_positions_write_nothing(backend, generator):
-    args = attention.mla_cache_append(generator, 6, R=32, D=8, page=4)
+    args = ops.inputs("mla_cache_append", generator, 6, R=32, D=8, page=4)
     cache, table = args[2], args[6]
     slots = cache.shape[0] * cache.shape[1]
     hostile = torch.tensor([-1, -(2**63), 2**63 - 1, slots, FAR, -FAR], device=cache.device)
@@ -85,7 +95,7 @@ def test_hostile_slots_and_positions_write_nothing(backend, generator):
 
 
 def test_a_token_does_not_see_the_others(backend, generator):
-    args = attention.mla_cache_append(generator, 9, R=160, D=16, cache_dtype=torch.uint8)
+    args = ops.inputs("mla_cache_append", generator, 9, R=160, D=16, cache_dtype=torch.uint8)
     latent, k_rope, cache, slots, weight, positions, table = args
     whole = append(args)
     one_by_one = cache.clone()
@@ -98,8 +108,15 @@ def test_a_token_does_not_see_the_others(backend, generator):
 
 
 def test_nan_stays_in_its_token_and_block(backend, generator):
-    args = attention.mla_cache_append(
-        generator, 2, R=256, D=8, cache_dtype=torch.uint8, norm=False, rope=False
+    args = ops.inputs(
+        "mla_cache_append",
+        generator,
+        2,
+        R=256,
+        D=8,
+        cache_dtype=torch.uint8,
+        norm=False,
+        rope=False,
     )
     slots = torch.tensor([0, 1], device=args[0].device)
     latent = args[0].clone()
@@ -114,7 +131,7 @@ def test_nan_stays_in_its_token_and_block(backend, generator):
 
 def test_debug_names_what_is_wrong(generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
-    args = attention.mla_cache_append(generator, 3, R=32, D=8)
+    args = ops.inputs("mla_cache_append", generator, 3, R=32, D=8)
     device = args[0].device
     for slots, words in (([0, -2, 1], "slots in"), ([0, 4, 4], "each slot once")):
         with pytest.raises(ValueError, match=f"mla_cache_append: slot_mapping: expected {words}"):
@@ -124,7 +141,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
 
 
 def test_refuses(generator):
-    args = attention.mla_cache_append(generator, 3, R=32, D=8)
+    args = ops.inputs("mla_cache_append", generator, 3, R=32, D=8)
     with pytest.raises(ValueError, match="mla_cache_append: cache: expected last dimension 40"):
         append(args, cache=args[2][..., :-1])
     with pytest.raises(ValueError, match="mla_cache_append: positions: expected positions and"):

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 import deepkern
 from deepkern.runtime import arch
-from deepkern.testing import compare
-from deepkern.testing.inputs import attention
+from deepkern.testing import caches, compare, ops
 
 SMALL = {"R": 32, "D": 8, "page": 4}
 FAR = 2**31 - 1
@@ -30,7 +29,7 @@ def test_gives_back_what_was_appended(backend, page, generator):
     latent = torch.randn(T, 64, generator=generator, device=device).bfloat16()
     k_rope = torch.randn(T, 16, generator=generator, device=device).bfloat16()
     blocks = -(-T // page) + 2
-    cache = attention.empty_cache(generator, blocks, page, 64, 16)
+    cache = caches.empty_cache(generator, blocks, page, 64, 16)
     table = torch.randperm(blocks, generator=generator, device=device).int()[None]
     token = torch.arange(T, device=device)
     deepkern.mla_cache_append(
@@ -48,8 +47,13 @@ def test_gives_back_what_was_appended(backend, page, generator):
 def test_fp8_is_its_value_times_its_scale(backend, target, out_dtype, generator):
     """The V3.2 layout, read here byte by byte through numpy's view of it."""
     with arch.compile_for(arch.ARCHS[target]):
-        args = attention.mla_cache_gather(
-            generator, (5, 3), page=2, cache_dtype=torch.uint8, out_dtype=out_dtype
+        args = ops.inputs(
+            "mla_cache_gather",
+            generator,
+            (5, 3),
+            page=2,
+            cache_dtype=torch.uint8,
+            out_dtype=out_dtype,
         )
         got = deepkern.mla_cache_gather(*args)
     cache, table = args[:2]
@@ -68,13 +72,13 @@ def test_fp8_is_its_value_times_its_scale(backend, target, out_dtype, generator)
 @pytest.mark.parametrize("cache_dtype", REAL)
 @pytest.mark.parametrize("out_dtype", REAL)
 def test_between_dtypes(backend, cache_dtype, out_dtype, generator):
-    matches(attention.mla_cache_gather(
+    matches(ops.inputs("mla_cache_gather", 
         generator, (5, 2), **SMALL, cache_dtype=cache_dtype, out_dtype=out_dtype
     ))  # fmt: skip
 
 
 def test_rows_of_no_token_are_zero(backend, generator):
-    args = list(attention.mla_cache_gather(generator, (5, 0, 3), **SMALL, more=20))
+    args = list(ops.inputs("mla_cache_gather", generator, (5, 0, 3), **SMALL, more=20))
     got = matches(tuple(args))
     assert (got[8:] == 0).all() and (got[:8] != 0).any(1).all()
     args[2] = args[2] + 4  # four rows before the first sequence
@@ -83,9 +87,9 @@ def test_rows_of_no_token_are_zero(backend, generator):
     compare.assert_bitwise(shifted[4:12], got[:8])
 
 
-@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", attention.ABSENT])
+@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", caches.ABSENT])
 def test_hostile_pages_give_zeros(backend, hostile, generator):
-    args = attention.mla_cache_gather(generator, (10,), **SMALL)
+    args = ops.inputs("mla_cache_gather", generator, (10,), **SMALL)
     table = args[1].clone()
     table[0, 1] = args[0].shape[0] if hostile == "blocks" else hostile
     got = matches((args[0], table, *args[2:]))
@@ -96,7 +100,7 @@ def test_hostile_pages_give_zeros(backend, hostile, generator):
 
 
 def test_tokens_outside_the_table_give_zeros(backend, generator):
-    args = attention.mla_cache_gather(generator, (8,), (8,), **SMALL)
+    args = ops.inputs("mla_cache_gather", generator, (8,), (8,), **SMALL)
     starts = args[5]
     for moved, zeros in ((-3, slice(0, 3)), (3, slice(5, 8))):
         got = matches((*args[:5], starts + moved, args[6]))
@@ -106,7 +110,7 @@ def test_tokens_outside_the_table_give_zeros(backend, generator):
 
 
 numbers = st.one_of(
-    st.integers(-3, 12), st.sampled_from([FAR, -FAR - 1, attention.ABSENT, FAR - 2, 2**30])
+    st.integers(-3, 12), st.sampled_from([FAR, -FAR - 1, caches.ABSENT, FAR - 2, 2**30])
 )
 
 
@@ -120,7 +124,7 @@ numbers = st.one_of(
 def test_no_contents_read_outside(table, offsets, starts, fp8):
     """Under the memory-checking interpreter any contents are safe, and mean one thing."""
     generator = torch.Generator().manual_seed(0)
-    cache = attention.empty_cache(generator, 4, 3, 20, 4, torch.uint8 if fp8 else torch.bfloat16)
+    cache = caches.empty_cache(generator, 4, 3, 20, 4, torch.uint8 if fp8 else torch.bfloat16)
     cache.copy_(torch.randint(0, 100, cache.shape, generator=generator).to(cache.dtype))
     ints = [torch.tensor(x, dtype=torch.int32) for x in (table, offsets, starts)]
     args = cache, ints[0].view(3, 2), ints[1], 11, 20, ints[2], torch.float32
@@ -130,8 +134,8 @@ def test_no_contents_read_outside(table, offsets, starts, fp8):
 
 def test_debug_names_what_is_wrong(generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
-    cache, table, offsets, total, R, starts, dtype = attention.mla_cache_gather(
-        generator, (10, 6), (4, 6), **SMALL
+    cache, table, offsets, total, R, starts, dtype = ops.inputs(
+        "mla_cache_gather", generator, (10, 6), (4, 6), **SMALL
     )
     deepkern.mla_cache_gather(cache, table, offsets, total, R, starts, dtype)
     for change, argument, words in (
@@ -148,7 +152,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
 
 
 def test_refuses(generator):
-    cache, table, offsets, total, R, *_ = attention.mla_cache_gather(generator, (5,), **SMALL)
+    cache, table, offsets, total, R, *_ = ops.inputs("mla_cache_gather", generator, (5,), **SMALL)
     with pytest.raises(ValueError, match="mla_cache_gather: total_tokens: expected at least 0"):
         deepkern.mla_cache_gather(cache, table, offsets, -1, R)
     with pytest.raises(ValueError, match="mla_cache_gather: v_head_dim: expected latents that fit"):

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 import deepkern
 from deepkern.runtime import arch
-from deepkern.testing import compare
-from deepkern.testing.inputs import attention
+from deepkern.testing import caches, compare, ops
 
 FP32 = {"dtype": torch.float32, "cache_dtype": torch.float32}
 FP8 = {"cache_dtype": torch.uint8}
@@ -45,8 +44,8 @@ def naive(args: tuple, b: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_against_torchs_softmax(backend, causal, generator):
-    args = attention.mla_decode(
-        generator, (40, 7), Sq=3, H=5, page=16, causal=causal, **SMALL, **FP32
+    args = ops.inputs(
+        "mla_decode", generator, (40, 7), Sq=3, H=5, page=16, causal=causal, **SMALL, **FP32
     )
     out, lse = deepkern.mla_decode(*args)
     for b in range(2):
@@ -57,35 +56,35 @@ def test_against_torchs_softmax(backend, causal, generator):
 
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
 def test_any_number_of_heads(backend, H, generator):
-    check(attention.mla_decode(generator, (70, 0, 20), H=H, page=64, **SMALL))
+    check(ops.inputs("mla_decode", generator, (70, 0, 20), H=H, page=64, **SMALL))
 
 
 @pytest.mark.parametrize("Sq", [1, 2, 4])
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 def test_any_page_and_several_new_tokens(backend, page, Sq, generator):
-    check(attention.mla_decode(generator, (0, 20, 140), Sq=Sq, H=3, page=page, **SMALL))
+    check(ops.inputs("mla_decode", generator, (0, 20, 140), Sq=Sq, H=3, page=page, **SMALL))
 
 
 @pytest.mark.parametrize("kind", [{}, FP8, FP32, {**FP32, "cache_dtype": torch.bfloat16}])
 def test_v3_widths(backend, kind, generator):
-    check(attention.mla_decode(generator, (33, 100), Sq=1, H=4, **kind))
+    check(ops.inputs("mla_decode", generator, (33, 100), Sq=1, H=4, **kind))
 
 
 @pytest.mark.parametrize("length", [511, 512, 513, 1024, 1300])
 def test_split_boundaries(backend, length, generator):
-    check(attention.mla_decode(generator, (length,), H=2, R=32, D=16, **FP32))
+    check(ops.inputs("mla_decode", generator, (length,), H=2, R=32, D=16, **FP32))
 
 
 @pytest.mark.parametrize("kind", [{}, FP8])
 def test_flashmla_lengths_half_of_them_zero(backend, kind, generator):
     """Up to eight splits in one sequence, none in the next."""
     lengths = (0, 4096, 0, 20, 140, 0)
-    check(attention.mla_decode(generator, lengths, Sq=2, H=2, R=32, D=16, **kind))
+    check(ops.inputs("mla_decode", generator, lengths, Sq=2, H=2, R=32, D=16, **kind))
 
 
 def test_more_new_tokens_than_there_are(backend, generator):
     """The first queries of a sequence shorter than Sq see nothing: out 0, lse -inf."""
-    args = attention.mla_decode(generator, (2, 0), Sq=4, H=3, page=16, **SMALL)
+    args = ops.inputs("mla_decode", generator, (2, 0), Sq=4, H=3, page=16, **SMALL)
     out, lse = check(args)
     assert (out[0, :2] == 0).all() and (lse[0, :, :2] == -math.inf).all()
     assert (out[0, 2:] != 0).any() and lse[0, :, 2:].isfinite().all()
@@ -96,10 +95,10 @@ def test_more_new_tokens_than_there_are(backend, generator):
 def test_a_sequence_does_not_see_the_batch(backend, kind, generator):
     """Alone, in a batch, or with a wider table, which has more splits: the same bits."""
     lengths = (600, 3, 77)
-    args = attention.mla_decode(generator, lengths, Sq=2, H=3, page=64, **SMALL, **kind)
+    args = ops.inputs("mla_decode", generator, lengths, Sq=2, H=3, page=64, **SMALL, **kind)
     q, cache, table, seqlens, *rest = args
     out, lse = deepkern.mla_decode(*args)
-    wide = torch.full((3, 40), attention.ABSENT, dtype=torch.int32, device=q.device)
+    wide = torch.full((3, 40), caches.ABSENT, dtype=torch.int32, device=q.device)
     wide[:, : table.shape[1]] = table
     compare.assert_bitwise(deepkern.mla_decode(q, cache, wide, seqlens, *rest)[0], out)
     for b in range(3):
@@ -112,10 +111,10 @@ def test_a_sequence_does_not_see_the_batch(backend, kind, generator):
     compare.assert_bitwise(alone[0], out[2])
 
 
-@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", attention.ABSENT])
+@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", caches.ABSENT])
 def test_hostile_pages_count_as_absent(backend, hostile, generator):
     """The tokens of a page that does not exist are left out, the others attended to."""
-    args = attention.mla_decode(generator, (60,), H=2, page=16, causal=False, **SMALL, **FP32)
+    args = ops.inputs("mla_decode", generator, (60,), H=2, page=16, causal=False, **SMALL, **FP32)
     q, cache, table, seqlens, *rest = args
     broken = table.clone()
     broken[0, 1] = cache.shape[0] if hostile == "blocks" else hostile
@@ -130,8 +129,8 @@ def test_hostile_pages_count_as_absent(backend, hostile, generator):
 
 
 def test_hostile_lengths_are_clamped(backend, generator):
-    q, cache, table, seqlens, *rest = attention.mla_decode(
-        generator, (32, 32, 32), H=2, page=16, **SMALL
+    q, cache, table, seqlens, *rest = ops.inputs(
+        "mla_decode", generator, (32, 32, 32), H=2, page=16, **SMALL
     )
     lengths = torch.tensor([-5, FAR, -FAR - 1], dtype=torch.int32, device=q.device)
     out, lse = deepkern.mla_decode(q, cache, table, lengths, *rest)
@@ -145,7 +144,7 @@ def test_hostile_lengths_are_clamped(backend, generator):
 @pytest.mark.parametrize("length", [1, 3, 150])
 def test_no_worse_than_twice_plain_pytorch(backend, kind, length, generator):
     """Plain PyTorch: softmax in fp32, the rest in bf16, an FP8 cache dequantised to that before."""
-    args = attention.mla_decode(generator, (length,), H=8, R=256, D=16, **kind)
+    args = ops.inputs("mla_decode", generator, (length,), H=8, R=256, D=16, **kind)
     q, cache, table, seqlens, scale, causal, R = args
     unpack = deepkern.reference.attention.unpack
     keys = unpack(torch.cat([cache[i] for i in table[0]])[:length, 0], R)
@@ -160,7 +159,7 @@ def test_no_worse_than_twice_plain_pytorch(backend, kind, length, generator):
 
 @pytest.mark.parametrize("kind", [{}, FP8])
 def test_targets_without_e4m3_agree(kind, generator):
-    args = attention.mla_decode(generator, (70,), H=3, page=16, R=128, D=16, **kind)
+    args = ops.inputs("mla_decode", generator, (70,), H=3, page=16, R=128, D=16, **kind)
     for target in ("sm_80", "gfx942"):
         with arch.compile_for(arch.ARCHS[target]), deepkern.backend("triton"):
             check(args)
@@ -176,7 +175,7 @@ def test_append_then_decode_is_attention_with_keys_and_values(backend, generator
 
     latent, k_rope, up_k, up_v = randn(T, R), randn(T, D), randn(H, nope, R), randn(H, v, R)
     q_nope, q_rope = randn(1, 2, H, nope), randn(1, 2, H, D)
-    cache = attention.empty_cache(generator, 8, 4, R, D, torch.float32)
+    cache = caches.empty_cache(generator, 8, 4, R, D, torch.float32)
     table = torch.randperm(8, generator=generator, device=device).int()[None, :6]
     token = torch.arange(T, device=device)
     slots = table[0].long()[token // 4] * 4 + token % 4
@@ -200,7 +199,7 @@ def test_append_then_decode_is_attention_with_keys_and_values(backend, generator
 
 
 numbers = st.one_of(
-    st.integers(-2, 8), st.sampled_from([FAR, -FAR - 1, attention.ABSENT, FAR - 5, 2**30])
+    st.integers(-2, 8), st.sampled_from([FAR, -FAR - 1, caches.ABSENT, FAR - 5, 2**30])
 )
 
 
@@ -215,8 +214,8 @@ def test_no_contents_read_outside(table, lengths, fp8, causal):
     """Under the memory-checking interpreter any table and lengths are safe, and mean one thing."""
     generator = torch.Generator().manual_seed(0)
     kind = FP8 if fp8 else FP32
-    q, cache, _, _, scale, _, R = attention.mla_decode(
-        generator, (21, 20), Sq=2, H=2, R=32, D=16, page=7, **kind
+    q, cache, _, _, scale, _, R = ops.inputs(
+        "mla_decode", generator, (21, 20), Sq=2, H=2, R=32, D=16, page=7, **kind
     )
     cache = cache.nan_to_num() if not fp8 else cache.masked_fill(cache == 0xFF, 0)
     table, lengths = (torch.tensor(x, dtype=torch.int32) for x in (table, lengths))
@@ -225,7 +224,9 @@ def test_no_contents_read_outside(table, lengths, fp8, causal):
 
 
 def test_debug_names_what_is_wrong(generator, monkeypatch):
-    q, cache, table, seqlens, *rest = attention.mla_decode(generator, (30,), H=1, page=16, **SMALL)
+    q, cache, table, seqlens, *rest = ops.inputs(
+        "mla_decode", generator, (30,), H=1, page=16, **SMALL
+    )
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     with pytest.raises(ValueError, match="mla_decode: cache_seqlens: expected lengths in"):
         deepkern.mla_decode(q, cache, table, seqlens + 16, *rest)
@@ -234,7 +235,9 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
 
 
 def test_refuses(generator):
-    q, cache, table, seqlens, scale, causal, R = attention.mla_decode(generator, (5,), H=1, **SMALL)
+    q, cache, table, seqlens, scale, causal, R = ops.inputs(
+        "mla_decode", generator, (5,), H=1, **SMALL
+    )
     with pytest.raises(ValueError, match="mla_decode: v_head_dim: expected a part of"):
         deepkern.mla_decode(q, cache, table, seqlens, scale, causal, 81)
     with pytest.raises(ValueError, match="mla_decode: cache: expected last dimension 80"):
@@ -253,4 +256,4 @@ def test_refuses(generator):
 def test_flashmla_grid_in_full(H, Sq, page, kind, generator):
     lengths = [n * (i % 2) for n in (20, 140, 4096) for i in range(4)]
     with deepkern.backend("triton"):
-        check(attention.mla_decode(generator, lengths, Sq=Sq, H=H, page=page, **kind))
+        check(ops.inputs("mla_decode", generator, lengths, Sq=Sq, H=H, page=page, **kind))

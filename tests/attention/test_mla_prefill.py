@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import deepkern
-from deepkern.testing import compare
-from deepkern.testing.inputs import attention
+from deepkern.testing import compare, ops
 
 FAR = 2**31 - 1
 SMALL = {"Dqk": 48, "Dv": 32}
@@ -44,7 +43,7 @@ def plain(args: tuple, b: int, dtype: torch.dtype = torch.float64) -> torch.Tens
 @pytest.mark.parametrize("kind", [{}, {"Hk": 1}, {"Hk": 2, "Dqk": 20, "Dv": 36}])
 def test_against_torchs_attention(backend, kind, causal, generator):
     size = {"H": 4, **SMALL, **FP32, **kind}
-    args = attention.mla_prefill(generator, (30, 9), (45, 9), causal=causal, **size)
+    args = ops.inputs("mla_prefill", generator, (30, 9), (45, 9), causal=causal, **size)
     out, lse = deepkern.mla_prefill(*args)
     for b, rows in enumerate((slice(0, 30), slice(30, 39))):
         compare.assert_close(out[rows], plain(args, b))
@@ -57,14 +56,14 @@ def test_against_torchs_attention(backend, kind, causal, generator):
 
 @pytest.mark.parametrize(("H", "Hk"), [(1, 1), (3, 3), (3, 1), (16, 16), (16, 1), (6, 2)])
 def test_heads(backend, H, Hk, generator):
-    check(attention.mla_prefill(generator, (40, 0, 3), H=H, Hk=Hk, unused=1, **SMALL))
+    check(ops.inputs("mla_prefill", generator, (40, 0, 3), H=H, Hk=Hk, unused=1, **SMALL))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("widths", [(192, 128), (1, 130), (100, 1), (65, 3), (17, 0), (0, 16)])
 def test_widths(backend, widths, dtype, generator):
     Dqk, Dv = widths  # narrow ones want many heads: of few values the error varies much
-    scaled = attention.mla_prefill(generator, (100,), H=8, Dqk=max(Dqk, 1), Dv=Dv, dtype=dtype)
+    scaled = ops.inputs("mla_prefill", generator, (100,), H=8, Dqk=max(Dqk, 1), Dv=Dv, dtype=dtype)
     q, k, *rest = scaled
     check((q[..., :Dqk], k[..., :Dqk], *rest))
 
@@ -73,8 +72,8 @@ def test_widths(backend, widths, dtype, generator):
 def test_lengths(backend, causal, generator):
     """Both sides empty, one key, one query, a tile more and less a row, q longer than k."""
     lengths, lengths_k = (0, 1, 63, 129, 5, 130, 0), (0, 63, 1, 129, 0, 257, 7)
-    args = attention.mla_prefill(
-        generator, lengths, lengths_k, H=2, causal=causal, unused=2, **SMALL
+    args = ops.inputs(
+        "mla_prefill", generator, lengths, lengths_k, H=2, causal=causal, unused=2, **SMALL
     )
     out, lse = check(args)
     for lonely in (slice(0, 2), slice(195, 200), slice(-2, None)):  # no sequence, or no keys
@@ -84,7 +83,7 @@ def test_lengths(backend, causal, generator):
 
 
 def test_strides(backend, generator):
-    q, k, v, *rest = attention.mla_prefill(generator, (50, 20), H=3, **SMALL)
+    q, k, v, *rest = ops.inputs("mla_prefill", generator, (50, 20), H=3, **SMALL)
     want = deepkern.mla_prefill(q, k, v, *rest)
     wide = torch.full((70, 3, 100), torch.nan, dtype=q.dtype, device=q.device)
     wide[..., 1:49], wide[..., 60:92] = k, v
@@ -97,7 +96,7 @@ def test_strides(backend, generator):
 def test_a_sequence_does_not_see_the_batch(backend, generator):
     """Alone, or anywhere in a batch: the same bits."""
     lengths, lengths_k = (129, 40, 3), (200, 70, 3)
-    args = attention.mla_prefill(generator, lengths, lengths_k, H=2, unused=3, **SMALL)
+    args = ops.inputs("mla_prefill", generator, lengths, lengths_k, H=2, unused=3, **SMALL)
     q, k, v, cu_q, cu_k, *rest = args
     out, lse = deepkern.mla_prefill(*args)
     for b in range(3):
@@ -113,7 +112,7 @@ def test_a_sequence_does_not_see_the_batch(backend, generator):
 @pytest.mark.parametrize("side", [3, 4])
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_hostile_boundaries(backend, hostile, side, at, generator):
-    args = list(attention.mla_prefill(generator, (10, 0, 20), H=2, **SMALL, **FP32))
+    args = list(ops.inputs("mla_prefill", generator, (10, 0, 20), H=2, **SMALL, **FP32))
     args[side][at] = hostile
     check(tuple(args))
 
@@ -121,7 +120,9 @@ def test_hostile_boundaries(backend, hostile, side, at, generator):
 @pytest.mark.parametrize("round", range(4))
 def test_any_boundaries(backend, round, generator):
     """Whatever they hold, nothing outside the tensors is touched and every output is written."""
-    q, k, v, _, _, *rest = attention.mla_prefill(generator, (140,), (150,), H=1, **SMALL, **FP32)
+    q, k, v, _, _, *rest = ops.inputs(
+        "mla_prefill", generator, (140,), (150,), H=1, **SMALL, **FP32
+    )
     B = int(torch.randint(0, 9, (), generator=generator, device=q.device))
     bits = torch.randint(
         -(2**31), 2**31, (2, B + 1), generator=generator, device=q.device, dtype=torch.int64
@@ -134,7 +135,7 @@ def test_any_boundaries(backend, round, generator):
 
 def test_chunks_of_keys_and_of_queries_come_to_the_whole(backend, generator):
     """Queries in two chunks over the keys so far; keys in two parts, merged by their lse."""
-    q, k, v, _, _, scale, _ = attention.mla_prefill(generator, (100,), H=2, **SMALL, **FP32)
+    q, k, v, _, _, scale, _ = ops.inputs("mla_prefill", generator, (100,), H=2, **SMALL, **FP32)
 
     def attend(q, k, v, causal):
         edges = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device) for x in (q, k)]
@@ -154,7 +155,7 @@ def test_chunks_of_keys_and_of_queries_come_to_the_whole(backend, generator):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_worse_than_twice_plain_pytorch(backend, dtype, generator):
-    args = attention.mla_prefill(generator, (200,), H=2, dtype=dtype)
+    args = ops.inputs("mla_prefill", generator, (200,), H=2, dtype=dtype)
     q, k, v, _, _, scale, _ = args
     exact = plain(args, 0)
     scores = torch.einsum("mhd,nhd->hmn", q.float(), k.float()) * scale
@@ -167,7 +168,7 @@ def test_no_worse_than_twice_plain_pytorch(backend, dtype, generator):
 
 def test_large_scores(backend, generator):
     """Scores of hundreds: no overflow, and lse to fp32's precision."""
-    q, k, v, *rest = attention.mla_prefill(generator, (80,), H=1, **SMALL, **FP32)
+    q, k, v, *rest = ops.inputs("mla_prefill", generator, (80,), H=1, **SMALL, **FP32)
     check((q * 30, k * 30, v, *rest))
     check((q, k, v, *rest[:2], 0.0, True))
 
@@ -175,7 +176,7 @@ def test_large_scores(backend, generator):
 @pytest.mark.parametrize("special", [math.nan, math.inf])
 def test_a_spoiled_query_is_alone(backend, special, generator):
     """In its head, too; and a spoiled key is in its sequence and head."""
-    args = attention.mla_prefill(generator, (40, 9), H=2, **SMALL)
+    args = ops.inputs("mla_prefill", generator, (40, 9), H=2, **SMALL)
     q, k, *rest = args
     k[0, 0, 3] = 1.0  # or all scores might be -inf, which leaves zeros
     bad = q.clone()
@@ -246,7 +247,9 @@ def plain_gradients(args: tuple, grad_out, grad_lse, dtype=torch.float64) -> tup
 def test_gradients_against_autograd(backend, kind, with_lse, causal, generator):
     """Ragged: q longer than k, k longer than q, either empty, rows of no sequence."""
     size = {"H": 4, "unused": 2, **SMALL, **kind}
-    args = attention.mla_prefill(generator, (50, 40, 7, 0), (75, 30, 0, 8), causal=causal, **size)
+    args = ops.inputs(
+        "mla_prefill", generator, (50, 40, 7, 0), (75, 30, 0, 8), causal=causal, **size
+    )
     q, v = args[0], args[2]
     grad_out = torch.randn(*q.shape[:2], v.shape[2], generator=generator, device=q.device).to(
         q.dtype
@@ -262,7 +265,7 @@ def test_gradients_against_autograd(backend, kind, with_lse, causal, generator):
 
 
 def test_gradients_no_worse_than_twice_plain_pytorch(backend, generator):
-    args = attention.mla_prefill(generator, (150,), H=2)
+    args = ops.inputs("mla_prefill", generator, (150,), H=2)
     grad_out = torch.randn(150, 2, 128, generator=generator, device=generator.device).bfloat16()
     exact = plain_gradients(args, grad_out, None)
     plain = plain_gradients(args, grad_out, None, torch.bfloat16)
@@ -273,7 +276,7 @@ def test_gradients_no_worse_than_twice_plain_pytorch(backend, generator):
 
 def test_gradient_of_lse_alone(backend, generator):
     """What context parallelism's merging sends back through lse."""
-    q, k, v, *rest = attention.mla_prefill(generator, (40,), H=2, **SMALL, **FP32)
+    q, k, v, *rest = ops.inputs("mla_prefill", generator, (40,), H=2, **SMALL, **FP32)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     grad_lse = torch.randn(2, 40, generator=generator, device=q.device)
     got = torch.autograd.grad(deepkern.mla_prefill(*inputs, *rest)[1], inputs, grad_lse)
@@ -286,7 +289,7 @@ def test_gradient_of_lse_alone(backend, generator):
 
 def test_gradients_of_merged_parts_are_those_of_the_whole(backend, generator):
     """Keys in two parts, merged by lse; some queries see nothing of the second part."""
-    q, k, v, _, _, scale, _ = attention.mla_prefill(generator, (60,), H=2, **SMALL, **FP32)
+    q, k, v, _, _, scale, _ = ops.inputs("mla_prefill", generator, (60,), H=2, **SMALL, **FP32)
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def attend(q, k, v):
@@ -306,7 +309,7 @@ def test_gradients_of_merged_parts_are_those_of_the_whole(backend, generator):
 
 
 def test_gradients_of_a_sequence_do_not_see_the_batch(backend, generator):
-    args = attention.mla_prefill(generator, (70, 33), (90, 20), H=2, Hk=1, unused=3, **SMALL)
+    args = ops.inputs("mla_prefill", generator, (70, 33), (90, 20), H=2, Hk=1, unused=3, **SMALL)
     q, k, v, cu_q, cu_k, *rest = args
     grad = torch.randn(len(q), 2, 32, generator=generator, device=q.device).to(q.dtype)
     together = gradients(args, grad, None)
@@ -322,7 +325,7 @@ def test_gradients_of_a_sequence_do_not_see_the_batch(backend, generator):
 @pytest.mark.parametrize("round", range(4))
 def test_gradients_with_any_boundaries(backend, round, generator):
     """Nothing outside the tensors is touched, and every gradient is written."""
-    args = list(attention.mla_prefill(generator, (150,), (140,), H=2, Hk=1, **SMALL, **FP32))
+    args = list(ops.inputs("mla_prefill", generator, (150,), (140,), H=2, Hk=1, **SMALL, **FP32))
     for side in (3, 4):
         near = torch.randint(-20, 180, (6,), generator=generator, device=generator.device).int()
         near[round] = (-1, FAR, -FAR - 1, 0)[round]
@@ -336,7 +339,7 @@ def test_gradients_with_any_boundaries(backend, round, generator):
 
 
 def test_debug_names_what_is_wrong(generator, monkeypatch):
-    q, k, v, cu_q, cu_k, *rest = attention.mla_prefill(generator, (4, 5), H=1, **SMALL)
+    q, k, v, cu_q, cu_k, *rest = ops.inputs("mla_prefill", generator, (4, 5), H=1, **SMALL)
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     with pytest.raises(ValueError, match="mla_prefill: cu_seqlens_q: expected ascending values in"):
         deepkern.mla_prefill(q, k, v, cu_q + 1, cu_k, *rest)
@@ -345,7 +348,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
 
 
 def test_refuses(generator):
-    q, k, v, cu_q, cu_k, scale, causal = attention.mla_prefill(generator, (4, 5), H=4, **SMALL)
+    q, k, v, cu_q, cu_k, scale, causal = ops.inputs("mla_prefill", generator, (4, 5), H=4, **SMALL)
     with pytest.raises(TypeError, match="mla_prefill: v: expected dtype torch.bfloat16"):
         deepkern.mla_prefill(q, k, v.half(), cu_q, cu_k, scale)
     with pytest.raises(ValueError, match="mla_prefill: k: expected heads of which the 4 of q"):
@@ -364,7 +367,7 @@ def test_refuses(generator):
 @pytest.mark.parametrize(("H", "Hk"), [(16, 16), (16, 1), (128, 128)])
 def test_long_sequences(lengths, H, Hk, causal, generator):
     """Against float64 head by head, which the oracle's scores of all heads leave no room for."""
-    args = attention.mla_prefill(generator, lengths, H=H, Hk=Hk, causal=causal, unused=5)
+    args = ops.inputs("mla_prefill", generator, lengths, H=H, Hk=Hk, causal=causal, unused=5)
     q, k, v, *rest = args
     with deepkern.backend("triton"):
         out, lse = deepkern.mla_prefill(*args)
@@ -381,7 +384,7 @@ def test_long_sequences(lengths, H, Hk, causal, generator):
 def test_gradients_of_long_sequences(lengths, H, Hk, causal, generator):
     size = {"H": H, "Hk": Hk, "causal": causal, "unused": 5, "from_lse": True}
     with deepkern.backend("triton"):
-        args = attention.mla_prefill_backward(generator, lengths, **size)
+        args = ops.inputs("mla_prefill_backward", generator, lengths, **size)
         got = deepkern.mla_prefill_backward(*args)
         again = deepkern.mla_prefill_backward(*args)
     for a, b in zip(got, again, strict=True):

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import deepkern
-from deepkern.testing import compare
-from deepkern.testing.inputs import attention, sparse_attention
+from deepkern.testing import compare, ops
 
 FP32 = {"dtype": torch.float32, "cache_dtype": torch.float32}
 FP8 = {"cache_dtype": torch.uint8}
@@ -62,8 +61,8 @@ def naive(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_against_torchs_softmax(backend, generator):
-    args = sparse_attention.mla_sparse_decode(
-        generator, Sq=3, H=5, topk=37, sink=True, holes=False, **SMALL, **FP32
+    args = ops.inputs(
+        "mla_sparse_decode", generator, Sq=3, H=5, topk=37, sink=True, holes=False, **SMALL, **FP32
     )
     for got, want in zip(deepkern.mla_sparse_decode(*args), naive(args), strict=True):
         compare.assert_close(got, want.to(torch.float64))
@@ -71,7 +70,7 @@ def test_against_torchs_softmax(backend, generator):
 
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
 def test_any_number_of_heads(backend, H, generator):
-    check(sparse_attention.mla_sparse_decode(generator, H=H, lengths=True, sink=True, **SMALL))
+    check(ops.inputs("mla_sparse_decode", generator, H=H, lengths=True, sink=True, **SMALL))
 
 
 @pytest.mark.parametrize("kind", [{}, FP8])
@@ -79,34 +78,44 @@ def test_any_number_of_heads(backend, H, generator):
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 def test_any_page_and_several_new_tokens(backend, page, Sq, kind, generator):
     check(
-        sparse_attention.mla_sparse_decode(
-            generator, B=1, Sq=Sq, H=3, topk=33, R=64, D=16, page=page, sink=True, **kind
+        ops.inputs(
+            "mla_sparse_decode",
+            generator,
+            B=1,
+            Sq=Sq,
+            H=3,
+            topk=33,
+            R=64,
+            D=16,
+            page=page,
+            sink=True,
+            **kind,
         )
     )
 
 
 @pytest.mark.parametrize("kind", [{}, FP8, FP32, {**FP32, "cache_dtype": torch.bfloat16}])
 def test_v3_widths(backend, kind, generator):
-    check(sparse_attention.mla_sparse_decode(generator, B=1, H=4, topk=100, **kind))
+    check(ops.inputs("mla_sparse_decode", generator, B=1, H=4, topk=100, **kind))
 
 
 @pytest.mark.parametrize("kind", [{}, FP8])
 def test_odd_widths(backend, kind, generator):
-    check(sparse_attention.mla_sparse_decode(generator, H=2, topk=20, R=130, D=6, page=3, **kind))
+    check(ops.inputs("mla_sparse_decode", generator, H=2, topk=20, R=130, D=6, page=3, **kind))
 
 
 @pytest.mark.parametrize("topk", [0, 1, 255, 256, 257, 700])
 def test_split_boundaries(backend, topk, generator):
     """256 indices make a split at 2 heads; also with lengths, which move the boundaries."""
     size = {"H": 2, "topk": topk, "R": 32, "D": 16, "page": 16, "sink": True, **FP32}
-    q, cache, indices, scale, _, *rest = sparse_attention.mla_sparse_decode(generator, **size)
+    q, cache, indices, scale, _, *rest = ops.inputs("mla_sparse_decode", generator, **size)
     check((q, cache, indices, scale, None, *rest))
     lengths = torch.tensor([topk - 1, topk // 2], dtype=torch.int32, device=q.device)
     check((q, cache, indices, scale, lengths, *rest))
 
 
 def test_lengths_are_clamped_and_cut_the_indices(backend, generator):
-    args = sparse_attention.mla_sparse_decode(generator, B=4, Sq=2, H=2, topk=40, **SMALL)
+    args = ops.inputs("mla_sparse_decode", generator, B=4, Sq=2, H=2, topk=40, **SMALL)
     q, cache, indices, scale, _, *rest = args
     lengths = torch.tensor([-5, 7, FAR, -FAR - 1], dtype=torch.int32, device=q.device)
     out, lse = check((q, cache, indices, scale, lengths, *rest))
@@ -118,9 +127,7 @@ def test_lengths_are_clamped_and_cut_the_indices(backend, generator):
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_indices_name_nothing(backend, hostile, generator):
-    args = sparse_attention.mla_sparse_decode(
-        generator, B=1, H=2, topk=40, sink=True, **SMALL, **FP32
-    )
+    args = ops.inputs("mla_sparse_decode", generator, B=1, H=2, topk=40, sink=True, **SMALL, **FP32)
     q, cache, indices, *rest = args
     hostile = cache.shape[0] * cache.shape[1] if hostile == "slots" else hostile
     some = indices.clone()
@@ -136,9 +143,7 @@ def test_hostile_indices_name_nothing(backend, hostile, generator):
 
 def test_a_token_counts_as_often_as_it_is_named(backend, generator):
     """One token named 3 times and another once: weights 3/4 and 1/4 where their scores agree."""
-    args = sparse_attention.mla_sparse_decode(
-        generator, B=1, H=2, topk=4, tokens=2, **SMALL, **FP32
-    )
+    args = ops.inputs("mla_sparse_decode", generator, B=1, H=2, topk=4, tokens=2, **SMALL, **FP32)
     q, cache, _, scale, *rest = args
     slots = (~cache[..., 0, 0].isnan()).flatten().nonzero()[:, 0].int()  # the two that are there
     indices = slots[[0, 0, 1, 0]][None, None]
@@ -153,7 +158,7 @@ def test_a_token_counts_as_often_as_it_is_named(backend, generator):
 @pytest.mark.parametrize("topk", [30, 300])
 def test_sinks(backend, topk, generator):
     """-inf changes no bit, +inf gives 0, and neither touches lse, lonely queries included."""
-    args = sparse_attention.mla_sparse_decode(generator, B=2, H=4, topk=topk, **SMALL)
+    args = ops.inputs("mla_sparse_decode", generator, B=2, H=4, topk=topk, **SMALL)
     q, cache, indices, scale, _, _, R = args
     indices[1] = -1
     sink = torch.tensor([math.inf, -math.inf, 0.5, -3.0], device=q.device)
@@ -169,7 +174,7 @@ def test_sinks(backend, topk, generator):
 def test_a_query_does_not_see_the_batch(backend, kind, generator):
     """Alone or beside others, of the same sequence too: the same bits."""
     size = {"B": 3, "Sq": 2, "H": 3, "topk": 600, "lengths": True, "sink": True}
-    args = sparse_attention.mla_sparse_decode(generator, **size, **SMALL, **kind)
+    args = ops.inputs("mla_sparse_decode", generator, **size, **SMALL, **kind)
     q, cache, indices, scale, lengths, *rest = args
     lengths[0] = 599
     out, lse = deepkern.mla_sparse_decode(*args)
@@ -185,7 +190,7 @@ def test_a_query_does_not_see_the_batch(backend, kind, generator):
 
 @pytest.mark.parametrize("kind", [{}, FP8])
 def test_all_tokens_of_a_sequence_are_mla_decode(backend, kind, generator):
-    args = attention.mla_decode(generator, (300,), Sq=2, H=3, causal=False, **SMALL, **kind)
+    args = ops.inputs("mla_decode", generator, (300,), Sq=2, H=3, causal=False, **SMALL, **kind)
     q, cache, table, _, scale, _, R = args
     token = torch.arange(300, device=q.device)
     slots = (table[0, token // 16] * 16 + token % 16).int()
@@ -201,7 +206,7 @@ def test_all_tokens_of_a_sequence_are_mla_decode(backend, kind, generator):
 @pytest.mark.parametrize("topk", [1, 2, 200])
 def test_no_worse_than_twice_plain_pytorch(backend, kind, topk, generator):
     """Plain PyTorch on the tokens in bf16, from which the FP8 ones are rounded."""
-    args = sparse_attention.mla_sparse_decode(generator, B=1, H=16, topk=topk, holes=False, **kind)
+    args = ops.inputs("mla_sparse_decode", generator, B=1, H=16, topk=topk, holes=False, **kind)
     q, cache, indices, scale, *_ = args
     slot = indices[0, 0].long()
     exact_tokens = deepkern.reference.attention.unpack(cache[slot // 64, slot % 64, 0], 512)
@@ -226,9 +231,7 @@ def test_fuzzed_indices_reach_no_other_memory(generator):
         return torch.where(kind == 0, near.clamp(0, high), torch.where(kind == 1, near, wide)).int()
 
     for kind in ({}, FP8, FP8):
-        args = sparse_attention.mla_sparse_decode(
-            generator, B=3, Sq=2, H=2, topk=300, **SMALL, **kind
-        )
+        args = ops.inputs("mla_sparse_decode", generator, B=3, Sq=2, H=2, topk=300, **SMALL, **kind)
         q, cache, _, scale, _, _, R = args
         slots = cache.shape[0] * cache.shape[1]
         cache = torch.where(cache.isnan(), 0, cache) if cache.dtype != torch.uint8 else cache % 100
@@ -241,7 +244,7 @@ def test_fuzzed_indices_reach_no_other_memory(generator):
 
 
 def test_debug_names_what_is_wrong(generator, monkeypatch):
-    args = sparse_attention.mla_sparse_decode(generator, B=1, H=1, topk=5, lengths=True, **SMALL)
+    args = ops.inputs("mla_sparse_decode", generator, B=1, H=1, topk=5, lengths=True, **SMALL)
     q, cache, indices, scale, lengths, *rest = args
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     lengths.fill_(4)
@@ -254,7 +257,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
 
 
 def test_refuses(generator):
-    args = sparse_attention.mla_sparse_decode(generator, B=1, H=1, **SMALL)
+    args = ops.inputs("mla_sparse_decode", generator, B=1, H=1, **SMALL)
     with pytest.raises(ValueError, match="mla_sparse_decode: v_head_dim: expected a part of"):
         deepkern.mla_sparse_decode(*args[:-1], 81)
     with pytest.raises(ValueError, match="mla_sparse_decode: cache: expected last dimension 80"):
@@ -269,6 +272,6 @@ def test_refuses(generator):
 def test_flashmla_grid_in_full(H, Sq, page, kind, generator):
     for topk, tokens in ((64, 512), (576, 1024), (2048, 2046), (2048, 32768)):
         size = {"B": 4, "topk": topk, "tokens": tokens, "lengths": True, "sink": True}
-        args = sparse_attention.mla_sparse_decode(generator, Sq=Sq, H=H, page=page, **size, **kind)
+        args = ops.inputs("mla_sparse_decode", generator, Sq=Sq, H=H, page=page, **size, **kind)
         with deepkern.backend("triton"):
             check(args)

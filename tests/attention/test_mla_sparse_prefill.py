@@ -13,12 +13,11 @@ import torch
 
 import deepkern
 from deepkern.attention import sparse_gradients
-from deepkern.testing import compare
-from deepkern.testing.inputs import sparse_attention
+from deepkern.testing import compare, ops
+from deepkern.testing.sparse_attention import OPTIONS
 
 FP32 = {"dtype": torch.float32}
 SMALL = {"R": 64, "D": 16}
-OPTIONS = sparse_attention.OPTIONS
 FAR = 2**31 - 1
 HOSTILE = [-1, -FAR - 1, FAR, "rows"]
 
@@ -120,9 +119,7 @@ def check_gradients(inputs: tuple) -> None:
 
 
 def test_against_torchs_softmax(backend, generator):
-    args = sparse_attention.mla_sparse_prefill(
-        generator, H=5, sink=True, holes=False, **SMALL, **FP32
-    )
+    args = ops.inputs("mla_sparse_prefill", generator, H=5, sink=True, holes=False, **SMALL, **FP32)
     q, kv, indices, scale, R, sink, _ = args
     want = naive(q.double(), kv.double(), indices, scale, R, sink.double(), counting(args))
     for g, w in zip(deepkern.mla_sparse_prefill(*args), want, strict=True):
@@ -131,27 +128,27 @@ def test_against_torchs_softmax(backend, generator):
 
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
 def test_any_number_of_heads(backend, H, generator):
-    check(sparse_attention.mla_sparse_prefill(generator, H=H, **SMALL, **OPTIONS))
+    check(ops.inputs("mla_sparse_prefill", generator, H=H, **SMALL, **OPTIONS))
 
 
 @pytest.mark.parametrize("kind", [{}, {"dtype": torch.float16}, FP32])
 def test_v3_widths(backend, kind, generator):
-    check(sparse_attention.mla_sparse_prefill(generator, S=2, H=9, topk=70, **kind))
+    check(ops.inputs("mla_sparse_prefill", generator, S=2, H=9, topk=70, **kind))
 
 
 @pytest.mark.parametrize(("R", "D"), [(130, 6), (1, 1), (16, 0), (0, 20)])
 def test_odd_widths(backend, R, D, generator):
-    check(sparse_attention.mla_sparse_prefill(generator, H=2, R=R, D=D, **FP32))
+    check(ops.inputs("mla_sparse_prefill", generator, H=2, R=R, D=D, **FP32))
 
 
 @pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 600])
 def test_any_topk(backend, topk, generator):
     size = {"S": 2, "H": 2, "topk": topk, "Skv": 300, **SMALL, **FP32}
-    check(sparse_attention.mla_sparse_prefill(generator, **size, **OPTIONS))
+    check(ops.inputs("mla_sparse_prefill", generator, **size, **OPTIONS))
 
 
 def test_strided_operands(backend, generator):
-    args = sparse_attention.mla_sparse_prefill(generator, H=4, **SMALL)
+    args = ops.inputs("mla_sparse_prefill", generator, H=4, **SMALL)
     q, kv, indices, *rest = args
     apart = q.new_full((*q.shape[:2], 96), math.nan)
     apart[..., :80] = q
@@ -163,7 +160,7 @@ def test_strided_operands(backend, generator):
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_indices_name_nothing(backend, hostile, generator):
-    args = sparse_attention.mla_sparse_prefill(generator, H=2, sink=True, **SMALL, **FP32)
+    args = ops.inputs("mla_sparse_prefill", generator, H=2, sink=True, **SMALL, **FP32)
     q, kv, indices, *rest = args
     hostile = kv.shape[0] if hostile == "rows" else hostile
     some = indices.clone()
@@ -178,7 +175,7 @@ def test_hostile_indices_name_nothing(backend, hostile, generator):
 
 
 def test_lengths_are_clamped_and_cut_the_indices(backend, generator):
-    q, kv, indices, *rest, _ = sparse_attention.mla_sparse_prefill(generator, S=4, H=2, **SMALL)
+    q, kv, indices, *rest, _ = ops.inputs("mla_sparse_prefill", generator, S=4, H=2, **SMALL)
     lengths = torch.tensor([-5, 7, FAR, -FAR - 1], dtype=torch.int32, device=q.device)
     out, _, lse = check((q, kv, indices, *rest, lengths))
     assert (out[[0, 3]] == 0).all() and (lse[[0, 3]] == -math.inf).all()
@@ -189,7 +186,7 @@ def test_lengths_are_clamped_and_cut_the_indices(backend, generator):
 
 def test_sinks(backend, generator):
     """-inf changes no bit, +inf gives 0; max_logits and lse do not know of them."""
-    args = sparse_attention.mla_sparse_prefill(generator, H=4, **SMALL)
+    args = ops.inputs("mla_sparse_prefill", generator, H=4, **SMALL)
     q, kv, indices, scale, R, _, _ = args
     indices[1] = -1
     sink = torch.tensor([math.inf, -math.inf, 0.5, -3.0], device=q.device)
@@ -202,7 +199,7 @@ def test_sinks(backend, generator):
 
 
 def test_a_query_does_not_see_the_others(backend, generator):
-    args = sparse_attention.mla_sparse_prefill(generator, S=4, H=3, **SMALL, **OPTIONS)
+    args = ops.inputs("mla_sparse_prefill", generator, S=4, H=3, **SMALL, **OPTIONS)
     q, kv, indices, scale, R, sink, lengths = args
     got = deepkern.mla_sparse_prefill(*args)
     for s in range(4):
@@ -214,7 +211,7 @@ def test_a_query_does_not_see_the_others(backend, generator):
 
 def test_is_mla_sparse_decode_of_as_many_sequences(backend, generator):
     """Up to where decode begins to split: bit for bit, lse included."""
-    args = sparse_attention.mla_sparse_prefill(generator, H=3, **SMALL, **OPTIONS)
+    args = ops.inputs("mla_sparse_prefill", generator, H=3, **SMALL, **OPTIONS)
     q, kv, indices, scale, R, sink, lengths = args
     out, _, lse = deepkern.mla_sparse_prefill(*args)
     got = deepkern.mla_sparse_decode(q[:, None], kv[:, None], indices, scale, lengths, sink, R)
@@ -233,7 +230,7 @@ def test_is_mla_sparse_decode_of_as_many_sequences(backend, generator):
     ],
 )
 def test_gradients(backend, size, kind, generator):
-    args = sparse_attention.mla_sparse_prefill(generator, **size, **kind)
+    args = ops.inputs("mla_sparse_prefill", generator, **size, **kind)
     inputs = with_gradients(generator, args)
     check_gradients(inputs)
 
@@ -243,14 +240,14 @@ def test_gradients_in_several_rounds(backend, kind, generator, monkeypatch):
     """With room for the shares of one query at a time."""
     monkeypatch.setattr(sparse_gradients, "WORKSPACE", 1)
     size = {"S": 5, "H": 6, "Skv": 20, "sink": True}
-    args = sparse_attention.mla_sparse_prefill(generator, **size, **SMALL, **kind)
+    args = ops.inputs("mla_sparse_prefill", generator, **size, **SMALL, **kind)
     inputs = with_gradients(generator, args, lse=False)
     check_gradients(inputs)
 
 
 def test_gradients_of_one_row_named_by_all(backend, generator):
     """Every index of every query is the same row: its gradient is the sum of all shares."""
-    args = sparse_attention.mla_sparse_prefill(generator, S=4, H=2, topk=50, **SMALL, **FP32)
+    args = ops.inputs("mla_sparse_prefill", generator, S=4, H=2, topk=50, **SMALL, **FP32)
     args[2].fill_(7)
     inputs = with_gradients(generator, args, lse=False)
     args[2].fill_(7)
@@ -261,7 +258,7 @@ def test_gradients_of_one_row_named_by_all(backend, generator):
 
 def test_gradients_without_anything_to_attend_to(backend, generator):
     """Lonely queries, past-the-end indices and infinite sinks: gradients 0, and no NaN."""
-    args = sparse_attention.mla_sparse_prefill(generator, S=3, H=3, sink=True, **SMALL)
+    args = ops.inputs("mla_sparse_prefill", generator, S=3, H=3, sink=True, **SMALL)
     q, kv, indices, scale, R, sink, _ = args
     sink[:2] = torch.tensor([math.inf, -math.inf])
     indices[0], indices[1] = -1, FAR
@@ -277,8 +274,8 @@ def test_gradients_without_anything_to_attend_to(backend, generator):
 
 
 def test_grad_q_does_not_see_the_other_queries(backend, generator):
-    args = sparse_attention.mla_sparse_prefill_backward(
-        generator, grad_lse=True, H=3, **SMALL, **OPTIONS
+    args = ops.inputs(
+        "mla_sparse_prefill_backward", generator, grad_lse=True, H=3, **SMALL, **OPTIONS
     )
     grad_out, grad_lse, q, kv, indices, out, lse, scale, sink, lengths = args
     grad_q = deepkern.mla_sparse_prefill_backward(*args)[0]
@@ -291,7 +288,7 @@ def test_grad_q_does_not_see_the_other_queries(backend, generator):
 
 
 def test_gradients_no_worse_than_twice_plain_pytorch(backend, generator):
-    args = sparse_attention.mla_sparse_prefill(generator, S=8, H=16, Skv=60, topk=48, **SMALL)
+    args = ops.inputs("mla_sparse_prefill", generator, S=8, H=16, Skv=60, topk=48, **SMALL)
     inputs = with_gradients(generator, args, lse=False)
     q, kv, indices, scale, R, sink, _ = args
     leaves = [x.detach().requires_grad_() for x in (q, kv)]
@@ -321,7 +318,7 @@ def test_peak_memory_of_the_backward(generator, monkeypatch):
     if generator.device.type != "cpu":
         pytest.skip("counts CPU memory; test_peak_memory_on_a_gpu counts a GPU's")
     monkeypatch.setattr(sparse_gradients, "WORKSPACE", 1 << 20)
-    args = sparse_attention.mla_sparse_prefill_backward(generator, S=8, H=4, topk=700, **SMALL)
+    args = ops.inputs("mla_sparse_prefill_backward", generator, S=8, H=4, topk=700, **SMALL)
     q, kv = args[2:4]
     launch = deepkern.OPS["mla_sparse_prefill_backward"].launcher("triton")
     bound = (1 << 20) + 4 * kv.numel() + 2 * (kv.numel() + q.numel()) + 4096
@@ -343,8 +340,8 @@ def test_fuzzed_indices_reach_no_other_memory(what, generator):
         return torch.where(kind == 0, near.clamp(0, high), torch.where(kind == 1, near, wide)).int()
 
     for _ in range(3):
-        args = sparse_attention.mla_sparse_prefill(
-            generator, S=4, H=2, topk=80, sink=True, **SMALL, **FP32
+        args = ops.inputs(
+            "mla_sparse_prefill", generator, S=4, H=2, topk=80, sink=True, **SMALL, **FP32
         )
         q, kv, _, scale, R, sink, _ = args
         args = q, kv, hostile(50, 4, 1, 80), scale, R, sink, hostile(80, 4)
@@ -363,7 +360,7 @@ def test_fuzzed_indices_reach_no_other_memory(what, generator):
 
 
 def test_debug_names_what_is_wrong(generator, monkeypatch):
-    args = sparse_attention.mla_sparse_prefill(generator, S=1, H=1, topk=5, lengths=True, **SMALL)
+    args = ops.inputs("mla_sparse_prefill", generator, S=1, H=1, topk=5, lengths=True, **SMALL)
     *rest, lengths = args
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     lengths.fill_(4)
@@ -376,7 +373,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
 
 
 def test_refuses(generator):
-    args = sparse_attention.mla_sparse_prefill(generator, S=1, H=1, **SMALL)
+    args = ops.inputs("mla_sparse_prefill", generator, S=1, H=1, **SMALL)
     with pytest.raises(TypeError, match="mla_sparse_prefill: kv: expected q's dtype"):
         deepkern.mla_sparse_prefill(args[0], args[1].float(), *args[2:])
     with pytest.raises(ValueError, match="mla_sparse_prefill: v_head_dim: expected a part of"):
@@ -389,16 +386,14 @@ def test_refuses(generator):
 @pytest.mark.parametrize("S", [1, 62, 213])
 def test_flashmla_grid_in_full(S, H, options, generator):
     for Skv, topk in ((128, 128), (592, 128), (1521, 512), (114, 384), (32, 2048), (4321, 2048)):
-        args = sparse_attention.mla_sparse_prefill(
-            generator, S=S, Skv=Skv, H=H, topk=topk, **options
-        )
+        args = ops.inputs("mla_sparse_prefill", generator, S=S, Skv=Skv, H=H, topk=topk, **options)
         with deepkern.backend("triton"):
             check(args)
 
 
 @pytest.mark.gpu
 def test_more_queries_than_a_second_grid_dimension(generator):
-    args = sparse_attention.mla_sparse_prefill(generator, S=70000, Skv=256, H=16, topk=8, **SMALL)
+    args = ops.inputs("mla_sparse_prefill", generator, S=70000, Skv=256, H=16, topk=8, **SMALL)
     with deepkern.backend("triton"):
         got = deepkern.mla_sparse_prefill(*args)
         last = slice(69990, 70000)
@@ -411,7 +406,7 @@ def test_more_queries_than_a_second_grid_dimension(generator):
 @pytest.mark.parametrize("H", [16, 128])
 def test_gradients_in_full(H, generator):
     size = {"S": 40, "Skv": 4096, "H": H, "topk": 2048, "grad_lse": True}
-    args = sparse_attention.mla_sparse_prefill_backward(generator, **size, **OPTIONS)
+    args = ops.inputs("mla_sparse_prefill_backward", generator, **size, **OPTIONS)
     with deepkern.backend("triton"):
         got = deepkern.mla_sparse_prefill_backward(*args)
         again = deepkern.mla_sparse_prefill_backward(*args)
@@ -423,9 +418,7 @@ def test_gradients_in_full(H, generator):
 
 @pytest.mark.gpu
 def test_peak_memory_on_a_gpu(generator):
-    args = sparse_attention.mla_sparse_prefill_backward(
-        generator, S=512, Skv=8192, H=128, topk=2048
-    )
+    args = ops.inputs("mla_sparse_prefill_backward", generator, S=512, Skv=8192, H=128, topk=2048)
     q, kv = args[2:4]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -10,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepkern
 from deepkern.runtime import arch
-from deepkern.testing import compare
-from deepkern.testing.inputs import indexer
+from deepkern.testing import compare, ops
 
 FP8 = torch.float8_e4m3fn
 FAR = 2**31 - 1
@@ -36,7 +35,7 @@ def ranges(device, *pairs: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def test_the_formula_key_by_key(backend, generator):
-    args = indexer.mqa_logits(generator, 3, 50, H=4, D=16)
+    args = ops.inputs("mqa_logits", generator, 3, 50, H=4, D=16)
     q, kv, scale, weights, _, ends = args
     got = deepkern.mqa_logits(*args)
     want = torch.full((3, 50), -math.inf, dtype=torch.float64, device=q.device)
@@ -54,21 +53,21 @@ def test_the_formula_key_by_key(backend, generator):
 @pytest.mark.parametrize("H", [1, 2, 9, 63, 128, 300])
 @pytest.mark.parametrize("D", [1, 72, 160])
 def test_any_heads_and_widths(backend, H, D, generator):
-    check(indexer.mqa_logits(generator, 3, 40, H=H, D=D))
+    check(ops.inputs("mqa_logits", generator, 3, 40, H=H, D=D))
 
 
 @pytest.mark.parametrize("Skv", [1, 63, 64, 65, 2048, 2049, 2200])
 def test_edges_of_tiles_and_chunks(backend, Skv, generator):
-    args = indexer.mqa_logits(generator, 2, Skv, H=2, D=16)
+    args = ops.inputs("mqa_logits", generator, 2, Skv, H=2, D=16)
     check((*args[:4], *ranges(args[0].device, (0, Skv), (Skv - 1, Skv))))
 
 
 def test_many_queries(backend, generator):
-    check(indexer.mqa_logits(generator, 139, 20, H=3, D=16, causal=False))
+    check(ops.inputs("mqa_logits", generator, 139, 20, H=3, D=16, causal=False))
 
 
 def test_hostile_ranges_are_clamped(backend, generator):
-    args = indexer.mqa_logits(generator, 8, 70, H=2, D=16)
+    args = ops.inputs("mqa_logits", generator, 8, 70, H=2, D=16)
     hostile = (
         (-5, 3),
         (60, FAR),
@@ -85,7 +84,7 @@ def test_hostile_ranges_are_clamped(backend, generator):
 
 def test_random_ranges(backend, generator):
     """Contents of every size, under the memory-checking interpreter."""
-    args = indexer.mqa_logits(generator, 40, 130, H=2, D=16)
+    args = ops.inputs("mqa_logits", generator, 40, 130, H=2, D=16)
     device = args[0].device
     for reach in (200, 2**31 - 1):
         starts, ends = torch.randint(-reach, reach, (2, 40), generator=generator, device=device)
@@ -94,7 +93,7 @@ def test_random_ranges(backend, generator):
 
 def test_poison_outside_the_ranges(backend, generator):
     """NaN in keys and scales that no query sees reaches no result, nor do the ranges of others."""
-    args = indexer.mqa_logits(generator, 4, 200, H=3, D=32)
+    args = ops.inputs("mqa_logits", generator, 4, 200, H=3, D=32)
     q, kv, scale, weights = args[:4]
     starts, ends = ranges(q.device, (70, 80), (75, 130), (72, 72), (90, 100))
     clean = check((q, kv, scale, weights, starts, ends))
@@ -109,7 +108,7 @@ def test_poison_outside_the_ranges(backend, generator):
 
 
 def test_nan_and_inf_stay_where_they_are(backend, generator):
-    q, kv, scale, weights, starts, ends = indexer.mqa_logits(generator, 4, 30, H=3, D=16)
+    q, kv, scale, weights, starts, ends = ops.inputs("mqa_logits", generator, 4, 30, H=3, D=16)
     q.view(torch.uint8)[1, 2, 5] = 0xFF
     weights[2, 0], scale[3] = math.inf, math.inf
     got = deepkern.mqa_logits(q, kv, scale, weights, starts, ends)
@@ -121,8 +120,8 @@ def test_nan_and_inf_stay_where_they_are(backend, generator):
 
 def test_a_query_does_not_see_the_others(backend, generator):
     """Alone, at another place of the tile, beside other ranges: the same bits."""
-    q, kv, scale, weights, starts, ends = indexer.mqa_logits(
-        generator, 7, 90, H=64, D=128, causal=False
+    q, kv, scale, weights, starts, ends = ops.inputs(
+        "mqa_logits", generator, 7, 90, H=64, D=128, causal=False
     )
     ends = torch.full_like(ends, 90)
     whole = deepkern.mqa_logits(q, kv, scale, weights, starts, ends)
@@ -135,7 +134,7 @@ def test_a_query_does_not_see_the_others(backend, generator):
 @pytest.mark.parametrize("S", [1, 3])
 def test_every_target_gives_the_same_bits_of_a_sum(S, generator):
     """The order of the heads is no matter of tiles: e4m3 products of few bits sum exactly alike."""
-    args = indexer.mqa_logits(generator, S, 70, H=5, D=32)
+    args = ops.inputs("mqa_logits", generator, S, 70, H=5, D=32)
     with deepkern.backend("triton"):
         want = check(args)
         for target in ("sm_80", "sm_89", "gfx942", "gfx950"):
@@ -144,7 +143,7 @@ def test_every_target_gives_the_same_bits_of_a_sum(S, generator):
 
 
 def test_strides(backend, generator):
-    q, kv, scale, weights, starts, ends = indexer.mqa_logits(generator, 5, 33, H=4, D=32)
+    q, kv, scale, weights, starts, ends = ops.inputs("mqa_logits", generator, 5, 33, H=4, D=32)
     want = deepkern.mqa_logits(q, kv, scale, weights, starts, ends)
 
     def apart(x):
@@ -158,7 +157,7 @@ def test_strides(backend, generator):
 
 def test_debug_names_what_is_wrong(generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
-    q, kv, scale, weights, starts, ends = indexer.mqa_logits(generator, 3, 20, H=1, D=16)
+    q, kv, scale, weights, starts, ends = ops.inputs("mqa_logits", generator, 3, 20, H=1, D=16)
     with pytest.raises(ValueError, match="mqa_logits: starts: expected values in"):
         deepkern.mqa_logits(q, kv, scale, weights, starts - 1, ends)
     with pytest.raises(ValueError, match="mqa_logits: ends: expected values in"):
@@ -181,7 +180,7 @@ def test_refuses_heads_out_of_reach():
 @pytest.mark.parametrize("causal", [True, False])
 def test_deepgemms_grid(H, D, causal, generator):
     """A tensor core adds up FP8 products in fewer bits than fp32: DeepGEMM's own bound, 5e-6."""
-    args = indexer.mqa_logits(generator, 512, 8192, H=H, D=D, causal=causal)
+    args = ops.inputs("mqa_logits", generator, 512, 8192, H=H, D=D, causal=causal)
     with deepkern.backend("triton"):
         got = deepkern.mqa_logits(*args)
     want = torch.cat([oracle(args, s) for s in range(0, 512, 64)])

@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepkern
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs import attention, indexer
+from deepkern.testing import compare, ops
 
 FP8 = {"cache_dtype": torch.uint8}
 SMALL = {"R": 64, "D": 16}  # latent widths for the interpreter
@@ -39,19 +38,21 @@ def boundaries(B: int, rows: int, generator: Generator) -> Tensor:
 
 
 def decode(generator, length, B, **size) -> tuple:
-    q, cache, table, seqlens, *rest = attention.mla_decode(generator, (length,), batch=B, **size)
+    q, cache, table, seqlens, *rest = ops.inputs(
+        "mla_decode", generator, (length,), batch=B, **size
+    )
     return q, cache, table, lengths_up_to(seqlens, generator), *rest
 
 
 def gather(generator, length, B, **size) -> tuple:
-    cache, table, offsets, total, *rest = attention.mla_cache_gather(
-        generator, (length,) * B, **size
+    cache, table, offsets, total, *rest = ops.inputs(
+        "mla_cache_gather", generator, (length,) * B, **size
     )
     return cache, table, boundaries(B, total, generator), total, *rest
 
 
 def prefill(generator, B, T, Tk, **size) -> tuple:
-    q, k, v, _, _, *rest = attention.mla_prefill(generator, (T,), (Tk,), **size)
+    q, k, v, _, _, *rest = ops.inputs("mla_prefill", generator, (T,), (Tk,), **size)
     return q, k, v, boundaries(B, T, generator), boundaries(B, Tk, generator), *rest
 
 
@@ -64,7 +65,9 @@ def prefill_backward(generator, **size) -> tuple:
 
 
 def paged_logits(generator, length, B, **size) -> tuple:
-    q, cache, weights, seqlens, *rest = indexer.paged_mqa_logits(generator, (length,) * B, **size)
+    q, cache, weights, seqlens, *rest = ops.inputs(
+        "paged_mqa_logits", generator, (length,) * B, **size
+    )
     return q, cache, weights, lengths_up_to(seqlens, generator), *rest
 
 
@@ -81,7 +84,7 @@ class Case:
     maker: Callable | None = None
 
     def draw(self, size: str, generator: Generator) -> tuple:
-        make = self.maker or getattr(inputs.family(self.op), self.op)
+        make = self.maker or ops.facts(self.op).inputs
         return deepkern.OPS[self.op].positional(make(generator, **getattr(self, size)))
 
 
@@ -149,7 +152,7 @@ every_case = pytest.mark.parametrize(("name", "size"), SIZED)
 def call(op: str, args: tuple) -> tuple:
     """All that the op returned, or wrote to `args`; past the dispatcher, where modes end."""
     got = deepkern.OPS[op].run(*args)
-    return compare._as_tuple(args if got is None else got)
+    return compare.as_tuple(args if got is None else got)
 
 
 def copies(args: tuple) -> tuple:

@@ -12,8 +12,7 @@ import torch
 
 import deepkern
 from deepkern.runtime import arch
-from deepkern.testing import compare
-from deepkern.testing.inputs import indexer
+from deepkern.testing import caches, compare, ops
 
 FP8 = torch.float8_e4m3fn
 FAR = 2**31 - 1
@@ -28,8 +27,8 @@ def check(args: tuple) -> torch.Tensor:
 @pytest.mark.parametrize("each", [False, True])
 def test_byte_by_byte(backend, each, generator):
     """Every key read from its place in the page's bytes, every product written out."""
-    args = indexer.paged_mqa_logits(
-        generator, (11, 5), next_n=2, H=3, D=16, page=4, width=3, each=each
+    args = ops.inputs(
+        "paged_mqa_logits", generator, (11, 5), next_n=2, H=3, D=16, page=4, width=3, each=each
     )
     q, cache, weights, lengths, table, width = args
     want = torch.full((4, width), -math.inf, dtype=torch.float64, device=q.device)
@@ -48,36 +47,36 @@ def test_byte_by_byte(backend, each, generator):
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 @pytest.mark.parametrize("next_n", [1, 2, 3])
 def test_any_page_and_several_new_queries(backend, page, next_n, generator):
-    check(indexer.paged_mqa_logits(generator, (0, 20, 140), next_n, H=3, D=32, page=page))
+    check(ops.inputs("paged_mqa_logits", generator, (0, 20, 140), next_n, H=3, D=32, page=page))
 
 
 @pytest.mark.parametrize("H", [1, 9, 64, 130])
 @pytest.mark.parametrize("D", [1, 128, 130])
 def test_any_heads_and_widths(backend, H, D, generator):
-    check(indexer.paged_mqa_logits(generator, (70, 3), 2, H=H, D=D, page=16))
+    check(ops.inputs("paged_mqa_logits", generator, (70, 3), 2, H=H, D=D, page=16))
 
 
 @pytest.mark.parametrize("length", [511, 512, 513, 600])
 def test_edges_of_chunks(backend, length, generator):
-    check(indexer.paged_mqa_logits(generator, (length,), H=2, D=16, width=700))
+    check(ops.inputs("paged_mqa_logits", generator, (length,), H=2, D=16, width=700))
 
 
 def test_fewer_columns_than_tokens(backend, generator):
-    *args, width = indexer.paged_mqa_logits(generator, (90, 30), 2, H=2, D=16, page=16)
+    *args, width = ops.inputs("paged_mqa_logits", generator, (90, 30), 2, H=2, D=16, page=16)
     whole = check((*args, width))
     for width in (0, 1, 64, 89):
         compare.assert_bitwise(check((*args, width)), whole[:, :width])
 
 
 def test_more_new_queries_than_there_are_tokens(backend, generator):
-    args = indexer.paged_mqa_logits(generator, (2, 0), 4, H=3, D=16, page=16)
+    args = ops.inputs("paged_mqa_logits", generator, (2, 0), 4, H=3, D=16, page=16)
     seen = (~check(args).isneginf()).sum(1)
     assert seen.tolist() == [0, 0, 1, 2, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", indexer.ABSENT])
+@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", caches.ABSENT])
 def test_hostile_pages_count_as_absent(backend, hostile, generator):
-    args = indexer.paged_mqa_logits(generator, (60, 9), H=2, D=16, page=16)
+    args = ops.inputs("paged_mqa_logits", generator, (60, 9), H=2, D=16, page=16)
     q, cache, weights, lengths, table, width = args
     whole = check(args)
     broken = table.clone()
@@ -90,8 +89,8 @@ def test_hostile_pages_count_as_absent(backend, hostile, generator):
 
 @pytest.mark.parametrize("each", [False, True])
 def test_hostile_lengths_are_clamped(backend, each, generator):
-    q, cache, weights, lengths, table, _ = indexer.paged_mqa_logits(
-        generator, (32, 32, 32), 2, H=2, D=16, page=16, each=each
+    q, cache, weights, lengths, table, _ = ops.inputs(
+        "paged_mqa_logits", generator, (32, 32, 32), 2, H=2, D=16, page=16, each=each
     )
     table = table[:, :2]  # no room for more
     hostile = torch.tensor([-5, FAR, -FAR - 1], dtype=torch.int32, device=q.device)
@@ -105,8 +104,8 @@ def test_hostile_lengths_are_clamped(backend, each, generator):
 
 def test_random_tables_and_lengths(backend, generator):
     """Contents of every size, under the memory-checking interpreter."""
-    q, cache, weights, lengths, table, _ = indexer.paged_mqa_logits(
-        generator, (40,) * 6, 2, H=2, D=16, page=8
+    q, cache, weights, lengths, table, _ = ops.inputs(
+        "paged_mqa_logits", generator, (40,) * 6, 2, H=2, D=16, page=8
     )
     for reach in (50, 2**31 - 1):
         for x in (lengths, table):
@@ -116,7 +115,7 @@ def test_random_tables_and_lengths(backend, generator):
 
 
 def test_a_sequence_does_not_see_the_batch(backend, generator):
-    args = indexer.paged_mqa_logits(generator, (600, 3, 77), 2, H=64, D=128)
+    args = ops.inputs("paged_mqa_logits", generator, (600, 3, 77), 2, H=64, D=128)
     q, cache, weights, lengths, table, width = args
     whole = deepkern.paged_mqa_logits(*args)
     for b in range(3):
@@ -130,10 +129,10 @@ def test_a_sequence_does_not_see_the_batch(backend, generator):
 def test_the_same_as_mqa_logits(backend, generator):
     """One sequence whose pages lie in order, bit for bit."""
     kv = torch.randn(128, 32, generator=generator, device=generator.device)
-    cache = indexer.indexer_cache(generator, 2, 64, 32)
+    cache = caches.empty_indexer_cache(generator, 2, 64, 32)
     slots = torch.arange(128, device=kv.device)
     deepkern.indexer_cache_append(kv, cache, slots)
-    q, _, weights, *_ = indexer.paged_mqa_logits(generator, (5,), 2, H=4, D=32)
+    q, _, weights, *_ = ops.inputs("paged_mqa_logits", generator, (5,), 2, H=4, D=32)
     lengths, table = torch.tensor([128]).int().to(kv.device), torch.tensor([[0, 1]]).int()
     got = deepkern.paged_mqa_logits(q, cache, weights, lengths, table.to(kv.device), 128)
     kv8, scale = deepkern.reference.cast_per_token(kv)
@@ -143,14 +142,14 @@ def test_the_same_as_mqa_logits(backend, generator):
 
 
 def test_targets_without_e4m3_agree(generator):
-    args = indexer.paged_mqa_logits(generator, (70,), 2, H=3, D=32, page=16)
+    args = ops.inputs("paged_mqa_logits", generator, (70,), 2, H=3, D=32, page=16)
     for target in ("sm_80", "gfx942"):
         with arch.compile_for(arch.ARCHS[target]), deepkern.backend("triton"):
             check(args)
 
 
 def test_debug_and_refusals(generator, monkeypatch):
-    args = indexer.paged_mqa_logits(generator, (30,), 2, H=1, D=16, page=16)
+    args = ops.inputs("paged_mqa_logits", generator, (30,), 2, H=1, D=16, page=16)
     q, cache, weights, lengths, table, width = args
     name = "paged_mqa_logits"
     for argument, expected, changed in (
@@ -175,7 +174,7 @@ def test_debug_and_refusals(generator, monkeypatch):
 def test_big_batches(H, page, next_n, generator):
     """A tensor core adds up FP8 products in fewer bits than fp32: DeepGEMM's own bound, 5e-6."""
     lengths = [n * (i % 2) for n in (20, 140, 8192) for i in range(4)]
-    args = indexer.paged_mqa_logits(generator, lengths, next_n, H=H, page=page)
+    args = ops.inputs("paged_mqa_logits", generator, lengths, next_n, H=H, page=page)
     with deepkern.backend("triton"):
         got = deepkern.paged_mqa_logits(*args)
     want = deepkern.reference.paged_mqa_logits(*args)

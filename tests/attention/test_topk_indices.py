@@ -9,8 +9,7 @@ import torch
 
 import deepkern
 from deepkern.runtime import native
-from deepkern.testing import compare
-from deepkern.testing.inputs import indexer
+from deepkern.testing import compare, ops
 
 FAR = 2**31 - 1
 
@@ -42,7 +41,7 @@ def by_sorted_pairs(row: list[float], k: int) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 7, 40, 64])
 def test_against_sorted_pairs(backend, dtype, k, generator):
-    logits, _, lengths = indexer.topk_indices(generator, 6, 50, k, dtype, ragged=True)
+    logits, _, lengths = ops.inputs("topk_indices", generator, 6, 50, k, dtype, ragged=True)
     logits[1, ::3], logits[2, ::2], logits[3, 5:9] = math.nan, -math.inf, math.inf
     got = check(logits, k, lengths)
     for row, length, chosen in zip(logits.tolist(), lengths.tolist(), got.tolist(), strict=True):
@@ -113,7 +112,7 @@ def test_past_the_length_is_not_looked_at(backend, generator):
 
 
 def test_a_row_does_not_see_the_others(backend, generator):
-    logits, k, lengths = indexer.topk_indices(generator, 5, 3000, 300, ragged=True)
+    logits, k, lengths = ops.inputs("topk_indices", generator, 5, 3000, 300, ragged=True)
     whole = deepkern.topk_indices(logits, k, lengths)
     for s in range(5):
         alone = deepkern.topk_indices(logits[s : s + 1], k, lengths[s : s + 1])
@@ -127,7 +126,7 @@ def test_strides(backend, generator):
 
 
 def test_debug_and_refusals(generator, monkeypatch):
-    logits, k, lengths = indexer.topk_indices(generator, 3, 20, 4, ragged=True)
+    logits, k, lengths = ops.inputs("topk_indices", generator, 3, 20, 4, ragged=True)
     for wrong in (-1, 4097):
         with pytest.raises(ValueError, match="topk_indices: k: expected a number from 0 to 4096"):
             deepkern.topk_indices(logits, wrong)
@@ -150,7 +149,7 @@ def native_op(isa):
 def test_native_code(native_op, dtype, N, k, seed):
     """Rows long and short of a sample, ragged, their values in any order."""
     generator = torch.Generator().manual_seed(seed)
-    logits, _, lengths = indexer.topk_indices(generator, 4, N, k, dtype, ragged=True)
+    logits, _, lengths = ops.inputs("topk_indices", generator, 4, N, k, dtype, ragged=True)
     logits[1], logits[2, ::5] = logits[1].sort().values, math.nan
     for given in (None, lengths):
         want = deepkern.reference.topk_indices(logits, k, given)

@@ -1,4 +1,4 @@
-"""Static inspection: what it reads is true, and the checker catches all that may go wrong."""
+"""Static inspection: the reading of compiled kernels, and the check of their budgets."""
 
 from __future__ import annotations
 
@@ -33,51 +33,53 @@ BUDGET = {budgets.key(RECORD): {"registers": 168, "shared": 131072, "matrix": ["
 WHERE = (["fp8_gemm_nt"], ["sm_90"])
 
 
-def verdict(*records: dict, version: str = budgets.PINNED) -> str:
-    found = budgets.problems(list(records), BUDGET, *WHERE, triton_version=version)
-    return "; ".join(text for texts in found.values() for text in texts)
+def problems_of(*records: dict, version: str = budgets.PINNED) -> str:
+    problems = budgets.problems(list(records), BUDGET, *WHERE, triton_version=version)
+    return "; ".join(text for texts in problems.values() for text in texts)
 
 
 def test_within_budget():
-    assert verdict(RECORD) == ""
-    assert verdict({**RECORD, "registers": 100, "shared": 0}) == "", "less than the budget is fine"
+    assert problems_of(RECORD) == ""
+    assert problems_of({**RECORD, "registers": 100, "shared": 0}) == "", "less is allowed"
 
 
-@pytest.mark.parametrize("version", [budgets.PINNED, "3.6.0"])
+@pytest.mark.parametrize("version", [budgets.PINNED, "3.6.0"], ids=["pinned", "other"])
 @pytest.mark.parametrize(
-    ("doctored", "said"),
+    ("change", "problem"),
     [
         ({"spill_bytes": 16}, "spills 16 bytes"),
         ({"matrix": {}}, "multiplies without matrix instructions"),
         ({"error": "CompilationError: no"}, "does not compile: CompilationError: no"),
     ],
+    ids=["spill", "no matrix instructions", "error"],
 )
-def test_what_no_triton_may_do(doctored, said, version):
-    assert said in verdict({**RECORD, **doctored}, version=version)
+def test_problems_on_every_triton(change, problem, version):
+    assert problem in problems_of({**RECORD, **change}, version=version)
 
 
 @pytest.mark.parametrize(
-    ("doctored", "said"),
+    ("change", "problem"),
     [
         ({"registers": 169}, "takes 169 registers, its budget is 168"),
         ({"shared": 131073}, "takes 131073 bytes of shared memory, its budget is 131072"),
         ({"matrix": {"HGMMA": 4}}, "lost its matrix instructions QGMMA"),
         ({"config": "BLOCK_M=64 warps=4"}, "has no budget"),
     ],
+    ids=["registers", "shared", "matrix instructions", "new config"],
 )
-def test_what_the_pinned_triton_may_not_do(doctored, said):
-    assert said in verdict({**RECORD, **doctored})
-    assert verdict({**RECORD, **doctored}, version="3.6.0") == ""
+def test_problems_on_the_pinned_triton(change, problem):
+    assert problem in problems_of({**RECORD, **change})
+    assert problems_of({**RECORD, **change}, version="3.6.0") == ""
 
 
-def test_a_kernel_that_is_no_longer_compiled():
-    assert "no longer compiled" in verdict()
+def test_a_budget_without_a_kernel():
+    assert "no longer compiled" in problems_of()
     other = {**RECORD, "target": "sm_80"}
-    found = budgets.problems([other], BUDGET, ["fp8_gemm_nt"], ["sm_80"])
-    assert all(key[3] == "sm_80" for key in found), "only what was inspected is judged"
+    problems = budgets.problems([other], BUDGET, ["fp8_gemm_nt"], ["sm_80"])
+    assert all(key[3] == "sm_80" for key in problems), "only inspected targets are checked"
 
 
-def test_of_two_with_one_name_the_worse_counts():
+def test_worst_of_two_records_with_one_key():
     small, large = {**RECORD, "registers": 100}, {**RECORD, "spill_bytes": 8}
     for pair in ((small, large), (large, small)):
         (worst,) = budgets.worst(list(pair)).values()
@@ -86,7 +88,7 @@ def test_of_two_with_one_name_the_worse_counts():
     assert "error" in budgets.worst([{**RECORD, "error": "no"}, RECORD])[budgets.key(RECORD)]
 
 
-def test_written_budgets_come_back(tmp_path):
+def test_budgets_round_trip(tmp_path):
     file = tmp_path / "budgets.json"
     other = {("a", "k", "c", "sm_80"): {"registers": 1, "shared": 2, "matrix": []}}
     budgets.write({**BUDGET, **other}, file)
@@ -96,14 +98,14 @@ def test_written_budgets_come_back(tmp_path):
     assert rewritten[("a", "k", "c", "sm_80")] == other[("a", "k", "c", "sm_80")]
 
 
-def test_committed_budgets_are_of_these_ops():
+def test_every_op_has_budgets():
     committed = budgets.load()
     assert {key[0] for key in committed} == set(OPS)
     assert {key[3] for key in committed} == set(ARCHS)
 
 
 def expected_matrix(target: str) -> str:
-    """How the matrix instructions of bf16 products begin there."""
+    """The prefix of the matrix instructions of bf16 products."""
     return {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}.get(
         target, "HMMA"
     )
@@ -112,7 +114,7 @@ def expected_matrix(target: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", list(ARCHS))
 def test_reads_spills_and_matrix_instructions(target):
-    """A matmul, the same short of registers, and one written without tl.dot."""
+    """A matmul, the same with too few registers, and one without tl.dot."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}"}
     env.pop("TRITON_INTERPRET", None)
     script = Path(__file__).with_name("spilling.py")
@@ -128,23 +130,23 @@ def test_reads_spills_and_matrix_instructions(target):
     assert 0 < good["registers"] <= 512 and good["shared"] > 0
 
 
-SERVES = """
+ANSWERS = """
 import json, sys
 for line in sys.stdin:
     print(json.dumps([{"target": line.split()[1]}]), flush=True)
 """
 
 
-def test_a_compiler_that_crashes_is_a_finding(monkeypatch):
-    """The first process dies without an answer; the next one serves."""
-    scripts = ["input(); raise SystemExit(3)", SERVES]
+def test_a_compiler_crash_is_reported(monkeypatch):
+    """The first process dies without an answer; the next one answers."""
+    scripts = ["input(); raise SystemExit(3)", ANSWERS]
 
     def start(worker):
         pipe = subprocess.PIPE
         command = [sys.executable, "-c", scripts.pop(0)]
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
-    monkeypatch.setattr(inspect.Worker, "_start", start)
+    monkeypatch.setattr(inspect.Worker, "start", start)
     records = inspect.compile_all(["cast_per_token"], ["sm_90", "sm_80", "sm_89"], processes=1)
     assert "died with exit code 3" in records[0]["error"]
     assert records[1:] == [{"target": "sm_80"}, {"target": "sm_89"}]
@@ -213,7 +215,7 @@ def assert_within(ops: list[str], targets: list[str]) -> None:
     records = inspect.compile_all(ops, targets)
     assert {r["op"] for r in records} == set(ops), "an op has no inspect sizes"
     problems = budgets.problems(records, budgets.load(), ops, targets)
-    assert not problems, "\n".join(inspect.verdict(problems))
+    assert not problems, "\n".join(inspect.problem_lines(problems))
 
 
 @pytest.mark.slow

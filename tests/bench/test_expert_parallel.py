@@ -1,4 +1,4 @@
-"""The bench of expert parallelism: its bytes are what the tokens make them, its file is whole."""
+"""The study of expert parallelism: its bytes equal those counted by hand."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from rich.console import Console
 
 import deepkern
-from bench import expert_parallel as bench
+from bench.studies import expert_parallel as study
 
 
-def test_a_small_run(tmp_path):
+def test_bytes_of_a_small_run(tmp_path):
     console = Console(file=io.StringIO(), width=170)
-    code = bench.run(worlds=(2,), tokens=(6,), repeat=2, folder=tmp_path, console=console)
+    code = study.run(worlds=(2,), tokens=(6,), repeat=2, folder=tmp_path, console=console)
     (file,) = tmp_path.glob("*-expert-parallel.jsonl")
     first, *records = [json.loads(line) for line in file.read_text().splitlines()]
     assert code == 0 and first["kind"] == "machine" and first["load"] >= 0
     ways = {r["way"]: r for r in records}
-    assert list(ways) == list(bench.WAYS)
+    assert list(ways) == list(study.WAYS)
 
-    # The tokens of rank 0 (and 1), counted by hand: experts below 128 are rank 0's.
+    # Bytes of rank 0 and 1, counted by hand: rank 0 has the experts below 128.
     pairs, once = [], []
     for rank in range(2):
         generator = torch.Generator().manual_seed(rank)
-        logits = torch.randn(6, bench.E, generator=generator)
+        logits = torch.randn(6, study.E, generator=generator)
         _, idx = deepkern.route_topk(logits, None, 8, 8, 4)
         away = idx // 128 != rank
         pairs.append(away.sum().item())

@@ -33,7 +33,7 @@ NAMES = [
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch) -> Path:
-    """A tiny model with random weights and a text of its own."""
+    """A tiny model with random weights and its own text."""
     torch.manual_seed(0)
     config = Config.preset(
         "tiny",
@@ -49,7 +49,7 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
     few = {"SCORED_BYTES": 200, "WINDOW": 96, "NEW_TOKENS": 4, "TIMED_TOKENS": 2, "REPEATS": 1}
     for name, value in few.items():
         monkeypatch.setattr(language_model, name, value)
-    # Random weights are not a text model: what rounding costs them says nothing.
+    # The model is random, so its losses by rounding have no meaning.
     monkeypatch.setattr(language_model, "BITS_LOST", 0.5)
     monkeypatch.setattr(language_model, "SAME_BYTES", 0.0)
     return folder
@@ -67,34 +67,34 @@ def test_records_are_complete(checkpoint):
     json.dumps(records, allow_nan=False)
 
 
-def test_a_model_that_disagrees(checkpoint, monkeypatch, tmp_path):
+def test_a_model_with_other_logits_fails(checkpoint, monkeypatch, tmp_path):
     real = language_model.plain_model
 
-    def other(path):
+    def scaled(path):
         model = real(path)
         with torch.no_grad():
             model.lm_head.weight.mul_(1.01)
         return model
 
-    monkeypatch.setattr(language_model, "plain_model", other)
-    said = io.StringIO()
-    console = Console(file=said, width=200)
+    monkeypatch.setattr(language_model, "plain_model", scaled)
+    output = io.StringIO()
+    console = Console(file=output, width=200)
     code = job.run([], folder=tmp_path / "results", checkpoint=checkpoint, console=console)
-    assert code == 1 and "largest logit difference" in said.getvalue()
+    assert code == 1 and "largest logit difference" in output.getvalue()
 
 
 @pytest.mark.parametrize("broken", ["absent", "truncated"])
-def test_no_model_is_a_failure(broken, checkpoint, tmp_path):
+def test_an_unreadable_checkpoint_fails(broken, checkpoint, tmp_path):
     if broken == "absent":
         checkpoint = tmp_path / "nothing"
     else:
         (file,) = checkpoint.glob("*.safetensors")
         file.write_bytes(file.read_bytes()[:-100])
-    said = io.StringIO()
-    console = Console(file=said, width=200)
+    output = io.StringIO()
+    console = Console(file=output, width=200)
     folder = tmp_path / "results"
     assert job.run([], folder=folder, checkpoint=checkpoint, console=console) == 1
-    assert "disagreements" in said.getvalue()
+    assert "disagreements" in output.getvalue()
     assert next(folder.glob("*.jsonl")).read_text().count('"ok": false') == 1
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import deepkern.compat.deep_gemm as deep_gemm
-from deepkern.testing import compare
-from deepkern.testing.inputs import indexer
+from deepkern.testing import compare, ops
 
 FP8 = torch.float8_e4m3fn
 
@@ -26,7 +25,7 @@ def by_definition(q, keys, weights, starts, ends) -> torch.Tensor:
 
 @pytest.mark.parametrize("clean_logits", [True, False])
 def test_mqa_logits(backend, clean_logits, generator):
-    q, kv, scale, weights, starts, ends = indexer.mqa_logits(generator, 6, 70, H=5, D=32)
+    q, kv, scale, weights, starts, ends = ops.inputs("mqa_logits", generator, 6, 70, H=5, D=32)
     starts[2:4] = 30
     want = by_definition(q, kv.double() * scale.double()[:, None], weights, starts, ends)
     got = deep_gemm.fp8_mqa_logits(q, (kv, scale), weights, starts, ends, clean_logits)
@@ -34,8 +33,8 @@ def test_mqa_logits(backend, clean_logits, generator):
 
 
 def test_compressed_logits(backend, generator):
-    q, kv, scale, weights, starts, ends = indexer.mqa_logits(
-        generator, 6, 70, H=2, D=16, causal=False
+    q, kv, scale, weights, starts, ends = ops.inputs(
+        "mqa_logits", generator, 6, 70, H=2, D=16, causal=False
     )
     starts[0], ends[1] = -3, 500
     whole = deep_gemm.fp8_mqa_logits(q, (kv, scale), weights, starts, ends)
@@ -99,7 +98,7 @@ def test_signatures():
 
 
 def test_errors_name_deepgemms_arguments(generator):
-    q, kv, scale, weights, starts, ends = indexer.mqa_logits(generator, 2, 9, H=2, D=16)
+    q, kv, scale, weights, starts, ends = ops.inputs("mqa_logits", generator, 2, 9, H=2, D=16)
     with pytest.raises(TypeError, match="fp8_mqa_logits: kv: expected a pair"):
         deep_gemm.fp8_mqa_logits(q, kv, weights, starts, ends)
     with pytest.raises(ValueError, match=r"fp8_mqa_logits: kv\[1\]: expected Skv = 9"):

@@ -11,8 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepkern
 import deepkern.compat.flash_mla as flash_mla
-from deepkern.testing import compare
-from deepkern.testing.inputs import attention
+from deepkern.testing import caches, compare, ops
 
 INF = math.inf
 BYTES = [torch.uint8, torch.int8, torch.float8_e4m3fn]
@@ -43,8 +42,8 @@ def check(got, want):
 @pytest.mark.parametrize("style", ["new", "old"])
 def test_dense_decode(backend, kind, style, generator):
     cache_dtype = torch.bfloat16 if kind == "bf16" else torch.uint8
-    q, cache, table, seqlens, *_ = attention.mla_decode(
-        generator, (70, 0, 3), Sq=2, H=5, cache_dtype=cache_dtype
+    q, cache, table, seqlens, *_ = ops.inputs(
+        "mla_decode", generator, (70, 0, 3), Sq=2, H=5, cache_dtype=cache_dtype
     )
     if style == "new":
         metadata = flash_mla.get_mla_metadata()
@@ -68,7 +67,7 @@ def test_dense_decode(backend, kind, style, generator):
 
 def sparse_case(generator, topk, Sq=2, H=4, page=16, pages=3, fp8=True):
     device = generator.device
-    cache = attention.empty_cache(
+    cache = caches.empty_cache(
         generator, pages, page, 512, 64, torch.uint8 if fp8 else torch.bfloat16
     )
     slots = torch.arange(pages * page, device=device)
@@ -232,8 +231,8 @@ def test_metadata_is_valid_for_every_call(backend, generator):
     metadata, rest = flash_mla.get_mla_metadata(cache_seqlens=1, anything="else")
     assert rest is None and not vars(metadata)
     for lengths in ((20,), (3, 40)):
-        q, cache, table, seqlens, scale, _, R = attention.mla_decode(
-            generator, lengths, H=2, R=64, D=16, page=16
+        q, cache, table, seqlens, scale, _, R = ops.inputs(
+            "mla_decode", generator, lengths, H=2, R=64, D=16, page=16
         )
         got = flash_mla.flash_mla_with_kvcache(q, cache, table, seqlens, R, metadata)
         want = deepkern.mla_decode(q, cache, table, seqlens, scale, False, R)
@@ -252,7 +251,9 @@ def test_no_device_to_host_copy():
 
 
 def test_incompatible_arguments_raise(generator):
-    q, cache, table, seqlens, *_ = attention.mla_decode(generator, (5,), H=2, R=64, D=16, page=4)
+    q, cache, table, seqlens, *_ = ops.inputs(
+        "mla_decode", generator, (5,), H=2, R=64, D=16, page=4
+    )
     indices = torch.zeros(1, 1, 3, dtype=torch.int32, device=q.device)
     call = flash_mla.flash_mla_with_kvcache
     for error, arguments in (

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import deepkern
 from deepkern import ExpertParallel, ExpertParallelError
 from deepkern.testing import compare
-from deepkern.testing.inputs.experts import indices
+from deepkern.testing.routing import indices
 from tests.experts import parallel_failures
 from tests.experts.parallel_failures import raises
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deepkern
-from deepkern.testing import compare, inputs
+from deepkern.testing import compare, ops
 
 
 def plain(y: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def plain(y: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch
     ("topk", "K"), [(1, 1), (3, 1030), (8, 100), (11, 17), (2, 3584), (2, 7168)]
 )
 def test_plain_sum(backend, dtype, topk, K, generator):
-    y, weights, handle = inputs.make("expert_combine", generator, T=9, topk=topk, K=K, dtype=dtype)
+    y, weights, handle = ops.inputs("expert_combine", generator, T=9, topk=topk, K=K, dtype=dtype)
     got = deepkern.expert_combine(y, weights, handle)
     assert got.dtype == dtype
     compare.assert_close(got, plain(y, weights, handle), dtype=dtype)
@@ -30,7 +30,7 @@ def test_plain_sum(backend, dtype, topk, K, generator):
 
 def test_rounds_once(backend, generator):
     """bf16 in and out, but no bf16 in between: within half a unit of the exact sum."""
-    y, weights, handle = inputs.make("expert_combine", generator, T=40, topk=8, K=64, none=0.0)
+    y, weights, handle = ops.inputs("expert_combine", generator, T=40, topk=8, K=64, none=0.0)
     got = deepkern.expert_combine(y.abs(), weights, handle)  # nothing cancels
     exact = plain(y.abs(), weights, handle)
     assert ((got.double() - exact).abs() <= exact * 2**-8 * 0.501 * 2).all()
@@ -100,7 +100,7 @@ def test_the_shared_expert_is_added_before_the_rounding(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_of_the_shared_expert(backend, dtype, generator):
-    y, weights, handle, shared = inputs.make(
+    y, weights, handle, shared = ops.inputs(
         "expert_combine", generator, T=7, topk=3, K=130, shared=dtype
     )
     wide = torch.cat([shared, shared], 1).requires_grad_()  # of which the rows are strided
@@ -112,7 +112,7 @@ def test_gradient_of_the_shared_expert(backend, dtype, generator):
 
 
 def test_tokens_do_not_see_each_other(backend, generator):
-    y, weights, handle = inputs.make("expert_combine", generator, T=13, topk=5, K=70)
+    y, weights, handle = ops.inputs("expert_combine", generator, T=13, topk=5, K=70)
     out = deepkern.expert_combine(y, weights, handle)
     for t in (0, 6, 12):
         one = deepkern.expert_combine(y, weights[t : t + 1], handle[t : t + 1])
@@ -122,7 +122,7 @@ def test_tokens_do_not_see_each_other(backend, generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("topk", "K"), [(3, 1030), (8, 20), (4, 1), (3, 7168)])
 def test_gradients(backend, topk, K, dtype, generator):
-    y, weights, handle = inputs.make(
+    y, weights, handle = ops.inputs(
         "expert_combine", generator, T=9, topk=topk, K=K, dtype=dtype, none=0.3
     )
     weights = weights.to(dtype)
@@ -142,7 +142,7 @@ def test_gradients(backend, topk, K, dtype, generator):
 
 
 def test_gradient_that_is_expanded(backend, generator):
-    y, weights, handle = inputs.make("expert_combine", generator, T=4, topk=2, K=6, none=0.0)
+    y, weights, handle = ops.inputs("expert_combine", generator, T=4, topk=2, K=6, none=0.0)
     weights.requires_grad_()
     deepkern.expert_combine(y, weights, handle).sum().backward()
     want = y.double().sum(1)[handle.long()]
@@ -165,7 +165,7 @@ def test_gradient_of_a_row_named_twice_is_that_of_the_last(device):
 def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", order)
     name = "expert_combine_backward"
-    args = inputs.make(name, generator, T=30, topk=3, K=40, none=0.4)
+    args = ops.inputs(name, generator, T=30, topk=3, K=40, none=0.4)
     with deepkern.backend("triton"):
         got = torch.ops.deepkern.expert_combine_backward(*args)
     compare.assert_matches(name, got, deepkern.reference.expert_combine_backward(*args))
@@ -186,8 +186,8 @@ def test_debug_names_the_row(backend, device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", inputs.sizes("expert_combine").gpu, ids=str)
+@pytest.mark.parametrize("size", ops.sizes("expert_combine").gpu, ids=str)
 def test_gpu_sizes(backend, size, generator):
-    args = inputs.make("expert_combine", generator, **size)
+    args = ops.inputs("expert_combine", generator, **size)
     got = deepkern.expert_combine(*args)
     compare.assert_matches("expert_combine", got, deepkern.reference.expert_combine(*args))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import deepkern
 from deepkern import reference
 from deepkern.experts.placement import scan_kernel
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.experts import indices
+from deepkern.testing import compare, ops
+from deepkern.testing.routing import indices
 
 FP8 = torch.float8_e4m3fn
 HOSTILE = [-1, -2, -(2**31), -(2**63), 2**63 - 1, 2**32, 2**32 + 1, 100]
@@ -148,7 +148,7 @@ def test_every_bit_of_fp8_and_its_scale(backend, generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
 @pytest.mark.parametrize("K", [1, 100, 3584, 7168])
 def test_hidden_sizes(backend, K, dtype, generator):
-    args = inputs.make("expert_dispatch", generator, T=5, E=4, topk=3, K=K, dtype=dtype)
+    args = ops.inputs("expert_dispatch", generator, T=5, E=4, topk=3, K=K, dtype=dtype)
     want = reference.expert_dispatch(*args)
     compare.assert_matches("expert_dispatch", deepkern.expert_dispatch(*args), want)
 
@@ -214,7 +214,7 @@ def test_the_op_has_a_tensor_for_the_scale(backend, device):
 def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
     """And no program reads what another writes: the interpreter would raise."""
     monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", order)
-    args = inputs.make("expert_dispatch", generator, T=90, E=20, topk=4, K=3, alignment=3)
+    args = ops.inputs("expert_dispatch", generator, T=90, E=20, topk=4, K=3, alignment=3)
     with deepkern.backend("triton"):
         got = deepkern.expert_dispatch(*args)
     compare.assert_matches("expert_dispatch", got, deepkern.reference.expert_dispatch(*args))
@@ -360,9 +360,9 @@ def test_debug_names_the_index(backend, device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", inputs.sizes("expert_dispatch").gpu, ids=str)
+@pytest.mark.parametrize("size", ops.sizes("expert_dispatch").gpu, ids=str)
 def test_gpu_sizes(backend, size, generator):
-    args = inputs.make("expert_dispatch", generator, **size)
+    args = ops.inputs("expert_dispatch", generator, **size)
     compare.assert_matches(
         "expert_dispatch",
         deepkern.expert_dispatch(*args),

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepkern
-from deepkern.testing import inputs
-from deepkern.testing.inputs.experts import indices
+from deepkern.testing import ops
+from deepkern.testing.routing import indices
 
 HOSTILE = [-1, -2, -(2**31), -(2**63), 2**63 - 1, 2**32, 2**32 + 1, 100]
 
@@ -45,8 +45,8 @@ def test_wrong_number_of_experts(backend, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", inputs.sizes("expert_load").gpu, ids=str)
+@pytest.mark.parametrize("size", ops.sizes("expert_load").gpu, ids=str)
 def test_gpu_sizes(backend, size, generator):
-    args = inputs.make("expert_load", generator, **size)
+    args = ops.inputs("expert_load", generator, **size)
     want = deepkern.reference.expert_load(*args)
     assert torch.equal(deepkern.expert_load(*args), want)

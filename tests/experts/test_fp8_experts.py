@@ -7,7 +7,7 @@ import torch
 
 import deepkern
 from deepkern import reference
-from deepkern.testing import compare, inputs
+from deepkern.testing import compare, ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LIFT = 2.0**48
@@ -19,7 +19,7 @@ def make(generator, dtype=BF16, T=20, E=3, topk=2, K=128, I=64, none=0.2, weight
 
     Sums in front of a cast are exact, but for SwiGLU's gradient.
     """
-    x, weights, idx, *w = inputs.make(
+    x, weights, idx, *w = ops.inputs(
         "moe_forward", generator, T=T, E=E, topk=topk, K=K, I=I, dtype=dtype, none=none
     )
     w13, w2 = (reference.cast_back(*pair, (128, 128), weight_dtype) for pair in (w[:2], w[2:]))

@@ -12,15 +12,15 @@ import deepkern
 from deepkern import reference
 from deepkern.experts import moe_forward as op
 from deepkern.experts.moe_forward import launch
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.experts import V3_LAYER
+from deepkern.testing import compare, ops
+from deepkern.testing.routing import V3_LAYER
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = {"T": 5, "E": 3, "topk": 2, "K": 128, "I": 64}
 
 
 def make(generator, **size) -> list:
-    return list(inputs.make("moe_forward", generator, **{**SMALL, **size}))
+    return list(ops.inputs("moe_forward", generator, **{**SMALL, **size}))
 
 
 def assert_as_reference(args) -> torch.Tensor:
@@ -304,7 +304,7 @@ def test_gradients_are_near_those_in_float64(backend, dtype, generator):
 
 
 def test_gradients_of_hostile_indices(backend, generator):
-    args = list(inputs.make("moe_forward_backward", generator, **{**SMALL, "none": 0.0}))
+    args = list(ops.inputs("moe_forward_backward", generator, **{**SMALL, "none": 0.0}))
     args[2][1] = torch.tensor([-1, 2**63 - 1], device=args[2].device)
     args[1][1] = torch.nan
     grad_x, grad_weights = torch.ops.deepkern.moe_forward_backward(*args)
@@ -398,7 +398,7 @@ def test_debug_names_the_index(backend, generator, monkeypatch):
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize("T", [1, 32, 512])
 def test_gpu_v3(T, skewed, generator):
-    args = inputs.make("moe_forward", generator, T=T, **V3_LAYER, skewed=skewed)
+    args = ops.inputs("moe_forward", generator, T=T, **V3_LAYER, skewed=skewed)
     with deepkern.backend("triton"):
         got = assert_as_reference(args)
         for _ in range(3):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deepkern
-from deepkern.testing import compare, inputs
+from deepkern.testing import compare, ops
 
 NEVER = float("-inf")
 
@@ -129,7 +129,7 @@ def test_every_preset_is_tested():
 @pytest.mark.parametrize("E", [1, 2, 3, 8, 10, 64, 160, 256])
 @pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrtsoftplus"])
 def test_any_number_of_experts(backend, E, score, generator):
-    args = inputs.make("route_topk", generator, T=6, E=E, topk=min(E, 8), score=score)
+    args = ops.inputs("route_topk", generator, T=6, E=E, topk=min(E, 8), score=score)
     weights, idx = deepkern.route_topk(*args)
     compare.assert_matches("route_topk", (weights, idx), deepkern.reference.route_topk(*args))
     assert ((idx >= 0) & (idx < E)).all()
@@ -251,7 +251,7 @@ def test_strided_rows_and_other_dtypes(backend, generator):
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_rows_do_not_see_each_other(backend, score, generator):
-    args = inputs.make("route_topk", generator, T=21, E=48, topk=6, score=score)
+    args = ops.inputs("route_topk", generator, T=21, E=48, topk=6, score=score)
     weights, idx = deepkern.route_topk(*args)
     for row in (0, 8, 20):
         one = deepkern.route_topk(args[0][row : row + 1], *args[1:])
@@ -352,9 +352,9 @@ def test_compiles_with_its_gradient(generator):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", inputs.sizes("route_topk").gpu, ids=str)
+@pytest.mark.parametrize("size", ops.sizes("route_topk").gpu, ids=str)
 def test_gpu_sizes(backend, size, generator):
-    args = inputs.make("route_topk", generator, **size)
+    args = ops.inputs("route_topk", generator, **size)
     compare.assert_matches(
         "route_topk", deepkern.route_topk(*args), deepkern.reference.route_topk(*args)
     )

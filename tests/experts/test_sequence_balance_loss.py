@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deepkern
-from deepkern.testing import compare, inputs
+from deepkern.testing import compare, ops
 from model.plain import balance_loss
 
 SCORES = {
@@ -34,7 +34,7 @@ def equations(logits, topk_idx, score, alpha) -> torch.Tensor:
 @pytest.mark.parametrize("score", list(SCORES))
 @pytest.mark.parametrize(("B", "S", "E", "topk"), [(2, 7, 5, 2), (1, 70, 3, 3), (3, 33, 12, 1)])
 def test_equations(backend, score, B, S, E, topk, generator):
-    logits, idx, *rule = inputs.make(
+    logits, idx, *rule = ops.inputs(
         "sequence_balance_loss", generator, B=B, S=S, E=E, topk=topk, score=score, none=0.2
     )
     x = logits.requires_grad_()
@@ -50,7 +50,7 @@ def test_equations(backend, score, B, S, E, topk, generator):
 @pytest.mark.parametrize("score", list(SCORES))
 def test_gradient_by_differences(score, generator):
     """The gradient against differences of the equations, which know nothing of it."""
-    logits, idx, *rule = inputs.make(
+    logits, idx, *rule = ops.inputs(
         "sequence_balance_loss", generator, B=2, S=3, E=4, topk=2, score=score
     )
     x, step = logits.requires_grad_(), 1e-5
@@ -64,7 +64,7 @@ def test_gradient_by_differences(score, generator):
 
 def test_as_the_model_trains(backend, generator):
     """model/plain.py, whose loss is without alpha."""
-    logits, idx, *_ = inputs.make("sequence_balance_loss", generator, B=2, S=40, E=16, topk=3)
+    logits, idx, *_ = ops.inputs("sequence_balance_loss", generator, B=2, S=40, E=16, topk=3)
     order = torch.rand(2, 40, 16, generator=generator, device=logits.device).argsort(2)
     idx = order[..., :3].contiguous()
     got = deepkern.sequence_balance_loss(logits, idx, "sigmoid", 1.0)
@@ -80,7 +80,7 @@ def test_even_load_costs_alpha(backend, device):
 
 
 def test_sequences_do_not_see_each_other(backend, generator):
-    logits, idx, *rule = inputs.make("sequence_balance_loss", generator, B=3, S=20, E=6, topk=2)
+    logits, idx, *rule = ops.inputs("sequence_balance_loss", generator, B=3, S=20, E=6, topk=2)
     losses = [
         deepkern.sequence_balance_loss(logits[b, None], idx[b, None], *rule) for b in range(3)
     ]
@@ -89,7 +89,7 @@ def test_sequences_do_not_see_each_other(backend, generator):
 
 
 def test_hostile_indices_count_for_nothing(backend, generator):
-    logits, idx, *rule = inputs.make(
+    logits, idx, *rule = ops.inputs(
         "sequence_balance_loss", generator, B=1, S=4, E=5, topk=2, none=0.0
     )
     idx[0, :, 1] = torch.tensor([-1, 5, 2**63 - 1, -(2**63)], device=idx.device)
@@ -100,7 +100,7 @@ def test_hostile_indices_count_for_nothing(backend, generator):
 
 
 def test_strided_logits_and_int32(backend, generator):
-    logits, idx, *rule = inputs.make("sequence_balance_loss", generator, B=2, S=9, E=6, topk=2)
+    logits, idx, *rule = ops.inputs("sequence_balance_loss", generator, B=2, S=9, E=6, topk=2)
     idx = idx.clamp(-1, 6)
     want = deepkern.sequence_balance_loss(logits, idx, *rule)
     wide = torch.cat([logits, logits], 2).transpose(0, 1).contiguous().transpose(0, 1)[..., :6]
@@ -109,7 +109,7 @@ def test_strided_logits_and_int32(backend, generator):
 
 @pytest.mark.parametrize("order", ["reverse", "random:3"])
 def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
-    args = inputs.make("sequence_balance_loss", generator, B=3, S=70, E=6, topk=2)
+    args = ops.inputs("sequence_balance_loss", generator, B=3, S=70, E=6, topk=2)
     with deepkern.backend("triton"):
         want = deepkern.sequence_balance_loss(*args)
         monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", order)
@@ -124,8 +124,8 @@ def test_wrong_score(backend, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", inputs.sizes("sequence_balance_loss").gpu, ids=str)
+@pytest.mark.parametrize("size", ops.sizes("sequence_balance_loss").gpu, ids=str)
 def test_gpu_sizes(backend, size, generator):
-    args = inputs.make("sequence_balance_loss", generator, **size)
+    args = ops.inputs("sequence_balance_loss", generator, **size)
     want = deepkern.reference.sequence_balance_loss(*args)
     compare.assert_matches("sequence_balance_loss", deepkern.sequence_balance_loss(*args), want)

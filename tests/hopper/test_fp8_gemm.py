@@ -10,7 +10,7 @@ import torch
 import deepkern
 from bench.emulator import ORDERS, build, sources
 from deepkern.runtime.contract import FP8
-from deepkern.testing import compare, inputs
+from deepkern.testing import compare, ops
 
 from .conftest import TILES, Tile
 
@@ -33,7 +33,7 @@ def operands(tile: Tile, generator, M, N, K, G=3) -> tuple:
         size["G"] = G
     if tile.form != "k_grouped":
         size["b_rows"] = tile.b_rows
-    args = inputs.make(OPS[tile.form], generator, **size)
+    args = ops.inputs(OPS[tile.form], generator, **size)
     return args[:4] if tile.form == "dense" else args[:5]
 
 

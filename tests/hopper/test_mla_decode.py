@@ -7,8 +7,8 @@ import torch
 
 import deepkern
 from bench.emulator import ORDERS
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.attention import ABSENT
+from deepkern.testing import compare, ops
+from deepkern.testing.caches import ABSENT
 
 LENGTHS = (0, 1, 63, 64, 65, 130)
 CACHES = {"bf16": {}, "fp8": {"cache_dtype": torch.uint8}}
@@ -25,7 +25,7 @@ def check(emulated_mla, args: tuple, **how) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def operands(generator, **size) -> tuple:
-    return deepkern.OPS["mla_decode"].positional(inputs.make("mla_decode", generator, **size))
+    return deepkern.OPS["mla_decode"].positional(ops.inputs("mla_decode", generator, **size))
 
 
 def assert_same(got: tuple, want: tuple, label: str = "result") -> None:

@@ -7,7 +7,7 @@ import torch
 
 import deepkern
 from deepkern.runtime import arch, backends
-from deepkern.testing import compare, inputs
+from deepkern.testing import compare, ops
 
 pytestmark = pytest.mark.gpu
 GROUPED = ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked",
@@ -30,7 +30,7 @@ def cuda_backend(device):
 
 
 def operands(generator, M, N, K):
-    return inputs.make("fp8_gemm_nt", generator, M=M, N=N, K=K)
+    return ops.inputs("fp8_gemm_nt", generator, M=M, N=N, K=K)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -79,7 +79,7 @@ def test_in_a_graph_and_on_another_stream(generator):
 @pytest.mark.parametrize("b_rows", [128, 1])
 @pytest.mark.parametrize("M", [1, 17, 300])
 def test_scales_per_row(b_rows, M, generator):
-    args = inputs.make("fp8_gemm_nt", generator, M=M, N=520, K=1024, b_rows=b_rows)
+    args = ops.inputs("fp8_gemm_nt", generator, M=M, N=520, K=1024, b_rows=b_rows)
     got = deepkern.fp8_gemm_nt(*args)
     compare.assert_close(got, deepkern.reference.fp8_gemm_nt(*args))
 
@@ -89,7 +89,7 @@ def test_scales_per_row(b_rows, M, generator):
                                    (4096, 4096, 7168, 4), (64, 512, 7168, 256)])  # fmt: skip
 def test_groups(op, shape, generator):
     size = dict(zip("MNKG", shape, strict=True))
-    args = deepkern.OPS[op].positional(inputs.make(op, generator, **size))
+    args = deepkern.OPS[op].positional(ops.inputs(op, generator, **size))
     got = getattr(deepkern, op)(*args)
     want = getattr(deepkern.reference, op)(*args)
     compare.assert_close(got, want, dtype=torch.bfloat16)
@@ -100,7 +100,7 @@ def test_groups(op, shape, generator):
 @pytest.mark.parametrize("value", [-(2**31), -1, 3, 2**31 - 1])
 def test_hostile_sizes(op, value, generator):
     """compute-sanitizer sees no access outside; the values are the oracle's."""
-    args = list(deepkern.OPS[op].positional(inputs.make(op, generator, M=70, N=96, K=256, G=3)))
+    args = list(deepkern.OPS[op].positional(ops.inputs(op, generator, M=70, N=96, K=256, G=3)))
     args[4] = args[4].clone()
     args[4][::2] = value
     got, want = getattr(deepkern, op)(*args), getattr(deepkern.reference, op)(*args)
@@ -108,7 +108,7 @@ def test_hostile_sizes(op, value, generator):
 
 
 def decode_operands(generator, **size):
-    return deepkern.OPS["mla_decode"].positional(inputs.make("mla_decode", generator, **size))
+    return deepkern.OPS["mla_decode"].positional(ops.inputs("mla_decode", generator, **size))
 
 
 def check_decode(args) -> tuple:

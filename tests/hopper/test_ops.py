@@ -12,7 +12,7 @@ import torch
 import deepkern
 from bench import emulator
 from bench.emulator import cuda_backend
-from deepkern.testing import compare, inputs
+from deepkern.testing import compare, ops
 
 OPS = emulator.served()
 GROUPED = [name for name in OPS if "grouped" in name]
@@ -25,7 +25,7 @@ def usual(name: str, generator) -> tuple:
     size = {"M": 20, "N": 40, "K": 160} | ({"G": 3} if name in GROUPED else {})
     if name == "mla_decode":
         size = {"lengths": (70,), "H": 3}
-    return deepkern.OPS[name].positional(inputs.make(name, generator, **size))
+    return deepkern.OPS[name].positional(ops.inputs(name, generator, **size))
 
 
 def check(name: str, args, **how) -> torch.Tensor | tuple:
@@ -40,8 +40,8 @@ def check(name: str, args, **how) -> torch.Tensor | tuple:
 
 @pytest.mark.parametrize("name", OPS)
 def test_small_sizes(name, generator):
-    for size in inputs.sizes(name).small:
-        args = inputs.make(name, generator, **size)
+    for size in ops.sizes(name).small:
+        args = ops.inputs(name, generator, **size)
         with cuda_backend():
             try:
                 getattr(deepkern, name)(*args)
@@ -79,7 +79,7 @@ def test_compiles_and_has_the_schema_of_the_package(name, generator):
 def test_any_shape(M, N, K, generator):
     """K that no TMA row fits is copied; tiles change with M, a row's bits do not: nor where K is
     long enough to be cut into runs."""
-    a, a_scale, b, b_scale = inputs.make("fp8_gemm_nt", generator, M=M, N=N, K=K)[:4]
+    a, a_scale, b, b_scale = ops.inputs("fp8_gemm_nt", generator, M=M, N=N, K=K)[:4]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         whole = check("fp8_gemm_nt", (a, a_scale, b, b_scale, dtype))
     c = torch.randn(M, N, generator=generator)
@@ -92,14 +92,14 @@ def test_any_shape(M, N, K, generator):
 @pytest.mark.parametrize("multiprocessors", [1, 3, 78, 132])
 @pytest.mark.parametrize("M", [5, 200])
 def test_any_number_of_multiprocessors_gives_the_same_bits(M, multiprocessors, generator):
-    args = inputs.make("fp8_gemm_nt", generator, M=M, N=300, K=1024)
+    args = ops.inputs("fp8_gemm_nt", generator, M=M, N=300, K=1024)
     compare.assert_bitwise(check("fp8_gemm_nt", args, multiprocessors=multiprocessors),
                            check("fp8_gemm_nt", args))  # fmt: skip
 
 
 def test_any_layout(generator):
     """Transposed and sliced operands, codes that start anywhere, scales in any order."""
-    a, a_scale, b, b_scale = inputs.make("fp8_gemm_nt", generator, M=33, N=50, K=144)[:4]
+    a, a_scale, b, b_scale = ops.inputs("fp8_gemm_nt", generator, M=33, N=50, K=144)[:4]
     want = check("fp8_gemm_nt", (a, a_scale, b, b_scale))
 
     def inside(x, left, right):
@@ -119,7 +119,7 @@ def test_any_layout(generator):
 
 def test_rows_that_overlap(generator):
     """One row many times, and rows that begin within each other: no tensor map has such strides."""
-    a, a_scale, b, b_scale = inputs.make("fp8_gemm_nt", generator, M=5, N=40, K=160)[:4]
+    a, a_scale, b, b_scale = ops.inputs("fp8_gemm_nt", generator, M=5, N=40, K=160)[:4]
     check("fp8_gemm_nt", (a[:1].expand(5, -1), a_scale, b, b_scale))
     overlapping = a.flatten().as_strided((5, 160), (16, 1))
     check("fp8_gemm_nt", (overlapping, a_scale, b, b_scale))
@@ -127,7 +127,7 @@ def test_rows_that_overlap(generator):
 
 def test_addends_of_one_row(generator):
     """torch calls a tensor contiguous whatever the stride of a dimension of length 1."""
-    args = inputs.make("k_grouped_fp8_gemm_nt", generator, M=1, N=40, K=160, G=3)[:5]
+    args = ops.inputs("k_grouped_fp8_gemm_nt", generator, M=1, N=40, K=160, G=3)[:5]
     c = torch.randn(1, 3, 40, generator=generator).transpose(0, 1)
     assert c.is_contiguous() and c.stride(1) == 120
     check("k_grouped_fp8_gemm_nt", (*args, c))
@@ -136,7 +136,7 @@ def test_addends_of_one_row(generator):
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("size", SIZES)
 def test_groups(name, size, generator):
-    args = inputs.make(name, generator, **dict(zip("MNKG", size, strict=True)))
+    args = ops.inputs(name, generator, **dict(zip("MNKG", size, strict=True)))
     check(name, args, seed=1)
 
 
@@ -145,14 +145,14 @@ def test_groups(name, size, generator):
 @pytest.mark.parametrize(("Sq", "H"), [(1, 1), (2, 9), (1, 128)])
 def test_decode(page, Sq, H, kind, generator):
     size = {"lengths": (20, 0, 140, 577), "Sq": Sq, "H": H, "page": page, **kind}
-    check("mla_decode", inputs.make("mla_decode", generator, **size))
+    check("mla_decode", ops.inputs("mla_decode", generator, **size))
 
 
 @pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}], ids=["bf16", "fp8"])
 def test_decode_over_pages_of_no_tokens(kind, generator):
     """There is nothing to attend to, whatever the table and the lengths say."""
     q, cache, *rest = deepkern.OPS["mla_decode"].positional(
-        inputs.make("mla_decode", generator, lengths=(70, 9), H=3, page=64, **kind)
+        ops.inputs("mla_decode", generator, lengths=(70, 9), H=3, page=64, **kind)
     )
     out, lse = check("mla_decode", (q, cache[:, :0], *rest))
     assert (out == 0).all() and (lse == -torch.inf).all()
@@ -161,7 +161,7 @@ def test_decode_over_pages_of_no_tokens(kind, generator):
 def test_decode_of_strided_arguments(generator):
     """Rows of q that start anywhere are copied; caches and tables are read as they lie."""
     q, cache, table, lengths, *rest = deepkern.OPS["mla_decode"].positional(
-        inputs.make("mla_decode", generator, lengths=(70, 200), H=5, page=64)
+        ops.inputs("mla_decode", generator, lengths=(70, 200), H=5, page=64)
     )
     want = check("mla_decode", (q, cache, table, lengths, *rest))
     odd = torch.full((*q.shape[:-1], q.shape[-1] + 3), torch.nan, dtype=q.dtype)[..., 1:-2]

@@ -13,8 +13,8 @@ import deepkern
 from deepkern.matmul.k_major import k_major
 from deepkern.runtime import arch, tiles
 from deepkern.runtime.arch import ARCHS
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.quant import values
+from deepkern.testing import compare, ops
+from deepkern.testing.random_inputs import values
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NO_GPU = pytest.mark.skipif(
@@ -33,7 +33,7 @@ def backend(request, device):
 
 
 def make(generator, M, N, K, **kwargs):
-    return inputs.make("fp8_gemm_nt", generator, M=M, N=N, K=K, **kwargs)
+    return ops.inputs("fp8_gemm_nt", generator, M=M, N=N, K=K, **kwargs)
 
 
 def force_tile(tile: tiles.GemmTile):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import deepkern
 from deepkern import FP8Linear, fp8_linear, reference
 from deepkern.testing import compare
-from deepkern.testing.inputs.quant import values
+from deepkern.testing.random_inputs import values
 
 F32, BF16, F16, FP8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
 REAL = [BF16, F16, F32]

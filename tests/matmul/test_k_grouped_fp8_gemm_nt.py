@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 import deepkern
 from deepkern.runtime import arch, tiles
 from deepkern.runtime.arch import ARCHS
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.quant import values
+from deepkern.testing import compare, ops
+from deepkern.testing.random_inputs import values
 
 OP = "k_grouped_fp8_gemm_nt"
 product = deepkern.k_grouped_fp8_gemm_nt
 
 
 def make(generator, M, N, K, G, **kwargs):
-    return inputs.make(OP, generator, M=M, N=N, K=K, G=G, **kwargs)
+    return ops.inputs(OP, generator, M=M, N=N, K=K, G=G, **kwargs)
 
 
 def with_offsets(args, offsets) -> tuple:

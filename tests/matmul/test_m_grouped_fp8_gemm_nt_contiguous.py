@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import deepkern
 from deepkern.runtime import arch, tiles
 from deepkern.runtime.arch import ARCHS
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.quant import values
+from deepkern.testing import compare, ops
+from deepkern.testing.random_inputs import values
 
 F32, BF16 = torch.float32, torch.bfloat16
 OP = "m_grouped_fp8_gemm_nt_contiguous"
@@ -19,7 +19,7 @@ product = deepkern.m_grouped_fp8_gemm_nt_contiguous
 
 
 def make(generator, M, N, K, G, **kwargs):
-    return inputs.make(OP, generator, M=M, N=N, K=K, G=G, **kwargs)
+    return ops.inputs(OP, generator, M=M, N=N, K=K, G=G, **kwargs)
 
 
 def with_index(args, index) -> tuple:

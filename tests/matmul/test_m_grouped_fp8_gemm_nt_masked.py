@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepkern
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.quant import values
+from deepkern.testing import compare, ops
+from deepkern.testing.random_inputs import values
 
 F32 = torch.float32
 OP = "m_grouped_fp8_gemm_nt_masked"
@@ -17,7 +17,7 @@ product = deepkern.m_grouped_fp8_gemm_nt_masked
 
 
 def make(generator, M, N, K, G, **kwargs):
-    return inputs.make(OP, generator, M=M, N=N, K=K, G=G, **kwargs)
+    return ops.inputs(OP, generator, M=M, N=N, K=K, G=G, **kwargs)
 
 
 def with_counts(args, counts) -> tuple:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import deepkern
 from deepkern.runtime import native
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.quant import values
+from deepkern.testing import compare, ops
+from deepkern.testing.random_inputs import values
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REAL = [BF16, F16, F32]
@@ -28,7 +28,7 @@ def generator(seed) -> torch.Generator:
 
 
 def make(generator, M, N, K, **kwargs):
-    return inputs.make("fp8_gemm_nt", generator, M=M, N=N, K=K, **kwargs)
+    return ops.inputs("fp8_gemm_nt", generator, M=M, N=N, K=K, **kwargs)
 
 
 def gemm(a, a_scale, b, b_scale, out_dtype=F32, c=None):

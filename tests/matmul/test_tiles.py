@@ -10,7 +10,7 @@ import pytest
 import deepkern
 from deepkern.runtime import tiles
 from deepkern.runtime.arch import ARCHS
-from deepkern.testing import inputs
+from deepkern.testing import ops
 
 TARGETS = pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 
@@ -48,7 +48,7 @@ SHAPES = list(itertools.product(M_SIZES, N_SIZES, K_SIZES))
 @TARGETS
 @pytest.mark.parametrize("b_rows", [128, 1])
 def test_every_tile_that_may_be_chosen_is_inspected(target, b_rows):
-    sizes = [s for s in inputs.sizes("fp8_gemm_nt").inspect if s.get("b_rows", 128) == b_rows]
+    sizes = [s for s in ops.sizes("fp8_gemm_nt").inspect if s.get("b_rows", 128) == b_rows]
     inspected = {
         form(tiles.choose_gemm_tile(target, s["M"], s["N"], s["K"], b_rows)) for s in sizes
     }
@@ -71,7 +71,7 @@ def test_every_tile_of_groups_that_may_be_chosen_is_inspected(target, op, kind, 
         return tiles.choose_gemm_tile(target, M, N, K, b_rows, groups=groups, variant=kind)
 
     inspected = set()
-    for size in inputs.sizes(op).inspect:
+    for size in ops.sizes(op).inspect:
         M, K, G = size["M"], size["K"], size["G"]
         M = -(-M // G) if "contiguous" in op else M
         K = -(-K // G) if kind == "k_grouped" else K
@@ -111,12 +111,12 @@ def test_unknown_architecture_is_named():
 
 
 def test_explain_names_the_tile(generator):
-    args = inputs.make("fp8_gemm_nt", generator, M=70, N=130, K=200)
+    args = ops.inputs("fp8_gemm_nt", generator, M=70, N=130, K=200)
     with deepkern.backend("triton"):
         assert "128, 4 warps" in str(deepkern.explain(deepkern.fp8_gemm_nt, *args))
 
 
 def test_explain_of_nothing(generator):
-    args = inputs.make("fp8_gemm_nt", generator, M=0, N=130, K=200)
+    args = ops.inputs("fp8_gemm_nt", generator, M=0, N=130, K=200)
     with deepkern.backend("triton"):
         assert "tile" in str(deepkern.explain(deepkern.fp8_gemm_nt, *args))

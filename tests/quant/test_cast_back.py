@@ -7,8 +7,8 @@ import torch
 
 import deepkern
 from deepkern.runtime import arch
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs import quant
+from deepkern.testing import compare, ops
+from deepkern.testing.random_inputs import values
 
 REAL = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -52,14 +52,14 @@ BLOCKS = [(1, 128), (128, 128), (128, 1), (1, 1), (3, 7), (32, 128), (999, 5)]
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_any_block(backend, generator, block):
-    q, scale, _, _ = inputs.make("cast_back", generator, N=150, K=200, block=block)
+    q, scale, _, _ = ops.inputs("cast_back", generator, N=150, K=200, block=block)
     got = check(q, scale, block)
     for n, k in ((0, 0), (149, 199), (127, 128), (33, 77)):
         assert got[n, k] == q[n, k].float() * scale[n // block[0], k // block[1]]
 
 
 def test_way_back_from_the_casts(backend, generator):
-    x = quant.values(generator, 2, 130, 200)
+    x = values(generator, 2, 130, 200)
     for cast, block in ((deepkern.cast_per_token, [1, 128]), (deepkern.cast_per_block, [128, 128])):
         back = deepkern.cast_back(*cast(x), block, torch.bfloat16)
         assert compare.diff(back, x) < 1e-3
@@ -75,7 +75,7 @@ def test_rounds_once(backend, device):
 
 
 def test_nan_and_inf(backend, generator):
-    q, scale, block, _ = inputs.make("cast_back", generator, N=5, K=300)
+    q, scale, block, _ = ops.inputs("cast_back", generator, N=5, K=300)
     q[1, 7] = float("nan")
     scale[2, 1], scale[3, 0] = float("nan"), float("inf")
     got = check(q, scale, block)
@@ -86,7 +86,7 @@ def test_nan_and_inf(backend, generator):
 
 
 def test_strided(backend, generator):
-    q, scale, _, _ = inputs.make("cast_back", generator, N=40, K=300, G=4, block=(8, 64))
+    q, scale, _, _ = ops.inputs("cast_back", generator, N=40, K=300, G=4, block=(8, 64))
     view, column_major = q[1:3, :, 10:210], scale.mT.contiguous().mT[1:3, :, :4]
     got = deepkern.cast_back(view, column_major, (8, 64), torch.float32)
     want = deepkern.reference.cast_back(view.clone(), column_major.clone(), (8, 64), torch.float32)

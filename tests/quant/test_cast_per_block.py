@@ -8,7 +8,7 @@ import torch
 import deepkern
 from deepkern.runtime import arch
 from deepkern.testing import compare
-from deepkern.testing.inputs import quant
+from deepkern.testing.random_inputs import values
 
 
 def check(x, scale_format="fp32"):
@@ -25,7 +25,7 @@ def spread(scale, N, K):
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (127, 129), (128, 128), (129, 127), (200, 300)])
 def test_dequantised_value_is_near(backend, generator, N, K):
-    x = quant.values(generator, N, K)
+    x = values(generator, N, K)
     q, scale = deepkern.cast_per_block(x)
     assert scale.shape == (-(-N // 128), -(-K // 128))
     scale = spread(scale, N, K).double()
@@ -35,7 +35,7 @@ def test_dequantised_value_is_near(backend, generator, N, K):
 
 
 def test_scale_is_amax_over_448(backend, generator):
-    x = quant.values(generator, 256, 384, dtype=torch.float32)
+    x = values(generator, 256, 384, dtype=torch.float32)
     _, scale = check(x)
     for i in range(2):
         for j in range(3):
@@ -44,7 +44,7 @@ def test_scale_is_amax_over_448(backend, generator):
 
 
 def test_ue8m0_scales_are_powers_of_two_and_large_enough(backend, generator):
-    x = quant.values(generator, 150, 140, dtype=torch.float32)
+    x = values(generator, 150, 140, dtype=torch.float32)
     _, plain = check(x)
     _, scale = check(x, "ue8m0")
     assert (torch.frexp(scale).mantissa == 0.5).all()
@@ -66,7 +66,7 @@ def test_zero_block(backend, device):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_spoil_their_block_only(backend, bad, generator):
-    x = quant.values(generator, 200, 300)
+    x = values(generator, 200, 300)
     good_q, good_scale = deepkern.cast_per_block(x)
     x[130, 200] = bad
     q, scale = deepkern.cast_per_block(x)
@@ -77,7 +77,7 @@ def test_nan_and_inf_spoil_their_block_only(backend, bad, generator):
 
 
 def test_stack_is_cast_matrix_by_matrix(backend, generator):
-    x = quant.values(generator, 3, 140, 150)
+    x = values(generator, 3, 140, 150)
     q, scale = check(x)
     for g in range(3):
         q_alone, scale_alone = deepkern.cast_per_block(x[g])
@@ -86,7 +86,7 @@ def test_stack_is_cast_matrix_by_matrix(backend, generator):
 
 
 def test_strided_rows_and_matrices(backend, generator):
-    wide = quant.values(generator, 5, 140, 400)
+    wide = values(generator, 5, 140, 400)
     view = wide[::2, 3:, 100:333]
     got = deepkern.cast_per_block(view)
     compare.assert_matches("cast_per_block", got, deepkern.reference.cast_per_block(view.clone()))
@@ -101,7 +101,7 @@ def test_rank_and_format_are_checked(backend, device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
 def test_without_an_fp8_type(generator):
-    x = quant.values(generator, 140, 200, dtype=torch.float32)
+    x = values(generator, 140, 200, dtype=torch.float32)
     x[0, 0], x[139, 199] = float("nan"), float("inf")
     with deepkern.backend("triton"), arch.compile_for(arch.ARCHS["sm_80"]):
         check(x)

@@ -13,7 +13,7 @@ import deepkern
 from deepkern.quant.fp8 import with_padding
 from deepkern.runtime import arch
 from deepkern.testing import compare
-from deepkern.testing.inputs.quant import values
+from deepkern.testing.random_inputs import values
 
 OP = "cast_per_channel"
 

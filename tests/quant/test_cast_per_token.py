@@ -10,7 +10,7 @@ import torch
 import deepkern
 from deepkern.quant.fp8 import with_padding
 from deepkern.testing import compare
-from deepkern.testing.inputs import quant
+from deepkern.testing.random_inputs import values
 
 
 @pytest.fixture(params=["torch", "triton", "cpu"])
@@ -23,7 +23,7 @@ def backend(request, device):
 
 
 def test_dequantised_value_is_near(backend, generator):
-    x = quant.values(generator, 64, 384)
+    x = values(generator, 64, 384)
     q, scale = deepkern.cast_per_token(x)
     back = q.double() * scale.double().repeat_interleave(128, dim=1)
     # Half a unit in the last place of e4m3 (3 mantissa bits), or of its subnormals.
@@ -32,13 +32,13 @@ def test_dequantised_value_is_near(backend, generator):
 
 
 def test_scale_is_amax_over_448(backend, generator):
-    x = quant.values(generator, 8, 256, dtype=torch.float32)
+    x = values(generator, 8, 256, dtype=torch.float32)
     _, scale = deepkern.cast_per_token(x)
     assert torch.equal(scale, x.unflatten(1, (2, 128)).abs().amax(-1) / 448)
 
 
 def test_ue8m0_scales_are_powers_of_two_and_large_enough(backend, generator):
-    x = quant.values(generator, 32, 200, dtype=torch.float32)
+    x = values(generator, 32, 200, dtype=torch.float32)
     _, plain = deepkern.cast_per_token(x)
     _, scale = deepkern.cast_per_token(x, scale_format="ue8m0")
     assert (torch.frexp(scale).mantissa == 0.5).all()
@@ -63,7 +63,7 @@ def test_zero_block(backend, device):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_spoil_their_block_only(backend, bad, generator):
-    x = quant.values(generator, 4, 384)
+    x = values(generator, 4, 384)
     good_q, good_scale = deepkern.cast_per_token(x)
     x[1, 130] = bad
     q, scale = deepkern.cast_per_token(x)
@@ -74,14 +74,14 @@ def test_nan_and_inf_spoil_their_block_only(backend, bad, generator):
 
 
 def test_strided_rows_and_leading_dimensions(backend, generator):
-    wide = quant.values(generator, 6, 5, 512)
+    wide = values(generator, 6, 5, 512)
     view = wide[:, 1:4, 100:333]
     got = deepkern.cast_per_token(view)
     compare.assert_matches("cast_per_token", got, deepkern.reference.cast_per_token(view.clone()))
 
 
 def test_rows_do_not_see_each_other(backend, generator):
-    x = quant.values(generator, 37, 256)
+    x = values(generator, 37, 256)
     q, scale = deepkern.cast_per_token(x)
     for row in (0, 17, 36):
         q_row, scale_row = deepkern.cast_per_token(x[row : row + 1])
@@ -94,7 +94,7 @@ def test_rows_do_not_see_each_other(backend, generator):
 )
 def test_column_layout_and_its_padding(backend, generator, shape):
     """Each matrix column by column, from multiples of 16 bytes; what lies between is zero."""
-    x = quant.values(generator, *shape)
+    x = values(generator, *shape)
     q_plain, plain = deepkern.cast_per_token(x)
     q, scale = deepkern.cast_per_token(x, scale_layout="column")
     compare.assert_bitwise(q, q_plain)
@@ -109,13 +109,13 @@ def test_column_layout_and_its_padding(backend, generator, shape):
 
 
 def test_column_layout_of_one_row_and_of_strided_matrices(backend, generator):
-    x = quant.values(generator, 300)
+    x = values(generator, 300)
     for g, w in zip(
         deepkern.cast_per_token(x, "fp32", "column"), deepkern.cast_per_token(x), strict=True
     ):
         compare.assert_bitwise(g, w)
         assert g.stride() == w.stride()
-    view = quant.values(generator, 6, 5, 512)[::2, 1:4, 100:333]
+    view = values(generator, 6, 5, 512)[::2, 1:4, 100:333]
     got = deepkern.cast_per_token(view, "ue8m0", "column")
     want = deepkern.reference.cast_per_token(view.clone(), "ue8m0", "column")
     compare.assert_matches("cast_per_token", got, want)

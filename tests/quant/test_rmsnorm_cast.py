@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import deepkern
 from deepkern.quant.fp8 import with_padding
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.quant import values
+from deepkern.testing import compare, ops
+from deepkern.testing.random_inputs import values
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REAL = [BF16, F16, F32]
@@ -21,7 +21,7 @@ EPSILON = {BF16: 2**-8, F16: 2**-11, F32: 2**-21}  # half a unit of 16 bits; fp3
 @pytest.mark.parametrize("weight_dtype", [BF16, F32])
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_norm_against_float64(backend, dtype, weight_dtype, eps, generator):
-    x, weight, *_ = inputs.make(
+    x, weight, *_ = ops.inputs(
         "rmsnorm_cast", generator, M=9, K=300, dtype=dtype, weight_dtype=weight_dtype
     )
     _, _, normed, none = deepkern.rmsnorm_cast(x, weight, eps)
@@ -37,7 +37,7 @@ def test_norm_against_float64(backend, dtype, weight_dtype, eps, generator):
 def test_casts_its_norm_as_cast_per_token_does(
     backend, dtype, scale_format, scale_layout, generator
 ):
-    args = inputs.make(
+    args = ops.inputs(
         "rmsnorm_cast", generator, M=7, K=300, dtype=dtype, residual=True,
         scale_format=scale_format, scale_layout=scale_layout,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def test_casts_its_norm_as_cast_per_token_does(
 def test_any_shape(M, K, dtype, weight_dtype, residual, scale_format, scale_layout, seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    args = inputs.make(
+    args = ops.inputs(
         "rmsnorm_cast", generator, M=M, K=K, dtype=dtype, weight_dtype=weight_dtype,
         residual=residual, scale_format=scale_format, scale_layout=scale_layout,
     )  # fmt: skip
@@ -74,7 +74,7 @@ def test_any_shape(M, K, dtype, weight_dtype, residual, scale_format, scale_layo
 
 @pytest.mark.parametrize("K", [7168, 8193, 12304, 16384, 16385, 40000])
 def test_rows_in_registers_and_longer_ones(K, generator):
-    args = inputs.make("rmsnorm_cast", generator, M=2, K=K, residual=True, scale_layout="column")
+    args = ops.inputs("rmsnorm_cast", generator, M=2, K=K, residual=True, scale_layout="column")
     with deepkern.backend("triton"):
         got = deepkern.rmsnorm_cast(*args)
     compare.assert_matches("rmsnorm_cast", got, deepkern.reference.rmsnorm_cast(*args))
@@ -85,7 +85,7 @@ def test_rows_in_registers_and_longer_ones(K, generator):
 
 def test_reading_a_row_twice_changes_no_bit(generator):
     """As happens to rows of over 8192 that do not start at multiples of 16 bytes."""
-    x, weight, *_ = inputs.make("rmsnorm_cast", generator, M=2, K=12304)
+    x, weight, *_ = ops.inputs("rmsnorm_cast", generator, M=2, K=12304)
     shifted = torch.cat([x[:, :1], x], 1)[:, 1:]
     with deepkern.backend("triton"):
         got, want = deepkern.rmsnorm_cast(shifted, weight), deepkern.rmsnorm_cast(x, weight)
@@ -94,7 +94,7 @@ def test_reading_a_row_twice_changes_no_bit(generator):
 
 @pytest.mark.parametrize("dtype", REAL)
 def test_residual_is_added_and_rounded_first(backend, dtype, generator):
-    x, weight, eps, residual, *_ = inputs.make(
+    x, weight, eps, residual, *_ = ops.inputs(
         "rmsnorm_cast", generator, M=6, K=200, dtype=dtype, residual=True
     )
     got = deepkern.rmsnorm_cast(x, weight, eps, residual)
@@ -105,7 +105,7 @@ def test_residual_is_added_and_rounded_first(backend, dtype, generator):
 
 @pytest.mark.parametrize("M", [1, 3, 4, 9])
 def test_column_major_scale(backend, M, generator):
-    x, weight, *_ = inputs.make("rmsnorm_cast", generator, M=M, K=300)
+    x, weight, *_ = ops.inputs("rmsnorm_cast", generator, M=M, K=300)
     _, scale, *_ = deepkern.rmsnorm_cast(x, weight)
     _, columns, *_ = deepkern.rmsnorm_cast(x, weight, scale_layout="column")
     compare.assert_bitwise(columns, scale)
@@ -125,7 +125,7 @@ def test_zeros(backend, device):
 @pytest.mark.parametrize("where", ["x", "residual"])
 def test_nan_and_inf_spoil_their_row_only(backend, bad, where, generator):
     """As in torch: NaN makes the row NaN; inf is NaN, and divides all else in the row to 0."""
-    x, weight, eps, residual, *_ = inputs.make("rmsnorm_cast", generator, M=4, K=384, residual=True)
+    x, weight, eps, residual, *_ = ops.inputs("rmsnorm_cast", generator, M=4, K=384, residual=True)
     good = deepkern.rmsnorm_cast(x, weight, eps, residual)
     (x if where == "x" else residual)[1, 130] = bad
     got = deepkern.rmsnorm_cast(x, weight, eps, residual)
@@ -140,7 +140,7 @@ def test_nan_and_inf_spoil_their_row_only(backend, bad, where, generator):
 
 
 def test_nan_in_a_weight_spoils_its_column(backend, generator):
-    x, weight, *_ = inputs.make("rmsnorm_cast", generator, M=3, K=300)
+    x, weight, *_ = ops.inputs("rmsnorm_cast", generator, M=3, K=300)
     weight[140] = torch.nan
     q, scale, normed, _ = deepkern.rmsnorm_cast(x, weight)
     assert normed[:, 140].isnan().all() and normed.isnan().sum() == 3
@@ -171,9 +171,7 @@ def test_strided_rows(backend, generator):
 
 def test_rows_do_not_see_each_other(backend, generator):
     """K = 140 puts several rows into a program."""
-    x, weight, eps, residual, *_ = inputs.make(
-        "rmsnorm_cast", generator, M=40, K=140, residual=True
-    )
+    x, weight, eps, residual, *_ = ops.inputs("rmsnorm_cast", generator, M=40, K=140, residual=True)
     whole = deepkern.rmsnorm_cast(x, weight, eps, residual)
     for first, last in ((0, 1), (17, 18), (39, 40), (0, 39), (7, 22)):
         part = deepkern.rmsnorm_cast(x[first:last], weight, eps, residual[first:last])
@@ -182,7 +180,7 @@ def test_rows_do_not_see_each_other(backend, generator):
 
 
 def test_refuses(backend, generator):
-    x, weight, eps, residual, *_ = inputs.make("rmsnorm_cast", generator, M=3, K=140, residual=True)
+    x, weight, eps, residual, *_ = ops.inputs("rmsnorm_cast", generator, M=3, K=140, residual=True)
     with pytest.raises(TypeError, match="rmsnorm_cast: residual: expected torch.bfloat16 as x"):
         deepkern.rmsnorm_cast(x, weight, eps, residual.float())
     with pytest.raises(ValueError, match="rmsnorm_cast: residual: expected M = 3 in"):
@@ -193,8 +191,8 @@ def test_refuses(backend, generator):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", inputs.sizes("rmsnorm_cast").gpu, ids=str)
+@pytest.mark.parametrize("size", ops.sizes("rmsnorm_cast").gpu, ids=str)
 def test_gpu_sizes(backend, size, generator):
-    args = inputs.make("rmsnorm_cast", generator, **size)
+    args = ops.inputs("rmsnorm_cast", generator, **size)
     got = deepkern.rmsnorm_cast(*args)
     compare.assert_matches("rmsnorm_cast", got, deepkern.reference.rmsnorm_cast(*args))

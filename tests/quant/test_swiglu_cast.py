@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import deepkern
 from deepkern.quant.fp8 import with_padding
-from deepkern.testing import compare, inputs
-from deepkern.testing.inputs.quant import values
+from deepkern.testing import compare, ops
+from deepkern.testing.random_inputs import values
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REAL = [BF16, F16, F32]
@@ -43,7 +43,7 @@ def gradients(grad, gate_up, weights=None, limit=None) -> tuple[torch.Tensor, ..
 @pytest.mark.parametrize("dtype", REAL)
 @pytest.mark.parametrize("limit", [None, 1.5])
 def test_value_and_scale_against_float64(backend, dtype, limit, generator):
-    gate_up, weights, *_ = inputs.make(
+    gate_up, weights, *_ = ops.inputs(
         "swiglu_cast", generator, M=20, I=200, dtype=dtype, weighted=True
     )
     q, scale = deepkern.swiglu_cast(gate_up, weights, limit)
@@ -71,7 +71,7 @@ def test_value_and_scale_against_float64(backend, dtype, limit, generator):
 def test_any_shape(M, I, dtype, weighted, limit, scale_format, scale_layout, seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    args = inputs.make(
+    args = ops.inputs(
         "swiglu_cast", generator, M=M, I=I, dtype=dtype, weighted=weighted, limit=limit,
         scale_format=scale_format, scale_layout=scale_layout,
     )  # fmt: skip
@@ -84,7 +84,7 @@ def test_any_shape(M, I, dtype, weighted, limit, scale_format, scale_layout, see
 
 @pytest.mark.parametrize("M", [1, 3, 4, 18])
 def test_column_major_scale(backend, M, generator):
-    gate_up, *_ = inputs.make("swiglu_cast", generator, M=M, I=300)
+    gate_up, *_ = ops.inputs("swiglu_cast", generator, M=M, I=300)
     q, scale = deepkern.swiglu_cast(gate_up)
     q_too, columns = deepkern.swiglu_cast(gate_up, scale_layout="column")
     compare.assert_bitwise(q_too, q)
@@ -110,7 +110,7 @@ def test_the_limit_holds_and_what_is_at_it_stays(backend, device):
 )
 def test_nan_and_inf_spoil_their_block_only(backend, limit, column, bad, generator):
     """A gate of -inf is NaN as in torch; an infinite value is not if there is a limit."""
-    gate_up, *_ = inputs.make("swiglu_cast", generator, M=4, I=400)
+    gate_up, *_ = ops.inputs("swiglu_cast", generator, M=4, I=400)
     good_q, good_scale = deepkern.swiglu_cast(gate_up, limit=limit)
     gate_up[1, column] = bad
     q, scale = deepkern.swiglu_cast(gate_up, limit=limit)
@@ -142,7 +142,7 @@ def test_strided_rows(backend, generator):
 
 
 def test_rows_do_not_see_each_other(backend, generator):
-    gate_up, weights, *_ = inputs.make("swiglu_cast", generator, M=40, I=140, weighted=True)
+    gate_up, weights, *_ = ops.inputs("swiglu_cast", generator, M=40, I=140, weighted=True)
     q, scale = deepkern.swiglu_cast(gate_up, weights)
     for first, last in ((0, 1), (17, 18), (39, 40), (0, 39), (15, 33)):
         some_q, some_scale = deepkern.swiglu_cast(gate_up[first:last], weights[first:last])
@@ -168,7 +168,7 @@ def test_refuses(backend, device):
 @pytest.mark.parametrize("limit", [None, 1.5])
 def test_gradients_against_autograd(backend, dtype, weighted, limit, generator):
     """Every eighth gate and value is exactly at the limit or its negative."""
-    grad, gate_up, _, weights, _ = inputs.make(
+    grad, gate_up, _, weights, _ = ops.inputs(
         "swiglu_cast_backward", generator, M=11, I=300, dtype=dtype, weighted=weighted
     )
     gate_up[:, ::8] = 1.5
@@ -193,7 +193,7 @@ def test_gradients_against_autograd(backend, dtype, weighted, limit, generator):
 @pytest.mark.parametrize("scale_layout", ["row", "column"])
 def test_what_was_kept_in_fp8(backend, I, scale_layout, generator):
     """The same bits as from the dequantised values; with I = 300, blocks span gates and values."""
-    grad, gate_up, _, weights, _ = inputs.make(
+    grad, gate_up, _, weights, _ = ops.inputs(
         "swiglu_cast_backward", generator, M=9, I=I, weighted=True
     )
     q, scale = deepkern.reference.cast_per_token(gate_up, scale_layout=scale_layout)
@@ -209,7 +209,7 @@ def test_what_was_kept_in_fp8(backend, I, scale_layout, generator):
 
 def test_recomputes_what_was_cast(generator):
     """y in fp32, cast again, is what the forward pass gave, bit for bit."""
-    gate_up, weights, limit, *_ = args = inputs.make(
+    gate_up, weights, limit, *_ = args = ops.inputs(
         "swiglu_cast", generator, M=21, I=300, weighted=True, limit=3.0
     )
     with deepkern.backend("triton"):
@@ -233,7 +233,7 @@ def test_gradients_of_any_shape(M, I, dtype, fp8, weighted, limit, seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     name = "swiglu_cast_backward"
-    args = inputs.make(
+    args = ops.inputs(
         name, generator, M=M, I=I, dtype=dtype, fp8=fp8, weighted=weighted, limit=limit
     )
     with compare.poison(), deepkern.backend("triton"):
@@ -244,7 +244,7 @@ def test_gradients_of_any_shape(M, I, dtype, fp8, weighted, limit, seed):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("column", [3, 303])
 def test_gradients_of_nan_and_inf(backend, bad, column, generator):
-    grad, gate_up, _, weights, _ = args = inputs.make(
+    grad, gate_up, _, weights, _ = args = ops.inputs(
         "swiglu_cast_backward", generator, M=5, I=300, dtype=F32, weighted=True
     )
     good = backward(*args)
@@ -271,7 +271,7 @@ def test_a_limit_does_not_hide_nan(backend, device):
 
 def test_rows_of_gradients_do_not_see_each_other(generator):
     """grad_weights included: the order of its sum is that of the columns. Rows may be strided."""
-    grad, gate_up, scale, weights, _ = inputs.make(
+    grad, gate_up, scale, weights, _ = ops.inputs(
         "swiglu_cast_backward", generator, M=40, I=300, fp8=True, weighted=True
     )
     wide = torch.cat([grad, grad], 1)[:, 150:450]  # strided
@@ -284,7 +284,7 @@ def test_rows_of_gradients_do_not_see_each_other(generator):
 
 
 def test_gradient_of_another_dtype_than_the_input(backend, generator):
-    gate_up, *_ = inputs.make("swiglu_cast", generator, M=3, I=70, dtype=BF16)
+    gate_up, *_ = ops.inputs("swiglu_cast", generator, M=3, I=70, dtype=BF16)
     grad = values(generator, 3, 70, dtype=F32)
     got = backward(grad, gate_up)
     for g, w in zip(got[:2], gradients(grad, gate_up), strict=True):
@@ -292,9 +292,7 @@ def test_gradient_of_another_dtype_than_the_input(backend, generator):
 
 
 def test_backward_refuses(backend, generator):
-    grad, gate_up, scale, _, _ = inputs.make(
-        "swiglu_cast_backward", generator, M=3, I=128, fp8=True
-    )
+    grad, gate_up, scale, _, _ = ops.inputs("swiglu_cast_backward", generator, M=3, I=128, fp8=True)
     name = "swiglu_cast_backward"
     with pytest.raises(ValueError, match=rf"{name}: gate_up: expected 2I = 200 columns, .*256\)"):
         backward(grad[:, :100], gate_up, scale)
@@ -310,6 +308,6 @@ def test_backward_refuses(backend, generator):
 @pytest.mark.parametrize("name", ["swiglu_cast", "swiglu_cast_backward"])
 @pytest.mark.parametrize("index", range(3))
 def test_gpu_sizes(backend, name, index, generator):
-    args = inputs.make(name, generator, **inputs.sizes(name).gpu[index])
+    args = ops.inputs(name, generator, **ops.sizes(name).gpu[index])
     got = getattr(deepkern, name)(*args)
     compare.assert_matches(name, got, getattr(deepkern.reference, name)(*args))

@@ -10,7 +10,7 @@ import pytest
 import deepkern
 from deepkern.runtime import tiles, tuned
 from deepkern.runtime.arch import ARCHS
-from deepkern.testing import inputs
+from deepkern.testing import ops
 
 SM_90 = ARCHS["sm_90"]
 LINE = {"variant": "dense", "b_rows": 128, "groups": 1, "M": 64, "N": 7168, "K": 2048,
@@ -121,8 +121,14 @@ LINES = [
     ({**LINE, "K": True}, "tiles[0].K: expected a number > 0, got True"),
     ({**LINE, "time": -1}, "tiles[0].time: expected microseconds > 0, got -1"),
     ({**LINE, "variant": "n_grouped"}, "tiles[0].variant: expected one of "),
-    ({**LINE, "tile": [64, 64]}, "tiles[0].tile: expected [BLOCK_M, BLOCK_N, parallel_splits], got [64"),
-    ({**LINE, "tile": [64, 64, 1]}, "tiles[0].tile: expected [BLOCK_M, BLOCK_N, parallel_splits], got [64"),
+    (
+        {**LINE, "tile": [64, 64]},
+        "tiles[0].tile: expected [BLOCK_M, BLOCK_N, parallel_splits], got [64",
+    ),
+    (
+        {**LINE, "tile": [64, 64, 1]},
+        "tiles[0].tile: expected [BLOCK_M, BLOCK_N, parallel_splits], got [64",
+    ),
     ({**LINE, "on": None}, "tiles[0].on: expected text, got None"),
 ]
 DAMAGED += [(json.dumps({"target": "sm_90", "tiles": [line]}), said) for line, said in LINES]
@@ -138,7 +144,7 @@ def test_a_damaged_file_is_named(configs, tmp_path, content, said):
 
 
 def test_explain_says_where_the_tile_is_from(configs, generator):
-    args = inputs.make("fp8_gemm_nt", generator, M=70, N=130, K=200)
+    args = ops.inputs("fp8_gemm_nt", generator, M=70, N=130, K=200)
     with deepkern.backend("triton"):
         assert "(cost model)" in str(deepkern.explain(deepkern.fp8_gemm_nt, *args))
         configs({**LINE, "M": 70, "N": 130, "K": 200, "tile": [64, 64, False]})
@@ -154,14 +160,14 @@ def test_every_committed_tile_may_be_taken_and_is_inspected(target):
         return replace(tile, num_splits=min(tile.num_splits, 2))
 
     lines = tuned.read(tuned.FOLDER / f"{target.name}.json")
-    ops = {"dense": "fp8_gemm_nt", "m_grouped": "m_grouped_fp8_gemm_nt_masked",
-           "k_grouped": "k_grouped_fp8_gemm_nt"}  # fmt: skip
+    op_of = {"dense": "fp8_gemm_nt", "m_grouped": "m_grouped_fp8_gemm_nt_masked",
+             "k_grouped": "k_grouped_fp8_gemm_nt"}  # fmt: skip
     for line in lines:
         shape = line.M, line.N, line.K, line.b_rows, line.groups, line.variant
         tile = tiles.choose_gemm_tile(target, *shape)
         assert tile.origin == f"tuned at {line.varying}"
         inspected = set()
-        for s in inputs.sizes(ops[line.variant]).inspect:
+        for s in ops.sizes(op_of[line.variant]).inspect:
             K, b_rows, G = s["K"], s.get("b_rows", 128), s.get("G", 1)
             if line.variant == "k_grouped":
                 K, b_rows = K // G, 1

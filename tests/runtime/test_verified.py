@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 import deepkern
-from bench import machine, prove
+from bench import machine, verify
 from deepkern.runtime import backends, verified
-from deepkern.testing import inputs
+from deepkern.testing import ops
 
 OP, CUDA = "fp8_gemm_nt", torch.device("cuda", 0)
 
@@ -60,7 +60,7 @@ def test_auto_falls_back_for_unsupported_arguments(record, hopper):
     record(ops=["mla_decode"], gpu="NVIDIA H200", sources="abc", result="x.jsonl")
 
     def chosen(**size) -> str:
-        args = inputs.make("mla_decode", torch.Generator().manual_seed(0), lengths=(3,), **size)
+        args = ops.inputs("mla_decode", torch.Generator().manual_seed(0), lengths=(3,), **size)
         return backends.choose(described, CUDA, described.positional(args))
 
     assert chosen() == chosen(cache_dtype=torch.uint8) == "cuda"
@@ -83,9 +83,9 @@ def test_damaged_record_is_named(record):
 
 def run(tmp_path, **counts) -> tuple[int, str]:
     said = io.StringIO()
-    counts = dict.fromkeys(prove.COUNTS, 0) | counts
+    counts = dict.fromkeys(verify.COUNTS, 0) | counts
     file = tmp_path / "verified_kernels.json"
-    code = prove.run(lambda: counts, tmp_path, file, Console(file=said, width=200))
+    code = verify.run(lambda: counts, tmp_path, file, Console(file=said, width=200))
     return code, said.getvalue()
 
 
@@ -101,7 +101,7 @@ def test_prove_records_a_clean_run_only(tmp_path, monkeypatch, bad):
     gpu = {"name": "NVIDIA H200", "target": "sm_90"}
     monkeypatch.setattr(machine, "_gpu", lambda: gpu)
     monkeypatch.setattr(verified, "compiled_sources", lambda: "abc")
-    monkeypatch.setattr(prove.native, "native_op", lambda op, device: op == OP)
+    monkeypatch.setattr(verify.native, "native_op", lambda op, device: op == OP)
     assert run(tmp_path, **bad)[0] == 1 and not list(tmp_path.iterdir())
     assert run(tmp_path, tests=9)[0] == 0
     found = json.loads((tmp_path / "verified_kernels.json").read_text())

@@ -1,1 +1,1 @@
-"""Inputs, comparison and timing: what tests/ and bench/ share."""
+"""Facts of every op, comparison and timing, for tests/ and bench/."""

@@ -1,9 +1,9 @@
-"""Functions run on several ranks: processes of this machine in a gloo group, for tests and bench.
+"""Runs functions on several ranks: processes of this machine in a gloo group.
 
-`run(4, check, 7)` calls check(7) in four processes that share `torch.distributed`'s default group,
-and returns what they returned. They are forked from a server that has imported torch and deepkern
-once, so that a rank costs a fraction of a second. No run is endless: what is not done when its time
-is over is killed, and that is an error.
+`run(4, check, 7)` calls check(7) in four processes with one default `torch.distributed` group and
+returns their results. The processes fork from a server that has imported torch and deepkern once,
+so that a rank starts in a fraction of a second. A rank that exceeds the timeout is killed, which
+is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 
 class RankError(AssertionError):
-    """Some ranks raised, died or were not done in time."""
+    """Some ranks raised, died or exceeded the timeout."""
 
 
 def run(
@@ -34,21 +34,21 @@ def run(
     group_timeout: float = 60.0,
     may_die: Sequence[int] = (),
 ) -> list:
-    """Calls `function(*args)`, one that can be imported, on `world` ranks.
+    """Calls `function(*args)`, an importable function, on `world` ranks.
 
     Args:
-        timeout: seconds after which all are killed.
+        timeout: seconds after which all ranks are killed.
         group_timeout: the group's own timeout.
-        may_die: ranks that may end without a word; their outcome is then None.
+        may_die: ranks that may exit without a result; their result is then None.
 
     Returns:
-        What each rank returned.
+        The result of each rank.
 
     Raises:
         RankError: with the tracebacks of the ranks that raised.
     """
     context = multiprocessing.get_context("forkserver")
-    # The last is what the first poisoned tensor imports, in seconds.
+    # The first poisoned tensor imports the last module, which takes seconds.
     context.set_forkserver_preload(["torch", "deepkern", "torch._inductor.config"])
     outcomes, errors = [None] * world, []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""How long a call takes: the median over repeated calls, on the device where its work is done.
+"""The time of a call: the median over repeated calls on a device.
 
-On a GPU with CUDA events, the L2 cache emptied before every call (`triton.testing.do_bench`); on a
-CPU with `torch.utils.benchmark`. Both warm up first and repeat until `seconds` have been spent; on
-a CPU, a call that takes longer than that is measured once and not warmed up.
+On a GPU we use CUDA events and clear the L2 cache before every call (`triton.testing.do_bench`); on
+a CPU `torch.utils.benchmark`. Both warm up first and repeat for `seconds`. A call on a CPU that
+takes longer than that is measured once, without warm-up.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call; `spread` is the interquartile range over the median."""
+    """Microseconds per call; `iqr_ratio` is the interquartile range over the median."""
 
     median: float
-    spread: float
+    iqr_ratio: float
     samples: int
 
 
 def time_call(call: Callable[[], object], device: torch.device, seconds: float = 0.5) -> Timing:
-    """Times `call`, which does its work on `device`, for about `seconds`."""
+    """Times `call`, which runs on `device`, for about `seconds`."""
     samples = _on_gpu(call, seconds) if device.type == "cuda" else _on_cpu(call, seconds)
     median = statistics.median(samples)
     quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median, 0, median)
-    spread = (quartiles[2] - quartiles[0]) / median if median else 0.0
-    return Timing(median * 1e6, spread, len(samples))
+    iqr_ratio = (quartiles[2] - quartiles[0]) / median if median else 0.0
+    return Timing(median * 1e6, iqr_ratio, len(samples))
 
 
 def _on_gpu(call: Callable[[], object], seconds: float) -> list[float]:

@@ -1,0 +1,134 @@
+"""The host time of a call, before the GPU starts.
+
+    python -m bench.studies.launch [OP ...] [--seconds 0.3] [--keep] [--folder DIR]
+
+It uses no GPU. Triton calls run under a driver that compiles for sm_90 and launches nothing. Calls
+of the Hopper kernels run against the emulator's replacement of CUDA, with launches switched off.
+The figures include all of deepkern's host code and Triton's choice of the compiled kernel and its
+argument handling. They exclude CUDA's driver (launches, and tensor maps, which the emulator
+encodes) and Triton's C launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":  # interpreted kernels are not launched; read when Triton is imported
+    os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.utils.benchmark import Timer
+
+import deepkern
+from deepkern.runtime import arch, backends
+from deepkern.testing.ops import facts
+
+from .. import compiling, emulator, machine, results
+from ..command_line import FOLDER, KEEP, SECONDS, bar, known_ops, screen
+
+# What one layer of a decoding step calls.
+OPS = ("rmsnorm_cast", "cast_per_token", "fp8_gemm_nt", "mla_cache_append", "mla_decode",
+       "route_topk", "expert_dispatch", "m_grouped_fp8_gemm_nt_contiguous", "swiglu_cast",
+       "expert_combine")  # fmt: skip
+_NAMES = typer.Argument(None, help="ops; those of a decoding step by default")
+# Small, because a CPU's allocator is slow for large tensors; aligned, so that nothing is copied.
+SIZES = {
+    "fp8_gemm_nt": {"M": 16, "N": 256, "K": 512},
+    "m_grouped_fp8_gemm_nt_contiguous": {"M": 16, "N": 256, "K": 512, "G": 4},
+    "mla_decode": {"lengths": (100, 100), "H": 16},
+}
+GOALS = {"cuda, in C++": 5.0, "triton": 15.0}  # microseconds
+
+
+def microseconds(call: Callable[[], object], seconds: float) -> float:
+    """The median thread time of one call, which other work on the machine does not lengthen."""
+    call()
+    timer = Timer("call()", globals={"call": call}, timer=time.thread_time)
+    return timer.blocked_autorange(min_run_time=seconds).median * 1e6
+
+
+def by_triton(name: str, seconds: float) -> float:
+    """The public function with Triton kernels that are compiled already."""
+    target = arch.ARCHS["sm_90"]
+    args = compiling.unwritten_arguments(name, inputs_of(name))
+    with compiling.stub_driver(target), deepkern.backend("triton"):
+        return microseconds(lambda: getattr(deepkern, name)(*args), seconds)
+
+
+def by_cuda(name: str, seconds: float) -> tuple[float, float]:
+    """The Hopper kernels: the op in C++ alone, and the public function."""
+    args = compiling.unwritten_arguments(name, inputs_of(name))
+    native = getattr(torch.ops.deepkern_emulated, name).default
+    with emulator.cuda_backend(launches=False):
+        in_cpp = microseconds(lambda: native(*args), seconds)
+        return in_cpp, microseconds(lambda: getattr(deepkern, name)(*args), seconds)
+
+
+def inputs_of(name: str) -> dict:
+    """The size of an op's arguments."""
+    return SIZES.get(name) or facts(name).SIZES.small[0]
+
+
+def table(rows: list[dict]) -> Table:
+    view = Table(title="host time of a call, µs, without the driver")
+    for column in ("op", "triton", "cuda, in C++", "cuda"):
+        view.add_column(column, justify="left" if column == "op" else "right")
+    for row in rows:
+        view.add_row(row["op"], *(f"{row[c]:.1f}" if c in row else "" for c in
+                                  ("triton", "cuda, in C++", "cuda")))  # fmt: skip
+    return view
+
+
+def run(
+    names: list[str] | None = None,
+    keep: bool = False,
+    seconds: float = 0.5,
+    folder: Path = results.FOLDER,
+    console: Console | None = None,
+) -> int:
+    """Times, prints, and writes a record."""
+    if backends.interpreting():
+        raise RuntimeError("TRITON_INTERPRET was set when Triton was imported: unset it")
+    console, about, rows = console or screen(), machine.describe(), []
+    names = names or list(OPS)
+    served = emulator.served() if emulator.compiler() else []
+    if not served:
+        console.print("no C++ compiler: the Hopper kernels' host side is left out")
+    with bar(console, "calling", len(names)) as step:
+        for name in names:
+            row = {"kind": "launch", "op": name, "triton": by_triton(name, seconds)}
+            if name in served:
+                emulator.ops()
+                row["cuda, in C++"], row["cuda"] = by_cuda(name, seconds)
+            rows.append(row)
+            step(name)
+    console.print(table(rows))
+    for column, goal in GOALS.items():
+        times = [row[column] for row in rows if column in row]
+        if times:
+            console.print(f"{column}: goal {goal:.0f} µs, slowest {max(times):.1f} µs")
+    file = results.path(about, keep, folder)
+    file = file.with_stem(f"{file.stem}-launch")
+    results.write([{"kind": "machine", **about}, *rows], file)
+    console.print(f"written: {file}", soft_wrap=True)
+    return 0
+
+
+def main(
+    names: list[str] = _NAMES,
+    keep: bool = KEEP,
+    seconds: float = SECONDS,
+    folder: Path = FOLDER,
+) -> None:
+    """Times the host side of a call, without a GPU: of Triton kernels and of the Hopper ones."""
+    raise typer.Exit(run(known_ops(names) if names else None, keep, seconds, folder))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,127 @@
+"""Inputs, sizes, cost and baseline of fp8_gemm_nt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from ... import reference
+from .. import gemms
+from ..costs import Cost, tensor_bytes
+from ..providers import Calls, prepared, with_deep_gemm
+from ..random_inputs import values
+from . import Sizes
+
+BF16, F32 = torch.bfloat16, torch.float32
+SCALED_MM = "scaled_mm, blockwise"
+
+
+def inputs(
+    generator: Generator,
+    M: int,
+    N: int,
+    K: int,
+    out_dtype: torch.dtype = BF16,
+    c: torch.dtype | None = None,
+    b_rows: int = 128,
+) -> tuple:
+    """`b_rows`: rows of b that one scale covers, 128 or 1; `c`: the dtype of c, if given."""
+    a, a_scale = reference.cast_per_token(values(generator, M, K))
+    cast = reference.cast_per_block if b_rows == 128 else reference.cast_per_token
+    b, b_scale = cast(values(generator, N, K))
+    addend = None if c is None else values(generator, M, N, dtype=c)
+    return a, a_scale, b, b_scale, out_dtype, addend
+
+
+def _sizes_for_every_tile() -> list[dict]:
+    """Shapes that between them choose every tile that a launch may choose on any architecture.
+
+    Each once as it is common, and once as it takes the most registers: a partial block of K and
+    c in fp32.
+    """
+    worst = {"c": F32, "out_dtype": F32}
+    sizes = [{"M": M, "N": N, "K": K} for M in gemms.ROWS for N, K in gemms.LAYERS]
+    return gemms.sizes_with_a_new_tile(sizes, 128) + [
+        {**size, "K": size["K"] + 16, **worst, "b_rows": b_rows}
+        for b_rows in (128, 1)
+        for size in gemms.sizes_with_a_new_tile(sizes, b_rows)
+    ]
+
+
+SIZES = Sizes(
+    small=[
+        {"M": 65, "N": 130, "K": 300, "c": F32},
+        {"M": 1, "N": 256, "K": 256, "b_rows": 1, "out_dtype": torch.float16},
+        {"M": 7, "N": 129, "K": 127, "c": BF16, "out_dtype": F32},
+        {"M": 130, "N": 40, "K": 128, "b_rows": 1, "c": torch.float16},
+        {"M": 0, "N": 128, "K": 128},
+        {"M": 3, "N": 0, "K": 128},
+        {"M": 3, "N": 5, "K": 0},
+        {"M": 3, "N": 5, "K": 0, "c": F32},
+    ],
+    cpu=[{"M": M, "N": N, "K": K} for N, K in ((7168, 2048), (4096, 7168)) for M in (1, 4, 64)],
+    gpu=[{"M": M, "N": N, "K": K} for N, K in gemms.V3 for M in (1, 16, 64, 128, 4096)],
+    inspect=_sizes_for_every_tile(),
+)
+EXACT = False
+
+
+def cost(a: Tensor, b: Tensor, **rest) -> Cost:
+    flops = 2 * a.shape[0] * a.shape[1] * b.shape[0]
+    return Cost(tensor_bytes(a, b, rest), flops, fp8=True)
+
+
+def baseline(a, a_scale, b, b_scale, out_dtype=BF16, c=None) -> Tensor:
+    """Dequantize both to bf16, F.linear."""
+    out = F.linear(*gemms.dequantize(a, a_scale, b, b_scale, _wide(out_dtype))).to(out_dtype)
+    return out if c is None else (out + c).to(out_dtype)
+
+
+def _wide(out_dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type of the dequantized operands."""
+    return BF16 if out_dtype == F32 else out_dtype
+
+
+def others(a, a_scale, b, b_scale, out_dtype, c, **rest) -> Calls:
+    wide_a, wide_b = gemms.dequantize(a, a_scale, b, b_scale, _wide(out_dtype))
+    calls: Calls = {
+        "bf16 F.linear, all dequantized before": lambda: F.linear(wide_a, wide_b).to(out_dtype)
+    }
+    if a.device.type == "cpu":  # what people run there; it has no blockwise scaled_mm
+        a_32, b_32 = wide_a.float(), wide_b.float()
+        calls["fp32 F.linear, all dequantized before"] = lambda: F.linear(a_32, b_32)
+    else:
+        calls[SCALED_MM] = prepared(lambda: scaled_mm(a, a_scale, b, b_scale, out_dtype))
+    return calls | with_deep_gemm(
+        lambda library: deep_gemm(library, a, a_scale, b, b_scale, out_dtype, c)
+    )
+
+
+def scaled_mm(a, a_scale, b, b_scale, out_dtype) -> Callable[[], Tensor]:
+    """cuBLASLt through torch. Scales are column-major; 128x128 scales are padded to 4 along K."""
+    from torch.nn.functional import ScalingType
+
+    per_row, per_block = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+    recipe = per_row if b_scale.shape[0] == b.shape[0] else per_block
+    if recipe == per_block:
+        y_scale = F.pad(b_scale, (0, -b_scale.shape[1] % 4)).contiguous().t()
+    else:
+        y_scale = column_major(b_scale)
+    x_scale = column_major(a_scale)
+    return lambda: F.scaled_mm(
+        a, b.t(), x_scale, per_row, y_scale, recipe, output_dtype=out_dtype
+    )  # fmt: skip
+
+
+def column_major(scale: Tensor) -> Tensor:
+    return scale.t().contiguous().t()
+
+
+def deep_gemm(library: ModuleType, a, a_scale, b, b_scale, out_dtype, c) -> Callable:
+    d = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    a_scale = library.get_mn_major_tma_aligned_tensor(a_scale)
+    return lambda: library.fp8_gemm_nt((a, a_scale), (b, b_scale), d, c=c) or d

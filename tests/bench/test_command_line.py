@@ -1,0 +1,73 @@
+"""The commands of `python -m bench`: what they refuse, and what they print without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import gpu
+from bench.__main__ import app
+from bench.machine import ROOT
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ops", "no_such_op"], "no op 'no_such_op'"),
+        (["inspect", "no_such_op"], "no op 'no_such_op'"),
+        (["inspect", "cast_per_token", "--target", "sm_1"], "no target 'sm_1'"),
+        (["tune", "cast_back"], "no tiles to tune"),
+        (["tune", "--size", "M=x"], "expected sizes such as"),
+        (["gpu", "other"], "no 'other'; there are"),
+        (["gpu", "quant", "--stage", "other"], "no 'other'; there are"),
+        (["no_such_command"], "no_such_command"),
+    ],
+    ids=" ".join,
+)
+def test_command_line_refuses(words, message):
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and message in done.output
+
+
+@without_gpu
+@pytest.mark.parametrize("words", [["tune", "fp8_gemm_nt"], ["gpu", "quant"]], ids=" ".join)
+def test_needs_a_gpu(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and "needs a GPU" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_prints_stages_and_runs_none(tmp_path):
+    words = ["gpu", "matmul", "--out", str(tmp_path / "out"), "--dry-run"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0
+    stages = [line.split(" ")[0] for line in done.output.splitlines()]
+    assert stages == list(gpu.commands("matmul", tmp_path))
+    assert "setup.py" in done.output and f"(at most {gpu.LIMIT} s)" in done.output
+    assert not (tmp_path / "out").exists()
+    one = CliRunner().invoke(app, [*words, "--stage", "tune"])
+    assert len(one.output.splitlines()) == 1 and one.output.startswith("tune (at most")
+
+
+@pytest.mark.slow
+def test_inspect_checks_and_prints_a_table():
+    done = CliRunner().invoke(app, ["inspect", "cast_per_token", "--target", "sm_90", "--check"])
+    assert done.exit_code == 0, done.output
+    for word in ("cast_per_token", "sm_90", "0 with problems"):
+        assert word in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["accumulation", "expert_parallel", "launch", "placement"])
+def test_studies_are_scripts(study):
+    command = [sys.executable, "-m", f"bench.studies.{study}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"bench.studies.{study}" in done.stdout
