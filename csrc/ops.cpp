@@ -166,13 +166,13 @@ Tensor fp8_gemm_nt(const Tensor& a_codes, const Tensor& a_scale, const Tensor& b
   if (M * N == 0) return out;
   gemm.out = out.mutable_data_ptr();
 
-  const int64_t blocks = blocks_of_k(gemm.K), strips = (N + kStrip - 1) / kStrip;
-  for (int64_t first = 0; first < M; first += Fp8GemmRows::kMost) {
-    const int64_t count = std::min(M - first, Fp8GemmRows::kMost);
+  const int64_t blocks = blocks_of_k(gemm.K), strips = (N + STRIP_COLUMNS - 1) / STRIP_COLUMNS;
+  for (int64_t first = 0; first < M; first += Fp8GemmRows::MAX_ROWS) {
+    const int64_t count = std::min(M - first, Fp8GemmRows::MAX_ROWS);
     Fp8GemmRows rows(gemm, isa, first, first + count);
     // Fewer than so many to a thread are not worth one.
     const int64_t few_blocks = (1 << 16) / (kBlock * count);
-    const int64_t few_strips = (1 << 18) / (kStrip * (gemm.K + 1) * count);
+    const int64_t few_strips = (1 << 18) / (STRIP_COLUMNS * (gemm.K + 1) * count);
     torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, few_blocks),
                                 [&](int64_t from, int64_t to) { rows.widen(from, to); });
     torch::stable::parallel_for(0, strips, std::max<int64_t>(1, few_strips),
@@ -203,13 +203,13 @@ Tensor topk_indices(const Tensor& logits, int64_t k, const std::optional<Tensor>
     STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Int,
                     "topk_indices: lengths: expected dtype int32, got ", lengths->scalar_type());
     rows.lengths = static_cast<const int32_t*>(lengths->const_data_ptr());
-    rows.length_step = lengths->stride(0);
+    rows.length_stride = lengths->stride(0);
   }
   Tensor out = torch::stable::new_empty(logits, {S, k}, ScalarType::Int);
   if (S * k == 0) return out;
   rows.logits = logits.const_data_ptr();
   rows.type = dtype == ScalarType::Float ? Real::fp32 : Real::bf16;
-  rows.row = logits.stride(0);
+  rows.row_stride = logits.stride(0);
   rows.N = N;
   rows.k = k;
   rows.out = static_cast<int32_t*>(out.mutable_data_ptr());
