@@ -16,7 +16,7 @@
 namespace deepkern {
 namespace {
 
-constexpr int64_t BLOCK = 128;  // values per scale
+constexpr int64_t SCALE_BLOCK = 128;  // values per scale
 
 // Rounds to nearest even, saturates at 448; NaN becomes 0x7F.
 DEEPKERN_INLINE uint8_t to_e4m3(float x) {
@@ -41,11 +41,11 @@ template <Real type>
 DEEPKERN_INLINE void cast_typed_rows(const void* x, int64_t x_stride, uint8_t* q,
                                      ScaleOutput scale, int64_t first, int64_t last, int64_t K,
                                      bool ue8m0) {
-  const int64_t blocks = (K + BLOCK - 1) / BLOCK;
+  const int64_t blocks = (K + SCALE_BLOCK - 1) / SCALE_BLOCK;
   for (int64_t m = first; m < last; ++m) {
     for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t offset = m * x_stride + j * BLOCK;
-      const int64_t count = std::min(BLOCK, K - j * BLOCK);
+      const int64_t offset = m * x_stride + j * SCALE_BLOCK;
+      const int64_t count = std::min(SCALE_BLOCK, K - j * SCALE_BLOCK);
       int32_t amax = 0;  // bits of |x|: they order as the values do, inf and NaN last
       for (int64_t i = 0; i < count; ++i) {
         amax = std::max(amax, as_bits(load<type>(x, offset + i)) & 0x7FFFFFFF);
@@ -53,7 +53,7 @@ DEEPKERN_INLINE void cast_typed_rows(const void* x, int64_t x_stride, uint8_t* q
       const float s = block_scale(amax, ue8m0);
       const float inverse = 1.0f / s;
       scale.data[m * scale.row_stride + j * scale.block_stride] = s;
-      uint8_t* out = q + m * K + j * BLOCK;
+      uint8_t* out = q + m * K + j * SCALE_BLOCK;
       for (int64_t i = 0; i < count; ++i) out[i] = to_e4m3(load<type>(x, offset + i) * inverse);
     }
   }

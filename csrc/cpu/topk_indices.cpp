@@ -1,7 +1,7 @@
 // out[s] = the k indices n < lengths[s] of the largest logits[s, n], ascending, then -1
 //
 // A random sample of the row gives a lower bound that slightly more than k values should reach. One
-// pass over the row collects the values that reach it; one vectorised comparison skips a block of
+// pass over the row collects the values that reach it; one vectorised comparison skips a chunk of
 // 32 values without any. std::nth_element finds the k-th largest of the collected values. If fewer
 // than k values were collected, a second pass collects all of them, so the result does not depend
 // on the sample.
@@ -22,7 +22,7 @@
 namespace deepkern {
 namespace {
 
-constexpr int64_t BLOCK = 32;      // values that one comparison skips
+constexpr int64_t CHUNK = 32;      // values that one comparison skips
 constexpr int64_t SAMPLE_SIZE = 1024;  // values
 constexpr int32_t LOWEST_KEY = std::numeric_limits<int32_t>::min();  // less than every key
 
@@ -37,8 +37,8 @@ DEEPKERN_INLINE int32_t sortable(float value) {
 // The values that reach a bound, by ascending index.
 struct Candidates {
   explicit Candidates(int64_t max_count)
-      : keys(new int32_t[max_count + BLOCK]), indices(new int32_t[max_count + BLOCK]), count(0) {}
-  std::unique_ptr<int32_t[]> keys, indices;  // up to a block is written past the last
+      : keys(new int32_t[max_count + CHUNK]), indices(new int32_t[max_count + CHUNK]), count(0) {}
+  std::unique_ptr<int32_t[]> keys, indices;  // up to a chunk is written past the last
   int64_t count;
 };
 
@@ -61,13 +61,13 @@ DEEPKERN_INLINE int32_t sampled_bound(const void* x, int64_t n, int64_t k) {
 template <Real type>
 DEEPKERN_INLINE void collect(const void* x, int64_t n, int32_t bound, Candidates& out) {
   out.count = 0;
-  for (int64_t first = 0; first < n; first += BLOCK) {
-    int32_t keys[BLOCK];
-    const int64_t size = std::min(BLOCK, n - first);
+  for (int64_t first = 0; first < n; first += CHUNK) {
+    int32_t keys[CHUNK];
+    const int64_t size = std::min(CHUNK, n - first);
     int32_t largest = LOWEST_KEY;
-    if (size == BLOCK) {
-      for (int64_t j = 0; j < BLOCK; ++j) keys[j] = sortable(load<type>(x, first + j));
-      for (int64_t j = 0; j < BLOCK; ++j) largest = std::max(largest, keys[j]);
+    if (size == CHUNK) {
+      for (int64_t j = 0; j < CHUNK; ++j) keys[j] = sortable(load<type>(x, first + j));
+      for (int64_t j = 0; j < CHUNK; ++j) largest = std::max(largest, keys[j]);
     } else {
       for (int64_t j = 0; j < size; ++j) keys[j] = sortable(load<type>(x, first + j));
       largest = std::numeric_limits<int32_t>::max();

@@ -448,9 +448,9 @@ void tma_store_commit() {
   t.open_store_group = std::make_shared<emulator::StoreGroup>();
 }
 
-void tma_store_wait_groups(int max_pending, bool reads_only) {
+void tma_store_wait_groups(int pending, bool reads_only) {
   Thread& t = current();
-  const int count = static_cast<int>(t.store_groups.size()) - max_pending;
+  const int count = static_cast<int>(t.store_groups.size()) - pending;
   const auto done = [&] {
     for (int i = 0; i < count; ++i) {
       const auto& group = *t.store_groups[i];

@@ -120,24 +120,24 @@ void tma_load_multicast(void* to, const TensorMap* map, Barrier* barrier, int co
 void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier);
 void tma_store(const TensorMap* map, const void* from, int column, int row);
 void tma_store_commit();
-void tma_store_wait_groups(int max_pending, bool reads_only);
-template <int MAX_PENDING>
+void tma_store_wait_groups(int pending, bool reads_only);
+template <int PENDING>
 void tma_store_wait_read() {
-  tma_store_wait_groups(MAX_PENDING, true);
+  tma_store_wait_groups(PENDING, true);
 }
-template <int MAX_PENDING>
+template <int PENDING>
 void tma_store_wait() {
-  tma_store_wait_groups(MAX_PENDING, false);
+  tma_store_wait_groups(PENDING, false);
 }
 
 // WGMMA.
 uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes);
 void wgmma_fence();
 void wgmma_commit();
-void wgmma_wait_groups(int max_pending);
-template <int MAX_PENDING>
+void wgmma_wait_groups(int pending);
+template <int PENDING>
 void wgmma_wait() {
-  wgmma_wait_groups(MAX_PENDING);
+  wgmma_wait_groups(PENDING);
 }
 void wgmma_issue(emulator::Wgmma operation, float* accumulators, const uint32_t* a);
 

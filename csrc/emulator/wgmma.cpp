@@ -207,9 +207,9 @@ void wgmma_commit() {
   current().block->machine->maybe_yield(8);
 }
 
-void wgmma_wait_groups(int max_pending) {
+void wgmma_wait_groups(int pending) {
   Thread& t = current();
-  const int count = static_cast<int>(t.wgmma_commits.size()) - max_pending;
+  const int count = static_cast<int>(t.wgmma_commits.size()) - pending;
   if (count <= 0) return;
   const uint64_t target = t.wgmma_commits[count - 1];
   auto& g = t.block->groups[t.group()];

@@ -241,7 +241,7 @@ def bad_arguments(generator) -> dict[str, tuple]:
         r"a_scale: expected 3 rows, got 2": (a, a_scale[:2], b, b_scale),
         r"a_scale: expected 2 columns": (a, a_scale[:, :1], b, b_scale),
         r"a_scale: expected dtype float32": (a, a_scale.double(), b, b_scale),
-        r"b_scale: expected 300 rows or one for 128 of them, got 2": (a, a_scale, b, b_scale[:2]),
+        r"b_scale: expected 300 rows or one per 128, got 2": (a, a_scale, b, b_scale[:2]),
         r"out_dtype: expected dtype": (a, a_scale, b, b_scale, torch.float64),
         r"c: expected shape \(3, 300\)": (a, a_scale, b, b_scale, F32, torch.ones(3, 299)),
         r"c: expected dtype": (a, a_scale, b, b_scale, F32, torch.ones(3, 300).double()),
