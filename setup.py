@@ -21,7 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # -ffp-contract=off: results are bit-exact, so only explicit fused multiply-adds are allowed.
-# -fno-trapping-math: with trapping math GCC does not vectorise a select between two sums, and no
+# -fno-trapping-math: with trapping math GCC does not vectorize a select between two sums, and no
 # code reads the floating-point exception flags.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-trapping-math"]
 FLAGS += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]

@@ -2,7 +2,7 @@
 // q[m, k]     = e4m3(x[m, k] * (1 / scale[m, k / 128]))
 //
 // Parallelization: the caller gives each thread a range of rows. Within a row the compiler
-// vectorises: the code is integer and float arithmetic with selects and without branches. The one
+// vectorizes: the code is integer and float arithmetic with selects and without branches. The one
 // source is compiled for three instruction sets, and cpu_isa() chooses at run time. Every operation
 // is IEEE and -ffp-contract=off is set, so all three give the same bits.
 //

@@ -34,7 +34,7 @@ struct Fp8Gemm {
   void* out;  // [a.rows, b.rows], contiguous
 };
 
-// An uninitialised buffer, aligned to 64 bytes.
+// An uninitialized buffer, aligned to 64 bytes.
 class AlignedBuffer {
  public:
   explicit AlignedBuffer(int64_t bytes)

@@ -11,7 +11,7 @@
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-// The intrinsics header of GCC 12 initialises its undefined vectors with themselves.
+// The intrinsics header of GCC 12 initializes its undefined vectors with themselves.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>

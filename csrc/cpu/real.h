@@ -1,7 +1,7 @@
 // Conversion of bfloat16, float16 and float32 tensor elements to and from float32.
 //
 // The code is integer and float arithmetic with selects and without branches, so the compiler
-// vectorises it for any instruction set.
+// vectorizes it for any instruction set.
 #pragma once
 
 #include <cstdint>

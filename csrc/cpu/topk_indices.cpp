@@ -1,7 +1,7 @@
 // out[s] = the k indices n < lengths[s] of the largest logits[s, n], ascending, then -1
 //
 // A random sample of the row gives a lower bound that slightly more than k values should reach. One
-// pass over the row collects the values that reach it; one vectorised comparison skips a chunk of
+// pass over the row collects the values that reach it; one vectorized comparison skips a chunk of
 // 32 values without any. std::nth_element finds the k-th largest of the collected values. If fewer
 // than k values were collected, a second pass collects all of them, so the result does not depend
 // on the sample.
