@@ -1,4 +1,4 @@
-// Conversion of bfloat16, float16 and float32 tensor elements to and from float32.
+// Converts bfloat16, float16 and float32 tensor elements to float32 and back.
 //
 // The code is integer and float arithmetic with selects and without branches, so the compiler
 // vectorizes it for any instruction set.

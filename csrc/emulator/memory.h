@@ -1,8 +1,8 @@
 // Global memory of the emulator: the tensors a kernel may access, and which blocks accessed them.
 //
 // How: the host registers the tensors of a launch. Each byte of a writable tensor has a record of
-// the blocks that read and wrote it, so that any unordered pair of accesses fails, whatever their
-// order in this run.
+// the blocks that read and wrote it, so that every unordered pair of accesses fails, in each order
+// in which a run may do the two.
 //
 // Limit: 8 bytes of records per byte of writable memory, and a loop over the bytes of an access.
 #pragma once
