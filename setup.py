@@ -1,10 +1,10 @@
-"""Builds the package's C++ parts; everything else stands in pyproject.toml.
+"""Builds the package's C++ parts; pyproject.toml has everything else.
 
 deepkern._C (native ops on torch's stable ABI) needs a C++ compiler, and for its Hopper kernels nvcc
-13; deepkern._host (pybind11) needs Python's headers too. What cannot be built is left out, and the
-package says so, here and at run time: its other backends work. DEEPKERN_REQUIRE_NATIVE=1 makes it
-an error. DEEPKERN_BUILD_CUDA=0 leaves the Hopper kernels out, =1 makes it an error if they cannot
-be built; auto, the default, builds them where there is an nvcc.
+13. deepkern._host (pybind11) also needs Python's headers. A part that cannot be built is left out:
+the build prints the reason, the package reports it at run time, and the other backends work.
+DEEPKERN_REQUIRE_NATIVE=1 makes that an error. DEEPKERN_BUILD_CUDA=0 leaves the Hopper kernels out,
+1 makes it an error if they cannot be built, auto (the default) builds them if nvcc is found.
 """
 
 import hashlib
@@ -20,8 +20,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# Bits are promised: no fused multiply-add but those the code asks for. Nobody reads floating-point
-# exception flags, and as long as they count GCC does not vectorise a choice between two sums.
+# -ffp-contract=off: results are bit-exact, so only explicit fused multiply-adds are allowed.
+# -fno-trapping-math: with trapping math GCC does not vectorize a select between two sums, and no
+# code reads the floating-point exception flags.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-trapping-math"]
 FLAGS += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
 
@@ -34,29 +35,29 @@ def sources(folder: str) -> list[str]:
     return sorted(str(p) for p in Path("csrc", folder).glob("*.cpp"))
 
 
-def foreign_headers(folder: str) -> list[str]:
-    """Flags to include from a folder of this machine, whose warnings and name stay out of here."""
+def system_include(folder: str) -> list[str]:
+    """Flags to include headers of a folder without their warnings or its path in the .so."""
     return ["-isystem", folder, f"-ffile-prefix-map={folder}/="]
 
 
 def cuda_toolkit() -> Path | None:
-    """The CUDA toolkit whose nvcc is on PATH, if the Hopper kernels are to be built."""
-    wanted = os.environ.get("DEEPKERN_BUILD_CUDA", "auto")
-    if wanted not in ("0", "1", "auto"):
-        sys.exit(f"deepkern: DEEPKERN_BUILD_CUDA: expected 0, 1 or auto, got {wanted!r}")
-    if wanted == "0":
+    """The CUDA 13 toolkit of the nvcc on PATH, or None to leave the Hopper kernels out."""
+    setting = os.environ.get("DEEPKERN_BUILD_CUDA", "auto")
+    if setting not in ("0", "1", "auto"):
+        sys.exit(f"deepkern: DEEPKERN_BUILD_CUDA: expected 0, 1 or auto, got {setting!r}")
+    if setting == "0":
         return None
     nvcc = shutil.which("nvcc")
     root = None
     if nvcc:
-        # nvcc may be a script that calls the real one elsewhere; only that one knows where.
-        said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
-        tops = [line.split("TOP=")[1] for line in said.splitlines() if line.startswith("#$ TOP=")]
+        # nvcc may be a wrapper script, so ask it for its toolkit folder.
+        output = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+        tops = [line.split("TOP=")[1] for line in output.splitlines() if line.startswith("#$ TOP=")]
         root = Path(tops[0]).resolve() if tops else None
     if root and any(root.glob("lib*/libcudart_static.a")) and "release 13" in version(nvcc):
         return root
-    if wanted == "1":
-        sys.exit("deepkern: DEEPKERN_BUILD_CUDA=1, but no CUDA 13 toolkit has its nvcc on PATH")
+    if setting == "1":
+        sys.exit("deepkern: DEEPKERN_BUILD_CUDA=1: no nvcc of a CUDA 13 toolkit on PATH")
     return None
 
 
@@ -65,7 +66,7 @@ def version(nvcc: str) -> str:
 
 
 def hash_of_sm90() -> str:
-    """By which runtime/evidence.py knows whether it was these kernels that a GPU has proven."""
+    """The version of csrc/sm90; runtime/evidence.py compares it with the one verified on a GPU."""
     files = sorted(Path("csrc", "sm90").iterdir())
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
@@ -79,9 +80,9 @@ class BuildExt(build_ext):
             folder = Path(self.build_temp, "sm90")
             folder.mkdir(parents=True, exist_ok=True)
             for source in sorted(Path("csrc", "sm90").glob("*.cu")):
-                done = folder / f"{source.stem}.o"
-                self.spawn(["nvcc", *NVCC_FLAGS, "-c", str(source), "-o", str(done)])
-                extension.extra_objects.append(str(done))
+                target = folder / f"{source.stem}.o"
+                self.spawn(["nvcc", *NVCC_FLAGS, "-c", str(source), "-o", str(target)])
+                extension.extra_objects.append(str(target))
             extension.sources += sources("sm90")
             extension.define_macros.append(("DEEPKERN_SM90_SOURCES", f'"{hash_of_sm90()}"'))
             extension.library_dirs += [
@@ -100,10 +101,10 @@ def native_ops() -> Extension:
         ["csrc/ops.cpp", *sources("cpu")],
         depends=sorted(str(p) for p in Path("csrc").rglob("*.[hc]*")),
         include_dirs=["csrc"],
-        # torch 2.11's stable ABI: the oldest that the package supports.
+        # The stable ABI of torch 2.11, the oldest supported version.
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-        extra_compile_args=[*FLAGS, *foreign_headers(str(root / "include"))],
-        # No rpath: the package imports torch before this, and with it these libraries.
+        extra_compile_args=[*FLAGS, *system_include(str(root / "include"))],
+        # No rpath: the package imports torch first, which loads these libraries.
         library_dirs=[str(root / "lib")],
         libraries=["torch", "torch_cpu", "c10"],
         language="c++",
@@ -118,38 +119,39 @@ def host_planners() -> Extension:
         "deepkern._host",
         sources("host"),
         depends=sorted(str(p) for p in Path("csrc", "host").glob("*.h")),
-        extra_compile_args=[*FLAGS, "-pthread", *foreign_headers(pybind11.get_include())],
+        extra_compile_args=[*FLAGS, "-pthread", *system_include(pybind11.get_include())],
         extra_link_args=["-pthread"],
         language="c++",
     )
 
 
-def leave_out(what: str, lost: str, remedy: str) -> None:
-    message = f"deepkern: {what}, so {lost}. To have that: {remedy}, then install deepkern again."
+def leave_out(reason: str, missing: str, remedy: str) -> None:
+    """Reports a part that is not built: exits if DEEPKERN_REQUIRE_NATIVE=1, else prints."""
+    message = f"deepkern: {reason}, so {missing}. To build it: {remedy}, then reinstall deepkern."
     if os.environ.get("DEEPKERN_REQUIRE_NATIVE") == "1":
         sys.exit(message)
-    # pip runs this file three times; twice only for what the package is called and needs.
+    # pip runs this file three times, twice for metadata only.
     if not {"egg_info", "dist_info"} & set(sys.argv):
         print(message, file=sys.stderr)
 
 
 def extensions() -> list[Extension]:
-    named = os.environ.get("CXX")
-    known = [named] if named else [sysconfig.get_config_var("CXX"), "g++", "c++", "clang++"]
-    tried = [c for c in known if c]
-    compiler = next((c for c in tried if shutil.which(shlex.split(c)[0])), None)
+    cxx = os.environ.get("CXX")
+    names = [cxx] if cxx else [sysconfig.get_config_var("CXX"), "g++", "c++", "clang++"]
+    candidates = [c for c in names if c]
+    compiler = next((c for c in candidates if shutil.which(shlex.split(c)[0])), None)
     if compiler is None:
         leave_out(
-            f"no C++ compiler ({', '.join(dict.fromkeys(tried))} not found)",
+            f"no C++ compiler ({', '.join(dict.fromkeys(candidates))} not found)",
             "deepkern._C and deepkern._host are not built: the cpu backend and the host planners "
-            "will be absent; triton and torch work",
+            "are missing; triton and torch work",
             "apt-get install g++, or set CXX",
         )
         return []
     os.environ["CXX"] = compiler
 
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    planners = "deepkern._host is not built: the host planners will be absent"
+    planners = "deepkern._host is not built: the host planners are missing"
     if not headers.exists():
         remedy = f"apt-get install python{sysconfig.get_python_version()}-dev"
         leave_out(f"no {headers}", planners, remedy)

@@ -1,9 +1,9 @@
-// deepkern._C: native ops, registered through torch's stable ABI, so one build serves every torch
-// from 2.11 on and every Python from 3.10 on.
+// deepkern._C: native ops, registered through the stable ABI of torch, so that one build works with
+// torch 2.11 or newer and Python 3.10 or newer.
 //
-// They live in the namespace `deepkern_native` under the names of the Python ops:
-// torch.ops.deepkern_native.X on CPU tensors is the `cpu` backend of torch.ops.deepkern.X, and on
-// CUDA tensors, where nvcc compiled csrc/sm90, the `cuda` backend (sm90/ops.cpp).
+// The namespace `deepkern_native` has the names of the Python ops: torch.ops.deepkern_native.X on
+// CPU tensors is the `cpu` backend of torch.ops.deepkern.X. On CUDA tensors it is the `cuda`
+// backend (sm90/ops.cpp), if nvcc compiled csrc/sm90.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,13 +28,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A scale tensor not yet written, a value per row of x and block of K, and how it lies. By columns
-// the rows of one block stand together, `pitch` floats from those of the next block: a view of a
-// buffer whose padding is zero.
+// An uninitialized scale tensor, with one value per row of x and block of K, and its strides. The
+// column layout is a view of a buffer with `pitch` floats per block of K, whose padding is zero. A
+// group is one matrix [rows, K] of x.
 struct ScaleTensor {
   Tensor tensor;
   float* data;
-  int64_t rows, group, row, block;  // rows to a group; floats to the next group, row, block
+  int64_t rows;               // of a group
+  int64_t group, row, block;  // strides in floats
 };
 
 ScaleTensor new_scale(const Tensor& x, int64_t M, bool by_column) {
@@ -57,7 +58,7 @@ ScaleTensor new_scale(const Tensor& x, int64_t M, bool by_column) {
           static_cast<float*>(padded.mutable_data_ptr()), rows, blocks * pitch, 1, pitch};
 }
 
-// The Python op has checked the arguments; what is checked here is what memory safety needs.
+// The Python op checks all arguments. The checks here are those that memory safety needs.
 std::tuple<Tensor, Tensor> cast_per_token(const Tensor& x, const std::string& scale_format,
                                           const std::string& scale_layout) {
   STD_TORCH_CHECK(x.dim() >= 1, "cast_per_token: x: expected rank 1 or more, got rank 0");
@@ -79,14 +80,14 @@ std::tuple<Tensor, Tensor> cast_per_token(const Tensor& x, const std::string& sc
   const ScaleTensor scale = new_scale(x, M, by_column);
   if (M * K == 0) return {q, scale.tensor};
 
-  const Tensor rows = torch::stable::reshape(x, {M, K});  // a view where strides allow it
+  const Tensor rows = torch::stable::reshape(x, {M, K});  // a view if the strides allow it
   STD_TORCH_CHECK(K == 1 || rows.stride(1) == 1,
                   "cast_per_token: x: expected stride 1 in the last dimension, got ",
                   rows.stride(1));
   const void* in = rows.const_data_ptr();
   auto* codes = static_cast<uint8_t*>(q.mutable_data_ptr());
   const int64_t stride = rows.stride(0);
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / K);  // about 32K values a task
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / K);  // about 32K values per task
   torch::stable::parallel_for(0, M, grain, [&](int64_t first, int64_t last) {
     while (first < last) {
       const int64_t group = first / scale.rows;
@@ -100,24 +101,24 @@ std::tuple<Tensor, Tensor> cast_per_token(const Tensor& x, const std::string& sc
   return {q, scale.tensor};
 }
 
-// `x` with stride 1 along K: itself, or a copy.
-Tensor codes_of(const char* name, const Tensor& x) {
+// `x` with stride 1 along K: itself, or a copy. x: e4m3 [rows, K].
+Tensor k_contiguous(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2, "fp8_gemm_nt: ", name, ": expected rank 2, got rank ", x.dim());
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float8_e4m3fn, "fp8_gemm_nt: ", name,
                   ": expected dtype float8_e4m3fn, got ", x.scalar_type());
   return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// How many rows of `x` a scale covers, checked.
-int64_t rows_to_a_scale(const char* name, const Tensor& x, const Tensor& scale, bool blocks_too) {
+// Checks a scale tensor and returns the rows of `x` per scale: 1 or, if allowed, 128.
+int64_t rows_per_scale(const char* name, const Tensor& x, const Tensor& scale, bool allow_blocks) {
   const int64_t rows = x.size(0), blocks = blocks_of_k(x.size(1));
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "fp8_gemm_nt: ", name,
                   ": expected dtype float32, got ", scale.scalar_type());
   STD_TORCH_CHECK(scale.dim() == 2 && scale.size(1) == blocks, "fp8_gemm_nt: ", name,
                   ": expected ", blocks, " columns");
   if (scale.size(0) == rows) return 1;
-  STD_TORCH_CHECK(blocks_too && scale.size(0) == (rows + kBlock - 1) / kBlock, "fp8_gemm_nt: ",
-                  name, ": expected ", rows, blocks_too ? " rows or one for 128 of them" : " rows",
+  STD_TORCH_CHECK(allow_blocks && scale.size(0) == (rows + kBlock - 1) / kBlock, "fp8_gemm_nt: ",
+                  name, ": expected ", rows, allow_blocks ? " rows or one per 128" : " rows",
                   ", got ", scale.size(0));
   return kBlock;
 }
@@ -132,14 +133,14 @@ Fp8Matrix fp8_matrix(const Tensor& x, const Tensor& scale, int64_t scale_rows) {
           scale.stride(1)};
 }
 
-// What is to be computed, `out` still missing: the arguments, as far as memory safety needs, checked.
+// The arguments of the kernel without `out`, checked as far as memory safety needs.
 Fp8Gemm fp8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
                  ScalarType out_dtype, const std::optional<Tensor>& c) {
   const int64_t M = a.size(0), N = b.size(0), K = a.size(1);
   STD_TORCH_CHECK(b.size(1) == K, "fp8_gemm_nt: b: expected ", K, " columns, got ", b.size(1));
   Fp8Gemm gemm{};
-  gemm.a = fp8_matrix(a, a_scale, rows_to_a_scale("a_scale", a, a_scale, false));
-  gemm.b = fp8_matrix(b, b_scale, rows_to_a_scale("b_scale", b, b_scale, true));
+  gemm.a = fp8_matrix(a, a_scale, rows_per_scale("a_scale", a, a_scale, false));
+  gemm.b = fp8_matrix(b, b_scale, rows_per_scale("b_scale", b, b_scale, true));
   gemm.K = K;
   gemm.out_type = real_type("fp8_gemm_nt", "out_dtype", out_dtype);
   if (!c.has_value()) return gemm;
@@ -155,7 +156,7 @@ Fp8Gemm fp8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
 
 Tensor fp8_gemm_nt(const Tensor& a_codes, const Tensor& a_scale, const Tensor& b_codes,
                    const Tensor& b_scale, ScalarType out_dtype, const std::optional<Tensor>& c) {
-  const Tensor a = codes_of("a", a_codes), b = codes_of("b", b_codes);
+  const Tensor a = k_contiguous("a", a_codes), b = k_contiguous("b", b_codes);
   Fp8Gemm gemm = fp8_gemm(a, a_scale, b, b_scale, out_dtype, c);
   const char* cpu = cpu_isa();
   STD_TORCH_CHECK(cpu != nullptr,
@@ -166,16 +167,16 @@ Tensor fp8_gemm_nt(const Tensor& a_codes, const Tensor& a_scale, const Tensor& b
   if (M * N == 0) return out;
   gemm.out = out.mutable_data_ptr();
 
-  const int64_t blocks = blocks_of_k(gemm.K), strips = (N + kStrip - 1) / kStrip;
-  for (int64_t first = 0; first < M; first += Fp8GemmRows::kMost) {
-    const int64_t count = std::min(M - first, Fp8GemmRows::kMost);
+  const int64_t blocks = blocks_of_k(gemm.K), strips = (N + STRIP_COLUMNS - 1) / STRIP_COLUMNS;
+  for (int64_t first = 0; first < M; first += Fp8GemmRows::MAX_ROWS) {
+    const int64_t count = std::min(M - first, Fp8GemmRows::MAX_ROWS);
     Fp8GemmRows rows(gemm, isa, first, first + count);
-    // Fewer than so many to a thread are not worth one.
-    const int64_t few_blocks = (1 << 16) / (kBlock * count);
-    const int64_t few_strips = (1 << 18) / (kStrip * (gemm.K + 1) * count);
-    torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, few_blocks),
+    // The least work of a task: 2^16 values to widen, 2^18 multiplications.
+    const int64_t min_blocks = (1 << 16) / (kBlock * count);
+    const int64_t min_strips = (1 << 18) / (STRIP_COLUMNS * (gemm.K + 1) * count);
+    torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, min_blocks),
                                 [&](int64_t from, int64_t to) { rows.widen(from, to); });
-    torch::stable::parallel_for(0, strips, std::max<int64_t>(1, few_strips),
+    torch::stable::parallel_for(0, strips, std::max<int64_t>(1, min_strips),
                                 [&](int64_t from, int64_t to) { rows.multiply(from, to); });
   }
   return out;
@@ -199,21 +200,21 @@ Tensor topk_indices(const Tensor& logits, int64_t k, const std::optional<Tensor>
   TopkRows rows{};
   if (lengths.has_value()) {
     STD_TORCH_CHECK(lengths->dim() == 1 && lengths->size(0) == S,
-                    "topk_indices: lengths: expected ", S, " of them");
+                    "topk_indices: lengths: expected shape (", S, ")");
     STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Int,
                     "topk_indices: lengths: expected dtype int32, got ", lengths->scalar_type());
     rows.lengths = static_cast<const int32_t*>(lengths->const_data_ptr());
-    rows.length_step = lengths->stride(0);
+    rows.length_stride = lengths->stride(0);
   }
   Tensor out = torch::stable::new_empty(logits, {S, k}, ScalarType::Int);
   if (S * k == 0) return out;
   rows.logits = logits.const_data_ptr();
   rows.type = dtype == ScalarType::Float ? Real::fp32 : Real::bf16;
-  rows.row = logits.stride(0);
+  rows.row_stride = logits.stride(0);
   rows.N = N;
   rows.k = k;
   rows.out = static_cast<int32_t*>(out.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (N + 1));  // about 32K values a task
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (N + 1));  // about 32K values per task
   torch::stable::parallel_for(0, S, grain, [&](int64_t first, int64_t last) {
     topk_rows(rows, first, last, isa);
   });

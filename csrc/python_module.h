@@ -1,9 +1,10 @@
-// The entry point of a Python module that has no contents: importing it loads the library, and that
-// runs the registrations in it.
+// The entry point of an empty Python module: importing it loads the library, and loading it runs
+// the op registrations in it.
 //
-// Written out by hand so that building needs a compiler and torch, but not Python's headers (on
-// Debian a package of their own). The layout of PyModuleDef is part of Python's stable ABI: it is
-// the same in every version from 3.2 on, free-threaded builds aside, which have no stable ABI.
+// The declarations are copied by hand so that the build needs a compiler and torch, but not
+// Python's headers, which Debian ships in a separate package. The layout of PyModuleDef is part of
+// Python's stable ABI: it is the same in every version from 3.2 on. Free-threaded builds have no
+// stable ABI and are not supported.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,12 @@
 // scale[m, j] = max(|x[m, 128j : 128j+128]|, 1e-4) / 448        (rounded up to 2^n for ue8m0)
 // q[m, k]     = e4m3(x[m, k] * (1 / scale[m, k / 128]))
 //
-// One source, compiled for three instruction sets and chosen at run time: everything is straight
-// integer and float arithmetic with selects instead of branches, which the compiler vectorises, and
-// every operation is IEEE, so all three give the same bits. Built with -ffp-contract=off. Speed is
-// that of memory: a block is read from memory once and a second time from L1.
+// Parallelization: the caller gives each thread a range of rows. Within a row the compiler
+// vectorizes: the code is integer and float arithmetic with selects and without branches. The one
+// source is compiled for three instruction sets, and cpu_isa() chooses at run time. Every operation
+// is IEEE and -ffp-contract=off is set, so all three give the same bits.
+//
+// Limit: memory bandwidth. A block is read once from memory and a second time from L1.
 #include "cast_per_token.h"
 
 #include <algorithm>
@@ -14,99 +16,104 @@
 namespace deepkern {
 namespace {
 
-constexpr int64_t kBlock = 128;
+constexpr int64_t SCALE_BLOCK = 128;  // values per scale
 
-// Nearest even, saturating at 448; NaN is 0x7F.
+// Rounds to nearest even, saturates at 448; NaN becomes 0x7F.
 DEEPKERN_INLINE uint8_t to_e4m3(float x) {
   const int32_t bits = as_bits(x);
   const int32_t magnitude = bits & 0x7FFFFFFF;
   const int32_t clamped = std::min(magnitude, int32_t{0x43E00000});  // 448
-  // Keep 3 mantissa bits, ties to even, and move the exponent's bias from 127 to 7.
+  // Keep 3 mantissa bits, ties to even, and change the exponent's bias from 127 to 7.
   const int32_t normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - (120 << 3);
-  // Below 2^-6 the code counts units of 2^-9: adding 1.5 * 2^23 rounds to whole units.
+  // Below 2^-6 the code counts units of 2^-9: adding 1.5 * 2^23 rounds to integers.
   const int32_t small = as_bits(as_float(clamped) * 512.0f + 12582912.0f) & 0xFF;
   const int32_t code = (clamped < 0x3C800000 ? small : normal) | ((bits >> 24) & 0x80);
-  return static_cast<uint8_t>(magnitude > kInfinity ? 0x7F : code);
+  return static_cast<uint8_t>(magnitude > INFINITY_BITS ? 0x7F : code);
 }
 
 DEEPKERN_INLINE float block_scale(int32_t amax_bits, bool ue8m0) {
-  if (amax_bits >= kInfinity) return as_float(0x7FC00000);  // NaN: inf or NaN spoils its block
+  if (amax_bits >= INFINITY_BITS) return as_float(0x7FC00000);  // inf or NaN makes the block NaN
   const float scale = std::max(as_float(amax_bits), 1e-4f) / 448.0f;
-  return ue8m0 ? as_float((as_bits(scale) + 0x7FFFFF) & kInfinity) : scale;
+  return ue8m0 ? as_float((as_bits(scale) + 0x7FFFFF) & INFINITY_BITS) : scale;
 }
 
 template <Real type>
-DEEPKERN_INLINE void rows(const void* x, int64_t x_stride, uint8_t* q, Scales to, int64_t first,
-                          int64_t last, int64_t K, bool ue8m0) {
-  const int64_t blocks = (K + kBlock - 1) / kBlock;
+DEEPKERN_INLINE void cast_typed_rows(const void* x, int64_t x_stride, uint8_t* q,
+                                     ScaleOutput scale, int64_t first, int64_t last, int64_t K,
+                                     bool ue8m0) {
+  const int64_t blocks = (K + SCALE_BLOCK - 1) / SCALE_BLOCK;
   for (int64_t m = first; m < last; ++m) {
     for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t from = m * x_stride + j * kBlock;
-      const int64_t count = std::min(kBlock, K - j * kBlock);
-      int32_t amax = 0;  // |x| as bits: they order as the numbers do, inf and NaN on top
+      const int64_t offset = m * x_stride + j * SCALE_BLOCK;
+      const int64_t count = std::min(SCALE_BLOCK, K - j * SCALE_BLOCK);
+      int32_t amax = 0;  // bits of |x|: they order as the values do, inf and NaN last
       for (int64_t i = 0; i < count; ++i) {
-        amax = std::max(amax, as_bits(load<type>(x, from + i)) & 0x7FFFFFFF);
+        amax = std::max(amax, as_bits(load<type>(x, offset + i)) & 0x7FFFFFFF);
       }
       const float s = block_scale(amax, ue8m0);
       const float inverse = 1.0f / s;
-      to.scales[m * to.row + j * to.block] = s;
-      uint8_t* out = q + m * K + j * kBlock;
-      for (int64_t i = 0; i < count; ++i) out[i] = to_e4m3(load<type>(x, from + i) * inverse);
+      scale.data[m * scale.row_stride + j * scale.block_stride] = s;
+      uint8_t* out = q + m * K + j * SCALE_BLOCK;
+      for (int64_t i = 0; i < count; ++i) out[i] = to_e4m3(load<type>(x, offset + i) * inverse);
     }
   }
 }
 
-DEEPKERN_INLINE void rows_of(const void* x, Real type, int64_t x_stride, uint8_t* q, Scales to,
-                             int64_t first, int64_t last, int64_t K, bool ue8m0) {
+DEEPKERN_INLINE void cast_any_rows(const void* x, Real type, int64_t x_stride, uint8_t* q,
+                                   ScaleOutput scale, int64_t first, int64_t last, int64_t K,
+                                   bool ue8m0) {
   switch (type) {
-    case Real::bf16: return rows<Real::bf16>(x, x_stride, q, to, first, last, K, ue8m0);
-    case Real::fp16: return rows<Real::fp16>(x, x_stride, q, to, first, last, K, ue8m0);
-    case Real::fp32: return rows<Real::fp32>(x, x_stride, q, to, first, last, K, ue8m0);
+    case Real::bf16:
+      return cast_typed_rows<Real::bf16>(x, x_stride, q, scale, first, last, K, ue8m0);
+    case Real::fp16:
+      return cast_typed_rows<Real::fp16>(x, x_stride, q, scale, first, last, K, ue8m0);
+    case Real::fp32:
+      return cast_typed_rows<Real::fp32>(x, x_stride, q, scale, first, last, K, ue8m0);
   }
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) void rows_avx2(const void* x, Real type, int64_t x_stride,
-                                               uint8_t* q, Scales to, int64_t first, int64_t last,
-                                               int64_t K, bool ue8m0) {
-  rows_of(x, type, x_stride, q, to, first, last, K, ue8m0);
+__attribute__((target("avx2"))) void cast_rows_avx2(const void* x, Real type, int64_t x_stride,
+                                                    uint8_t* q, ScaleOutput scale, int64_t first,
+                                                    int64_t last, int64_t K, bool ue8m0) {
+  cast_any_rows(x, type, x_stride, q, scale, first, last, K, ue8m0);
 }
 
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void
-rows_avx512(const void* x, Real type, int64_t x_stride, uint8_t* q, Scales to, int64_t first,
-            int64_t last, int64_t K, bool ue8m0) {
-  rows_of(x, type, x_stride, q, to, first, last, K, ue8m0);
+cast_rows_avx512(const void* x, Real type, int64_t x_stride, uint8_t* q, ScaleOutput scale,
+                 int64_t first, int64_t last, int64_t K, bool ue8m0) {
+  cast_any_rows(x, type, x_stride, q, scale, first, last, K, ue8m0);
 }
 #endif
 
 }  // namespace
 
-void cast_rows(const void* x, Real type, int64_t x_stride, uint8_t* q, Scales to, int64_t first,
-               int64_t last, int64_t K, bool ue8m0, const char* isa) {
+void cast_rows(const void* x, Real type, int64_t x_stride, uint8_t* q, ScaleOutput scale,
+               int64_t first, int64_t last, int64_t K, bool ue8m0, const char* isa) {
 #if defined(__x86_64__)
   if (std::strcmp(isa, "avx512") == 0) {
-    return rows_avx512(x, type, x_stride, q, to, first, last, K, ue8m0);
+    return cast_rows_avx512(x, type, x_stride, q, scale, first, last, K, ue8m0);
   }
   if (std::strcmp(isa, "avx2") == 0) {
-    return rows_avx2(x, type, x_stride, q, to, first, last, K, ue8m0);
+    return cast_rows_avx2(x, type, x_stride, q, scale, first, last, K, ue8m0);
   }
 #else
   (void)isa;
 #endif
-  rows_of(x, type, x_stride, q, to, first, last, K, ue8m0);
+  cast_any_rows(x, type, x_stride, q, scale, first, last, K, ue8m0);
 }
 
 const char* cpu_isa() {
-  const char* wanted = std::getenv("DEEPKERN_CPU_ISA");
-  const bool any = wanted == nullptr || *wanted == '\0';
+  const char* requested = std::getenv("DEEPKERN_CPU_ISA");
+  const bool automatic = requested == nullptr || *requested == '\0';
 #if defined(__x86_64__)
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && (any || std::strcmp(wanted, "avx512") == 0)) return "avx512";
+  if (avx512 && (automatic || std::strcmp(requested, "avx512") == 0)) return "avx512";
   const bool avx2 = __builtin_cpu_supports("avx2");
-  if (avx2 && (any || std::strcmp(wanted, "avx2") == 0)) return "avx2";
+  if (avx2 && (automatic || std::strcmp(requested, "avx2") == 0)) return "avx2";
 #endif
-  if (any || std::strcmp(wanted, "portable") == 0) return "portable";
+  if (automatic || std::strcmp(requested, "portable") == 0) return "portable";
   return nullptr;
 }
 

@@ -1,4 +1,4 @@
-// FP8 cast of rows with one scale per 128 values, for one CPU thread.
+// FP8 cast of rows with one scale per 128 values, on the calling thread: see cast_per_token.cpp.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,24 @@
 
 namespace deepkern {
 
-// Where the scale of row m and block j goes: scales[m * row + j * block].
-struct Scales {
-  float* scales;
-  int64_t row, block;
+// Output scales: the scale of row m and block j is data[m * row_stride + j * block_stride].
+struct ScaleOutput {
+  float* data;
+  int64_t row_stride, block_stride;  // floats
 };
 
-// Casts rows [first, last). `x` has rows of K values, `x_stride` values apart; `q` is contiguous, K
-// codes a row. `isa` is what cpu_isa() says.
-void cast_rows(const void* x, Real type, int64_t x_stride, uint8_t* q, Scales to, int64_t first,
-               int64_t last, int64_t K, bool ue8m0, const char* isa);
+// Casts rows [first, last) of x to q and scale.
+void cast_rows(const void* x,      // [rows, K] of `type`
+               Real type,          //
+               int64_t x_stride,   // elements from a row of x to the next
+               uint8_t* q,         // e4m3 [rows, K], contiguous
+               ScaleOutput scale,  // [rows, ceil(K / 128)]
+               int64_t first, int64_t last, int64_t K,
+               bool ue8m0,        // round scales up to a power of two
+               const char* isa);  // a result of cpu_isa()
 
-// The best instruction set this CPU has, or the one that DEEPKERN_CPU_ISA names (for tests).
+// The best instruction set of this CPU, "avx512", "avx2" or "portable", or the one that
+// DEEPKERN_CPU_ISA names (for tests). Null if that one is unknown or this CPU does not have it.
 const char* cpu_isa();
 
 }  // namespace deepkern

@@ -1,16 +1,19 @@
 // d[m, n] = Σ_j a_scale[m, j] · b_scale[n or n / 128, j] · Σ_{k in block j} a[m, k] · b[n, k]
 //           (+ c[m, n])
 //
-// Cut: threads share the strips of 32 columns of D. The rows of A (256 at a time) are widened once
-// to a type that the CPU multiplies; a strip's rows of B as it comes by, 128 values of K at a time:
-// for up to four rows of A in registers, for more into a panel in the L1 cache, which then meets
-// all rows. Few rows are bound by reading B, one byte a weight; many by multiplication.
+// Parallelization: one task computes a strip of 32 columns of D; threads take ranges of strips.
+// The rows of A, 256 at a time, are first widened to a type that the CPU multiplies. Rows of B are
+// widened per strip, 128 values of K at a time: in registers for up to 4 rows of A, else into a
+// panel in the L1 cache that all rows of A use.
 //
-// A row's bits depend on neither M nor the threads: every tile of an instruction set adds the same
-// lanes in the same order. The 128 products of a block go, as K runs, into 8 or 16 partial sums,
-// these are added pairwise, and one fused multiply-add by a_scale · b_scale adds the block to the
-// others. Portable and AVX2 code give the same bits (a product of two e4m3 values is exact in
-// float32); AVX-512 takes the CPU's bfloat16 products, whose order is its own.
+// Limit: small M is bandwidth-bound on B, one byte per weight. Large M is bound by multiplication.
+//
+// The bits of a row of D depend neither on M nor on the number of threads: all tiles of an
+// instruction set add the same lanes in the same order. The 128 products of a block are added into
+// 8 or 16 partial sums, in the order of K. The partial sums are added pairwise. One fused
+// multiply-add by a_scale * b_scale adds the block's sum to those of the earlier blocks. Portable
+// code and AVX2 give the same bits, since a product of two e4m3 values is exact in float32.
+// AVX-512 uses the CPU's bfloat16 dot product, which adds in another order.
 #include "fp8_gemm_nt.h"
 
 #include <algorithm>
@@ -26,16 +29,18 @@
 namespace deepkern {
 namespace {
 
-constexpr int64_t kRoom = 16;  // floats that a kernel may read from the last scale on
+constexpr int64_t SCALE_PADDING = 16;  // a kernel reads up to 16 floats from the last scale on
 
-// As few rows to a tile as hold all rows, so that it has the more columns; up to the kernel's most.
-int64_t tile_rows(const Fp8GemmIsa& isa, int64_t rows) {
-  int64_t height = 1;
-  while (height < rows && height < isa.max_tile_rows) height *= 2;
-  return height;
+// The smallest power of two that covers all rows, at most the kernel's maximum. Fewer tile rows
+// leave more tile columns.
+int64_t choose_tile_rows(const Fp8GemmIsa& isa, int64_t rows) {
+  int64_t tile_rows = 1;
+  while (tile_rows < rows && tile_rows < isa.max_tile_rows) tile_rows *= 2;
+  return tile_rows;
 }
 
-std::array<float, 256> all_codes() {
+// The value of each e4m3 code.
+std::array<float, 256> e4m3_values() {
   std::array<float, 256> values;
   for (unsigned code = 0; code < 256; ++code) {
     const uint16_t bits = e4m3_magnitude_as_bf16(code) | (code & 0x80) << 8;
@@ -45,12 +50,12 @@ std::array<float, 256> all_codes() {
 }
 
 void widen_portable(const uint8_t* codes, void* operands) {
-  static const std::array<float, 256> values = all_codes();
+  static const std::array<float, 256> values = e4m3_values();
   auto* out = static_cast<float*>(operands);
   for (int64_t k = 0; k < kBlock; ++k) out[k] = values[codes[k]];
 }
 
-// The sum of 128 products in the order of the AVX2 kernel: eight partial sums, then pairwise.
+// The sum of 128 products in the order of the AVX2 kernel: 8 partial sums, then pairwise.
 float dot(const float* a, const float* b) {
   float lane[8] = {};
   for (int64_t k = 0; k < kBlock; k += 8) {
@@ -60,16 +65,16 @@ float dot(const float* a, const float* b) {
 }
 
 void multiply_portable(const Strip& s) {
-  alignas(64) float panel[kStrip * kBlock];
-  std::fill(s.sums, s.sums + s.rows * kStrip, 0.0f);
+  alignas(64) float panel[STRIP_COLUMNS * kBlock];
+  std::fill(s.sums, s.sums + s.rows * STRIP_COLUMNS, 0.0f);
   for (int64_t j = 0; j < blocks_of_k(s.K); ++j) {
-    widen_panel(s, j, kFp8GemmPortable, panel);
+    widen_panel(s, j, FP8_GEMM_PORTABLE, panel);
     const float* a = static_cast<const float*>(s.a) + j * s.rows * kBlock;
-    const float* b_scale = s.b_scale + j * kStrip;
+    const float* b_scale = s.b_scale + j * STRIP_COLUMNS;
     for (int64_t m = 0; m < s.rows; ++m) {
       const float a_scale = s.a_scale[j * s.rows + m];
-      for (int64_t n = 0; n < kStrip; ++n) {
-        float& sum = s.sums[m * kStrip + n];
+      for (int64_t n = 0; n < STRIP_COLUMNS; ++n) {
+        float& sum = s.sums[m * STRIP_COLUMNS + n];
         sum = std::fma(dot(a + m * kBlock, panel + n * kBlock), a_scale * b_scale[n], sum);
       }
     }
@@ -77,47 +82,47 @@ void multiply_portable(const Strip& s) {
 }
 
 template <Real type>
-void add_c(const void* c, int64_t from, float* row, int64_t count) {
-  for (int64_t n = 0; n < count; ++n) row[n] += load<type>(c, from + n);
+void add_c(const void* c, int64_t offset, float* row, int64_t count) {
+  for (int64_t n = 0; n < count; ++n) row[n] += load<type>(c, offset + n);
 }
 
 template <Real type>
-void round_row(const float* row, void* out, int64_t to, int64_t count) {
-  for (int64_t n = 0; n < count; ++n) store<type>(out, to + n, row[n]);
+void round_row(const float* row, void* out, int64_t offset, int64_t count) {
+  for (int64_t n = 0; n < count; ++n) store<type>(out, offset + n, row[n]);
 }
 
 }  // namespace
 
-const Fp8GemmIsa kFp8GemmPortable{1, 1, sizeof(float), widen_portable, multiply_portable};
+const Fp8GemmIsa FP8_GEMM_PORTABLE{1, 1, sizeof(float), widen_portable, multiply_portable};
 
 const Fp8GemmIsa& fp8_gemm_isa(const char* isa) {
 #if defined(__x86_64__)
   const bool avx512 = std::strcmp(isa, "avx512") == 0;
   if (avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) {
-    return kFp8GemmAvx512;
+    return FP8_GEMM_AVX512;
   }
   const bool avx2 = avx512 || std::strcmp(isa, "avx2") == 0;
   unsigned eax, ebx, ecx = 0, edx;
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
-  if (avx2 && (ecx & bit_FMA) && (ecx & bit_F16C)) return kFp8GemmAvx2;
+  if (avx2 && (ecx & bit_FMA) && (ecx & bit_F16C)) return FP8_GEMM_AVX2;
 #else
   (void)isa;
 #endif
-  return kFp8GemmPortable;
+  return FP8_GEMM_PORTABLE;
 }
 
 void widen_panel(const Strip& s, int64_t j, const Fp8GemmIsa& isa, void* panel) {
-  Tail tail;
+  PaddedBlock padded;
   int64_t k = j * kBlock;
-  const int64_t next = ahead(s, k, kStrip);
+  const int64_t prefetch = prefetch_distance(s, k, STRIP_COLUMNS);
   const uint8_t* const* b = s.b;
   if (k + kBlock > s.K) {
-    b = tail.copy(s.b, kStrip, k, s.K);
+    b = padded.copy(s.b, STRIP_COLUMNS, k, s.K);
     k = 0;
   }
-  for (int64_t n = 0; n < kStrip; ++n) {
-    __builtin_prefetch(s.b[n] + j * kBlock + next, 0, 2);
-    __builtin_prefetch(s.b[n] + j * kBlock + next + 64, 0, 2);
+  for (int64_t n = 0; n < STRIP_COLUMNS; ++n) {
+    __builtin_prefetch(s.b[n] + j * kBlock + prefetch, 0, 2);
+    __builtin_prefetch(s.b[n] + j * kBlock + prefetch + 64, 0, 2);
     isa.widen(b[n] + k, static_cast<char*>(panel) + n * kBlock * isa.operand_size);
   }
 }
@@ -127,12 +132,12 @@ Fp8GemmRows::Fp8GemmRows(const Fp8Gemm& gemm, const Fp8GemmIsa& isa, int64_t fir
       isa_(isa),
       first_(first),
       last_(last),
-      tile_rows_(tile_rows(isa, last - first)),
+      tile_rows_(choose_tile_rows(isa, last - first)),
       rows_((last - first + tile_rows_ - 1) / tile_rows_ * tile_rows_),
       blocks_(blocks_of_k(gemm.K)),
       operands_(blocks_ * rows_ * kBlock * isa.operand_size),
-      scales_((blocks_ * rows_ + kRoom) * sizeof(float)) {
-  std::fill_n(scales_.as<float>() + blocks_ * rows_, kRoom, 0.0f);
+      scales_((blocks_ * rows_ + SCALE_PADDING) * sizeof(float)) {
+  std::fill_n(scales_.as<float>() + blocks_ * rows_, SCALE_PADDING, 0.0f);
 }
 
 void Fp8GemmRows::widen(int64_t first_block, int64_t last_block) {
@@ -141,73 +146,73 @@ void Fp8GemmRows::widen(int64_t first_block, int64_t last_block) {
     const int64_t count = std::min(kBlock, gemm_.K - j * kBlock);
     for (int64_t m = 0; m < rows_; ++m) {
       uint8_t codes[kBlock] = {};
-      const bool inside = first_ + m < last_;
-      if (inside) std::memcpy(codes, a.codes + (first_ + m) * a.row + j * kBlock, count);
+      const bool valid = first_ + m < last_;  // else padding
+      if (valid) std::memcpy(codes, a.codes + (first_ + m) * a.row + j * kBlock, count);
       isa_.widen(codes, operands_.as<char>() + (j * rows_ + m) * kBlock * isa_.operand_size);
       scales_.as<float>()[j * rows_ + m] =
-          inside ? a.scale[(first_ + m) * a.scale_row + j * a.scale_block] : 0.0f;
+          valid ? a.scale[(first_ + m) * a.scale_row + j * a.scale_block] : 0.0f;
     }
   }
 }
 
 void Fp8GemmRows::multiply(int64_t first_strip, int64_t last_strip) const {
   const Fp8Matrix& b = gemm_.b;
-  const Scratch sums(rows_ * kStrip * sizeof(float));
-  std::vector<float> b_scale(blocks_ * kStrip + kRoom);
-  const uint8_t* rows[kStrip];
+  const AlignedBuffer sums(rows_ * STRIP_COLUMNS * sizeof(float));
+  std::vector<float> b_scale(blocks_ * STRIP_COLUMNS + SCALE_PADDING);
+  const uint8_t* rows[STRIP_COLUMNS];
   const Strip strip{operands_.as<void>(), scales_.as<float>(), rows_,   tile_rows_,      rows,
                     b.row,                b_scale.data(),      gemm_.K, sums.as<float>()};
   for (int64_t i = first_strip; i < last_strip; ++i) {
-    for (int64_t n = 0; n < kStrip; ++n) {
-      // Past the last column its row of B stands in; what comes of it is not stored.
-      const int64_t row = std::min(i * kStrip + n, b.rows - 1);
+    for (int64_t n = 0; n < STRIP_COLUMNS; ++n) {
+      // Columns past the last one use the last row of B; store_strip() does not store them.
+      const int64_t row = std::min(i * STRIP_COLUMNS + n, b.rows - 1);
       rows[n] = b.codes + row * b.row;
     }
-    spread_b_scale(i * kStrip, b_scale.data());
+    expand_b_scale(i * STRIP_COLUMNS, b_scale.data());
     isa_.multiply(strip);
-    finish(sums.as<float>(), i * kStrip);
+    store_strip(sums.as<float>(), i * STRIP_COLUMNS);
   }
 }
 
-// scale [blocks][kStrip] of the columns from first_column on.
-void Fp8GemmRows::spread_b_scale(int64_t first_column, float* scale) const {
+// Writes scale [blocks][STRIP_COLUMNS], the scales of the columns from first_column on.
+void Fp8GemmRows::expand_b_scale(int64_t first_column, float* scale) const {
   const Fp8Matrix& b = gemm_.b;
-  for (int64_t j = 0; j < blocks_; ++j, scale += kStrip) {
-    const float* from = b.scale + j * b.scale_block;
-    if (b.scale_rows % kStrip == 0) {
-      std::fill_n(scale, kStrip, from[first_column / b.scale_rows * b.scale_row]);
+  for (int64_t j = 0; j < blocks_; ++j, scale += STRIP_COLUMNS) {
+    const float* block_scale = b.scale + j * b.scale_block;
+    if (b.scale_rows % STRIP_COLUMNS == 0) {
+      std::fill_n(scale, STRIP_COLUMNS, block_scale[first_column / b.scale_rows * b.scale_row]);
       continue;
     }
-    for (int64_t n = 0; n < kStrip; ++n) {
-      scale[n] = from[std::min(first_column + n, b.rows - 1) / b.scale_rows * b.scale_row];
+    for (int64_t n = 0; n < STRIP_COLUMNS; ++n) {
+      scale[n] = block_scale[std::min(first_column + n, b.rows - 1) / b.scale_rows * b.scale_row];
     }
   }
 }
 
-// Adds C and rounds.
-void Fp8GemmRows::finish(const float* sums, int64_t first_column) const {
-  const int64_t N = gemm_.b.rows, tile_columns = isa_.sums / tile_rows_;
-  const int64_t columns = std::min(kStrip, N - first_column);
+// Epilogue: adds C, rounds and stores.
+void Fp8GemmRows::store_strip(const float* sums, int64_t first_column) const {
+  const int64_t N = gemm_.b.rows, tile_columns = isa_.tile_values / tile_rows_;
+  const int64_t columns = std::min(STRIP_COLUMNS, N - first_column);
   for (int64_t m = 0; m < last_ - first_; ++m) {
     const int64_t in_tile = m % tile_rows_;
-    const float* tiles = sums + (m - in_tile) * kStrip + in_tile * tile_columns;
-    float row[kStrip];
-    for (int64_t n = 0; n < kStrip; n += tile_columns) {
+    const float* tiles = sums + (m - in_tile) * STRIP_COLUMNS + in_tile * tile_columns;
+    float row[STRIP_COLUMNS];
+    for (int64_t n = 0; n < STRIP_COLUMNS; n += tile_columns) {
       std::memcpy(row + n, tiles + n * tile_rows_, tile_columns * sizeof(float));
     }
     if (gemm_.c != nullptr) {
-      const int64_t from = (first_ + m) * gemm_.c_row + first_column;
+      const int64_t offset = (first_ + m) * gemm_.c_row + first_column;
       switch (gemm_.c_type) {
-        case Real::bf16: add_c<Real::bf16>(gemm_.c, from, row, columns); break;
-        case Real::fp16: add_c<Real::fp16>(gemm_.c, from, row, columns); break;
-        case Real::fp32: add_c<Real::fp32>(gemm_.c, from, row, columns); break;
+        case Real::bf16: add_c<Real::bf16>(gemm_.c, offset, row, columns); break;
+        case Real::fp16: add_c<Real::fp16>(gemm_.c, offset, row, columns); break;
+        case Real::fp32: add_c<Real::fp32>(gemm_.c, offset, row, columns); break;
       }
     }
-    const int64_t to = (first_ + m) * N + first_column;
+    const int64_t offset = (first_ + m) * N + first_column;
     switch (gemm_.out_type) {
-      case Real::bf16: round_row<Real::bf16>(row, gemm_.out, to, columns); break;
-      case Real::fp16: round_row<Real::fp16>(row, gemm_.out, to, columns); break;
-      case Real::fp32: round_row<Real::fp32>(row, gemm_.out, to, columns); break;
+      case Real::bf16: round_row<Real::bf16>(row, gemm_.out, offset, columns); break;
+      case Real::fp16: round_row<Real::fp16>(row, gemm_.out, offset, columns); break;
+      case Real::fp32: round_row<Real::fp32>(row, gemm_.out, offset, columns); break;
     }
   }
 }

@@ -1,36 +1,38 @@
 // The kernel of fp8_gemm_nt for AVX-512 with VBMI and BF16.
 //
-// A code is widened to bfloat16, which holds it exactly, by two look-ups in tables of 128 bytes:
-// five instructions for 64 codes, NaN and subnormals included. vdpbf16ps multiplies 32 pairs; a
-// block of 128 is four of them into 16 lanes. Sixteen such sums are added up together, so that one
-// register comes to hold the block's result for a whole tile.
+// Widening: two look-ups in tables of 128 bytes turn a code into a bfloat16, which represents every
+// e4m3 value exactly: five instructions for 64 codes, NaN and subnormals included. vdpbf16ps
+// multiplies 32 pairs. A block of 128 products takes four of them into the 16 lanes of a register.
+// Sixteen such registers are added horizontally, so that one register holds a block's sums of a
+// whole output tile of 16 values.
+//
+// Speed: 1, 2 or 4 rows of A are bound by reading B, more rows by vdpbf16ps.
 #include "fp8_gemm_nt.h"
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own header begins what it means to leave undefined with itself.
+// The intrinsics header of GCC 12 initializes its undefined vectors with themselves.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
 
-#include <algorithm>
 #include <array>
 
-#define AVX512 \
+#define TARGET \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")))
-#define AVX512_INLINE AVX512 inline __attribute__((always_inline))
+#define TARGET_INLINE TARGET inline __attribute__((always_inline))
+
+#include "fp8_gemm_nt_mainloop.h"
 
 namespace deepkern {
 namespace {
 
-constexpr int kSums = 16;
-
-struct alignas(64) Table {
-  std::array<uint8_t, 128> low{}, high{};  // bytes of the bfloat16
+struct alignas(64) Bf16Table {
+  std::array<uint8_t, 128> low{}, high{};  // bytes of the bfloat16 of each magnitude
 };
 
-constexpr Table make_table() {
-  Table t;
+constexpr Bf16Table make_bf16_table() {
+  Bf16Table t;
   for (unsigned code = 0; code < 128; ++code) {
     t.low[code] = e4m3_magnitude_as_bf16(code) & 0xFF;
     t.high[code] = static_cast<uint8_t>(e4m3_magnitude_as_bf16(code) >> 8);
@@ -38,176 +40,146 @@ constexpr Table make_table() {
   return t;
 }
 
-constexpr Table kTable = make_table();
+constexpr Bf16Table BF16_TABLE = make_bf16_table();
 
-struct Widener {
-  __m512i low[2], high[2];
+struct Avx512 {
+  using Vector = __m512;
+  using Element = uint16_t;  // bfloat16
+  static constexpr int TILE_VALUES = 16, PANEL_COLUMNS = 4;
+
+  struct Tables {
+    __m512i low[2], high[2];
+  };
+  static TARGET_INLINE Tables tables() {
+    const uint8_t *low = BF16_TABLE.low.data(), *high = BF16_TABLE.high.data();
+    return {{_mm512_load_si512(low), _mm512_load_si512(low + 64)},
+            {_mm512_load_si512(high), _mm512_load_si512(high + 64)}};
+  }
+
+  static TARGET_INLINE Vector zero() { return _mm512_setzero_ps(); }
+  static TARGET_INLINE Vector load(const float* from) { return _mm512_load_ps(from); }
+  static TARGET_INLINE void store(float* to, Vector x) { _mm512_store_ps(to, x); }
+  static TARGET_INLINE Vector fma(Vector a, Vector b, Vector c) {
+    return _mm512_fmadd_ps(a, b, c);
+  }
+
+  struct Pair {
+    __m512bh first, second;
+  };
+
+  // 64 codes to bfloat16. Their order changes, the same way on every call: of each 16 codes, 8 go
+  // to `first` and 8 to `second`.
+  static TARGET_INLINE Pair widen64(const Tables& t, const uint8_t* codes) {
+    const __m512i code = _mm512_loadu_si512(codes);
+    const __m512i low = _mm512_permutex2var_epi8(t.low[0], code, t.low[1]);
+    __m512i high = _mm512_permutex2var_epi8(t.high[0], code, t.high[1]);
+    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xF8);  // | code & 0x80
+    return {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
+  }
+
+  static TARGET_INLINE __m512bh operand(const uint16_t* from) {
+    return (__m512bh)_mm512_load_si512(from);
+  }
+
+  template <int LOW, int HIGH>
+  static TARGET_INLINE __m512 fold(__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, LOW), _mm512_shuffle_f32x4(x, y, HIGH));
+  }
+
+  // Lane i of the result is the sum of the lanes of x[i]: halves, then quarters, then eighths, then
+  // pairs, in the same order for every i.
+  static TARGET_INLINE __m512 horizontal_sums(const __m512 (&x)[TILE_VALUES]) {
+    __m512 h[8], q[4], e[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      h[i] = fold<0x44, 0xEE>(x[i % 4 + i / 4 * 8], x[i % 4 + i / 4 * 8 + 4]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) q[i] = fold<0x88, 0xDD>(h[i], h[i + 4]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const __m512 x0 = q[2 * i], x1 = q[2 * i + 1];
+      e[i] = _mm512_add_ps(_mm512_unpacklo_ps(x0, x1), _mm512_unpackhi_ps(x0, x1));
+    }
+    const __m512d x0 = _mm512_castps_pd(e[0]), x1 = _mm512_castps_pd(e[1]);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x0, x1)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(x0, x1)));
+  }
+
+  // One block of K of a tile of ROWS rows of A and 16 / ROWS rows of B, which are FP8 codes.
+  template <int ROWS>
+  static TARGET_INLINE __m512 tile_of_codes(const Tables& tables,
+                                            const uint16_t* a,  // [ROWS, 128]
+                                            const uint8_t* const* b, int64_t k,
+                                            int64_t prefetch) {  // bytes
+    constexpr int COLUMNS = TILE_VALUES / ROWS;
+    __m512 sum[TILE_VALUES];
+#pragma GCC unroll 16
+    for (int n = 0; n < COLUMNS; ++n) {
+      const uint8_t* codes = b[n] + k;
+      _mm_prefetch(codes + prefetch, _MM_HINT_T0);
+      _mm_prefetch(codes + prefetch + 64, _MM_HINT_T0);
+      const Pair p = widen64(tables, codes), q = widen64(tables, codes + 64);
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; ++m) {
+        const uint16_t* row = a + m * kBlock;
+        __m512 s = _mm512_dpbf16_ps(_mm512_setzero_ps(), operand(row), p.first);
+        s = _mm512_dpbf16_ps(s, operand(row + 32), p.second);
+        s = _mm512_dpbf16_ps(s, operand(row + 64), q.first);
+        sum[m * COLUMNS + n] = _mm512_dpbf16_ps(s, operand(row + 96), q.second);
+      }
+    }
+    return horizontal_sums(sum);
+  }
+
+  // One block of K of a tile of 4 rows of A and 4 widened rows of B.
+  static TARGET_INLINE __m512 tile_of_panel(const uint16_t* a, const uint16_t* b) {
+    __m512 sum[TILE_VALUES];
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_VALUES; ++i) sum[i] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int k = 0; k < kBlock; k += 32) {
+      const __m512bh a0 = operand(a + k), a1 = operand(a + kBlock + k);
+      const __m512bh a2 = operand(a + 2 * kBlock + k), a3 = operand(a + 3 * kBlock + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) {
+        const __m512bh column = operand(b + n * kBlock + k);
+        sum[n] = _mm512_dpbf16_ps(sum[n], a0, column);
+        sum[4 + n] = _mm512_dpbf16_ps(sum[4 + n], a1, column);
+        sum[8 + n] = _mm512_dpbf16_ps(sum[8 + n], a2, column);
+        sum[12 + n] = _mm512_dpbf16_ps(sum[12 + n], a3, column);
+      }
+    }
+    return horizontal_sums(sum);
+  }
+
+  // a_scale * b_scale of each value of a tile.
+  template <int ROWS>
+  static TARGET_INLINE __m512 tile_scale(const float* a_scale, const float* b_scale) {
+    constexpr int COLUMNS = TILE_VALUES / ROWS;
+    const __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i m = _mm512_srli_epi32(i, __builtin_ctz(COLUMNS));
+    const __m512i n = _mm512_and_si512(i, _mm512_set1_epi32(COLUMNS - 1));
+    return _mm512_mul_ps(_mm512_permutexvar_ps(m, _mm512_loadu_ps(a_scale)),
+                         _mm512_permutexvar_ps(n, _mm512_loadu_ps(b_scale)));
+  }
 };
 
-AVX512_INLINE Widener widener() {
-  return {{_mm512_load_si512(kTable.low.data()), _mm512_load_si512(kTable.low.data() + 64)},
-          {_mm512_load_si512(kTable.high.data()), _mm512_load_si512(kTable.high.data() + 64)}};
-}
-
-struct Pair {
-  __m512bh first, second;
-};
-
-// 64 codes. The order is not theirs but always the same: of every 16, 8 to each half.
-AVX512_INLINE Pair widen64(const Widener& w, const uint8_t* codes) {
-  const __m512i code = _mm512_loadu_si512(codes);
-  const __m512i low = _mm512_permutex2var_epi8(w.low[0], code, w.low[1]);
-  __m512i high = _mm512_permutex2var_epi8(w.high[0], code, w.high[1]);
-  high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xF8);  // | code & 0x80
-  return {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
-}
-
-AVX512_INLINE __m512bh operand(const uint16_t* from) {
-  return (__m512bh)_mm512_load_si512(from);
-}
-
-AVX512 void widen(const uint8_t* codes, void* operands) {
-  const Widener w = widener();
+TARGET void widen(const uint8_t* codes, void* operands) {
+  const Avx512::Tables tables = Avx512::tables();
   auto* out = static_cast<uint16_t*>(operands);
   for (int half = 0; half < 2; ++half) {
-    const Pair p = widen64(w, codes + 64 * half);
+    const Avx512::Pair p = Avx512::widen64(tables, codes + 64 * half);
     _mm512_store_si512(out + 64 * half, (__m512i)p.first);
     _mm512_store_si512(out + 64 * half + 32, (__m512i)p.second);
   }
 }
 
-template <int kLow, int kHigh>
-AVX512_INLINE __m512 fold(__m512 x, __m512 y) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, kLow), _mm512_shuffle_f32x4(x, y, kHigh));
-}
-
-// Lane i of the result is the sum of the lanes of x[i]: halves, quarters, ..., alike for every i.
-AVX512_INLINE __m512 add_up(const __m512 (&x)[kSums]) {
-  __m512 h[8], q[4], e[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    h[i] = fold<0x44, 0xEE>(x[i % 4 + i / 4 * 8], x[i % 4 + i / 4 * 8 + 4]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) q[i] = fold<0x88, 0xDD>(h[i], h[i + 4]);
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const __m512 x0 = q[2 * i], x1 = q[2 * i + 1];
-    e[i] = _mm512_add_ps(_mm512_unpacklo_ps(x0, x1), _mm512_unpackhi_ps(x0, x1));
-  }
-  const __m512d x0 = _mm512_castps_pd(e[0]), x1 = _mm512_castps_pd(e[1]);
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x0, x1)),
-                       _mm512_castpd_ps(_mm512_unpackhi_pd(x0, x1)));
-}
-
-// One block of K for kRows rows of A and 16 / kRows rows of B as they stand.
-template <int kRows>
-AVX512_INLINE __m512 tile_of_codes(const Widener& w, const uint16_t* a, const uint8_t* const* b,
-                                   int64_t k, int64_t next) {
-  constexpr int kColumns = kSums / kRows;
-  __m512 sum[kSums];
-#pragma GCC unroll 16
-  for (int n = 0; n < kColumns; ++n) {
-    const uint8_t* codes = b[n] + k;
-    _mm_prefetch(codes + next, _MM_HINT_T0);
-    _mm_prefetch(codes + next + 64, _MM_HINT_T0);
-    const Pair p = widen64(w, codes), q = widen64(w, codes + 64);
-#pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) {
-      const uint16_t* row = a + m * kBlock;
-      __m512 s = _mm512_dpbf16_ps(_mm512_setzero_ps(), operand(row), p.first);
-      s = _mm512_dpbf16_ps(s, operand(row + 32), p.second);
-      s = _mm512_dpbf16_ps(s, operand(row + 64), q.first);
-      sum[m * kColumns + n] = _mm512_dpbf16_ps(s, operand(row + 96), q.second);
-    }
-  }
-  return add_up(sum);
-}
-
-// One block of K for 4 rows of A and 4 widened rows of B.
-AVX512_INLINE __m512 tile_of_panel(const uint16_t* a, const uint16_t* b) {
-  __m512 sum[kSums];
-#pragma GCC unroll 16
-  for (int i = 0; i < kSums; ++i) sum[i] = _mm512_setzero_ps();
-#pragma GCC unroll 4
-  for (int k = 0; k < kBlock; k += 32) {
-    const __m512bh a0 = operand(a + k), a1 = operand(a + kBlock + k);
-    const __m512bh a2 = operand(a + 2 * kBlock + k), a3 = operand(a + 3 * kBlock + k);
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) {
-      const __m512bh column = operand(b + n * kBlock + k);
-      sum[n] = _mm512_dpbf16_ps(sum[n], a0, column);
-      sum[4 + n] = _mm512_dpbf16_ps(sum[4 + n], a1, column);
-      sum[8 + n] = _mm512_dpbf16_ps(sum[8 + n], a2, column);
-      sum[12 + n] = _mm512_dpbf16_ps(sum[12 + n], a3, column);
-    }
-  }
-  return add_up(sum);
-}
-
-// a_scale · b_scale of every value of a tile.
-template <int kRows>
-AVX512_INLINE __m512 tile_scale(const float* a_scale, const float* b_scale) {
-  constexpr int kColumns = kSums / kRows;
-  const __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i m = _mm512_srli_epi32(i, __builtin_ctz(kColumns));
-  const __m512i n = _mm512_and_si512(i, _mm512_set1_epi32(kColumns - 1));
-  return _mm512_mul_ps(_mm512_permutexvar_ps(m, _mm512_loadu_ps(a_scale)),
-                       _mm512_permutexvar_ps(n, _mm512_loadu_ps(b_scale)));
-}
-
-// All rows of A, of which there are kRows: the codes of B are widened in registers.
-template <int kRows>
-AVX512 void multiply_few(const Strip& s) {
-  constexpr int kColumns = kSums / kRows;
-  const Widener w = widener();
-  const auto* a = static_cast<const uint16_t*>(s.a);
-  Tail tail;
-  for (int64_t n = 0; n < kStrip; n += kColumns) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j * kBlock < s.K; ++j) {
-      const uint8_t* const* b = s.b + n;
-      int64_t k = j * kBlock;
-      const int64_t next = ahead(s, k, kColumns);
-      if (k + kBlock > s.K) {
-        b = tail.copy(b, kColumns, k, s.K);
-        k = 0;
-      }
-      const __m512 block = tile_of_codes<kRows>(w, a + j * kRows * kBlock, b, k, next);
-      const __m512 scale = tile_scale<kRows>(s.a_scale + j * kRows, s.b_scale + j * kStrip + n);
-      sum = _mm512_fmadd_ps(block, scale, sum);
-    }
-    _mm512_store_ps(s.sums + n * kRows, sum);
-  }
-}
-
-// Four rows of A at a time, against a block of B that was widened for all.
-AVX512 void multiply_many(const Strip& s) {
-  alignas(64) uint16_t panel[kStrip * kBlock];
-  std::fill(s.sums, s.sums + s.rows * kStrip, 0.0f);
-  for (int64_t j = 0; j * kBlock < s.K; ++j) {
-    widen_panel(s, j, kFp8GemmAvx512, panel);
-    const uint16_t* a = static_cast<const uint16_t*>(s.a) + j * s.rows * kBlock;
-    float* sums = s.sums;
-    for (int64_t m = 0; m < s.rows; m += 4) {
-      for (int64_t n = 0; n < kStrip; n += 4, sums += kSums) {
-        const __m512 block = tile_of_panel(a + m * kBlock, panel + n * kBlock);
-        const __m512 scale = tile_scale<4>(s.a_scale + j * s.rows + m, s.b_scale + j * kStrip + n);
-        _mm512_store_ps(sums, _mm512_fmadd_ps(block, scale, _mm512_load_ps(sums)));
-      }
-    }
-  }
-}
-
-void multiply(const Strip& s) {
-  if (s.rows > 4) return multiply_many(s);
-  if (s.rows == 4) return multiply_few<4>(s);
-  return s.rows == 2 ? multiply_few<2>(s) : multiply_few<1>(s);
-}
+void multiply(const Strip& s) { multiply_strip<Avx512>(s, FP8_GEMM_AVX512); }
 
 }  // namespace
 
-const Fp8GemmIsa kFp8GemmAvx512{kSums, 4, sizeof(uint16_t), widen, multiply};
+const Fp8GemmIsa FP8_GEMM_AVX512{Avx512::TILE_VALUES, 4, sizeof(Avx512::Element), widen, multiply};
 
 }  // namespace deepkern
 #endif

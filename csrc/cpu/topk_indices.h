@@ -1,4 +1,4 @@
-// The places of the k largest values of rows, for one CPU thread.
+// The indices of the k largest values of each row, on the calling thread: see topk_indices.cpp.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,16 @@
 namespace deepkern {
 
 struct TopkRows {
-  const void* logits;  // rows of N values, `row` values apart
+  const void* logits;  // [S, N] of `type`
   Real type;           // bf16 or fp32
-  int64_t row, N, k;
-  const int32_t* lengths;  // of each row, `length_step` apart; null: N for all
-  int64_t length_step;
-  int32_t* out;  // k places a row, ascending, then -1
+  int64_t row_stride;  // elements from a row of logits to the next
+  int64_t N, k;
+  const int32_t* lengths;  // [S], valid values of each row; null: all N
+  int64_t length_stride;   // elements
+  int32_t* out;            // [S, k] contiguous: indices in ascending order, then -1
 };
 
-// Rows [first, last). `isa` is what cpu_isa() says.
+// Computes rows [first, last). `isa` is a result of cpu_isa().
 void topk_rows(const TopkRows& rows, int64_t first, int64_t last, const char* isa);
 
 }  // namespace deepkern

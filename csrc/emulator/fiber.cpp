@@ -16,31 +16,31 @@
 namespace emulator {
 namespace {
 
-// The fiber that a new stack is for: a stack starts without arguments.
+// The fiber that first_call() runs: a new stack has no arguments.
 Fiber* starting = nullptr;
 
-// Stacks of fibers that are gone, with their size: to map one anew costs more than a fiber's life.
-std::vector<std::pair<void*, size_t>> spare;
+// Unused stacks and their size. Mapping a new stack costs more than running a fiber.
+std::vector<std::pair<void*, size_t>> spare_stacks;
 
 void* new_stack(size_t bytes) {
-  if (!spare.empty() && spare.back().second == bytes) {
-    void* stack = spare.back().first;
-    spare.pop_back();
+  if (!spare_stacks.empty() && spare_stacks.back().second == bytes) {
+    void* stack = spare_stacks.back().first;
+    spare_stacks.pop_back();
     return stack;
   }
   void* stack = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (stack == MAP_FAILED) throw std::bad_alloc();
-  // An overflow faults instead of spoiling a neighbour.
+  // A guard page: a stack overflow faults instead of overwriting other memory.
   mprotect(stack, static_cast<size_t>(sysconf(_SC_PAGESIZE)), PROT_NONE);
   return stack;
 }
 
 void free_spare_stacks() {
-  for (const auto& [stack, bytes] : spare) munmap(stack, bytes);
-  spare.clear();
+  for (const auto& [stack, bytes] : spare_stacks) munmap(stack, bytes);
+  spare_stacks.clear();
 }
 
-void first_steps() {
+void first_call() {
   starting->run_body();
   std::abort();  // a finished fiber is never entered again
 }
@@ -48,8 +48,8 @@ void first_steps() {
 }  // namespace
 
 #if defined(__x86_64__)
-// Saves what a call must preserve, and the stack pointer in *from; goes on where `to` was saved.
-// swapcontext would make two system calls, and a tile takes a hundred thousand switches.
+// Saves the callee-saved registers and stores the stack pointer in *from; continues where `to` was
+// saved. swapcontext would make two system calls, and a GEMM tile takes 100,000 switches.
 extern "C" void emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -81,25 +81,25 @@ Fiber::Fiber(std::function<void()> body, size_t stack_bytes)
     : body_(std::move(body)), bytes_(stack_bytes) {
   stack_ = new_stack(bytes_);
 #if defined(__x86_64__)
-  auto** top = reinterpret_cast<void**>(static_cast<char*>(stack_) + bytes_);
-  *--top = nullptr;  // as if called: the stack is 8 off a multiple of 16 at the first instruction
-  *--top = reinterpret_cast<void*>(&first_steps);
-  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
-  own_ = top;
+  auto** sp = reinterpret_cast<void**>(static_cast<char*>(stack_) + bytes_);
+  *--sp = nullptr;  // the ABI of a call: 16-byte alignment minus 8 at the first instruction
+  *--sp = reinterpret_cast<void*>(&first_call);
+  for (int saved = 0; saved < 6; ++saved) *--sp = nullptr;
+  own_ = sp;
 #else
   auto* context = new ucontext_t;
   getcontext(context);
   context->uc_stack.ss_sp = stack_;
   context->uc_stack.ss_size = bytes_;
   context->uc_link = nullptr;
-  makecontext(context, first_steps, 0);
+  makecontext(context, first_call, 0);
   own_ = context;
   caller_ = new ucontext_t;
 #endif
 }
 
 Fiber::~Fiber() {
-  spare.emplace_back(stack_, bytes_);
+  spare_stacks.emplace_back(stack_, bytes_);
 #if !defined(__x86_64__)
   delete static_cast<ucontext_t*>(own_);
   delete static_cast<ucontext_t*>(caller_);
@@ -131,5 +131,5 @@ void Fiber::run_body() {
 
 }  // namespace emulator
 
-// For who loads many libraries of emulated kernels: a process may have some 65,000 mappings only.
+// For a process that loads many libraries of emulated kernels: Linux allows 65,530 mappings.
 extern "C" void emulate_free_stacks() { emulator::free_spare_stacks(); }

@@ -1,4 +1,7 @@
-// Fibers: functions that run on stacks of their own and hand the processor to each other.
+// Fibers: functions with stacks of their own that switch to each other within one OS thread.
+//
+// How: on x86-64 a switch saves the callee-saved registers and the stack pointer; elsewhere it is
+// swapcontext, which makes two system calls.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +9,7 @@
 
 namespace emulator {
 
-// Switched to with `enter`; runs until it calls `leave`, or to the end of `body`.
+// enter() runs the fiber until it calls leave() or `body` returns.
 class Fiber {
  public:
   Fiber(std::function<void()> body, size_t stack_bytes);
@@ -18,7 +21,7 @@ class Fiber {
   void leave();
   bool finished() const { return finished_; }
 
-  void run_body();  // what the new stack starts with
+  void run_body();  // the first call on the new stack
 
  private:
   std::function<void()> body_;

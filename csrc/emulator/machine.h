@@ -1,11 +1,13 @@
-// A Hopper multiprocessor, as far as the kernels of csrc/sm90 can tell, and an adversary in it.
+// An emulated Hopper SM that runs the kernels of csrc/sm90 and checks how they synchronize.
 //
-// The threads of a few clusters run as fibers, in an order drawn from a seed. What the hardware
-// does asynchronously (TMA copies, WGMMA) stands in a list of pending work, each piece of which is
-// done early, late or at any time between, as far as the rules allow. So a missing wait shows:
-// shared memory and accumulators hold NaN until the work is done, and a buffer that is handed on
-// too soon is overwritten while it is still read. A grid may be followed by one that depends on it
-// (programmatic dependent launch), whose clusters begin as soon as they may.
+// How: the threads of a few clusters run as fibers, in an order drawn from a seed. TMA copies and
+// WGMMAs, which are asynchronous, go into a list, and the machine does each of them early, late or
+// at any time between, within the rules of the hardware. Shared memory and accumulators hold NaN
+// until the work is done, and a buffer that is released too early is overwritten while it is still
+// read, so a missing wait gives a wrong result. A second grid can depend on the first one, as in a
+// programmatic dependent launch; its clusters start as early as the first grid allows.
+//
+// Limit: switches between fibers, about 100,000 for a GEMM tile.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +28,11 @@
 
 namespace emulator {
 
-constexpr int WARP = 32, WARPGROUP = 128;
-constexpr uint32_t SHARED_LIMIT = 232448;  // bytes that a block may have
-constexpr int REGISTERS = 65536;           // of a multiprocessor, in groups of 8 a thread
+constexpr int WARP_SIZE = 32, WARPGROUP_SIZE = 128;  // threads
+constexpr uint32_t MAX_SHARED_BYTES = 232448;        // per block
+constexpr int SM_REGISTERS = 65536;                  // allocated in units of 8 per thread
 
-// What a kernel did that the hardware does not forgive, or that it forgives by chance only.
+// An error of a kernel: the hardware forbids what it did, or gives the right result by chance only.
 struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -38,94 +40,96 @@ struct Failure : std::runtime_error {
 enum class Order { random, earliest, latest };  // when pending work is done
 
 struct Launch {
-  int blocks = 1, cluster = 1, threads = 128;
-  uint32_t shared_bytes = 0;
-  int registers = 0;  // of a thread at launch; 0: as many as there are for so many threads
+  int blocks = 1, cluster = 1, threads = 128;  // blocks, blocks per cluster, threads per block
+  uint32_t shared_bytes = 0;                   // per block
+  int registers = 0;                           // per thread at launch; 0: the maximum
   uint64_t seed = 0;
   Order order = Order::random;
-  int accumulator_bits = 0;  // kept of an FP8 sum, 0: those of float32
+  int accumulator_bits = 0;  // mantissa bits kept in an FP8 sum; 0: float32
 };
 
 struct Block;
 struct Cluster;
 struct Machine;
 
-// Something a thread can wait for.
-struct Channel {
-  std::vector<struct Thread*> waiting;
+// The threads that wait for one condition.
+struct WaitList {
+  std::vector<struct Thread*> threads;
 };
 
-// The accumulators of one array in registers while WGMMAs on it are under way.
-struct InFlight {
+// The accumulator registers of pending WGMMAs. The kernel's own array holds NaN meanwhile.
+struct PendingAccumulators {
   std::vector<float> values;
-  uint64_t last;  // number of the last WGMMA issued on it
+  uint64_t last_wgmma;  // number of the last WGMMA issued on them
 };
 
+// The TMA stores of one commit group.
 struct StoreGroup {
-  int reads = 0, writes = 0;  // still to be done
+  int pending_reads = 0, pending_writes = 0;
 };
 
 struct Thread {
   Block* block;
-  int index;
+  int index;  // in the block
   std::unique_ptr<Fiber> fiber;
-  const std::function<std::string()>* waits_for = nullptr;  // null: it can run
-  bool fenced = false;              // wgmma.fence since registers were last its own
-  uint64_t issued = 0;              // WGMMAs
-  std::deque<uint64_t> commits;     // `issued` at each commit
-  std::map<float*, InFlight> accumulators;
-  std::vector<std::pair<uint32_t, uint32_t>> dirty;  // shared bytes written and not fenced
-  std::shared_ptr<StoreGroup> open_stores = std::make_shared<StoreGroup>();
-  std::deque<std::shared_ptr<StoreGroup>> stores;
-  Channel stores_done;
-  int cluster_arrivals = 0;
-  bool waited = false;  // for the grid that its own depends on
-  bool met_cluster = false;  // has waited for all blocks of its cluster, so that they have begun
-  std::map<int, uint64_t> collectives;  // calls of each kind of warp- or group-wide operation
+  const std::function<std::string()>* wait_reason = nullptr;  // null: the thread can run
+  bool wgmma_fenced = false;  // wgmma_fence was called since the registers were last written
+  uint64_t wgmmas_issued = 0;
+  std::deque<uint64_t> wgmma_commits;  // `wgmmas_issued` at each commit
+  std::map<float*, PendingAccumulators> accumulators;
+  std::vector<std::pair<uint32_t, uint32_t>> unfenced_stores;  // offset and bytes, shared memory
+  std::shared_ptr<StoreGroup> open_store_group = std::make_shared<StoreGroup>();
+  std::deque<std::shared_ptr<StoreGroup>> store_groups;  // committed
+  WaitList store_waiters;
+  int cluster_arrivals = 0;  // 1: arrived at the cluster barrier; -1: all others have, too
+  bool waited_for_grid = false;  // called grid_dependency_wait
+  bool passed_cluster_barrier = false;  // so all blocks of its cluster have started
+  std::map<int, uint64_t> collective_calls;  // calls of each kind of warp or warpgroup operation
 
-  int warp() const { return index / WARP; }
-  int lane() const { return index % WARP; }
-  int group() const { return index / WARPGROUP; }
+  int warp() const { return index / WARP_SIZE; }
+  int lane() const { return index % WARP_SIZE; }
+  int group() const { return index / WARPGROUP_SIZE; }
 };
 
 struct Mbarrier {
-  int expected = 0, pending = 0;
-  int64_t bytes = 0;  // announced and not yet come
+  int expected_arrivals = 0, pending_arrivals = 0;
+  int64_t pending_bytes = 0;  // announced and not yet copied
   uint32_t phase = 0;
-  bool fenced = false;  // its initialisation is visible to others than its block's threads
-  int owner = -1;
-  Channel channel;
+  bool init_fenced = false;  // the initialization is visible to TMA and to other blocks
+  int init_thread = -1;
+  WaitList waiters;
 };
 
 struct NamedBarrier {
-  int threads = 0, arrived = 0;
-  std::set<int> who;  // has arrived
+  int threads = 0, arrived = 0;   // expected threads, arrived threads
+  std::set<int> arrived_threads;  // indices
   uint64_t generation = 0;
-  Channel channel;
+  WaitList waiters;
 };
 
-// A rendezvous of the lanes of a warp, or the threads of a warpgroup, with a value of each.
-struct Rendezvous {
-  int arrived = 0, left = 0;
+// One collective operation of a warp or a warpgroup, in which each thread contributes a value.
+struct Collective {
+  int arrived = 0, returned = 0;  // threads
   std::vector<uint64_t> values;
-  Channel channel;
+  WaitList waiters;
 };
 
-// One WGMMA of a warpgroup: it may begin when all 128 threads have issued it.
+// One WGMMA of a warpgroup. It can start when all 128 threads have issued it.
 struct Wgmma {
   int N = 0, K = 0;
-  bool fp8 = false, accumulate = false, a_in_registers = false, a_by_row = true, b_by_row = true;
-  uint64_t a = 0, b = 0;  // descriptors
-  int arrived = 0;
-  std::vector<float*> accumulators;
-  std::vector<uint32_t> a_registers;  // 4 a thread
+  bool fp8 = false, accumulate = false, a_in_registers = false;
+  bool a_k_major = true, b_k_major = true;  // else M-major, N-major
+  uint64_t a = 0, b = 0;                    // matrix descriptors
+  int issued = 0;                           // threads
+  std::vector<float*> accumulators;         // of each thread
+  std::vector<uint32_t> a_registers;        // 4 per thread
 };
 
 struct Warpgroup {
-  std::map<uint64_t, Wgmma> operations;
-  uint64_t executed = 0;
-  int registers = 0;
-  Channel done;
+  std::map<uint64_t, Wgmma> wgmmas;  // issued and not yet executed, by number
+  uint64_t executed = 0;             // WGMMAs
+  int registers = 0;                 // per thread
+  WaitList waiters;
 };
 
 struct Block {
@@ -136,90 +140,92 @@ struct Block {
   std::unique_ptr<char, void (*)(void*)> arena{nullptr, std::free};
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warpgroup> groups;
-  std::map<uint32_t, Mbarrier> mbarriers;
-  std::map<int, NamedBarrier> named;
-  std::map<std::pair<int, uint64_t>, Rendezvous> rendezvous;  // (kind and who, which call)
-  std::vector<uint16_t> dirty;  // per shared byte: thread + 1 that wrote it and did not fence
-  std::vector<int> elected;     // per warp
-  int running = 0;              // threads not yet finished
-  int stores_reading = 0;
-  int registers = 0;            // of all its threads, in groups of 8 a thread
-  bool released = false;        // as far as it goes, the dependent grid may begin
-  Channel registers_freed;
+  std::map<uint32_t, Mbarrier> mbarriers;  // by offset in shared memory
+  std::map<int, NamedBarrier> named_barriers;
+  std::map<std::pair<int, uint64_t>, Collective> collectives;  // by kind and warp, number of call
+  std::vector<uint16_t> unfenced_writer;  // per shared byte: index + 1 of the thread, 0: fenced
+  std::vector<int> elected_lanes;         // per warp
+  int running_threads = 0;                // not yet ended
+  int stores_reading = 0;                 // TMA stores that still read shared memory
+  int registers = 0;                      // of all threads, in units of 8 per thread
+  bool released_dependents = false;       // the dependent grid need not wait for this block
+  WaitList register_waiters;
 
   const struct Launch& launch() const;
-  // The offset of `bytes` at `p`, checked to lie in shared memory.
+  // The offset of `p` in shared memory; fails unless all `bytes` at `p` are in it.
   uint32_t offset(const void* p, uint32_t bytes, const char* what) const;
   Mbarrier& mbarrier(const void* p, const char* what);
 };
 
-struct Pending {
-  enum Mood { any_time, late } mood;
+// Asynchronous work that is not done yet.
+struct PendingWork {
+  enum Policy { any_time, as_late_as_possible } policy;
   std::function<void()> run;
-  int queue;  // work of one queue is done in its order; -1: of none
-  Thread* by;
+  int queue;       // work of one queue is done in order; -1: no queue
+  Thread* thread;  // that issued it
 };
 
-// A kernel and how it is launched.
+// A kernel and its launch parameters.
 struct Grid {
   Launch launch;
   std::function<void()> kernel;
-  int number;
-  std::vector<int> clusters = {};  // not yet begun, the next one last
-  int unreleased = 0;              // blocks that neither ended nor let the dependent grid begin
-  int unfinished = 0;              // clusters
-  Channel finished = {};
+  int index;                                 // 1: the dependent grid
+  std::vector<int> unstarted_clusters = {};  // the next one last
+  int unreleased_blocks = 0;                 // neither ended nor called grid_dependency_launch
+  int unfinished_clusters = 0;
+  WaitList finish_waiters = {};
 };
 
-// Blocks that run together, and what they have under way.
+// Blocks that run together, and their pending work.
 struct Cluster {
   Machine* machine;
   Grid* grid;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Thread*> runnable;
-  std::vector<Pending> pending;
-  int running = 0;  // threads not yet finished
-  int arrived = 0;  // threads at the cluster's barrier
+  std::vector<PendingWork> pending;
+  int running_threads = 0;  // not yet ended
+  int arrived_threads = 0;  // at the cluster barrier
   uint64_t generation = 0;
-  Channel channel;
+  WaitList waiters;
 
   Cluster(Machine& machine, Grid& grid, int number);
-  bool step();  // lets something happen, if anything can
-  bool ended() const { return running == 0 && pending.empty(); }
-  void check_margins() const;
-  void add(std::function<void()> work, int queue = -1);
+  bool step();  // does some pending work and runs a thread; false: nothing can progress
+  bool ended() const { return running_threads == 0 && pending.empty(); }
+  void check_guard_bytes() const;
+  void schedule(std::function<void()> work, int queue = -1);
 
  private:
   void add_block(int rank, int index);
   void add_thread(Block& block, int index);
-  void run_pending(bool all);
+  void run_pending(bool blocked);
 };
 
 // Runs the clusters of a grid, a few at a time, and those of a grid that depends on it.
 struct Machine {
   Machine(const Launch& launch, std::function<void()> kernel);
-  // A grid launched behind the first with programmatic dependent launch.
-  void dependent(const Launch& launch, std::function<void()> kernel);
+  // Adds a grid launched after the first one with programmatic dependent launch.
+  void add_dependent_grid(const Launch& launch, std::function<void()> kernel);
   void run();
 
   std::vector<std::unique_ptr<Grid>> grids;
-  std::vector<std::unique_ptr<Cluster>> live;
+  std::vector<std::unique_ptr<Cluster>> running_clusters;
   std::mt19937_64 random;
   Order order;
   std::string failure;
 
-  // `what`: in words, for when it never comes.
-  void wait(Channel& channel, const std::function<std::string()>& what,
+  // Blocks the current thread until ready(). `reason` describes the condition in a deadlock.
+  void wait(WaitList& waiters, const std::function<std::string()>& reason,
             const std::function<bool()>& ready);
-  void wake(Channel& channel);
-  void pause(int odds);  // lets other threads run, one time in `odds`: a warp's lanes may diverge
-  void touch(Touch how, const void* p, int64_t bytes, const char* what,
-             const void* value = nullptr);
-  void release(Block& block);
+  void wake(WaitList& waiters);
+  void maybe_yield(int odds);  // runs other threads first, once in `odds` calls: lanes may diverge
+  // Records an access of the current thread to global memory, see memory.h.
+  void record_access(Access access, const void* p, int64_t bytes, const char* what,
+                     const void* value = nullptr);
+  void release_dependents(Block& block);
 
  private:
-  void begin_clusters(size_t most);
-  void end_clusters();
+  void start_clusters(size_t max_running);
+  void remove_ended_clusters();
   [[noreturn]] void deadlock();
 };
 
@@ -228,7 +234,7 @@ int initial_registers(const Launch& launch);
 Thread& current();  // the thread that runs now
 void enter(Thread& thread);
 
-// What the values that `what` is about were, for messages: "block 0, thread 5: ...".
-[[noreturn]] void fail(const std::string& what);
+// Throws a Failure with the position of the current thread: "block 0, thread 5: <message>".
+[[noreturn]] void fail(const std::string& message);
 
 }  // namespace emulator

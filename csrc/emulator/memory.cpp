@@ -7,25 +7,25 @@
 namespace emulator {
 namespace {
 
-// Instead of a block: several; atomically; as a constant.
-constexpr uint16_t MANY = 0xffff, ATOMIC = 0xfffe, CONSTANT = 0xfffd;
+// Values of a record that are not index + 1 of a block.
+constexpr uint16_t SEVERAL_BLOCKS = 0xffff, ATOMIC = 0xfffe, CONSTANT = 0xfffd;
 
-std::string who_is(uint16_t mark, int grid) {
-  const std::string of = grid ? " of the dependent grid" : "";
-  if (mark == MANY) return "several blocks" + of;
-  if (mark == ATOMIC) return "an atomic operation" + of;
-  if (mark == CONSTANT) return "load_global" + of;
-  return "block " + std::to_string(mark - 1) + of;
+std::string accessor_name(uint16_t mark, int grid) {
+  const std::string suffix = grid ? " of the dependent grid" : "";
+  if (mark == SEVERAL_BLOCKS) return "several blocks" + suffix;
+  if (mark == ATOMIC) return "an atomic operation" + suffix;
+  if (mark == CONSTANT) return "load_global" + suffix;
+  return "block " + std::to_string(mark - 1) + suffix;
 }
 
 }  // namespace
 
 Memory& memory() {
-  static Memory all;
-  return all;
+  static Memory instance;
+  return instance;
 }
 
-void Memory::register_only(const Allocation* allocations, int count) {
+void Memory::register_allocations(const Allocation* allocations, int count) {
   checks_ = true;
   ranges_.clear();
   tensors_.clear();
@@ -47,7 +47,7 @@ void Memory::register_only(const Allocation* allocations, int count) {
       merged.back().end = std::max(merged.back().end, r.end);
     } else {
       if (!merged.empty() && r.begin < merged.back().end) {
-        throw Failure("the host registered " + tensors_[r.tensor].name + " over " +
+        throw Failure("registered tensors overlap: " + tensors_[r.tensor].name + " and " +
                       tensors_[merged.back().tensor].name);
       }
       merged.push_back(r);
@@ -56,12 +56,12 @@ void Memory::register_only(const Allocation* allocations, int count) {
   ranges_ = merged;
 }
 
-void Memory::unregister() {
-  register_only(nullptr, 0);
+void Memory::disable_checks() {
+  register_allocations(nullptr, 0);
   checks_ = false;
 }
 
-void Memory::also(const Allocation& scratch) {
+void Memory::add_allocation(const Allocation& scratch) {
   if (!checks_) return;
   const char* begin = static_cast<const char*>(scratch.begin);
   ranges_.push_back({begin, begin + scratch.bytes, static_cast<int>(tensors_.size())});
@@ -70,15 +70,15 @@ void Memory::also(const Allocation& scratch) {
             [](const Range& x, const Range& y) { return x.begin < y.begin; });
 }
 
-void Memory::forget() {
-  for (Tensor& t : tensors_) t.marks.clear();
+void Memory::clear_records() {
+  for (Tensor& t : tensors_) t.records.clear();
   for (const Range& r : ranges_) {
     Tensor& t = tensors_[r.tensor];
-    if (t.writable) t.marks.resize(std::max<size_t>(t.marks.size(), r.end - t.begin));
+    if (t.writable) t.records.resize(std::max<size_t>(t.records.size(), r.end - t.begin));
   }
 }
 
-// The last range that begins at or before p.
+// The last range that starts at or before p; null: none.
 const Memory::Range* Memory::find(const char* p) {
   if (last_ < ranges_.size() && ranges_[last_].begin <= p && p < ranges_[last_].end) {
     return &ranges_[last_];
@@ -90,96 +90,98 @@ const Memory::Range* Memory::find(const char* p) {
   return &ranges_[last_];
 }
 
-std::string Memory::place(const char* p) {
+std::string Memory::describe(const char* p) {
   const Range* r = find(p);
-  if (!r && ranges_.empty()) return "memory that nobody registered";
+  if (!r && ranges_.empty()) return "unregistered memory";
   const Tensor& t = tensors_[(r ? r : &ranges_.front())->tensor];
   return "offset " + std::to_string(p - t.begin) + " from the start of " + t.name;
 }
 
 void Memory::check(const void* p, int64_t bytes, bool write, const char* what) {
   if (!checks_ || bytes == 0) return;
-  const char* at = static_cast<const char*>(p);
-  const Range* r = find(at);
-  if (!r || at + bytes > r->end) {
-    fail(std::string(what) + ": " + std::to_string(bytes) + " bytes at " + place(at) +
-         " lie beyond it, and in no other tensor");
+  const char* begin = static_cast<const char*>(p);
+  const Range* r = find(begin);
+  if (!r || begin + bytes > r->end) {
+    fail(std::string(what) + ": out of bounds: " + std::to_string(bytes) + " bytes at " +
+         describe(begin));
   }
   if (write && !tensors_[r->tensor].writable) {
-    fail(std::string(what) + ": writes at " + place(at) + ", which is only read");
+    fail(std::string(what) + ": writes at " + describe(begin) + ", which is read-only");
   }
 }
 
-void Memory::touch(Touch how, const Toucher& who, const void* p, int64_t bytes, const char* what,
-                   const void* value) {
-  const bool write = how == Touch::write || how == Touch::atomic;
+void Memory::record(Access access, const Accessor& accessor, const void* p, int64_t bytes,
+                    const char* what, const void* value) {
+  const bool write = access == Access::write || access == Access::atomic;
   check(p, bytes, write, what);
   if (!checks_ || bytes == 0) return;
-  const char* at = static_cast<const char*>(p);
-  Tensor& t = tensors_[find(at)->tensor];
+  const char* begin = static_cast<const char*>(p);
+  Tensor& t = tensors_[find(begin)->tensor];
   if (!t.writable) return;
-  const uint16_t me = how == Touch::atomic ? ATOMIC : static_cast<uint16_t>(who.block + 1);
-  const int other = 1 - who.grid;
-  const auto race = [&](int64_t i, const char* before, uint16_t mark, int grid, const char* why) {
-    fail(std::string(what) + " at " + place(at + i) + ", which " + who_is(mark, grid) + " " +
-         before + why);
+  const uint16_t mark =
+      access == Access::atomic ? ATOMIC : static_cast<uint16_t>(accessor.block + 1);
+  const int grid = accessor.grid, other_grid = 1 - grid;
+  const auto race = [&](int64_t i, const char* verb, uint16_t by, int by_grid, const char* why) {
+    fail(std::string(what) + ": data race at " + describe(begin + i) + ", which " +
+         accessor_name(by, by_grid) + " " + verb + why);
   };
   for (int64_t i = 0; i < bytes; ++i) {
-    Marks& m = t.marks[at - t.begin + i];
-    // A grid that has not waited for the one before must touch nothing that this one writes, nor
-    // write what it reads. Whichever comes first in this run, it is found out.
-    const bool unordered = who.grid == 0 || who.early;
-    const char* unwaited = who.grid == 0 ? " without grid_dependency_wait"
-                                         : ": no grid_dependency_wait came before";
-    if (unordered && m.writer[other]) race(i, "wrote", m.writer[other], other, unwaited);
-    if (unordered && write && m.reader[other]) race(i, "read", m.reader[other], other, unwaited);
-    // Blocks of one grid run in no order.
-    const uint16_t writer = m.writer[who.grid], reader = m.reader[who.grid];
-    const bool differs = !value || at[i] != static_cast<const char*>(value)[i];
-    if (writer && writer != me && (!write || differs)) {
-      race(i, "wrote", writer, who.grid, ": nothing orders the two");
+    Record& r = t.records[begin - t.begin + i];
+    // Before it waits for the first grid, the dependent grid must neither access what the first
+    // grid writes nor write what the first grid reads. Either order of the two accesses fails.
+    const bool unordered = grid == 0 || accessor.unordered;
+    const char* no_wait = grid == 0 ? " without grid_dependency_wait"
+                                    : ": this thread has not called grid_dependency_wait";
+    const uint16_t other_writer = r.writer[other_grid], other_reader = r.reader[other_grid];
+    if (unordered && other_writer) race(i, "wrote", other_writer, other_grid, no_wait);
+    if (unordered && write && other_reader) race(i, "read", other_reader, other_grid, no_wait);
+    // The blocks of one grid are unordered.
+    constexpr char NOT_SYNCHRONIZED[] = ": the accesses are not synchronized";
+    const uint16_t writer = r.writer[grid], reader = r.reader[grid];
+    const bool differs = !value || begin[i] != static_cast<const char*>(value)[i];
+    if (writer && writer != mark && (!write || differs)) {
+      race(i, "wrote", writer, grid, NOT_SYNCHRONIZED);
     }
-    if (write && reader && reader != me) {
-      race(i, "read", reader, who.grid, ": nothing orders the two");
-    }
-    if (how == Touch::constant) {
-      if (writer) race(i, "wrote", writer, who.grid, ": load_global is for what nobody writes");
-      if (m.writer[other]) {
-        race(i, "wrote", m.writer[other], other, ": load_global is for what nobody writes");
-      }
+    if (write && reader && reader != mark) race(i, "read", reader, grid, NOT_SYNCHRONIZED);
+    if (access == Access::constant) {
+      constexpr char NOT_CONSTANT[] = ": load_global needs memory that no block writes";
+      if (writer) race(i, "wrote", writer, grid, NOT_CONSTANT);
+      if (other_writer) race(i, "wrote", other_writer, other_grid, NOT_CONSTANT);
     }
     if (write) {
-      m.writer[who.grid] = me;
-    } else if (how == Touch::constant) {
-      m.reader[who.grid] = CONSTANT;
+      r.writer[grid] = mark;
+    } else if (access == Access::constant) {
+      r.reader[grid] = CONSTANT;
     } else {
-      m.reader[who.grid] = reader && reader != me ? MANY : me;
+      r.reader[grid] = reader && reader != mark ? SEVERAL_BLOCKS : mark;
     }
   }
 }
 
 }  // namespace emulator
 
-// The memory that kernels may touch, and none else, until it is forgotten.
+// Registers all memory that kernels may access from now on. 1: two tensors overlap.
 extern "C" int emulate_memory(const emulator::Allocation* allocations, int count) {
   try {
-    emulator::memory().register_only(allocations, count);
+    emulator::memory().register_allocations(allocations, count);
   } catch (const emulator::Failure&) {
     return 1;
   }
   return 0;
 }
 
-extern "C" void emulate_any_memory() { emulator::memory().unregister(); }
+// Lets kernels access any memory again.
+extern "C" void emulate_any_memory() { emulator::memory().disable_checks(); }
 
 namespace sm90 {
 
-void touch_global(emulator::Touch how, const void* p, uint32_t bytes, const char* what, const void* value) {
+void access_global(emulator::Access access, const void* p, uint32_t bytes, const char* what,
+                   const void* value) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) {
-    emulator::fail(std::string(what) + ": " + std::to_string(bytes) + " bytes at an address that is no " +
-         "multiple of it");
+    emulator::fail(std::string(what) + ": address is not aligned to " + std::to_string(bytes) +
+                   " bytes");
   }
-  emulator::current().block->machine->touch(how, p, bytes, what, value);
+  emulator::current().block->machine->record_access(access, p, bytes, what, value);
 }
 
 }  // namespace sm90

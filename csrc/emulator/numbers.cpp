@@ -1,4 +1,4 @@
-// Numbers of the primitives: bfloat16, float16 and e4m3, rounded as the hardware rounds them.
+// Conversions of the primitives: bfloat16, float16 and e4m3, with the rounding of the hardware.
 #include <algorithm>
 #include <cmath>
 
@@ -16,14 +16,14 @@ fp16 to_fp16(float x) {
   const uint32_t bits = float_bits(x);
   const uint16_t sign = bits >> 16 & 0x8000;
   if (std::isnan(x)) return {0x7fff};
-  const float size = std::fabs(x);
-  if (size == 0.0f) return {sign};
-  if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  const float magnitude = std::fabs(x);
+  if (magnitude == 0.0f) return {sign};
+  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
   int exponent;
-  std::frexp(size, &exponent);
-  const int lowest = std::max(exponent - 11, -24);  // of the last bit that is kept
-  const auto kept = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -lowest)));
-  const uint32_t code = lowest == -24 ? kept : ((lowest + 24) << 10) + kept;
+  std::frexp(magnitude, &exponent);
+  const int last_bit = std::max(exponent - 11, -24);  // exponent of the last mantissa bit
+  const auto mantissa = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, -last_bit)));
+  const uint32_t code = last_bit == -24 ? mantissa : ((last_bit + 24) << 10) + mantissa;
   return {static_cast<uint16_t>(sign | code)};
 }
 
@@ -36,20 +36,21 @@ float to_float(bf16 x) {
 
 float to_float(fp16 x) {
   const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
-  float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
-               : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
-                              : std::ldexp(static_cast<float>(mantissa), -24);
-  return x.bits & 0x8000 ? -size : size;
+  const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                          : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                                         : std::ldexp(static_cast<float>(mantissa), -24);
+  return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 
 uint32_t e4m3_to_bf16(uint16_t codes) {
-  const auto one = [](int code) {
+  const auto convert = [](int code) {
     const int exponent = code >> 3 & 15, mantissa = code & 7;
-    float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
-    if ((code & 127) == 127) size = NAN;
-    return to_bf16(code & 128 ? -size : size);
+    float magnitude =
+        exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+    if ((code & 127) == 127) magnitude = NAN;
+    return to_bf16(code & 128 ? -magnitude : magnitude);
   };
-  return pack(one(codes & 255), one(codes >> 8));
+  return pack(convert(codes & 255), convert(codes >> 8));
 }
 
 uint32_t multiply_bf16(uint32_t x, uint32_t y) {

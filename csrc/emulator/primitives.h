@@ -1,4 +1,4 @@
-// The host's side of csrc/sm90/primitives.cuh: the same names, done by the emulated machine.
+// The primitives of csrc/sm90/primitives.cuh, implemented by the emulated machine of machine.h.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Barrier {
   uint64_t word;
 };
 
-// Numbers with the bits of bfloat16 and float16.
+// The bits of a bfloat16 and of a float16.
 struct bf16 {
   uint16_t bits;
 };
@@ -48,7 +48,7 @@ inline fp16 high_fp16(uint32_t pair) { return {static_cast<uint16_t>(pair >> 16)
 uint32_t e4m3_to_bf16(uint16_t codes);
 uint32_t multiply_bf16(uint32_t x, uint32_t y);
 
-// Who and where.
+// Indices.
 inline int thread_index() { return emulator::current().index; }
 inline int warp_index() { return emulator::current().warp(); }
 inline int lane_index() { return emulator::current().lane(); }
@@ -60,18 +60,18 @@ bool elect_one();
 // Shared memory.
 char* shared_memory();
 uint32_t shared_address(const void* p);
-void note_shared_store(const void* p, uint32_t bytes);
+void record_shared_store(const void* p, uint32_t bytes);
 template <class T>
 void store_shared(void* p, T value) {
-  note_shared_store(p, sizeof(T));
+  record_shared_store(p, sizeof(T));
   std::memcpy(p, &value, sizeof(T));
 }
 template <class T>
 T load_shared(const void* p) {
   if (emulator::current().block->offset(p, sizeof(T), "load_shared") % sizeof(T)) {
-    emulator::fail("load_shared: not aligned");
+    emulator::fail("load_shared: address is not aligned");
   }
-  emulator::current().block->machine->pause(32);
+  emulator::current().block->machine->maybe_yield(32);
   T value;
   std::memcpy(&value, p, sizeof(T));
   return value;
@@ -92,7 +92,7 @@ Floats load_shared_at(const void* p, int rank);
 void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
 void fence_async_proxy();
 
-// Barriers in shared memory.
+// Mbarriers, in shared memory.
 void barrier_init(Barrier* barrier, int count);
 void barrier_init_fence();
 void barrier_arrive(Barrier* barrier);
@@ -100,7 +100,7 @@ void barrier_arrive_at(Barrier* barrier, int rank);
 void barrier_arrive_expect(Barrier* barrier, uint32_t bytes);
 void barrier_wait(Barrier* barrier, uint32_t parity);
 
-// Barriers of threads.
+// Thread barriers.
 void named_barrier_sync(int id, int threads);
 void named_barrier_arrive(int id, int threads);
 void block_sync();
@@ -120,24 +120,24 @@ void tma_load_multicast(void* to, const TensorMap* map, Barrier* barrier, int co
 void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier);
 void tma_store(const TensorMap* map, const void* from, int column, int row);
 void tma_store_commit();
-void tma_store_wait_groups(int left, bool reads_only);
-template <int LEFT>
+void tma_store_wait_groups(int pending, bool reads_only);
+template <int PENDING>
 void tma_store_wait_read() {
-  tma_store_wait_groups(LEFT, true);
+  tma_store_wait_groups(PENDING, true);
 }
-template <int LEFT>
+template <int PENDING>
 void tma_store_wait() {
-  tma_store_wait_groups(LEFT, false);
+  tma_store_wait_groups(PENDING, false);
 }
 
 // WGMMA.
 uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes);
 void wgmma_fence();
 void wgmma_commit();
-void wgmma_wait_groups(int left);
-template <int LEFT>
+void wgmma_wait_groups(int pending);
+template <int PENDING>
 void wgmma_wait() {
-  wgmma_wait_groups(LEFT);
+  wgmma_wait_groups(PENDING);
 }
 void wgmma_issue(emulator::Wgmma operation, float* accumulators, const uint32_t* a);
 
@@ -147,22 +147,22 @@ void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   w.N = N, w.K = 32, w.fp8 = true, w.accumulate = accumulate, w.a = a, w.b = b;
   wgmma_issue(w, d, nullptr);
 }
-template <int N, bool A_BY_ROW = true, bool B_BY_ROW = true>
+template <int N, bool A_K_MAJOR = true, bool B_K_MAJOR = true>
 void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   emulator::Wgmma w;
   w.N = N, w.K = 16, w.accumulate = accumulate, w.a = a, w.b = b;
-  w.a_by_row = A_BY_ROW, w.b_by_row = B_BY_ROW;
+  w.a_k_major = A_K_MAJOR, w.b_k_major = B_K_MAJOR;
   wgmma_issue(w, d, nullptr);
 }
-template <int N, bool B_BY_ROW = true>
+template <int N, bool B_K_MAJOR = true>
 void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   emulator::Wgmma w;
   w.N = N, w.K = 16, w.accumulate = accumulate, w.a_in_registers = true, w.b = b;
-  w.b_by_row = B_BY_ROW;
+  w.b_k_major = B_K_MAJOR;
   wgmma_issue(w, d, a);
 }
 
-// The rest.
+// Registers, shuffles and dependent grids.
 void set_registers(int count, bool increase);
 template <int COUNT>
 void registers_decrease() {
@@ -178,37 +178,37 @@ void grid_dependency_wait();
 void grid_dependency_launch();
 
 // Global memory.
-void touch_global(emulator::Touch how, const void* p, uint32_t bytes, const char* what,
-                  const void* value = nullptr);
+void access_global(emulator::Access access, const void* p, uint32_t bytes, const char* what,
+                   const void* value = nullptr);
 template <class T>
 T load_global(const T* p) {
-  touch_global(emulator::Touch::constant, p, sizeof(T), "load_global");
+  access_global(emulator::Access::constant, p, sizeof(T), "load_global");
   return *p;
 }
 inline Chunk load_global(const Chunk* p) {
-  emulator::current().block->machine->pause(8);  // others may be ahead by then
-  touch_global(emulator::Touch::constant, p, 16, "load_global");
+  emulator::current().block->machine->maybe_yield(8);
+  access_global(emulator::Access::constant, p, 16, "load_global");
   return *p;
 }
-inline Chunk load_streamed(const Chunk* p, bool there) {
-  return there ? load_global(p) : Chunk{};
+inline Chunk load_streamed(const Chunk* p, bool valid) {
+  return valid ? load_global(p) : Chunk{};
 }
 template <class T>
 T load_written(const T* p) {
-  touch_global(emulator::Touch::read, p, sizeof(T), "load_written");
+  access_global(emulator::Access::read, p, sizeof(T), "load_written");
   return *p;
 }
 template <class T>
 void store_global(T* p, T value) {
-  touch_global(emulator::Touch::write, p, sizeof(T), "store_global", &value);
+  access_global(emulator::Access::write, p, sizeof(T), "store_global", &value);
   *p = value;
 }
 inline void atomic_min(int* p, int x) {
-  touch_global(emulator::Touch::atomic, p, 4, "atomic_min");
+  access_global(emulator::Access::atomic, p, 4, "atomic_min");
   *p = x < *p ? x : *p;
 }
 inline void atomic_max(int* p, int x) {
-  touch_global(emulator::Touch::atomic, p, 4, "atomic_max");
+  access_global(emulator::Access::atomic, p, 4, "atomic_max");
   *p = x > *p ? x : *p;
 }
 inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -1,4 +1,4 @@
-// A tensor map as TMA follows it: a matrix in global memory, and the box that one copy moves.
+// The emulator's TMA tensor map: a matrix in global memory, and the box that one copy moves.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@ namespace emulator {
 struct TensorMap {
   char* base;
   uint64_t columns, rows;  // of the matrix, in elements
-  uint64_t row_bytes;      // from a row to the next
+  uint64_t row_bytes;      // row stride
   uint32_t box_columns, box_rows;
   uint32_t element_bytes;
-  bool swizzle;  // in 128 bytes
+  bool swizzle;  // 128-byte swizzle
 
   uint32_t box_bytes() const { return box_columns * box_rows * element_bytes; }
 };

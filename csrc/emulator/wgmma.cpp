@@ -1,4 +1,9 @@
 // WGMMA: D[64, N] += A[64, K] · B[N, K]ᵀ by a warpgroup, asynchronously.
+//
+// How: the last of the 128 threads to issue it schedules the product, which reads A and B through
+// their descriptors when it runs. The accumulators stay in the machine until wgmma_wait.
+//
+// Limit: scalar loops, 64 * N * K multiplications and the address arithmetic of each operand.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -29,77 +34,78 @@ float from_e4m3(uint8_t code) {
   return table[code];
 }
 
-// A tile in shared memory as a descriptor names it, in rows of 128 bytes, swizzled. By row: the
-// values of one row stand together; else those of one column of K, 64 of them to a row.
+// An operand in shared memory, given by its matrix descriptor: rows of 128 bytes, swizzled. In a
+// K-major operand such a row has consecutive k of one matrix row, else 64 matrix rows at one k.
 struct Tile {
   const Block& block;
   uint32_t start, leading, stride;
-  int element;
-  bool by_row;
+  int element_bytes;
+  bool k_major;
 
-  Tile(const Block& b, uint64_t descriptor, int bytes, bool rows)
+  Tile(const Block& b, uint64_t descriptor, int element_bytes, bool k_major)
       : block(b),
         start(static_cast<uint32_t>(descriptor & 0x3fff) << 4),
         leading(static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4),
         stride(static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4),
-        element(bytes),
-        by_row(rows) {
+        element_bytes(element_bytes),
+        k_major(k_major) {
     if (descriptor >> 62 != 1) fail("wgmma: descriptor: expected the 128-byte swizzle");
-    // Else the descriptor's base offset would have to say where the pattern of 8 rows begins.
-    if (start >> 7 & 7) fail("wgmma: a tile begins at a multiple of 8 rows of 128 bytes");
+    // The descriptor's base offset, which could shift the swizzle pattern, is not emulated.
+    if (start >> 7 & 7) fail("wgmma: descriptor: expected a tile aligned to 8 rows of 128 bytes");
   }
 
   float at(int row, int k) const {
-    uint32_t place = start;
-    if (by_row) {
-      place += row / 8 * stride + row % 8 * 128 + k * element;
+    uint32_t offset = start;
+    if (k_major) {
+      offset += row / 8 * stride + row % 8 * 128 + k * element_bytes;
     } else {
-      place += row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * element;
+      offset += row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * element_bytes;
     }
-    place ^= (place >> 7 & 7) << 4;
-    block.offset(block.shared + place, element, "wgmma");
-    if (block.dirty[place]) {
-      fail("wgmma reads shared memory at offset " + std::to_string(place) + ", which thread " +
-           std::to_string(block.dirty[place] - 1) + " wrote and no fence_async_proxy followed");
+    offset ^= (offset >> 7 & 7) << 4;
+    block.offset(block.shared + offset, element_bytes, "wgmma");
+    if (block.unfenced_writer[offset]) {
+      fail("wgmma reads shared memory at offset " + std::to_string(offset) + ", which thread " +
+           std::to_string(block.unfenced_writer[offset] - 1) +
+           " wrote and no fence_async_proxy followed");
     }
-    if (element == 1) return from_e4m3(static_cast<uint8_t>(block.shared[place]));
+    if (element_bytes == 1) return from_e4m3(static_cast<uint8_t>(block.shared[offset]));
     uint16_t bits;
-    std::memcpy(&bits, block.shared + place, 2);
+    std::memcpy(&bits, block.shared + offset, 2);
     return from_bf16(bits);
   }
 };
 
-// Row and column that accumulator `i` of thread `t` of a warpgroup holds.
+// The row and the column of D of accumulator `i` of thread `t` of a warpgroup.
 int accumulator_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
 int accumulator_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
-// The sum as a tensor core makes it that keeps `bits` of it: what lies further below the largest
-// summand is cut off. 0: in float32.
-float sum(const float* a, const float* b, int K, float before, int bits) {
+// The sum a · b + c of a tensor core that keeps `bits` mantissa bits relative to the largest
+// summand and truncates the rest. 0 bits: float32.
+float dot(const float* a, const float* b, int K, float c, int bits) {
   if (bits == 0) {
     double exact = 0;
     for (int k = 0; k < K; ++k) exact += double{a[k]} * b[k];
-    return static_cast<float>(before + exact);
+    return static_cast<float>(c + exact);
   }
-  double largest = std::fabs(before);
+  double largest = std::fabs(c);
   for (int k = 0; k < K; ++k) largest = std::max(largest, std::fabs(double{a[k]} * b[k]));
   if (largest == 0 || !std::isfinite(largest)) {
-    return sum(a, b, K, before, 0);
+    return dot(a, b, K, c, 0);
   }
   const double unit = std::ldexp(1.0, std::ilogb(largest) - bits + 1);
-  double kept = std::trunc(before / unit);
-  for (int k = 0; k < K; ++k) kept += std::trunc(double{a[k]} * b[k] / unit);
-  return static_cast<float>(kept * unit);
+  double sum = std::trunc(c / unit);
+  for (int k = 0; k < K; ++k) sum += std::trunc(double{a[k]} * b[k] / unit);
+  return static_cast<float>(sum * unit);
 }
 
 void execute(Block& block, int group, const Wgmma& w) {
-  const Tile b(block, w.b, w.fp8 ? 1 : 2, w.b_by_row);
+  const Tile b(block, w.b, w.fp8 ? 1 : 2, w.b_k_major);
   std::vector<float> left(64 * w.K), right(w.N * w.K);
   for (int n = 0; n < w.N; ++n) {
     for (int k = 0; k < w.K; ++k) right[n * w.K + k] = b.at(n, k);
   }
-  if (w.a_in_registers) {  // bf16: as accumulators of a product of 16 columns, in pairs
-    for (int t = 0; t < WARPGROUP; ++t) {
+  if (w.a_in_registers) {  // pairs of bf16, in the layout of accumulators with N = 16
+    for (int t = 0; t < WARPGROUP_SIZE; ++t) {
       for (int i = 0; i < 8; ++i) {
         const uint32_t pair = w.a_registers[t * 4 + i / 2];
         left[accumulator_row(t, i) * w.K + accumulator_column(t, i)] =
@@ -107,26 +113,27 @@ void execute(Block& block, int group, const Wgmma& w) {
       }
     }
   } else {
-    const Tile a(block, w.a, w.fp8 ? 1 : 2, w.a_by_row);
+    const Tile a(block, w.a, w.fp8 ? 1 : 2, w.a_k_major);
     for (int m = 0; m < 64; ++m) {
       for (int k = 0; k < w.K; ++k) left[m * w.K + k] = a.at(m, k);
     }
   }
   const int bits = w.fp8 ? block.launch().accumulator_bits : 0;
-  for (int t = 0; t < WARPGROUP; ++t) {
-    auto& values = block.threads[group * WARPGROUP + t]->accumulators.at(w.accumulators[t]).values;
+  for (int t = 0; t < WARPGROUP_SIZE; ++t) {
+    Thread& thread = *block.threads[group * WARPGROUP_SIZE + t];
+    auto& values = thread.accumulators.at(w.accumulators[t]).values;
     for (int i = 0; i < w.N / 2; ++i) {
       const float* row = &left[accumulator_row(t, i) * w.K];
       const float* column = &right[accumulator_column(t, i) * w.K];
-      values[i] = sum(row, column, w.K, w.accumulate ? values[i] : 0.0f, bits);
+      values[i] = dot(row, column, w.K, w.accumulate ? values[i] : 0.0f, bits);
     }
   }
 }
 
-bool same(const Wgmma& x, const Wgmma& y) {
+bool same_operands(const Wgmma& x, const Wgmma& y) {
   return x.N == y.N && x.K == y.K && x.fp8 == y.fp8 && x.accumulate == y.accumulate &&
          x.a == y.a && x.b == y.b && x.a_in_registers == y.a_in_registers &&
-         x.a_by_row == y.a_by_row && x.b_by_row == y.b_by_row;
+         x.a_k_major == y.a_k_major && x.b_k_major == y.b_k_major;
 }
 
 }  // namespace
@@ -137,79 +144,82 @@ namespace sm90 {
 using emulator::current;
 using emulator::fail;
 using emulator::Thread;
-using emulator::WARPGROUP;
+using emulator::WARPGROUP_SIZE;
 using emulator::Wgmma;
 
 uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes) {
   if ((shared_address(tile) | leading_bytes | stride_bytes) % 16) {
-    fail("matrix_descriptor: addresses and distances are multiples of 16 bytes");
+    fail("matrix_descriptor: address and strides must be multiples of 16 bytes");
   }
   if (leading_bytes >> 18 || stride_bytes >> 18) {
-    fail("matrix_descriptor: distances have 14 bits, of 16 bytes");
+    fail("matrix_descriptor: expected strides below 2^18 bytes");
   }
   const uint64_t start = shared_address(tile) >> 4 & 0x3fff;
   return start | uint64_t{leading_bytes >> 4} << 16 | uint64_t{stride_bytes >> 4} << 32 |
          uint64_t{1} << 62;
 }
 
-void wgmma_fence() { current().fenced = true; }
+void wgmma_fence() { current().wgmma_fenced = true; }
 
 void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
   Thread& t = current();
   emulator::Block* block = t.block;
   emulator::Machine* m = block->machine;
-  const int N = operation.N, group = t.group(), mine = t.index % WARPGROUP;
-  if (N % 8 || N < 8 || N > 256) fail("wgmma: N = " + std::to_string(N));
+  const int N = operation.N, group = t.group(), rank = t.index % WARPGROUP_SIZE;
+  if (N % 8 || N < 8 || N > 256) {
+    fail("wgmma: N: expected a multiple of 8 up to 256, got " + std::to_string(N));
+  }
   auto found = t.accumulators.find(accumulators);
   if (found == t.accumulators.end()) {
-    if (!t.fenced) fail("wgmma: no wgmma_fence since its registers were last written");
+    if (!t.wgmma_fenced) fail("wgmma: no wgmma_fence since its registers were last written");
     std::vector<float> values(accumulators, accumulators + N / 2);
-    found = t.accumulators.emplace(accumulators, emulator::InFlight{std::move(values), 0}).first;
-    // Until it is waited for, nobody may look.
-    std::fill_n(accumulators, N / 2, NAN);
+    found = t.accumulators
+                .emplace(accumulators, emulator::PendingAccumulators{std::move(values), 0})
+                .first;
+    std::fill_n(accumulators, N / 2, NAN);  // until wgmma_wait
   }
-  const uint64_t number = t.issued++;
-  found->second.last = number;
+  const uint64_t number = t.wgmmas_issued++;
+  found->second.last_wgmma = number;
   auto& g = block->groups[group];
-  Wgmma& w = g.operations[number];
-  if (w.arrived == 0) {
+  Wgmma& w = g.wgmmas[number];
+  if (w.issued == 0) {
     w = operation;
-    w.accumulators.resize(WARPGROUP);
-    w.a_registers.resize(a ? 4 * WARPGROUP : 0);
-  } else if (!emulator::same(w, operation)) {
-    fail("wgmma: other operands than those of the warpgroup's other threads");
+    w.accumulators.resize(WARPGROUP_SIZE);
+    w.a_registers.resize(a ? 4 * WARPGROUP_SIZE : 0);
+  } else if (!emulator::same_operands(w, operation)) {
+    fail("wgmma: the threads of the warpgroup issue different operands");
   }
-  w.accumulators[mine] = accumulators;
-  if (a) std::copy_n(a, 4, &w.a_registers[mine * 4]);
-  if (++w.arrived < WARPGROUP) return;
-  block->cluster->add(
+  w.accumulators[rank] = accumulators;
+  if (a) std::copy_n(a, 4, &w.a_registers[rank * 4]);
+  if (++w.issued < WARPGROUP_SIZE) return;
+  block->cluster->schedule(
       [=, &g] {
-        emulator::execute(*block, group, g.operations.at(number));
-        g.operations.erase(number);
+        emulator::execute(*block, group, g.wgmmas.at(number));
+        g.wgmmas.erase(number);
         g.executed = number + 1;
-        m->wake(g.done);
+        m->wake(g.waiters);
       },
       block->rank * 8 + group);
 }
 
 void wgmma_commit() {
-  current().commits.push_back(current().issued);
-  current().block->machine->pause(8);
+  current().wgmma_commits.push_back(current().wgmmas_issued);
+  current().block->machine->maybe_yield(8);
 }
 
-void wgmma_wait_groups(int left) {
+void wgmma_wait_groups(int pending) {
   Thread& t = current();
-  const int count = static_cast<int>(t.commits.size()) - left;
+  const int count = static_cast<int>(t.wgmma_commits.size()) - pending;
   if (count <= 0) return;
-  const uint64_t target = t.commits[count - 1];
+  const uint64_t target = t.wgmma_commits[count - 1];
   auto& g = t.block->groups[t.group()];
-  t.block->machine->wait(g.done, [] { return "WGMMA"; }, [&] { return g.executed >= target; });
-  t.commits.erase(t.commits.begin(), t.commits.begin() + count);
+  t.block->machine->wait(g.waiters, [] { return "WGMMA"; }, [&] { return g.executed >= target; });
+  t.wgmma_commits.erase(t.wgmma_commits.begin(), t.wgmma_commits.begin() + count);
   for (auto i = t.accumulators.begin(); i != t.accumulators.end();) {
-    if (i->second.last < target) {
+    if (i->second.last_wgmma < target) {
       std::copy(i->second.values.begin(), i->second.values.end(), i->first);
       i = t.accumulators.erase(i);
-      t.fenced = false;
+      t.wgmma_fenced = false;
     } else {
       ++i;
     }

@@ -12,7 +12,7 @@ import deepkern
 from deepkern.runtime import native
 
 pytestmark = pytest.mark.skipif(
-    native._load("_host")[1] is not None, reason=str(native._load("_host")[1])
+    native.load("_host")[1] is not None, reason=str(native.load("_host")[1])
 )
 
 

@@ -13,7 +13,7 @@ from deepkern import reference
 from deepkern.runtime import native
 
 needs_host = pytest.mark.skipif(
-    native._load("_host")[1] is not None, reason=str(native._load("_host")[1])
+    native.load("_host")[1] is not None, reason=str(native.load("_host")[1])
 )
 # (num_replicas, num_groups, num_nodes, num_gpus) for 256 experts: DeepSeek's prefill and decode.
 CASES = [(288, 8, 4, 32), (320, 8, 8, 64), (288, 8, 18, 144)]

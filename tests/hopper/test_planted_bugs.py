@@ -99,16 +99,17 @@ BUGS = {
     "block ends before its neighbour": (
         PAIRS, "  if (Tile::CLUSTER > 1) cluster_sync();\n}", "}", "block that has ended"),
     "stores beyond its rows": (
-        WHOLE, "if (row >= w.end) return false;", "if (row > w.end) return false;", "beyond"),
+        WHOLE, "if (row >= w.end) return false;", "if (row > w.end) return false;",
+        "beyond|out of bounds"),
     "scales not waited for": (SCALED, "(RIGHT_ROWS == 1 ? 32 : 0)", "0", SOMEHOW),
     "buffer handed on before its scales were read": (
         SCALED, "if (Tile::RIGHT_ROWS == 1) warp_sync();", "", SOMEHOW),
     "scales of the wrong operand": (
         SWAPPED, "Tile::SWAPPED ? p.a_scale : p.b_scale;\n  Work w;",
-        "p.b_scale;\n  Work w;", "wrong result|beyond"),
+        "p.b_scale;\n  Work w;", "wrong result|out of bounds"),
     "scales past the last row": (
         WHOLE, "row + 8 < last ? row + 8 : 0, Tile::LEFT_ROWS", "row + 8, Tile::LEFT_ROWS",
-        "lie beyond it"),
+        "out of bounds"),
     "another group's rows": (
         CONTIGUOUS, "load_global(p.group_index + row) == w.group", "true", WRONG),
     "another group's weights": (

@@ -93,15 +93,15 @@ BUGS = {
     "rows of out read before they are whole": ("  warp_sync();\n", "", SOMEHOW),
     "rows past the last stored": ("smaller(left, 16)", "16", SOMEHOW),
     "splits added up before they are there": (
-        "  grid_dependency_wait();\n", "", "no grid_dependency_wait came before"),
+        "  grid_dependency_wait();\n", "", "has not called grid_dependency_wait"),
     "splits read past caches that are up to date": (
         "load_written(p.partial_lse + at)", "load_global(p.partial_lse + at)",
-        "load_global is for what nobody writes"),
+        "load_global needs memory that no block writes"),
     "every tile of rows the first one's": (
         "row = block_index() % p.tiles * MlaTile::ROWS", "row = 0", SOMEHOW),
     "all splits in one place": (
         "* p.splits + w.split) * all + w.row", "* p.splits) * all + w.row",
-        "nothing orders the two"),
+        "the accesses are not synchronized"),
     "a split left out": ("i < cut.count; ++i) {", "i < cut.count - 1; ++i) {", WRONG),
     "splits not weighted": (
         "const float weight = exp2_of(load_written(p.partial_lse + at) - zero);",

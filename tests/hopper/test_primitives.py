@@ -1,4 +1,4 @@
-"""The emulator's primitives one by one against formulas of torch, and what it refuses."""
+"""Each primitive in the emulator against a formula in torch, and each error that it must report."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ def kernels() -> ctypes.CDLL:
 KERNELS = CSRC / "emulator" / "kernels"
 
 
-class How(ctypes.Structure):
-    """How of csrc/emulator/kernels/harness.h."""
+class RunOptions(ctypes.Structure):
+    """RunOptions of csrc/emulator/kernels/harness.h."""
 
     _fields_ = [("seed", ctypes.c_uint64), ("order", ctypes.c_int),
-                ("message", ctypes.c_char_p), ("room", ctypes.c_int)]  # fmt: skip
+                ("message", ctypes.c_char_p), ("message_bytes", ctypes.c_int)]  # fmt: skip
 
 
 class Product(ctypes.Structure):
     """Product of csrc/emulator/kernels/primitives.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("a", "b", "given", "out")),
-        *((name, ctypes.c_bool) for name in ("fp8", "a_by_row", "b_by_row", "a_in_registers")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "c", "out")),
+        *((name, ctypes.c_bool) for name in ("fp8", "a_k_major", "b_k_major", "a_in_registers")),
     ]
 
 
 def call(library, name: str, *args, read=(), write=(), seed=0, order="random") -> None:
-    """Runs a kernel, which may touch the tensors in `read` and `write`."""
-    named = [{f"{kind}[{i}]": x for i, x in enumerate(tensors)}
+    """Runs a kernel that may access the tensors in `read` and `write` only."""
+    allowed = [{f"{kind}[{i}]": x for i, x in enumerate(tensors)}
              for kind, tensors in (("read", read), ("write", write))]  # fmt: skip
     message = ctypes.create_string_buffer(4096)
-    how = How(seed, ORDERS[order], ctypes.cast(message, ctypes.c_char_p), len(message))
+    buffer = ctypes.cast(message, ctypes.c_char_p)
+    options = RunOptions(seed, ORDERS[order], buffer, len(message))
     args = [pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
-    with only(library, *named):
-        failed = getattr(library, name)(*args, how)
+    with only(library, *allowed):
+        failed = getattr(library, name)(*args, options)
     if failed:
         raise EmulatorFailure(message.value.decode())
 
@@ -60,9 +61,9 @@ def pointer(x: torch.Tensor) -> ctypes.c_void_p:
 
 PRIMITIVES = (CSRC / "sm90" / "primitives.cuh").read_text()
 WIDTHS = [int(n) for n in re.findall(r"^SM90_WGMMA\((\d+)", PRIMITIVES, re.MULTILINE)]
-BY_ROW = {"fp8": True, "a_by_row": True, "b_by_row": True, "a_in_registers": False}
-LAYOUTS = [BY_ROW] + [
-    {"fp8": False, "a_by_row": a, "b_by_row": b, "a_in_registers": registers}
+FP8_LAYOUT = {"fp8": True, "a_k_major": True, "b_k_major": True, "a_in_registers": False}
+LAYOUTS = [FP8_LAYOUT] + [
+    {"fp8": False, "a_k_major": a, "b_k_major": b, "a_in_registers": registers}
     for a, registers in ((True, False), (False, False), (True, True))
     for b in (True, False)
 ]
@@ -71,24 +72,24 @@ LAYOUTS = [BY_ROW] + [
 @pytest.mark.parametrize("N", WIDTHS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: " ".join(k for k, on in x.items() if on))
 def test_wgmma(kernels, N, layout, generator):
-    """Both types, operands by row or across, A from registers; added to what is given, or not."""
+    """Both types; K-major and MN-major operands; A in registers; with and without C."""
     K, dtype = (128, FP8) if layout["fp8"] else (64, torch.bfloat16)
     a, b = (torch.randn(rows, K, generator=generator).to(dtype) for rows in (64, N))
-    given = torch.randn(64, N, generator=generator)
-    lying = [x if by_row else x.T.contiguous()
-             for x, by_row in ((a, layout["a_by_row"]), (b, layout["b_by_row"]))]  # fmt: skip
-    for seed, start in enumerate((None, given)):
+    addend = torch.randn(64, N, generator=generator)
+    stored = [x if k_major else x.T.contiguous()
+              for x, k_major in ((a, layout["a_k_major"]), (b, layout["b_k_major"]))]  # fmt: skip
+    for seed, c in enumerate((None, addend)):
         out = torch.full((64, N), torch.nan)
-        places = [0 if x is None else x.data_ptr() for x in (*lying, start, out)]
-        read = lying if start is None else [*lying, start]
-        p = Product(*places, **layout)
+        addresses = [0 if x is None else x.data_ptr() for x in (*stored, c, out)]
+        read = stored if c is None else [*stored, c]
+        p = Product(*addresses, **layout)
         call(kernels, "emulate_product", ctypes.byref(p), N, read=read, write=[out], seed=seed)
         want = a.double() @ b.double().T
-        compare.assert_close(out, want if start is None else want + given.double())
+        compare.assert_close(out, want if c is None else want + c.double())
 
 
 @every_order
-def test_store_matrix(kernels, order):
+def test_store_matrix_x4(kernels, order):
     out = torch.full((256,), -1, dtype=torch.int16)
     call(kernels, "emulate_store_matrix", out, write=[out], order=order)
     assert out.tolist() == list(range(256))
@@ -96,32 +97,32 @@ def test_store_matrix(kernels, order):
 
 @every_order
 def test_bulk_load_and_shuffles(kernels, order):
-    given, out = torch.arange(32.0) + 1, torch.full((34,), torch.nan)
+    x, out = torch.arange(32.0) + 1, torch.full((34,), torch.nan)
     name = "emulate_bulk_load_and_shuffles"
-    call(kernels, name, given, out, read=[given], write=[out], order=order)
-    assert out.tolist() == [*given.tolist(), given.sum().item(), 6.0]
+    call(kernels, name, x, out, read=[x], write=[out], order=order)
+    assert out.tolist() == [*x.tolist(), x.sum().item(), 6.0]
 
 
 @pytest.mark.parametrize("swizzle", [False, True])
 @pytest.mark.parametrize("row", [-40, -5, 0, 3, 30, 60])
-def test_boxes(kernels, row, swizzle, generator):
-    """Boxes that reach over any edge: zeros come from outside, and nothing is stored there."""
+def test_tma_boxes_across_edges(kernels, row, swizzle, generator):
+    """TMA loads zeros for the part of a box outside the matrix and does not store that part."""
     rows = 40
-    given = torch.randint(1, 2**15, (rows, 64), generator=generator, dtype=torch.int16)
+    x = torch.randint(1, 2**15, (rows, 64), generator=generator, dtype=torch.int16)
     for column in (-80, -9, 0, 8, 50, 64):
         swizzled = ctypes.c_bool(swizzle)
-        out, back = torch.full((32, 64), -1, dtype=torch.int16), torch.full_like(given, -1)
-        call(kernels, "emulate_boxes", given, back, out, rows, row, column, swizzled,
-             read=[given], write=[back, out], seed=row + 40)  # fmt: skip
-        wide = torch.nn.functional.pad(given, (100, 100, 100, 100))
-        compare.assert_bitwise(out, wide[100 + row : 132 + row, 100 + column : 164 + column])
-        inside = torch.zeros_like(given, dtype=torch.bool)
+        out, back = torch.full((32, 64), -1, dtype=torch.int16), torch.full_like(x, -1)
+        call(kernels, "emulate_boxes", x, back, out, rows, row, column, swizzled,
+             read=[x], write=[back, out], seed=row + 40)  # fmt: skip
+        padded = torch.nn.functional.pad(x, (100, 100, 100, 100))
+        compare.assert_bitwise(out, padded[100 + row : 132 + row, 100 + column : 164 + column])
+        inside = torch.zeros_like(x, dtype=torch.bool)
         inside[max(row, 0) : max(row + 32, 0), max(column, 0) : max(column + 64, 0)] = True
-        compare.assert_bitwise(back, torch.where(inside, given, -1))
+        compare.assert_bitwise(back, torch.where(inside, x, -1))
 
 
 @every_order
-def test_waits_for_stores(kernels, order):
+def test_tma_store_waits(kernels, order):
     for seed in range(10):
         out, total = torch.full((256,), torch.nan), torch.full((1,), torch.nan)
         call(kernels, "emulate_store_waits", out, total, write=[out, total], order=order, seed=seed)
@@ -138,10 +139,10 @@ def test_named_barriers(kernels, order):
 
 @every_order
 def test_clusters(kernels, order):
-    given = torch.arange(32.0)
+    x = torch.arange(32.0)
     for seed in range(10):
         out = torch.full((4,), torch.nan)
-        call(kernels, "emulate_cluster", given, out, read=[given], write=[out], order=order,
+        call(kernels, "emulate_cluster", x, out, read=[x], write=[out], order=order,
              seed=seed)  # fmt: skip
         assert out.tolist() == [496, 596, 496, 596]
 
@@ -151,13 +152,13 @@ def test_distributed_shared_memory(kernels, order):
     want = [[10 * rank + i for i in range(4)] for rank in (1, 2, 3, 0)]
     for seed in range(10):
         out = torch.full((4, 4), torch.nan)
-        how = {"write": [out], "order": order, "seed": seed}
-        call(kernels, "emulate_distributed", out, 0, **how)
+        options = {"write": [out], "order": order, "seed": seed}
+        call(kernels, "emulate_distributed", out, 0, **options)
         assert out.tolist() == want
-        with pytest.raises(EmulatorFailure, match="waited for no barrier of the cluster"):
-            call(kernels, "emulate_distributed", out, 1, **how)
-        with pytest.raises(EmulatorFailure, match="of a block that has ended"):
-            call(kernels, "emulate_distributed", out, 2, **how)
+        with pytest.raises(EmulatorFailure, match="has not passed a cluster barrier"):
+            call(kernels, "emulate_distributed", out, 1, **options)
+        with pytest.raises(EmulatorFailure, match="a block that has ended"):
+            call(kernels, "emulate_distributed", out, 2, **options)
 
 
 def test_elect_one(kernels):
@@ -167,26 +168,28 @@ def test_elect_one(kernels):
         assert out.tolist() == [101] * 4
 
 
-def test_registers(kernels):
+def test_register_reallocation(kernels):
     out = torch.zeros(1, dtype=torch.int32)
     call(kernels, "emulate_registers", out, ctypes.c_bool(False), write=[out])
     assert out.item() == 1
-    with pytest.raises(EmulatorFailure, match="32 lanes wait for registers, to have 224"):
+    with pytest.raises(EmulatorFailure, match="32 lanes wait for 224 registers per thread"):
         call(kernels, "emulate_registers", out, ctypes.c_bool(True), write=[out])
 
 
 def test_atomics(kernels, generator):
     numbers = torch.randint(-1000, 1000, (500,), generator=generator, dtype=torch.int32)
-    least, most = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
-    call(kernels, "emulate_atomics", numbers, least, most, read=[numbers], write=[least, most])
-    assert (least.item(), most.item()) == (numbers.min().item(), numbers.max().item())
+    lowest, highest = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
+    out = [lowest, highest]
+    call(kernels, "emulate_atomics", numbers, *out, read=[numbers], write=out)
+    assert (lowest.item(), highest.item()) == (numbers.min().item(), numbers.max().item())
 
 
+NO_GRID_WAIT = "has not called grid_dependency_wait|without grid_dependency_wait"
 DEPENDENT_BUGS = {
-    1: "no grid_dependency_wait came before|without grid_dependency_wait",  # does not wait
-    2: "load_global is for what nobody writes",  # from a cache that may be out of date
-    3: "no grid_dependency_wait came before|without grid_dependency_wait",  # writes too soon
-    4: "no grid_dependency_wait came before|without grid_dependency_wait",  # what is still read
+    1: NO_GRID_WAIT,  # does not wait
+    2: "load_global needs memory that no block writes",
+    3: NO_GRID_WAIT,  # writes before it waits
+    4: NO_GRID_WAIT,  # writes memory that the first grid still reads
 }
 
 
@@ -194,31 +197,32 @@ DEPENDENT_BUGS = {
 def test_dependent_grids(kernels, order):
     for seed in range(10):
         squares, sums = (torch.zeros(n, dtype=torch.int32) for n in (192, 6))
-        how = {"write": [squares, sums], "order": order, "seed": seed}
-        call(kernels, "emulate_dependent_grid", squares, sums, 0, **how)
+        options = {"write": [squares, sums], "order": order, "seed": seed}
+        call(kernels, "emulate_dependent_grid", squares, sums, 0, **options)
         assert sums.tolist() == [sum(i * i for i in range(32))] * 6
-        for bug, said in DEPENDENT_BUGS.items():
-            with pytest.raises(EmulatorFailure, match=said):
-                call(kernels, "emulate_dependent_grid", squares, sums, bug, **how)
+        for bug, message in DEPENDENT_BUGS.items():
+            with pytest.raises(EmulatorFailure, match=message):
+                call(kernels, "emulate_dependent_grid", squares, sums, bug, **options)
 
 
-def test_streamed(kernels, generator):
-    given = torch.randint(0, 2**15, (32, 8), generator=generator, dtype=torch.int16)
-    there = torch.randint(0, 2, (32,), generator=generator, dtype=torch.int32)
-    out = torch.full_like(given, -1)
-    call(kernels, "emulate_streamed", given, out, there, read=[given, there], write=[out])
-    compare.assert_bitwise(out, given * there[:, None].short())
-    # What is not there is not read.
-    part = given[there > 0]
-    if len(part) < 32:
-        with pytest.raises(EmulatorFailure, match="beyond"):
-            call(kernels, "emulate_streamed", given, out, there + 1, read=[given[:0], there],
-                 write=[out])  # fmt: skip
+def test_load_streamed(kernels, generator):
+    """An invalid chunk is 0 and its memory is not read."""
+    x = torch.randint(0, 2**15, (32, 8), generator=generator, dtype=torch.int16)
+    valid = torch.randint(0, 2, (32,), generator=generator, dtype=torch.int32)
+    out = torch.full_like(x, -1)
+    call(kernels, "emulate_streamed", x, out, valid, read=[x, valid], write=[out])
+    compare.assert_bitwise(out, x * valid[:, None].short())
+    none = torch.zeros_like(valid)
+    call(kernels, "emulate_streamed", x, out, none, read=[x[:0], none], write=[out])
+    compare.assert_bitwise(out, torch.zeros_like(out))
+    every = torch.ones_like(valid)
+    with pytest.raises(EmulatorFailure, match="load_global: out of bounds"):
+        call(kernels, "emulate_streamed", x, out, every, read=[x[:0], every], write=[out])
 
 
-def numbers(kernels, name: str, *given: torch.Tensor, dtype) -> torch.Tensor:
-    """The function on 32-bit words, its results as `dtype`."""
-    words = [x.contiguous().flatten().view(torch.int32) for x in given]
+def apply(kernels, name: str, *inputs: torch.Tensor, dtype) -> torch.Tensor:
+    """The results of a function on 32-bit words, as `dtype`."""
+    words = [x.contiguous().flatten().view(torch.int32) for x in inputs]
     words += [torch.zeros_like(words[0])] * (3 - len(words))
     words = [x.clone() for x in words]
     out = torch.zeros_like(words[0])
@@ -227,7 +231,7 @@ def numbers(kernels, name: str, *given: torch.Tensor, dtype) -> torch.Tensor:
 
 
 def any_floats(generator, n: int = 4000) -> torch.Tensor:
-    """Of any exponent, ties of bf16 and fp16 among them, and special ones."""
+    """Floats of any exponent, ties between two bf16 or fp16 values, and special values."""
     words = torch.randint(-(2**31), 2**31, (n,), generator=generator).int()
     words[: n // 4] &= ~0xFFFF
     words[: n // 4] |= 0x8000
@@ -241,8 +245,8 @@ def any_floats(generator, n: int = 4000) -> torch.Tensor:
     return torch.cat([words.view(torch.float32), near, ties, special, special[:2]])
 
 
-def same(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Bit for bit, any NaN for a NaN."""
+def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Bit for bit, except that any NaN equals any NaN."""
     nan = want.isnan()
     assert bool((got.isnan() == nan).all())
     compare.assert_bitwise(torch.where(nan, 0, got), torch.where(nan, 0, want))
@@ -251,41 +255,44 @@ def same(got: torch.Tensor, want: torch.Tensor) -> None:
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_conversions(kernels, name, dtype, generator):
     x = any_floats(generator)
-    pairs = numbers(kernels, f"to_{name}", x, x.flip(0), dtype=torch.int32)
+    pairs = apply(kernels, f"to_{name}", x, x.flip(0), dtype=torch.int32)
     halves = pairs.view(dtype).view(-1, 2)
-    same(halves[:, 0], x.to(dtype))
-    same(halves[:, 1], x.flip(0).to(dtype))
+    assert_same_bits(halves[:, 0], x.to(dtype))
+    assert_same_bits(halves[:, 1], x.flip(0).to(dtype))
     every = torch.arange(2**16).int().short().view(dtype)
     words = torch.stack([every, every.flip(0)], 1).view(torch.int32)
-    same(numbers(kernels, f"low_{name}", words, dtype=torch.float32), every.float())
-    same(numbers(kernels, f"high_{name}", words, dtype=torch.float32), every.flip(0).float())
+    assert_same_bits(apply(kernels, f"low_{name}", words, dtype=torch.float32), every.float())
+    assert_same_bits(
+        apply(kernels, f"high_{name}", words, dtype=torch.float32), every.flip(0).float()
+    )
 
 
-def test_e4m3(kernels):
+def test_e4m3_to_bf16(kernels):
     codes = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
     words = torch.cat([codes, torch.zeros_like(codes)], 1).view(torch.int32).flatten()
-    got = numbers(kernels, "e4m3_to_bf16", words, dtype=torch.bfloat16)
-    same(got.view(-1, 2), codes.view(FP8).bfloat16())
+    got = apply(kernels, "e4m3_to_bf16", words, dtype=torch.bfloat16)
+    assert_same_bits(got.view(-1, 2), codes.view(FP8).bfloat16())
 
 
 def test_arithmetic(kernels, generator):
     x, y, z = (torch.randn(512, generator=generator) for _ in range(3))
     pairs = [v.bfloat16().view(torch.int32) for v in (x, y)]
-    product = numbers(kernels, "multiply_bf16", *pairs, dtype=torch.bfloat16)
-    same(product, (x.bfloat16().double() * y.bfloat16().double()).bfloat16())
-    fused = numbers(kernels, "fused_multiply_add", x, y, z, dtype=torch.float32)
-    same(fused, (x.double() * y.double() + z.double()).float())  # 48 bits of 53, then rounded once
+    product = apply(kernels, "multiply_bf16", *pairs, dtype=torch.bfloat16)
+    assert_same_bits(product, (x.bfloat16().double() * y.bfloat16().double()).bfloat16())
+    fused = apply(kernels, "fused_multiply_add", x, y, z, dtype=torch.float32)
+    want = x.double() * y.double() + z.double()  # the product has 48 of 53 bits, so it is exact
+    assert_same_bits(fused, want.float())
     for name, want in (("divide", x.double() / y.double()), ("exp2_of", torch.exp2(x.double()))):
-        got = numbers(kernels, name, x, y, dtype=torch.float32)
+        got = apply(kernels, name, x, y, dtype=torch.float32)
         assert bool(((got - want).abs() <= 2.0**-22 * want.abs()).all())
     want = x.abs().double().log2()
-    got = numbers(kernels, "log2_of", x.abs(), dtype=torch.float32)
+    got = apply(kernels, "log2_of", x.abs(), dtype=torch.float32)
     assert bool(((got - want).abs() <= 2.0**-22 * want.abs().clamp(min=1)).all())
     edges = torch.tensor([-torch.inf, torch.inf, torch.nan, 0.0])
-    same(numbers(kernels, "exp2_of", edges, dtype=torch.float32), torch.exp2(edges))
+    assert_same_bits(apply(kernels, "exp2_of", edges, dtype=torch.float32), torch.exp2(edges))
 
 
-FOLLOWED = (
+DEREFERENCES = (
     r"(?:^|[;{}])\s*\*[^;=]*=[^=]",  # *to = x
     r"[=(,!&|+]\s*\*(?:reinterpret|static)_cast",  # y = *static_cast<T*>(from)
     r"_cast<[^;()]*\*>\([^;()]*\)\[",  # static_cast<T*>(from)[i]
@@ -293,120 +300,121 @@ FOLLOWED = (
 )
 
 
-def followed(code: str) -> list[str]:
-    """Where a pointer is followed, and no function of primitives.cuh does it."""
+def dereferences(code: str) -> list[str]:
+    """Where code accesses memory without a function of primitives.cuh."""
     code = re.sub(r"//.*", "", code)
-    return [found for how in FOLLOWED for found in re.findall(how, code, re.MULTILINE)]
+    return [hit for pattern in DEREFERENCES for hit in re.findall(pattern, code, re.MULTILINE)]
 
 
-def test_kernels_touch_memory_by_name():
-    """What the emulator does not see, it cannot check."""
+def test_kernels_use_primitives_for_memory():
+    """The emulator checks accesses through primitives only."""
     for path in sorted((CSRC / "sm90").glob("*.cuh")):
         if path.name != "primitives.cuh":
-            assert not followed(path.read_text()), f"{path.name}: load_global, store_shared ..."
+            found = dereferences(path.read_text())
+            assert not found, f"{path.name}: use load_global, store_shared ...: {found}"
     for wrong in ("  *to = x;", "y = *static_cast<const int*>(p);", "p.lse[at] = lse;",
                   "return static_cast<const float*>(p)[i];"):  # fmt: skip
-        assert followed(wrong), wrong
+        assert dereferences(wrong), wrong
 
 
-# How each misuse of csrc/emulator/kernels/misuses.cpp is refused.
-REFUSED = {
-    "too much shared memory": "asks for 232449 bytes of shared memory, there are 232448",
-    "too many registers": "more registers at launch than there are",
-    "too large a cluster": "a cluster of more than 8 blocks",
-    "a barrier not initialised": "barrier_arrive: no barrier was initialised at offset 4096",
-    "a barrier for nobody": "barrier_init: count 0",
-    "a barrier initialised twice": "barrier_init: initialised twice",
-    "a barrier not aligned": "barrier_init: not aligned",
-    "a barrier nobody arrives at": r"32 lanes wait for barrier at offset 4096, parity 0 \(1 of 1",
-    "a third parity": "barrier_wait: parity 2",
-    "too many arrivals": r"wait for barrier at offset 4096, parity 1 \(63 of 64",
-    "too many bytes": "more than 2.20 - 1 bytes",
-    "bytes that do not come": r"\(0 of 1 arrivals and 16 bytes to come",
-    "a barrier overwritten": "store_shared over the barrier at offset 4096",
-    "a copy over a barrier": "bulk_load over the barrier at offset 4096",
-    "a box over a barrier": "tma_load over the barrier at offset 4096",
-    "half of a named barrier": "32 lanes wait for named barrier 3",
-    "named barrier 16": "named barrier 16: there are 1 to 15",
-    "named barrier 0": "named barrier 0 is that of block_sync",
-    "named barrier of two sizes": "named barrier 2: .* threads here",
-    "named barrier of 100": "named barrier: 100 threads",
-    "arrives twice": "named barrier 1: arrives again before it is complete",
-    "a lane less": "31 lanes wait for warp_sync by all lanes",
-    "a thread less": "31 lanes wait for block_sync",
-    "cluster_wait alone": "cluster_wait: no cluster_arrive before",
-    "cluster_arrive twice": "cluster_arrive: twice without cluster_wait",
-    "no such rank": "barrier_arrive_at: no block of rank 1",
-    "multicast to nobody": "tma_load_multicast: no block of rank 1",
-    "beyond shared memory": "store_shared: 4 bytes at offset 16384 are not in the 16384 bytes",
-    "before shared memory": "load_shared: 4 bytes at offset -4 are not in",
-    "behind shared memory": "wrote behind its shared memory",
-    "a store not aligned": "store_shared: not aligned",
-    "a load not aligned": "load_shared: not aligned",
-    "four floats not aligned": "load_shared_at: not aligned",
-    "a matrix not aligned": "store_matrix_x4: row is not aligned",
-    "lane 32": "shuffle_from: a warp has 32 lanes",
-    "32 lanes further": "shuffle_xor: a warp has 32 lanes",
-    "a map beyond its tensor": r"tma_load: 32 bytes at offset 32 from the start of write\[0\]",
-    "a map with rows too close": "tma_load: no tensor map has such a shape",
+# The error of each kernel of csrc/emulator/kernels/misuses.cpp.
+ERRORS = {
+    "too much shared memory": "at most 232448 bytes of shared memory per block, got 232449",
+    "too many registers": "at most 255 registers per thread, got 256",
+    "too large a cluster": "at most 8 blocks per cluster, got 16",
+    "a barrier not initialized": "barrier_arrive: no initialized barrier at offset 4096",
+    "barrier count 0": "barrier_init: count: expected 1 to 2.20 - 1, got 0",
+    "a barrier initialized twice": "barrier_init: the barrier is initialized already",
+    "a barrier not aligned": "barrier_init: address is not aligned",
+    "a barrier without an arrival": r"barrier at offset 4096, parity 0 \(pending: 1 of 1 arrivals",
+    "parity 2": "barrier_wait: parity: expected 0 or 1, got 2",
+    "too many arrivals": r"barrier at offset 4096, parity 1 \(pending: 63 of 64 arrivals",
+    "too many bytes": "a barrier expects more than 2.20 - 1 bytes",
+    "fewer bytes than expected": r"\(pending: 0 of 1 arrivals and 16 bytes",
+    "a store to a barrier": "store_shared overwrites the barrier at offset 4096",
+    "a copy over a barrier": "bulk_load overwrites the barrier at offset 4096",
+    "a box over a barrier": "tma_load overwrites the barrier at offset 4096",
+    "half of a named barrier's threads": "32 lanes wait for named barrier 3",
+    "named barrier 16": "named barrier: id: expected 1 to 15, got 16",
+    "named barrier 0": "named barrier 0 is reserved for block_sync",
+    "a named barrier of two sizes": "named barrier 2: threads: expected .* as in another call",
+    "a named barrier of 100 threads": "named barrier: threads: expected .* up to 1024, got 100",
+    "two arrivals of one thread": "named barrier 1: the thread arrives twice in one phase",
+    "warp_sync without one lane": "31 lanes wait for warp_sync by all lanes",
+    "block_sync without one thread": "31 lanes wait for block_sync",
+    "cluster_wait without cluster_arrive": "cluster_wait: no cluster_arrive since the last call",
+    "cluster_arrive without cluster_wait": "cluster_arrive: no cluster_wait since the last call",
+    "a missing rank": "barrier_arrive_at: no block of rank 1",
+    "multicast to a missing rank": "tma_load_multicast: no block of rank 1",
+    "a store past shared memory": "store_shared: 4 bytes at offset 16384 are not in the 16384",
+    "a load before shared memory": "load_shared: 4 bytes at offset -4 are not in",
+    "a plain store past shared memory": "wrote past the end of its shared memory",
+    "a store not aligned": "store_shared: address is not aligned",
+    "a load not aligned": "load_shared: address is not aligned",
+    "four floats not aligned": "load_shared_at: address is not aligned",
+    "a matrix not aligned": "store_matrix_x4: address is not aligned",
+    "lane 32": "shuffle_from: lane: expected 0 to 31, got 32",
+    "lane mask 32": "shuffle_xor: lane mask: expected 0 to 31, got 32",
+    "a map past its tensor": r"tma_load: out of bounds: 32 bytes at offset 32 .* write\[0\]",
+    "a map with too small a row stride": "tma_load: unsupported shape or row stride",
     "a map of rows of 24 bytes": "tma_load: rows are not multiples of 16 bytes",
     "a box of 257 rows": "tma_load: 8224 bytes|tma_load: box is too large",
-    "a swizzled box of 32 bytes": "tma_load: swizzled rows have 128 bytes",
+    "a swizzled box of 32 bytes": "tma_load: rows of a swizzled box must have 128 bytes",
     "a box not aligned": "tma_load: tile is not aligned",
-    "a copy of 24 bytes": "bulk_load: addresses and size are multiples of 16 bytes",
+    "a copy of 24 bytes": "bulk_load: addresses and size must be multiples of 16 bytes",
     "a copy without barrier_init_fence": "bulk_load: no barrier_init_fence after barrier_init",
-    "a copy beyond its tensor": r"bulk_load: 48 bytes at offset 0 from the start of read\[0\]",
-    "a store of what is not fenced": "tma_store reads .* no fence_async_proxy followed",
-    "a store not committed": "ends with TMA stores that it has not committed",
-    "a store not waited for": "the block ends while a TMA store still reads",
-    "a store to what is read": r"offset 0 from the start of read\[0\], which is only read",
-    "a tile from row 1": "a tile begins at a multiple of 8 rows",
-    "a tile without swizzle": "expected the 128-byte swizzle",
-    "a tile not aligned": "matrix_descriptor: addresses and distances are multiples of 16",
-    "rows too far apart": "matrix_descriptor: distances have 14 bits",
-    "different tiles": "other operands than those of the warpgroup's other threads",
-    "a tile not fenced": "wgmma reads .* which thread 0 wrote and no fence_async_proxy",
+    "a copy past its tensor": r"bulk_load: out of bounds: 48 bytes at offset 0 .* read\[0\]",
+    "a TMA store without a fence": "tma_store reads .* no fence_async_proxy followed",
+    "a TMA store not committed": "the thread ends with uncommitted TMA stores",
+    "a TMA store not waited for": "the block ends while a TMA store still reads",
+    "a TMA store to a read-only tensor": r"tma_store: writes at .* read\[0\], which is read-only",
+    "an operand from row 1": "expected a tile aligned to 8 rows of 128 bytes",
+    "an operand without swizzle": "expected the 128-byte swizzle",
+    "an operand not aligned": "matrix_descriptor: address and strides must be multiples of 16",
+    "too large a stride": "matrix_descriptor: expected strides below 2.18 bytes",
+    "different operands in a warpgroup": "the threads of the warpgroup issue different operands",
+    "an operand not fenced": "wgmma reads .* which thread 0 wrote and no fence_async_proxy",
     "wgmma without a fence": "no wgmma_fence since its registers were last written",
-    "wgmma never waited for": "ends with a WGMMA whose result it has not waited for",
-    "registers not by eights": "setmaxnreg: 100",
-    "20 registers": "setmaxnreg: 20",
-    "fewer registers by increase": "setmaxnreg: from 255 to 40",
-    "reads beyond a tensor": r"load_global: 4 bytes at offset 32 from the start of read\[0\] lie",
-    "reads before a tensor": "load_written: 4 bytes at .* lie beyond it|nobody registered",
-    "writes beyond a tensor": r"store_global: 4 bytes at offset 32 from the start of write\[0\]",
-    "writes what is read": r"writes at offset 0 from the start of read\[0\], which is only read",
-    "an access not aligned": "load_global: 4 bytes at an address that is no multiple of it",
-    "two blocks write": r"store_global at offset \d from the start of write\[0\], which block",
-    "one block reads, one writes": r"write\[0\], which block \d (read|wrote): nothing orders",
-    "atomic and plain": r"write\[0\], which (block \d|an atomic operation) wrote: nothing orders",
-    "reads as constant what it writes": "which load_global read: nothing orders the two",
-    "the kernel's own exception": "what it says",
+    "wgmma never waited for": "the thread ends without a wait for its last WGMMA",
+    "100 registers": "setmaxnreg: expected a multiple of 8 from 24 to 256, got 100",
+    "20 registers": "setmaxnreg: expected a multiple of 8 from 24 to 256, got 20",
+    "an increase to fewer registers": "setmaxnreg: cannot increase from 255 to 40",
+    "a read past a tensor": r"load_global: out of bounds: 4 bytes at offset 32 .* read\[0\]",
+    "a read before a tensor": "load_written: out of bounds: 4 bytes",
+    "a write past a tensor": r"store_global: out of bounds: 4 bytes at offset 32 .* write\[0\]",
+    "a write to a read-only tensor": r"store_global: writes at .* read\[0\], which is read-only",
+    "a read not aligned": "load_global: address is not aligned to 4 bytes",
+    "two blocks write": r"store_global: data race at offset \d .* write\[0\], which block \d",
+    "one block reads, one writes": r"write\[0\], which block \d (read|wrote): .* not synchronized",
+    "atomic and plain": r"which (block \d|an atomic operation) wrote: .* not synchronized",
+    "a constant read of written memory": "which load_global read: .* not synchronized",
+    "an exception of the kernel": "message of the kernel",
 }
 
 
-def refusal(kernels, misuse: str, order: str) -> str:
-    changing, constants = (torch.zeros(8, dtype=torch.int32) for _ in range(2))
+def error_of(kernels, misuse: str, order: str) -> str:
+    writable, constants = (torch.zeros(8, dtype=torch.int32) for _ in range(2))
     with pytest.raises(EmulatorFailure) as caught:
-        call(kernels, "emulate_misuse", misuse.encode(), changing, constants, read=[constants],
-             write=[changing], order=order)  # fmt: skip
+        call(kernels, "emulate_misuse", misuse.encode(), writable, constants, read=[constants],
+             write=[writable], order=order)  # fmt: skip
     return str(caught.value)
 
 
-@pytest.mark.parametrize("misuse", REFUSED)
-def test_refuses(kernels, misuse):
-    order = "latest" if misuse == "a store not waited for" else "random"
-    said = refusal(kernels, misuse, order)
-    assert re.search(REFUSED[misuse], said, re.DOTALL), said
+@pytest.mark.parametrize("misuse", ERRORS)
+def test_misuse_is_reported(kernels, misuse):
+    order = "latest" if misuse == "a TMA store not waited for" else "random"
+    message = error_of(kernels, misuse, order)
+    assert re.search(ERRORS[misuse], message, re.DOTALL), message
 
 
-def test_every_misuse_has_its_refusal():
+def test_every_misuse_has_an_error():
     text = (KERNELS / "misuses.cpp").read_text()
     planted = set(re.findall(r'name [!=]= "([^"]+)"', text))
-    assert planted == set(REFUSED), planted ^ set(REFUSED)
+    assert planted == set(ERRORS), planted ^ set(ERRORS)
 
 
-def test_every_primitive_is_used_here():
-    """What primitives.cuh declares, the kernels of these tests call."""
+def test_every_primitive_is_tested():
+    """The kernels of these tests call each function that primitives.cuh declares."""
     declared = set(re.findall(r"^SM90_DEVICE .*?(\w+)\(", PRIMITIVES, re.MULTILINE))
     text = "".join((KERNELS / f"{name}.cpp").read_text() for name in ("primitives", "misuses"))
     called = set(re.findall(r"\b(\w+)(?:<[^<>;]*>)?\(", text))

@@ -1,4 +1,4 @@
-"""The native fp8_gemm_nt on each instruction set: shapes, bits, special values, threads."""
+"""The native CPU fp8_gemm_nt on each instruction set: shapes, bits, special values, threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def generator(seed) -> torch.Generator:
-    """On the CPU, wherever the other tests run."""
+    """A CPU generator, also where the other tests run on a GPU."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -55,23 +55,23 @@ def codes(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.uint8).view(torch.float8_e4m3fn)
 
 
-# Rows: of a tile, of part of one, of several, of two times what is widened at once. Columns: of
-# part of a strip of 32, of several; of a tile. K: of part of a block of 128, of several.
-SHAPES = [
-    (1, 1, 1),
-    (1, 33, 200),
-    (2, 95, 129),
-    (3, 16, 128),
-    (4, 130, 640),
-    (5, 31, 127),
-    (63, 65, 300),
-    (260, 40, 257),
-    (2, 20, 7168),
-]
+# (M, N, K). A tile has up to 4 rows, up to 256 rows are widened at once, a strip has 32 columns, a
+# block of K has 128 values.
+SHAPES = {
+    "all 1": (1, 1, 1),
+    "1 row": (1, 33, 200),
+    "2 rows, K = 128 + 1": (2, 95, 129),
+    "3 rows, 1 block of K": (3, 16, 128),
+    "4 rows, 5 blocks of K": (4, 130, 640),
+    "5 rows, N and K partial": (5, 31, 127),
+    "63 rows": (63, 65, 300),
+    "256 + 4 rows": (260, 40, 257),
+    "long K": (2, 20, 7168),
+}
 
 
 @pytest.mark.parametrize("b_rows", [128, 1])
-@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES.values(), ids=SHAPES)
 def test_shapes(isa, generator, M, N, K, b_rows):
     for out_dtype, c in [(F32, None), (BF16, F32), (F16, BF16), (F32, F16)]:
         check(make(generator, M, N, K, b_rows=b_rows, out_dtype=out_dtype, c=c))
@@ -97,7 +97,7 @@ def test_any_shape(M, N, K, b_rows, out_dtype, c, data, seed):
 
 @pytest.mark.parametrize("M", [1, 2, 4, 256])
 def test_every_product_of_two_codes(isa, M):
-    """Rows of one value: exact, whichever tile computes them, NaN and subnormals included."""
+    """K = 1, so every product is exact in every tile, NaN and subnormals included."""
     every = codes(torch.arange(256))[:, None]
     one = torch.ones(256, 1)
     want = every.float() @ every.float().T
@@ -106,8 +106,8 @@ def test_every_product_of_two_codes(isa, M):
         compare.assert_bitwise(got, want[m : m + M] + 0.0)
 
 
-def test_every_place_in_a_block(isa, generator):
-    """One value that is not zero in each row, everywhere: it meets its own partner only."""
+def test_every_position_in_a_block(isa, generator):
+    """A is the identity, so D is B transposed."""
     b = codes(torch.randint(0, 127, (40, 300), generator=generator))
     a = torch.eye(300).to(torch.float8_e4m3fn)
     scale, b_scale = torch.ones(300, 3), torch.ones(1, 3)
@@ -115,26 +115,26 @@ def test_every_place_in_a_block(isa, generator):
 
 
 @pytest.mark.parametrize("b_rows", [128, 1])
-def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(isa, generator, b_rows):
+def test_row_bits_independent_of_M(isa, generator, b_rows):
     a, a_scale, b, b_scale, _, c = make(generator, 300, 70, 300, b_rows=b_rows, c=BF16)
-    whole = gemm(a, a_scale, b, b_scale, F32, c)
+    full = gemm(a, a_scale, b, b_scale, F32, c)
     for M in (*range(1, 71), 255, 256, 257, 299):
         for rows in (slice(0, M), slice(300 - M, 300)):
             got = gemm(a[rows], a_scale[rows], b, b_scale, F32, c[rows])
-            compare.assert_bitwise(got, whole[rows], f"{M} rows")
+            compare.assert_bitwise(got, full[rows], f"{M} rows")
 
 
-def test_a_column_has_the_same_bits_whatever_else_there_is(isa, generator):
+def test_column_bits_independent_of_N(isa, generator):
     a, a_scale, b, b_scale, *_ = make(generator, 6, 130, 300, b_rows=1)
-    whole = gemm(a, a_scale, b, b_scale)
+    full = gemm(a, a_scale, b, b_scale)
     for columns in (slice(0, 1), slice(3, 50), slice(31, 33), slice(129, 130)):
         for M in (1, 2, 6):
             got = gemm(a[:M], a_scale[:M], b[columns], b_scale[columns])
-            compare.assert_bitwise(got, whole[:M, columns])
+            compare.assert_bitwise(got, full[:M, columns])
 
 
 @pytest.mark.parametrize("M", [1, 70])
-def test_threads_give_the_same_bits(isa, generator, M):
+def test_bits_independent_of_threads(isa, generator, M):
     args = make(generator, M, 2000, 700)
     threads = torch.get_num_threads()
     try:
@@ -148,7 +148,7 @@ def test_threads_give_the_same_bits(isa, generator, M):
     compare.assert_bitwise(results[2], results[0])
 
 
-def test_portable_code_gives_the_bits_of_avx2(generator, monkeypatch):
+def test_portable_and_avx2_give_the_same_bits(generator, monkeypatch):
     if "avx2" not in isas():
         pytest.skip("this CPU lacks avx2")
     for M in (1, 2, 4, 9):
@@ -161,7 +161,7 @@ def test_portable_code_gives_the_bits_of_avx2(generator, monkeypatch):
 
 
 @pytest.mark.parametrize("M", [1, 3, 20])
-def test_both_kinds_of_b_scale_give_the_same_bits(isa, generator, M):
+def test_block_and_row_b_scales_give_same_bits(isa, generator, M):
     a, a_scale, b, b_scale, *_ = make(generator, M, 200, 300)
     per_row = b_scale.repeat_interleave(128, 0)[:200]
     compare.assert_bitwise(gemm(a, a_scale, b, per_row), gemm(a, a_scale, b, b_scale))
@@ -174,64 +174,65 @@ def test_any_strides(isa, generator, M):
     column_major = [x.t().contiguous().t() for x in (a, a_scale, b, b_scale)]
     compare.assert_bitwise(gemm(*column_major, F32, c), want)
 
-    def inside(x):
-        """The same values amid NaN, which must not be read: rows at odd distances."""
-        wide = torch.full((len(x) + 2, x.shape[1] + 7), torch.nan).to(x.dtype)
-        return wide[1:-1, 3:-4].copy_(x)
+    def embed(x):
+        """A copy of x within a larger tensor of NaN, with an unaligned row stride."""
+        larger = torch.full((len(x) + 2, x.shape[1] + 7), torch.nan).to(x.dtype)
+        return larger[1:-1, 3:-4].copy_(x)
 
-    strided = [inside(x) for x in (a, a_scale, b, b_scale)]
-    compare.assert_bitwise(gemm(*strided, F32, inside(c)), want)
+    strided = [embed(x) for x in (a, a_scale, b, b_scale)]
+    compare.assert_bitwise(gemm(*strided, F32, embed(c)), want)
 
 
 @pytest.mark.parametrize("M", [1, 2, 4, 70])
-def test_nan_and_inf_stay_in_their_row_or_column(isa, generator, M):
+def test_nan_affects_only_its_row_or_column(isa, generator, M):
     a, a_scale, b, b_scale, *_ = make(generator, M, 300, 300)
-    good = gemm(a, a_scale, b, b_scale)
+    finite = gemm(a, a_scale, b, b_scale)
     b[7, 0], b[8, 299], b_scale[1, 2] = torch.nan, -torch.nan, torch.inf
-    spoilt = torch.zeros(M, 300, dtype=torch.bool)
-    spoilt[:, 7:9], spoilt[:, 128:256] = True, True
+    affected = torch.zeros(M, 300, dtype=torch.bool)
+    affected[:, 7:9], affected[:, 128:256] = True, True
     if M > 1:
         a[M - 1, 131] = torch.nan
         a_scale[0, 1] = torch.nan
-        spoilt[M - 1], spoilt[0] = True, True
+        affected[M - 1], affected[0] = True, True
     got = gemm(a, a_scale, b, b_scale)
-    assert torch.equal(got.isfinite(), ~spoilt)
-    compare.assert_bitwise(got[~spoilt], good[~spoilt])
+    assert torch.equal(got.isfinite(), ~affected)
+    compare.assert_bitwise(got[~affected], finite[~affected])
     check((a, a_scale, b, b_scale, F32))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_every_16_bit_c(isa, dtype):
-    """Without K the result is c, widened exactly."""
+    """With K = 0 the result is c, converted exactly."""
     c = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
-    nothing = codes(torch.zeros(256, 0))
-    got = gemm(nothing, torch.ones(256, 0), nothing, torch.ones(256, 0), F32, c)
+    empty = codes(torch.zeros(256, 0))
+    got = gemm(empty, torch.ones(256, 0), empty, torch.ones(256, 0), F32, c)
     compare.assert_bitwise(got, c.float() + 0.0)
 
 
 @pytest.mark.parametrize("out_dtype", [BF16, F16])
 def test_rounding(isa, generator, out_dtype):
-    """Random float32, and every 16-bit value, the middle to the next and the neighbours of both."""
+    """Random float32, every 16-bit value, the midpoints between two, and the neighbours of both."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(out_dtype).float()
     every = every[every.isfinite()].sort().values
-    middle = (every[1:].double() + every[:-1].double()).div(2).float()
-    edges = torch.cat([every, middle])
+    midpoint = (every[1:].double() + every[:-1].double()).div(2).float()
+    edges = torch.cat([every, midpoint])
     edges = torch.cat([edges + 0, *(edges.nextafter(torch.tensor(x)) for x in (-1e38, 1e38))])
     bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32)
     c = torch.cat([edges, bits.view(F32), torch.tensor([torch.inf, -torch.inf, torch.nan])])
-    nothing = codes(torch.zeros(1, 0))
+    empty = codes(torch.zeros(1, 0))
     b, no_scale = codes(torch.zeros(len(c), 0)), torch.ones(1, 0)
-    got = gemm(nothing, no_scale, b, torch.ones(len(c), 0), out_dtype, c[None])
+    got = gemm(empty, no_scale, b, torch.ones(len(c), 0), out_dtype, c[None])
     compare.assert_bitwise(got[0], (c + 0.0).to(out_dtype))
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(0, 5, 200), (5, 0, 200), (0, 0, 0), (5, 7, 0)])
-def test_nothing_to_do(isa, generator, M, N, K):
+def test_empty_shapes(isa, generator, M, N, K):
     got = gemm(*make(generator, M, N, K, out_dtype=F32))
     assert got.shape == (M, N) and not got.any()
 
 
-def refused(generator) -> dict[str, tuple]:
+def bad_arguments(generator) -> dict[str, tuple]:
+    """The error message of each list of bad arguments."""
     a, a_scale, b, b_scale, *_ = make(generator, 3, 300, 200)
     return {
         r"b: expected 200 columns, got 199": (a, a_scale, b[:, :199], b_scale),
@@ -240,7 +241,7 @@ def refused(generator) -> dict[str, tuple]:
         r"a_scale: expected 3 rows, got 2": (a, a_scale[:2], b, b_scale),
         r"a_scale: expected 2 columns": (a, a_scale[:, :1], b, b_scale),
         r"a_scale: expected dtype float32": (a, a_scale.double(), b, b_scale),
-        r"b_scale: expected 300 rows or one for 128 of them, got 2": (a, a_scale, b, b_scale[:2]),
+        r"b_scale: expected 300 rows or one per 128, got 2": (a, a_scale, b, b_scale[:2]),
         r"out_dtype: expected dtype": (a, a_scale, b, b_scale, torch.float64),
         r"c: expected shape \(3, 300\)": (a, a_scale, b, b_scale, F32, torch.ones(3, 299)),
         r"c: expected dtype": (a, a_scale, b, b_scale, F32, torch.ones(3, 300).double()),
@@ -248,25 +249,25 @@ def refused(generator) -> dict[str, tuple]:
     }
 
 
-def test_refuses_what_would_lead_outside(generator):
-    for words, args in refused(generator).items():
-        with pytest.raises(RuntimeError, match=f"fp8_gemm_nt: {words}"):
+def test_bad_arguments_raise(generator):
+    for message, args in bad_arguments(generator).items():
+        with pytest.raises(RuntimeError, match=f"fp8_gemm_nt: {message}"):
             gemm(*args)
 
 
-def test_unknown_isa_is_an_error(generator, monkeypatch):
+def test_unknown_isa_raises(generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_CPU_ISA", "neon")
     with pytest.raises(RuntimeError, match="fp8_gemm_nt: DEEPKERN_CPU_ISA"):
         gemm(*make(generator, 2, 2, 2)[:4])
 
 
-def test_auto_takes_it(generator):
+def test_auto_selects_cpu_backend(generator):
     args = make(generator, 3, 40, 200)
     assert deepkern.explain(deepkern.fp8_gemm_nt, *args).backend == "cpu"
     compare.assert_bitwise(deepkern.fp8_gemm_nt(*args), gemm(*args))
 
 
-def test_quantised_product_is_near_the_real_one(isa, generator):
+def test_error_against_unquantized_product(isa, generator):
     x, w = values(generator, 50, 500), values(generator, 90, 500)
     q, w_q = deepkern.reference.cast_per_token(x), deepkern.reference.cast_per_block(w)
     assert compare.diff(gemm(*q, *w_q), x.double() @ w.double().T) < 2e-3

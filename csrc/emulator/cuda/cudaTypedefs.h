@@ -1,4 +1,4 @@
-// Tensor maps as the CUDA driver makes them; here they are the emulator's.
+// The types of cuTensorMapEncodeTiled of the CUDA driver; CUtensorMap is the emulator's tensor map.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// As much of CUDA's runtime as csrc/sm90/*.cu use, for a machine without it: a launch runs the
-// kernel in the emulator, at once. What the real one would refuse, this one refuses.
+// The part of the CUDA runtime that csrc/sm90/*.cu use, for a machine without it. A launch runs the
+// kernel in the emulator before it returns. Launches that CUDA rejects fail here, too.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 #include "../tensor_map.h"
 
-using cudaError_t = int;  // 0, or what cudaGetErrorString has words for
+using cudaError_t = int;  // 0, or 1: see cudaGetErrorString
 constexpr cudaError_t cudaSuccess = 0;
 using cudaStream_t = struct CUstream_st*;
 
@@ -51,7 +51,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
 
 namespace emulator {
 
-bool launches();  // false: a launch does nothing, and its host side can be timed
+bool launches_run();  // false: a launch does nothing, so that its host code can be timed
 cudaError_t allow_shared(const void* kernel, int bytes);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    std::function<void()> run);
@@ -66,7 +66,7 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int value) {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  if (!emulator::launches()) return cudaSuccess;
+  if (!emulator::launches_run()) return cudaSuccess;
   return emulator::launch(*config, reinterpret_cast<const void*>(kernel),
                           [=] { kernel(arguments...); });
 }

@@ -1,4 +1,4 @@
-// csrc/sm90/fp8_gemm.cuh in the emulator, for tests: one C function.
+// csrc/sm90/fp8_gemm.cuh in the emulator, as C functions for tests.
 #include "../../sm90/choose.h"
 #include "../../sm90/fp8_gemm.cuh"
 
@@ -33,16 +33,17 @@ void run(const Operand& a, const Operand& b, GemmArguments p, Launch launch) {
       uint64_t{Tile::FORM == Form::masked || Tile::FORM == Form::k_grouped ? 1u * p.groups : 1u} *
       p.M;
   const TensorMap out{static_cast<char*>(p.out), N, rows, N * size, 128 / size, 64, size, true};
-  std::vector<int> lie(2 * p.groups, 0);
+  std::vector<int> group_bounds(2 * p.groups, 0);
   if (Tile::FORM == Form::contiguous) {
-    std::fill_n(lie.begin(), p.groups, INT_MAX);
-    p.sizes = lie.data();
-    emulator::memory().also({"lie", lie.data(), static_cast<int64_t>(lie.size() * 4), true});
-    Launch small = launch;
-    small.blocks = 2;
-    emulator::Machine(small, [&] {
-      sm90::find_groups(p.group_index, lie.data(), static_cast<char*>(p.out), p.M, p.groups,
-                        int64_t{p.N} * size);
+    std::fill_n(group_bounds.begin(), p.groups, INT_MAX);
+    p.sizes = group_bounds.data();
+    const auto bytes = static_cast<int64_t>(group_bounds.size() * 4);
+    emulator::memory().add_allocation({"group_bounds", group_bounds.data(), bytes, true});
+    Launch prepass = launch;
+    prepass.blocks = 2;
+    emulator::Machine(prepass, [&] {
+      sm90::find_groups(p.group_index, group_bounds.data(), static_cast<char*>(p.out), p.M,
+                        p.groups, int64_t{p.N} * size);
     }).run();
   }
   launch.cluster = Tile::SPREAD ? p.splits : Tile::CLUSTER;
@@ -61,16 +62,17 @@ void run_tile(int tile, const Operand& a, const Operand& b, const GemmArguments&
   }
 #include "../../sm90/fp8_gemm_tiles.h"
 #undef TILE
-  throw emulator::Failure("no such tile");
+  throw emulator::Failure("tile: no tile " + std::to_string(tile));
 }
 
 }  // namespace
 
-// 0, or 1 and what went wrong in `message`. `tile` counts in sm90/fp8_gemm_tiles.h.
+// 0: success; 1: failure, and `message` has the error. a, b: rows and bytes from a row to the next.
+// tile: index in sm90/fp8_gemm_tiles.h.
 extern "C" int emulate_fp8_gemm(char* a, int64_t a_rows, int64_t a_row, char* b, int64_t b_rows,
                                 int64_t b_row, const GemmArguments* p, int tile, int blocks,
                                 uint64_t seed, int order, int accumulator_bits, char* message,
-                                int room) {
+                                int message_bytes) {
   Launch launch;
   launch.blocks = blocks;
   launch.seed = seed;
@@ -80,13 +82,13 @@ extern "C" int emulate_fp8_gemm(char* a, int64_t a_rows, int64_t a_row, char* b,
     run_tile(tile, {a, static_cast<uint64_t>(a_rows), static_cast<uint64_t>(a_row)},
              {b, static_cast<uint64_t>(b_rows), static_cast<uint64_t>(b_row)}, *p, launch);
   } catch (const std::exception& error) {
-    std::snprintf(message, room, "%s", error.what());
+    std::snprintf(message, message_bytes, "%s", error.what());
     return 1;
   }
   return 0;
 }
 
-// What the launcher chooses for a dense product on 132 multiprocessors.
+// The choices of the launcher for a dense GEMM on 132 SMs.
 extern "C" int chosen_splits(int64_t N, int64_t K) {
   return deepkern::k_splits(deepkern::GemmForm::dense, N, K);
 }

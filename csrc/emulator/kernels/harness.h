@@ -1,4 +1,4 @@
-// How tests of the primitives run their small kernels.
+// Functions with which the tests of the primitives run small kernels.
 #pragma once
 
 #include <cstdio>
@@ -10,38 +10,42 @@ using namespace sm90;
 using emulator::Launch;
 using emulator::Machine;
 
-// How a test runs a kernel.
-struct How {
+// How to run a kernel, and the buffer for its error message.
+struct RunOptions {
   uint64_t seed;
-  int order;
+  int order;  // emulator::Order
   char* message;
-  int room;
+  int message_bytes;
 };
 
-inline Launch launch_of(const How& how, int blocks, int threads, uint32_t shared_bytes) {
+inline Launch make_launch(const RunOptions& options, int blocks, int threads,
+                          uint32_t shared_bytes) {
   Launch launch;
   launch.blocks = blocks, launch.threads = threads, launch.shared_bytes = shared_bytes;
-  launch.seed = how.seed;
-  launch.order = static_cast<emulator::Order>(how.order);
+  launch.seed = options.seed;
+  launch.order = static_cast<emulator::Order>(options.order);
   return launch;
 }
 
-inline int guarded(const How& how, const std::function<void()>& run) {
+// Runs a function. 1: it failed, and options.message has the error.
+inline int run_checked(const RunOptions& options, const std::function<void()>& run) {
   try {
     run();
   } catch (const std::exception& error) {
-    std::snprintf(how.message, how.room, "%s", error.what());
+    std::snprintf(options.message, options.message_bytes, "%s", error.what());
     return 1;
   }
   return 0;
 }
 
-inline int guarded(const How& how, const Launch& launch, const std::function<void()>& kernel) {
-  return guarded(how, [&] { Machine(launch, kernel).run(); });
+inline int run_checked(const RunOptions& options, const Launch& launch,
+                       const std::function<void()>& kernel) {
+  return run_checked(options, [&] { Machine(launch, kernel).run(); });
 }
 
-inline Barrier* new_barrier(char* at, int count) {
-  auto* barrier = reinterpret_cast<Barrier*>(at);
+// Initializes an mbarrier; all threads of the block call it.
+inline Barrier* new_barrier(char* address, int count) {
+  auto* barrier = reinterpret_cast<Barrier*>(address);
   if (thread_index() == 0) {
     barrier_init(barrier, count);
     barrier_init_fence();

@@ -1,16 +1,16 @@
-// csrc/sm90/mla_decode.cuh in the emulator, for tests: one C function.
+// csrc/sm90/mla_decode.cuh in the emulator, as C functions for tests.
 #include "../../sm90/mla_decode.cuh"
 
 #include <cstdio>
 
 #include "../primitives.h"
 
-// What sm90/ops.cpp asks to know how much scratch memory there must be.
+// Chooses the splits as sm90/ops.cpp does, which gives the sizes of the scratch tensors.
 extern "C" void emulate_cut_mla(MlaArguments* p) { cut_mla(*p); }
 
-// 0, or 1 and what went wrong in `message`.
+// 0: success; 1: failure, and `message` has the error.
 extern "C" int emulate_mla_decode(const MlaArguments* p, uint64_t seed, int order, char* message,
-                                  int room) {
+                                  int message_bytes) {
   using sm90::MlaTile;
   emulator::Launch launch;
   launch.seed = seed;
@@ -27,10 +27,10 @@ extern "C" int emulate_mla_decode(const MlaArguments* p, uint64_t seed, int orde
     launch.blocks = p->batch * ((p->Sq * p->H + 3) / 4);
     launch.threads = 128;
     launch.shared_bytes = 0;
-    if (p->splits > 1) machine.dependent(launch, [&] { sm90::mla_combine(*p); });
+    if (p->splits > 1) machine.add_dependent_grid(launch, [&] { sm90::mla_combine(*p); });
     machine.run();
   } catch (const std::exception& error) {
-    std::snprintf(message, room, "%s", error.what());
+    std::snprintf(message, message_bytes, "%s", error.what());
     return 1;
   }
   return 0;

@@ -1,82 +1,85 @@
-// Small kernels for the tests of the primitives, one by one.
+// Small kernels for the tests of the primitives.
 #include "harness.h"
 
 #include <string>
 
 namespace {
 
-// 128 bytes of K for 64 rows of A and N of B; bf16 operands may lie the other way round.
+// out = A · Bᵀ (+ c) for 64 rows of A, N rows of B and 128 bytes of K. bf16 operands may also be
+// M-major or N-major.
 struct Product {
-  char *a, *b;
-  float *given, *out;  // [64, N]; `given` is what is added to, or null
-  bool fp8, a_by_row, b_by_row, a_in_registers;
+  char *a, *b;      // K-major: [64, K] and [N, K]; else transposed
+  float *c, *out;  // [64, N]; c may be null
+  bool fp8, a_k_major, b_k_major, a_in_registers;
 };
 
-// This thread's pairs of A [64, 64] as accumulators lie, read from global memory.
+// This thread's pairs of bf16 of A [64, 64] in the register layout of WGMMA, from global memory.
 void load_pairs(uint32_t (&pairs)[4], const char* a, int k) {
   const int row = thread_index() / 32 * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
   for (int i = 0; i < 4; ++i) {
-    const int at = (row + i % 2 * 8) * 64 + k + i / 2 * 8 + column;
-    pairs[i] = load_global(reinterpret_cast<const uint32_t*>(a + at * 2));
+    const int offset = (row + i % 2 * 8) * 64 + k + i / 2 * 8 + column;
+    pairs[i] = load_global(reinterpret_cast<const uint32_t*>(a + offset * 2));
   }
 }
 
 template <int N>
-void issue(const Product& p, float (&d)[N / 2], char* left, char* right, int step) {
-  const uint64_t a = p.a_by_row ? matrix_descriptor(left + step * 32, 0, 1024)
-                                : matrix_descriptor(left + step * 2048, 8192, 1024);
-  const uint64_t b = p.b_by_row ? matrix_descriptor(right + step * 32, 0, 1024)
-                                : matrix_descriptor(right + step * 2048, 8192, 1024);
-  const bool add = step > 0 || p.given;
+void issue(const Product& p, float (&d)[N / 2], char* a_tile, char* b_tile, int step) {
+  const uint64_t a = p.a_k_major ? matrix_descriptor(a_tile + step * 32, 0, 1024)
+                                : matrix_descriptor(a_tile + step * 2048, 8192, 1024);
+  const uint64_t b = p.b_k_major ? matrix_descriptor(b_tile + step * 32, 0, 1024)
+                                : matrix_descriptor(b_tile + step * 2048, 8192, 1024);
+  const bool add = step > 0 || p.c;
   if (p.fp8) return wgmma_e4m3<N>(d, a, b, add);
   if (p.a_in_registers) {
     uint32_t pairs[4];
     load_pairs(pairs, p.a, step * 16);
     wgmma_fence();
-    if (p.b_by_row) return wgmma_bf16<N, true>(d, pairs, b, add);
+    if (p.b_k_major) return wgmma_bf16<N, true>(d, pairs, b, add);
     return wgmma_bf16<N, false>(d, pairs, b, add);
   }
-  if (p.a_by_row && p.b_by_row) return wgmma_bf16<N, true, true>(d, a, b, add);
-  if (p.a_by_row) return wgmma_bf16<N, true, false>(d, a, b, add);
-  if (p.b_by_row) return wgmma_bf16<N, false, true>(d, a, b, add);
+  if (p.a_k_major && p.b_k_major) return wgmma_bf16<N, true, true>(d, a, b, add);
+  if (p.a_k_major) return wgmma_bf16<N, true, false>(d, a, b, add);
+  if (p.b_k_major) return wgmma_bf16<N, false, true>(d, a, b, add);
   return wgmma_bf16<N, false, false>(d, a, b, add);
 }
 
 template <int N>
 void product(const Product& p, const TensorMap& a_map, const TensorMap& b_map) {
-  char *left = shared_memory(), *right = left + 8192;
-  const int boxes = p.b_by_row ? 1 : (N + 63) / 64;
-  Barrier* full = new_barrier(right + N * 128 + 8192, 1);
+  char *a_tile = shared_memory(), *b_tile = a_tile + 8192;
+  const int boxes = p.b_k_major ? 1 : (N + 63) / 64;
+  Barrier* full = new_barrier(b_tile + N * 128 + 8192, 1);
   if (thread_index() == 0) {
     prefetch(&a_map);
     barrier_arrive_expect(full, a_map.box_bytes() + boxes * b_map.box_bytes());
-    tma_load(left, &a_map, full, 0, 0);
-    for (int i = 0; i < boxes; ++i) tma_load(right + i * 8192, &b_map, full, i * 64, 0);
+    tma_load(a_tile, &a_map, full, 0, 0);
+    for (int i = 0; i < boxes; ++i) tma_load(b_tile + i * 8192, &b_map, full, i * 64, 0);
   }
   const int row = thread_index() / 32 * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
   float d[N / 2];
-  const auto at = [&](int i) { return (row + i / 2 % 2 * 8) * N + i / 4 * 8 + column + i % 2; };
-  for (int i = 0; i < N / 2; ++i) d[i] = p.given ? load_global(p.given + at(i)) : NAN;
+  const auto offset = [&](int i) {
+    return (row + i / 2 % 2 * 8) * N + i / 4 * 8 + column + i % 2;
+  };
+  for (int i = 0; i < N / 2; ++i) d[i] = p.c ? load_global(p.c + offset(i)) : NAN;
   barrier_wait(full, 0);
   wgmma_fence();
-  for (int step = 0; step < 4; ++step) issue<N>(p, d, left, right, step);
+  for (int step = 0; step < 4; ++step) issue<N>(p, d, a_tile, b_tile, step);
   wgmma_commit();
   wgmma_wait<0>();
-  for (int i = 0; i < N / 2; ++i) store_global(p.out + at(i), d[i]);
+  for (int i = 0; i < N / 2; ++i) store_global(p.out + offset(i), d[i]);
 }
 
 }  // namespace
 
 extern "C" {
 
-int emulate_product(const Product* p, int N, How how) {
+int emulate_product(const Product* p, int N, RunOptions options) {
   const uint32_t size = p->fp8 ? 1 : 2;
   const auto columns = static_cast<uint64_t>(N);
   const TensorMap a{p->a, 128 / size, 64, 128, 128 / size, 64, size, true};
   TensorMap b{p->b, 128 / size, columns, 128, 128 / size, static_cast<uint32_t>(N), size, true};
-  if (!p->b_by_row) b = {p->b, columns, 64, columns * 2, 64, 64, 2, true};
+  if (!p->b_k_major) b = {p->b, columns, 64, columns * 2, 64, 64, 2, true};
   const uint32_t shared = 2 * 8192 + N * 128 + 8;
-  return guarded(how, launch_of(how, 1, 128, shared), [&] {
+  return run_checked(options, make_launch(options, 1, 128, shared), [&] {
     if (N == 16) product<16>(*p, a, b);
     if (N == 32) product<32>(*p, a, b);
     if (N == 64) product<64>(*p, a, b);
@@ -86,18 +89,18 @@ int emulate_product(const Product* p, int N, How how) {
   });
 }
 
-// out[256] 16-bit values: a 16x16 tile through store_matrix_x4, value = 16 row + column.
-int emulate_store_matrix(uint16_t* out, How how) {
-  return guarded(how, launch_of(how, 1, 32, 512), [&] {
+// out[256], 16-bit values: a 16x16 tile stored by store_matrix_x4, value = 16 * row + column.
+int emulate_store_matrix(uint16_t* out, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 32, 512), [&] {
     const int lane = lane_index(), row = lane / 4, column = lane % 4 * 2;
     uint32_t parts[4];  // top left, top right, bottom left, bottom right
     for (int m = 0; m < 4; ++m) {
       const uint32_t first = (row + m / 2 * 8) * 16 + column + m % 2 * 8;
       parts[m] = first | (first + 1) << 16;
     }
-    char* to = shared_memory() + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16;
-    const auto at = static_cast<int>(shared_address(to) - shared_address(shared_memory()));
-    store_matrix_x4(shared_memory() + at, parts[0], parts[1], parts[2], parts[3]);
+    char* row_address = shared_memory() + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16;
+    const uint32_t offset = shared_address(row_address) - shared_address(shared_memory());
+    store_matrix_x4(shared_memory() + offset, parts[0], parts[1], parts[2], parts[3]);
     warp_sync();
     for (int i = lane; i < 256; i += 32) {
       store_global(out + i, load_shared<uint16_t>(shared_memory() + 2 * i));
@@ -105,9 +108,10 @@ int emulate_store_matrix(uint16_t* out, How how) {
   });
 }
 
-// out[32] = in, by a bulk copy; its sum, added up by shuffles, in out[32]; lane 5's in out[33].
-int emulate_bulk_load_and_shuffles(const float* in, float* out, How how) {
-  return guarded(how, launch_of(how, 1, 32, 144), [&] {
+// out[0:32] = in, by bulk_load; out[32] = their sum, by shuffle_xor; out[33] = in[5], by
+// shuffle_from.
+int emulate_bulk_load_and_shuffles(const float* in, float* out, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 32, 144), [&] {
     char* memory = shared_memory();
     Barrier* full = new_barrier(memory + 128, 1);
     if (thread_index() == 0) {
@@ -116,29 +120,30 @@ int emulate_bulk_load_and_shuffles(const float* in, float* out, How how) {
     }
     barrier_wait(full, 0);
     const int lane = lane_index();
-    const float mine = load_shared<float>(memory + 4 * lane);
-    float sum = mine;
+    const float value = load_shared<float>(memory + 4 * lane);
+    float sum = value;
     for (int lanes = 16; lanes; lanes /= 2) sum += shuffle_xor(sum, lanes);
-    store_global(out + lane, mine);
+    store_global(out + lane, value);
     if (lane == 0) store_global(out + 32, sum);
-    const int fifth = shuffle_from(static_cast<int>(mine), 5);
+    const int fifth = shuffle_from(static_cast<int>(value), 5);
     if (lane == 31) store_global(out + 33, static_cast<float>(fifth));
   });
 }
 
-// out[r, c] = in[r + row, c + column] of a matrix of `rows` x 64 16-bit values, zeros outside: a
-// box of 32 rows by 64 columns by TMA, and by TMA to the same place of `back`.
+// Loads a box of 32 rows by 64 columns by TMA: out[r, c] = in[r + row, c + column], 16-bit values
+// of a matrix [rows, 64], 0 outside of it. Then stores the box by TMA at the same position of
+// `back`.
 int emulate_boxes(char* in, char* back, uint16_t* out, int rows, int row, int column, bool swizzle,
-                  How how) {
-  const auto all = static_cast<uint64_t>(rows);
-  const TensorMap from{in, 64, all, 128, 64, 32, 2, swizzle};
-  const TensorMap to{back, 64, all, 128, 64, 32, 2, swizzle};
-  return guarded(how, launch_of(how, 1, 32, 4104), [&] {
+                  RunOptions options) {
+  const auto num_rows = static_cast<uint64_t>(rows);
+  const TensorMap in_map{in, 64, num_rows, 128, 64, 32, 2, swizzle};
+  const TensorMap back_map{back, 64, num_rows, 128, 64, 32, 2, swizzle};
+  return run_checked(options, make_launch(options, 1, 32, 4104), [&] {
     char* memory = shared_memory();
     Barrier* full = new_barrier(memory + 4096, 1);
     if (elect_one()) {
       barrier_arrive_expect(full, 4096);
-      tma_load(memory, &from, full, column, row);
+      tma_load(memory, &in_map, full, column, row);
     }
     barrier_wait(full, 0);
     for (int i = lane_index(); i < 32 * 64; i += 32) {
@@ -146,18 +151,19 @@ int emulate_boxes(char* in, char* back, uint16_t* out, int rows, int row, int co
       store_global(out + i, load_shared<uint16_t>(memory + r * 128 + chunk * 16 + i % 8 * 2));
     }
     if (elect_one()) {
-      tma_store(&to, memory, column, row);
+      tma_store(&back_map, memory, column, row);
       tma_store_commit();
       tma_store_wait_read<0>();
     }
   });
 }
 
-// Eight rows of 32 floats go to `out` by one box each, through two buffers: one is filled again
-// when all stores but the last have read theirs. Then a thread reads `out` and leaves its sum.
-int emulate_store_waits(char* out, float* sum, How how) {
+// Stores 8 rows of 32 floats to `out` by TMA, one box each, through two buffers. A buffer is reused
+// when all stores except the last one have read theirs. Then one thread reads `out` and writes the
+// sum.
+int emulate_store_waits(char* out, float* sum, RunOptions options) {
   const TensorMap map{out, 32, 8, 128, 32, 1, 4, false};
-  return guarded(how, launch_of(how, 1, 32, 256), [&] {
+  return run_checked(options, make_launch(options, 1, 32, 256), [&] {
     for (int row = 0; row < 8; ++row) {
       char* buffer = shared_memory() + row % 2 * 128;
       if (lane_index() == 0) tma_store_wait_read<1>();
@@ -172,23 +178,24 @@ int emulate_store_waits(char* out, float* sum, How how) {
     }
     if (lane_index() == 0) {
       tma_store_wait<0>();
-      float all = 0;
+      float total = 0;
       for (int i = 0; i < 256; ++i) {
-        all += load_written(reinterpret_cast<const float*>(out) + i);
+        total += load_written(reinterpret_cast<const float*>(out) + i);
       }
-      store_global(sum, all);
+      store_global(sum, total);
     }
   });
 }
 
-// out[10, 32]: a warp writes ten times and arrives, another waits, reads and lets it write again.
-int emulate_named_barriers(int* out, How how) {
-  return guarded(how, launch_of(how, 1, 64, 128), [&] {
-    char* mine = shared_memory() + 4 * lane_index();
+// out[10, 32]: warp 0 writes a buffer ten times and arrives at barrier 1. Warp 1 waits for it, reads
+// and arrives at barrier 2. Warp 0 waits for barrier 2 before it writes again.
+int emulate_named_barriers(int* out, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 64, 128), [&] {
+    char* slot = shared_memory() + 4 * lane_index();
     for (int i = 0; i < 10; ++i) {
       if (warp_index() == 0) {
-        if (i > 0) named_barrier_sync(2, 64);  // read
-        store_shared(mine, i * 32 + lane_index());
+        if (i > 0) named_barrier_sync(2, 64);
+        store_shared(slot, i * 32 + lane_index());
         named_barrier_arrive(1, 64);
       } else {
         named_barrier_sync(1, 64);
@@ -200,13 +207,13 @@ int emulate_named_barriers(int* out, How how) {
   });
 }
 
-// Four blocks in clusters of two: each loads half of a row of 32 floats and sends it to both. Each
-// block stores 100 · its rank + the row's sum once the other has told it that it has read it.
-int emulate_cluster(char* in, float* out, How how) {
+// Four blocks in clusters of two. Each block loads half of a row of 32 floats by multicast to both.
+// It stores 100 * rank + the sum of the row after the other block has arrived at its barrier.
+int emulate_cluster(char* in, float* out, RunOptions options) {
   const TensorMap map{in, 32, 1, 128, 16, 1, 4, false};
-  Launch launch = launch_of(how, 4, 32, 2 * 128 + 16);
+  Launch launch = make_launch(options, 4, 32, 2 * 128 + 16);
   launch.cluster = 2;
-  return guarded(how, launch, [&] {
+  return run_checked(options, launch, [&] {
     char* memory = shared_memory();
     const int rank = cluster_rank();
     auto *full = reinterpret_cast<Barrier*>(memory + 256), *read = full + 1;
@@ -231,12 +238,12 @@ int emulate_cluster(char* in, float* out, How how) {
   });
 }
 
-// out[4, 4]: each of four blocks of a cluster has what the next one's shared memory held, 4 floats.
-// Without a barrier before (1) or after (2) it there is none there yet, or none any more.
-int emulate_distributed(float* out, int bug, How how) {
-  Launch launch = launch_of(how, 4, 32, 16);
+// out[4, 4]: each of the four blocks of a cluster reads 4 floats from the next block's shared
+// memory. bug 1: no cluster barrier before the read; bug 2: none after it.
+int emulate_distributed(float* out, int bug, RunOptions options) {
+  Launch launch = make_launch(options, 4, 32, 16);
   launch.cluster = 4;
-  return guarded(how, launch, [&] {
+  return run_checked(options, launch, [&] {
     const int rank = cluster_rank();
     if (lane_index() < 4) {
       store_shared(shared_memory() + 4 * lane_index(), 10.0f * rank + lane_index());
@@ -250,24 +257,25 @@ int emulate_distributed(float* out, int bug, How how) {
   });
 }
 
-// out[4 warps]: how many lanes were chosen, twice the same, as 100 · count + count of both times.
-int emulate_elect(int* out, How how) {
-  return guarded(how, launch_of(how, 1, 128, 0), [&] {
-    const bool once = elect_one(), again = elect_one();
-    float both = once && again ? 1.0f : 0.0f, any = once || again ? 1.0f : 0.0f;
+// out[warp] = 100 * (lanes elected in one of two calls) + (lanes elected in both).
+int emulate_elect(int* out, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 128, 0), [&] {
+    const bool first = elect_one(), second = elect_one();
+    float both = first && second ? 1.0f : 0.0f, any = first || second ? 1.0f : 0.0f;
     for (int lanes = 16; lanes; lanes /= 2) {
       both += shuffle_xor(both, lanes);
       any += shuffle_xor(any, lanes);
     }
-    if (once) store_global(out + warp_index(), static_cast<int>(100 * any + both));
+    if (first) store_global(out + warp_index(), static_cast<int>(100 * any + both));
   });
 }
 
-// A warpgroup gives registers, another takes what there is then: 40 and 216 of 128 each.
-int emulate_registers(int* out, bool too_many, How how) {
-  Launch launch = launch_of(how, 1, 256, 0);
+// Two warpgroups start with 128 registers per thread; one decreases to 40, the other increases to
+// 216 or, if too_many, to 224.
+int emulate_registers(int* out, bool too_many, RunOptions options) {
+  Launch launch = make_launch(options, 1, 256, 0);
   launch.registers = 128;
-  return guarded(how, launch, [&] {
+  return run_checked(options, launch, [&] {
     if (warp_index() < 4) {
       registers_decrease<40>();
     } else if (too_many) {
@@ -279,33 +287,35 @@ int emulate_registers(int* out, bool too_many, How how) {
   });
 }
 
-// least[0] and most[0] over 500 numbers, by 3 blocks of 64 threads.
-int emulate_atomics(const int* numbers, int* least, int* most, How how) {
-  return guarded(how, launch_of(how, 3, 64, 0), [&] {
+// The minimum and the maximum of 500 numbers, by 3 blocks of 64 threads.
+int emulate_atomics(const int* numbers, int* minimum, int* maximum, RunOptions options) {
+  return run_checked(options, make_launch(options, 3, 64, 0), [&] {
     for (int i = block_index() * 64 + thread_index(); i < 500; i += block_count() * 64) {
-      atomic_min(least, load_global(numbers + i));
-      atomic_max(most, load_global(numbers + i));
+      atomic_min(minimum, load_global(numbers + i));
+      atomic_max(maximum, load_global(numbers + i));
     }
   });
 }
 
-// A grid writes its squares, the dependent one adds up the squares; `bug` says what it does wrong.
-int emulate_dependent_grid(int* squares, int* sums, int bug, How how) {
-  return guarded(how, [&] {
-    const Launch launch = launch_of(how, 6, 32, 0);
+// The first grid writes squares [6, 32], the dependent grid their sums [6]. Bugs of the dependent
+// grid: 1: does not wait for the first grid; 2: reads through the non-coherent cache; 3: writes
+// `squares` before it waits; 4: writes `sums`, which the first grid reads, before it waits.
+int emulate_dependent_grid(int* squares, int* sums, int bug, RunOptions options) {
+  return run_checked(options, [&] {
+    const Launch launch = make_launch(options, 6, 32, 0);
     Machine machine(launch, [&] {
       grid_dependency_launch();
       store_global(squares + block_index() * 32 + lane_index(), lane_index() * lane_index());
       if (bug == 4) load_global(sums);
     });
-    machine.dependent(launch, [&] {
+    machine.add_dependent_grid(launch, [&] {
       if (bug == 3) store_global(squares + block_index() * 32 + lane_index(), 0);
       if (bug == 4 && thread_index() == 0 && block_index() == 0) store_global(sums, 0);
       if (bug != 1) grid_dependency_wait();
       int sum = 0;
       for (int i = 0; i < 32 && lane_index() == 0; ++i) {
-        const int* from = squares + block_index() * 32 + i;
-        sum += bug == 2 ? load_global(from) : load_written(from);
+        const int* square = squares + block_index() * 32 + i;
+        sum += bug == 2 ? load_global(square) : load_written(square);
       }
       if (lane_index() == 0) store_global(sums + block_index(), sum);
     });
@@ -313,10 +323,10 @@ int emulate_dependent_grid(int* squares, int* sums, int bug, How how) {
   });
 }
 
-// out = f(x, y, z) of n numbers.
-int emulate_numbers(const char* f, const uint32_t* x, const uint32_t* y, const uint32_t* z,
-                    uint32_t* out, int n, How how) {
-  const std::string name = f;
+// out[i] = function(x[i], y[i], z[i]) for n 32-bit words.
+int emulate_numbers(const char* function, const uint32_t* x, const uint32_t* y, const uint32_t* z,
+                    uint32_t* out, int n, RunOptions options) {
+  const std::string name = function;
   const auto run = [&](uint32_t a, uint32_t b, uint32_t c) -> uint32_t {
     const float u = float_of(a), v = float_of(b), w = float_of(c);
     if (name == "to_bf16") return pack(to_bf16(u), to_bf16(v));
@@ -331,20 +341,20 @@ int emulate_numbers(const char* f, const uint32_t* x, const uint32_t* y, const u
     if (name == "fused_multiply_add") return float_bits(fused_multiply_add(u, v, w));
     if (name == "exp2_of") return float_bits(exp2_of(u));
     if (name == "log2_of") return float_bits(log2_of(u));
-    emulator::fail("no function " + name);
+    emulator::fail("emulate_numbers: unknown function " + name);
   };
-  return guarded(how, launch_of(how, 1, 32, 0), [&] {
+  return run_checked(options, make_launch(options, 1, 32, 0), [&] {
     for (int i = lane_index(); i < n; i += 32) {
       store_global(out + i, run(load_global(x + i), load_global(y + i), load_global(z + i)));
     }
   });
 }
 
-// load_streamed: chunks that are there, zeros for others.
-int emulate_streamed(const Chunk* in, Chunk* out, const int* there, How how) {
-  return guarded(how, launch_of(how, 1, 32, 0), [&] {
+// load_streamed: out[i] = in[i] if valid[i], else zeros; 32 chunks.
+int emulate_streamed(const Chunk* in, Chunk* out, const int* valid, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 32, 0), [&] {
     const int i = lane_index();
-    store_global(out + i, load_streamed(in + i, load_global(there + i) != 0));
+    store_global(out + i, load_streamed(in + i, load_global(valid + i) != 0));
   });
 }
 
