@@ -119,8 +119,9 @@ def _launch_triton(
     fp8_gemm_nt_kernel[(tile.grid(target, num_tiles) if target.tma else num_tiles,)](
         a_operand, a_desc, b_operand, b_desc, None if tile.parallel_splits else c, result,
         M, N, K, cdiv(cdiv(K, BLOCK), tile.num_splits), parallel_splits, c_row_stride,
-        PARALLEL_SPLITS=tile.parallel_splits, SPLIT=tile.num_splits > 1 and not tile.parallel_splits,
-        SWAPPED=tile.swapped, B_ROWS_PER_SCALE=rows_per_scale(b, b_scale),
+        PARALLEL_SPLITS=tile.parallel_splits,
+        SPLIT=tile.num_splits > 1 and not tile.parallel_splits, SWAPPED=tile.swapped,
+        B_ROWS_PER_SCALE=rows_per_scale(b, b_scale),
         TAIL=K % BLOCK != 0 and a_desc is None, NATIVE_FP8=target.native_fp8,
         INDEX=index_type(a_operand, b_operand), BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         GROUP_M=tile.GROUP_M, PERSISTENT=target.tma, **tile.options(target),
