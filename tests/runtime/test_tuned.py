@@ -1,4 +1,4 @@
-"""Committed tiles: which calls take one, what a damaged file says, that every one may be taken."""
+"""Tuned tiles: which calls use one, errors of damaged files, and that all are candidates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE = {"variant": "dense", "b_rows": 128, "groups": 1, "M": 64, "N": 7168, "K":
 
 @pytest.fixture
 def configs(monkeypatch, tmp_path):
-    """A function that puts lines, or any content, in place of what is committed for sm_90."""
+    """A function that replaces the committed file of sm_90 by lines or by any content."""
 
     def clear():
         tuned.load.cache_clear()
@@ -36,7 +36,7 @@ def configs(monkeypatch, tmp_path):
     clear()
 
 
-def test_a_committed_tile_is_taken(configs):
+def test_committed_tile_is_used(configs):
     before = tiles.choose_gemm_tile(SM_90, 64, 7168, 2048)
     configs(LINE)
     tile = tiles.choose_gemm_tile(SM_90, 64, 7168, 2048)
@@ -55,7 +55,7 @@ def test_within_a_factor_of_two(configs, M):
     "changed",
     [{"M": 31}, {"M": 129}, {"M": 0}, {"N": 7167}, {"K": 2047}, {"b_rows": 1}, {"groups": 2}],
 )
-def test_other_products_ask_the_model(configs, changed):
+def test_other_shapes_use_the_cost_model(configs, changed):
     shape = {"M": 64, "N": 7168, "K": 2048, "b_rows": 128, "groups": 1, **changed}
     want = tiles.fastest_modelled_tile(SM_90, **shape)
     configs(LINE)
@@ -65,7 +65,7 @@ def test_other_products_ask_the_model(configs, changed):
     assert elsewhere.origin == "cost model"
 
 
-def test_the_nearest_size_is_taken(configs):
+def test_nearest_size_is_used(configs):
     configs(LINE, {**LINE, "M": 128, "tile": [64, 32, False]})
     found = {M: tiles.choose_gemm_tile(SM_90, M, 7168, 2048).BLOCK_M for M in (64, 90, 91, 128)}
     assert found == {64: 128, 90: 128, 91: 64, 128: 64}
@@ -81,7 +81,7 @@ def test_groups_of_columns_vary_in_k(configs):
     assert origin(65, 7168, 2048) == origin(64, 7168, 4097) == "cost model"
 
 
-def test_the_number_of_splits_is_not_the_files(configs):
+def test_number_of_splits_is_not_tuned(configs):
     """N and K decide it, so that a row's bits do not depend on what was tuned."""
     shape = {"M": 8, "N": 576, "K": 7168}
     model = tiles.fastest_modelled_tile(SM_90, **shape)
@@ -95,13 +95,13 @@ def test_the_number_of_splits_is_not_the_files(configs):
 
 
 @pytest.mark.parametrize("tile", [[48, 64, False], [128, 128, True], [16, 64, True]])
-def test_a_tile_that_may_not_be_taken(configs, tile, tmp_path):
+def test_tile_that_is_no_candidate_is_named(configs, tile, tmp_path):
     configs(LINE, {**LINE, "M": 4096, "tile": tile})
     with pytest.raises(ValueError) as caught:
         tiles.choose_gemm_tile(SM_90, 4096, 7168, 2048)
     file, got = tmp_path / "sm_90.json", tuple(tile)
     assert str(caught.value) == (
-        f"{file}: tiles[1]: expected a tile that this shape may take on sm_90, got {got}"
+        f"{file}: tiles[1]: expected a tile that is a candidate for this shape on sm_90, got {got}"
     )
 
 
@@ -135,7 +135,7 @@ DAMAGED += [(json.dumps({"target": "sm_90", "tiles": [line]}), said) for line, s
 
 
 @pytest.mark.parametrize(("content", "said"), DAMAGED)
-def test_a_damaged_file_is_named(configs, tmp_path, content, said):
+def test_damaged_file_is_named(configs, tmp_path, content, said):
     configs(content=content)
     with pytest.raises(ValueError) as caught:
         tiles.choose_gemm_tile(SM_90, 1, 1, 1)
@@ -143,7 +143,7 @@ def test_a_damaged_file_is_named(configs, tmp_path, content, said):
     assert said in str(caught.value)
 
 
-def test_explain_says_where_the_tile_is_from(configs, generator):
+def test_explain_names_the_origin_of_the_tile(configs, generator):
     args = ops.inputs("fp8_gemm_nt", generator, M=70, N=130, K=200)
     with deepkern.backend("triton"):
         assert "(cost model)" in str(deepkern.explain(deepkern.fp8_gemm_nt, *args))
@@ -153,8 +153,8 @@ def test_explain_says_where_the_tile_is_from(configs, generator):
 
 
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
-def test_every_committed_tile_may_be_taken_and_is_inspected(target):
-    """Reads what is committed, whatever the other tests put in its place."""
+def test_committed_tiles_are_candidates_inspected(target):
+    """Reads the committed file, also while other tests replace it."""
 
     def form(tile):
         return replace(tile, num_splits=min(tile.num_splits, 2))

@@ -76,7 +76,7 @@ _compiling_for: list[Arch] = []
 
 @contextlib.contextmanager
 def compile_for(target: Arch) -> Iterator[None]:
-    """Launches inside the block are for `target`, whatever the device (for static inspection)."""
+    """Launches inside the block are for `target`, on any device (for static inspection)."""
     _compiling_for.append(target)
     try:
         yield

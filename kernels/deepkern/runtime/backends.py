@@ -87,7 +87,7 @@ def unsupported_reason(
 
 
 def unsupported_on_device(op, name: str, device: torch.device) -> str | None:
-    """Why `name` does not support `op` on `device`, whatever the arguments; None if it does."""
+    """Why `name` does not support `op` on `device` for any arguments; None if it does."""
     if name == "torch":
         return None
     if name == "triton":

@@ -128,7 +128,7 @@ def others(**arguments) -> Calls:
     page = cache.shape[1]
     unabsorbed_bytes = block_table.numel() * page * q.shape[2] * (192 + 128) * q.element_size()
     if unabsorbed_bytes < 16 << 30:  # 80 KB a token at 128 heads
-        calls["naive form: keys and values of every head ready, SDPA"] = prepared(
+        calls["naive variant: keys and values of every head ready, SDPA"] = prepared(
             lambda: unabsorbed(**arguments)
         )
     if q.device.type != "cuda":
