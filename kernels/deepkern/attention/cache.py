@@ -1,21 +1,24 @@
-"""The latent cache: its formats, and how a kernel gets at one.
+"""Formats of the paged latent cache, and how kernels read and write it.
 
-A cache is [blocks, page, 1, width]: `blocks` pages of `page` tokens, of which the flat slot
-`block * page + offset` names one. A token is R latents and D RoPE values, in one of two formats:
+Used by `mla_decode`, `mla_sparse_decode`, `mla_sparse_prefill`, `mla_cache_append` and
+`mla_cache_gather`; `load` and `store` also by the indexer's cache ops.
+
+A cache is [num_pages, page_size, 1, width]. Token `offset` of page `page` has the flat slot
+`page * page_size + offset`. A token is R latents and D RoPE values, in one of two formats:
 
     real dtype    width R + D      latents, RoPE values, all in that dtype
     uint8 (FP8)   width in bytes   R e4m3 latents, ceil(R/128) fp32 scales (one per 128 latents),
                                    D bf16 RoPE values: 656 = 512 + 16 + 128 for R = 512, D = 64
 
-A kernel gets the three parts as three tensors of their own dtypes (`parts`), each with its
-strides, so that both formats look alike to it. In widths where the parts are not aligned to their
-dtypes (R % 4, D % 2), scales and RoPE values are handed over as bytes, and `load` and `store` put
-them together.
+Kernels receive a `CacheView`: latents, scales and RoPE values as three tensors of their own dtypes.
+If the three are not aligned to their dtypes (R % 4 or D % 2 is not 0), scales and RoPE values are
+passed as bytes, and `load` and `store` assemble the values.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,9 +29,73 @@ from ..quant.fp8 import BLOCK
 from ..runtime.contract import check_that
 
 
+class CacheView(NamedTuple):
+    """A paged latent cache as one kernel argument. All strides are in elements of their tensor."""
+
+    latent: Tensor  # [num_pages, page_size, 1, R], or int32 words of 4 e4m3 latents each
+    scale: Tensor  # fp32 [num_pages, page_size, 1, ceil(R/128)], or its bytes; unused if not FP8
+    rope: Tensor  # [num_pages, page_size, 1, D], or its bytes
+    latent_page: int  # stride from page to page
+    latent_token: int  # stride from token to token of a page
+    scale_page: int
+    scale_token: int
+    rope_page: int
+    rope_token: int
+
+
+def cache_view(cache: Tensor, R: int, latent_dtype: torch.dtype) -> CacheView:
+    """The view of `cache` with R latents per token.
+
+    latent_dtype: how FP8 latents are passed: float8_e4m3fn, uint8, or int32 (words of four).
+    """
+    latent, scale, rope = _split(cache, R, latent_dtype)
+    strides = (t.stride(i) for t in (latent, scale, rope) for i in (0, 1))
+    return CacheView(latent, scale, rope, *strides)
+
+
+def _split(cache: Tensor, R: int, latent_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    if cache.dtype != torch.uint8:
+        return cache[..., :R], cache, cache[..., R:]
+    R_scale = R + 4 * -(-R // BLOCK)
+    latent, scale, rope = cache[..., :R], cache[..., R:R_scale], cache[..., R_scale:]
+    if all(n % 4 == 0 for n in (cache.storage_offset(), *cache.stride()[:3], R)):
+        return latent.view(latent_dtype), scale.view(torch.float32), rope.view(torch.bfloat16)
+    if latent_dtype == torch.int32:  # as bytes; the last word may extend into the scales
+        return cache[..., : -(-R // 4) * 4], scale, rope
+    return latent.view(latent_dtype), scale, rope
+
+
+def alignment(tensor: Tensor) -> int:
+    """The largest of 1, 2, 4 and 8 that divides a cache tensor's page and token strides.
+
+    Triton itself only detects divisibility by 16, and the RoPE values of a 656-byte token are
+    328 elements apart.
+    """
+    return math.gcd(8, *tensor.stride()[:2])
+
+
 def width(dtype: torch.dtype, R: int, D: int) -> int:
     """The last dimension of a cache of `dtype`."""
     return R + 4 * -(-R // BLOCK) + 2 * D if dtype == torch.uint8 else R + D
+
+
+def rope_dtype(cache: Tensor) -> torch.dtype:
+    """The dtype of the RoPE values."""
+    return torch.bfloat16 if cache.dtype == torch.uint8 else cache.dtype
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a torch dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def rope_width(op: str, cache: Tensor, R: int) -> int:
+    """D, the number of RoPE values next to R latents; ValueError if the width is impossible."""
+    fp8 = cache.dtype == torch.uint8
+    left = cache.shape[-1] - width(cache.dtype, R, 0)
+    check_that(op, "v_head_dim", R >= 0 and left >= 0 and (left % 2 == 0 or not fp8),
+               f"latents that fit into the cache's {cache.shape[-1]}", R)  # fmt: skip
+    return left // 2 if fp8 else left
 
 
 def check_width(op: str, cache: Tensor, R: int, D: int) -> None:
@@ -40,44 +107,32 @@ def check_width(op: str, cache: Tensor, R: int, D: int) -> None:
                f"shape {tuple(cache.shape)}")  # fmt: skip
 
 
-def rope_width(op: str, cache: Tensor, R: int) -> int:
-    """D, the RoPE values beside R latents; ValueError unless a cache can be as wide as this one."""
-    fp8 = cache.dtype == torch.uint8
-    left = cache.shape[-1] - width(cache.dtype, R, 0)
-    check_that(op, "v_head_dim", R >= 0 and left >= 0 and (left % 2 == 0 or not fp8),
-               f"latents that fit into the cache's {cache.shape[-1]}", R)  # fmt: skip
-    return left // 2 if fp8 else left
+def check_decode(op: str, q: Tensor, cache: Tensor, v_head_dim: int) -> None:
+    """Raises ValueError unless q [..., R + D], the cache and R = v_head_dim fit together."""
+    W = q.shape[-1]
+    check_that(op, "v_head_dim", 0 <= v_head_dim <= W,
+               f"a part of q's last dimension {W}", v_head_dim)  # fmt: skip
+    check_width(op, cache, v_head_dim, W - v_head_dim)
 
 
-def parts(cache: Tensor, R: int, latent_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of the latents, scales and RoPE values; the scales of a real cache are a stand-in.
-
-    latent_dtype is what the latents of the FP8 format are taken as: FP8, uint8, or int32, four of
-    them to a word.
-    """
-    if cache.dtype != torch.uint8:
-        return cache[..., :R], cache, cache[..., R:]
-    R_scale = R + 4 * -(-R // BLOCK)
-    latent, scale, rope = cache[..., :R], cache[..., R:R_scale], cache[..., R_scale:]
-    if all(n % 4 == 0 for n in (cache.storage_offset(), *cache.stride()[:3], R)):
-        return latent.view(latent_dtype), scale.view(torch.float32), rope.view(torch.bfloat16)
-    if latent_dtype == torch.int32:  # in bytes; the last word may reach into the scales
-        return cache[..., : -(-R // 4) * 4], scale, rope
-    return latent.view(latent_dtype), scale, rope
+def check_page_size(op: str, cache: Tensor) -> None:
+    """Raises ValueError unless 32 bits hold every offset within a page."""
+    check_that(op, "cache", cache.shape[1] * cache.stride(1) < 2**31,
+               "pages of fewer than 2**31 elements", f"shape {tuple(cache.shape)}")  # fmt: skip
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """What the kernels take of each part: elements from block to block, from token to token."""
-    return [t.stride(i) for t in tensors for i in (0, 1)]
+def check_lengths(op: str, name: str, lengths: Tensor, limit: int) -> None:
+    """For DEEPKERN_DEBUG=1: raises ValueError for a length outside [0, limit]."""
+    wrong = lengths[(lengths < 0) | (lengths > limit)]
+    check_that(op, name, wrong.numel() == 0,
+               f"lengths in [0, {limit}]", wrong[:1].tolist())  # fmt: skip
 
 
-def alignment(part: Tensor) -> int:
-    """How many elements (1, 2, 4 or 8) every token of `part` is a multiple of away from its start.
-
-    Triton sees by itself only what is divisible by 16, and 328, the bf16 elements from token to
-    token of a 656-byte cache, is not.
-    """
-    return math.gcd(8, *part.stride()[:2])
+def check_block_table(op: str, pages: Tensor, num_pages: int) -> None:
+    """For DEEPKERN_DEBUG=1: raises ValueError for an entry of block_table not in [0, num_pages)."""
+    wrong = pages[(pages < 0) | (pages >= num_pages)]
+    check_that(op, "block_table", wrong.numel() == 0,
+               f"pages in [0, {num_pages})", wrong[:1].tolist())  # fmt: skip
 
 
 @triton.jit
@@ -115,14 +170,15 @@ def store(row_ptr, index, value, mask):
 
 @triton.jit
 def e4m3_over_256(words, DTYPE: tl.constexpr):
-    """int32 [N, W], four e4m3 to a word -> DTYPE [N, 4 * W], the values times 2^-8, exactly.
+    """int32 [N, W], four e4m3 per word -> DTYPE [N, 4 * W], the values times 2^-8, exactly.
 
-    By integer arithmetic even where e4m3 is a type: a conversion would be moved behind the way
-    through shared memory, and matrix operands of 8 bits cannot be transposed on that way. Sign and
-    the other 7 bits, at their places in a float16, are the value times 2^-8; two fit into a word.
+    Integer arithmetic is used even where e4m3 is a native type: the compiler would move a
+    conversion after the transfer through smem, and 8-bit matrix operands cannot be transposed
+    during that transfer. The sign and the other 7 bits, moved to their places in a float16, are the
+    value times 2^-8; two float16 fit into a word.
     """
-    # 0x7f is NaN, and the only code that a one carries into the eighth bit; there, it makes a
-    # float16's NaN of it.
+    # 0x7f is NaN and the only code for which adding 1 carries into the eighth bit. The carry sets
+    # that bit, which turns the float16 into a NaN.
     carried = (words & 0x7F7F7F7F) + 0x01010101
     magnitude = (words & 0x7F7F7F7F) | (carried & -0x7F7F7F80)
     even = ((words << 8) & -0x7FFF8000) | ((magnitude << 7) & 0x7F807F80)  # values 0 and 2

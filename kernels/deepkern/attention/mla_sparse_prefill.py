@@ -1,13 +1,14 @@
-"""Attention of many queries, each over the keys that it names by index, and its gradients.
+"""Attention of many queries, each over the keys that its indices select, and its gradients.
 
-DeepSeek-V3.2's prefill and training: query s attends to `topk` rows of kv, which are keys and whose
-first R values are values, for all heads alike:
+DeepSeek-V3.2's prefill and training. Query s attends to `topk` rows of kv. A row is one key for all
+heads, and its first R values are its value:
 
     score[s, h, n] = softmax_scale * q[s, h] . kv[indices[s, n]]
     out[s, h]      = exp(lse) / (exp(lse) + exp(sink[h])) * softmax over n of score . kv[.., :R]
 
-Forward: `sparse.py`, where this is `mla_sparse_decode` with S sequences of one query each and pages
-of one token, never split. Backward: `sparse_gradients.py`.
+Parallelization, kernel and limit of the speed: forward see sparse.py, where this is
+`mla_sparse_decode` with S sequences of one query, pages of one token and no splits; backward see
+sparse_gradients.py.
 
 Source: DeepSeek-V3.2 (arXiv 2512.02556); meaning of lengths, sinks and max_logits as in FlashMLA.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..runtime.contract import check_that
 from ..runtime.op import op
 from . import sparse, sparse_gradients
+from .paged_launch import Tile
 
 
 @op(
@@ -38,35 +40,40 @@ def mla_sparse_prefill(
     attn_sink: Tensor | None = None,
     topk_length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attends each query to the rows of kv that its indices name.
+    """Attends each query to the rows of kv that its indices select.
+
+        out, max_logits, lse = deepkern.mla_sparse_prefill(q, kv, indices, 576**-0.5)
 
     Args:
-        q: bf16, fp16 or fp32 [S, H, R + D]; any H, any strides but a contiguous last dimension.
+        q: bf16, fp16 or fp32 [S, H, R + D]; any H; any strides, except that the last dimension is
+            contiguous.
         kv: [Skv, 1, R + D] in q's dtype.
-        indices: int32 [S, 1, topk], rows of kv in any order. One outside [0, Skv) (-1 by
-            convention) names none; a row counts as often as it is named.
+        indices: int32 [S, 1, topk], rows of kv in any order. An index outside [0, Skv) is ignored
+            (use -1). A row counts once per occurrence.
         softmax_scale: multiplies the scores.
-        v_head_dim: R, how many of a row's values are its value.
-        attn_sink: fp32 [H], a score that takes part in the softmax and has no value: out is
-            multiplied by exp(lse) / (exp(lse) + exp(attn_sink)); lse and max_logits are not
-            changed. -inf has no effect, +inf gives 0.
-        topk_length: int32 [S]; only the first so many indices of a query count. Taken as 0 if
-            negative, as topk if larger.
+        v_head_dim: R, the number of leading values of a row that are its value.
+        attn_sink: fp32 [H], a score in the softmax that has no value: out is multiplied by
+            exp(lse) / (exp(lse) + exp(attn_sink)); lse and max_logits do not change. -inf has no
+            effect, +inf gives 0.
+        topk_length: int32 [S], the number of leading indices of a query that count; clamped to
+            [0, topk]. None: all.
 
     Returns:
-        out: [S, H, R] in q's dtype; 0 where there is nothing to attend to.
-        max_logits: fp32 [S, H], the largest score, softmax_scale included; -inf in that case.
-        lse: fp32 [S, H], natural log of the sum of the exponentials of scores; -inf in that case.
+        out: [S, H, R] in q's dtype; 0 for a query without rows.
+        max_logits: fp32 [S, H], the largest score, softmax_scale included; -inf for such a query.
+        lse: fp32 [S, H], natural log of the sum of the exponentials of scores; -inf likewise.
 
-    Products in q's dtype, sums in fp32. A query's bits depend on its own q, indices and length
-    alone. Gradients go to q, kv and attn_sink, from out and lse; max_logits has none.
+    Matrix products use q's dtype, sums fp32. A query's result depends bitwise on its own q, indices
+    and length only. q, kv and attn_sink receive gradients, from out and lse; max_logits is not
+    differentiable.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; with DEEPKERN_DEBUG=1 also for lengths
-            outside [0, topk] and indices outside [-1, Skv).
+        TypeError, ValueError: an argument does not match the above; with DEEPKERN_DEBUG=1 also for
+            lengths outside [0, topk] and indices outside [-1, Skv).
     """
-    S, H, W = q.shape
+    S, H, _ = q.shape
     check_operands("mla_sparse_prefill", q, kv, v_head_dim)
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return (
         q.new_empty(S, H, v_head_dim),
         q.new_empty(S, H, dtype=torch.float32),
@@ -82,20 +89,21 @@ def check_operands(op: str, q: Tensor, kv: Tensor, v_head_dim: int) -> None:
                f"a part of q's last dimension {q.shape[-1]}", v_head_dim)  # fmt: skip
 
 
+@mla_sparse_prefill.op.register_tile
+def choose_tile(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length) -> Tile:
+    """The tile for these widths and H heads; independent of the number of queries."""
+    return sparse.choose_tile(q, kv, v_head_dim, max_splits=1)
+
+
 @mla_sparse_prefill.op.register_launcher("triton")
 def _launch_triton(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length):
     args = q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length
     out, max_logits, lse = mla_sparse_prefill.op.allocate(*args)
-    sparse.attend(
+    sparse.launch_sparse_attention(
         q[:, None], kv[:, None], indices, softmax_scale, topk_length, attn_sink,
-        out[:, None], lse[..., None], max_logits, max_splits=1,
+        out[:, None], lse[..., None], max_logits, choose_tile(*args),
     )  # fmt: skip
     return out, max_logits, lse
-
-
-@mla_sparse_prefill.op.register_tile
-def choose_tile(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length) -> sparse.Tile:
-    return sparse.choose_tile(q, kv, v_head_dim)
 
 
 @mla_sparse_prefill.op.register_debug_check
@@ -129,26 +137,31 @@ def mla_sparse_prefill_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of `mla_sparse_prefill` with respect to q, kv and attn_sink.
 
+        grad_q, grad_kv, _ = deepkern.mla_sparse_prefill_backward(
+            grad_out, None, q, kv, indices, out, lse, softmax_scale
+        )
+
     Args:
-        grad_out: [S, H, R] in q's dtype, of out.
-        grad_lse: fp32 [S, H], of lse; None counts as 0.
+        grad_out: [S, H, R] in q's dtype, gradient of out.
+        grad_lse: fp32 [S, H], gradient of lse; None: 0.
         q, kv, indices, out, lse, softmax_scale, attn_sink, topk_length: of the forward pass.
 
     Returns:
         grad_q: [S, H, R + D] in q's dtype.
-        grad_kv: [Skv, 1, R + D] in q's dtype; 0 for a row that no index names.
-        grad_sink: fp32 [H]; empty without attn_sink.
+        grad_kv: [Skv, 1, R + D] in q's dtype; 0 for a row that no index selects.
+        grad_sink: fp32 [H]; None without attn_sink.
 
-    Sums over queries run in fp32 in a fixed order, by row of kv, then query, then index.
+    Sums over queries are fp32 and run in a fixed order: by row of kv, then query, then index.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument does not match the above.
     """
     check_operands("mla_sparse_prefill_backward", q, kv, out.shape[-1])
     for name, tensor in (("grad_out", grad_out), ("out", out)):
         if tensor.dtype != q.dtype:
             raise TypeError(f"mla_sparse_prefill_backward: {name}: "
                             f"expected q's dtype {q.dtype}, got {tensor.dtype}")  # fmt: skip
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return (
         q.new_empty(q.shape),
         q.new_empty(kv.shape),
@@ -162,7 +175,7 @@ def _launch_backward_triton(
 ):  # fmt: skip
     args = grad_out, grad_lse, q, kv, indices, out, lse, softmax_scale, attn_sink, topk_length
     grads = mla_sparse_prefill_backward.op.allocate(*args)
-    sparse_gradients.gradients(*args, *grads)
+    sparse_gradients.launch_gradients(*args, *grads)
     return grads
 
 

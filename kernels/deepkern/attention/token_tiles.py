@@ -1,14 +1,16 @@
-"""A tile of queries meets a tile of cached tokens: the step that dense and sparse attention share.
+"""One online-softmax step: a tile of queries against a tile of cached tokens.
 
-    score[m, n] = softmax_scale * q[m] . token[n]               over R + D
-    acc[m]      = sum over n of 2^(score - top[m]) . token[n, :R]
+Used by the kernels of `mla_decode`, `mla_sparse_decode` and `mla_sparse_prefill`, which find the
+tokens; the loads of rows also by `mla_sparse_prefill_backward`.
 
-`kernel` of mla_decode.py and of sparse.py finds the tokens, each in its way, and gives them here.
-R is taken WIDE latents at a time: acc, q and the tokens' latents are tuples of BLOCKS tiles. The
-RoPE values are a tile of their own. A running maximum `top` and sum `total` [ROWS], to the base 2,
-stand beside acc, and for FP8 tokens `used`: per block, the sum of the weights as they were rounded.
+    score[m, n] = softmax_scale * q[m] . token[n]                       over R + D
+    acc[m]      = sum over n of 2^(score[m, n] - row_max[m]) . token[n, :R]
 
-Source: FlashAttention-2 (arXiv 2307.08691) for the running softmax.
+R is processed in blocks of R_BLOCK latents: acc, q and the tokens' latents are tuples of
+NUM_R_BLOCKS tiles. The D RoPE values are a tile of their own. row_max and row_sum [ROWS] are to the
+base 2. With FP8 tokens, `rounded_sum` holds the sums of the weights after rounding, per block.
+
+Source: FlashAttention-2 (arXiv 2307.08691) for the online softmax.
 """
 
 from __future__ import annotations
@@ -17,145 +19,213 @@ import triton
 import triton.language as tl
 
 from .cache import e4m3_over_256, load
+from .splits import LN_2
 
 
 @triton.jit
 def load_queries(
-    q_row, R, D, known,
-    DOT: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    q_row,  # [ROWS, 1] pointers to rows of R + D values
+    R,
+    D,
+    row_mask,  # [ROWS]; rows outside load as 0
+    DOT_DTYPE: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    NUM_R_BLOCKS: tl.constexpr,
+    EVEN_R: tl.constexpr,
     D_TILE: tl.constexpr,
-):  # fmt: skip
-    """RoPE values [ROWS, D_TILE] and latents, BLOCKS of [ROWS, WIDE]; 0 for rows not `known`."""
-    rope = load_rope(q_row + R, D, known[:, None], q_row.dtype.element_ty, DOT, D_TILE)
+):
+    """RoPE values [ROWS, D_TILE], and latents: NUM_R_BLOCKS tiles [ROWS, R_BLOCK]."""
+    mask = row_mask[:, None]
+    rope = load_rope(q_row + R, D, mask, q_row.dtype.element_ty, DOT_DTYPE, D_TILE)
     latent = ()
-    for j in tl.static_range(BLOCKS):
-        latent = latent + (load_block(q_row, j, R, known[:, None], DOT, WIDE, EVEN),)
+    for j in tl.static_range(NUM_R_BLOCKS):
+        latent = latent + (load_block(q_row, j, R, mask, DOT_DTYPE, R_BLOCK, EVEN_R),)
     return rope, latent
 
 
 @triton.jit
-def tiles_of_zeros(BLOCKS: tl.constexpr, SHAPE: tl.constexpr):
-    found = ()
-    for _ in tl.static_range(BLOCKS):
-        found = found + (tl.zeros(SHAPE, tl.float32),)
-    return found
+def zero_tiles(COUNT: tl.constexpr, SHAPE: tl.constexpr):
+    """COUNT fp32 tiles of zeros."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros(SHAPE, tl.float32),)
+    return tiles
 
 
 @triton.jit
-def token_at(
-    latent_ptr, scale_ptr, rope_ptr, block, offset,
-    latent_block, latent_slot, scale_block, scale_slot, rope_block, rope_slot,
-    LATENT_ALIGN: tl.constexpr, ROPE_ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Where the latents, scales and RoPE values of the tokens at `offset` of pages `block` are."""
-    block = block.to(tl.int64)
-    latent_at = tl.multiple_of(block * latent_block + offset * latent_slot, LATENT_ALIGN)
-    rope_at = tl.multiple_of(block * rope_block + offset * rope_slot, ROPE_ALIGN)
-    scale_row = scale_ptr + block * scale_block + offset * scale_slot
-    return latent_ptr + latent_at[:, None], scale_row, rope_ptr + rope_at[:, None]
+def token_pointers(
+    cache,  # CacheView
+    page,  # [KEYS]
+    offset,  # [KEYS], within the page
+    LATENT_ALIGN: tl.constexpr,
+    ROPE_ALIGN: tl.constexpr,
+):
+    """Pointers to the latents [KEYS, 1], scales [KEYS] and RoPE values [KEYS, 1] of tokens."""
+    page = page.to(tl.int64)
+    latent = page * cache.latent_page + offset * cache.latent_token
+    rope = page * cache.rope_page + offset * cache.rope_token
+    latent, rope = tl.multiple_of(latent, LATENT_ALIGN), tl.multiple_of(rope, ROPE_ALIGN)
+    scale_row = cache.scale + page * cache.scale_page + offset * cache.scale_token
+    return cache.latent + latent[:, None], scale_row, cache.rope + rope[:, None]
 
 
 @triton.jit
-def attend(
-    acc, used, top, total, q, token, present, seen, score_scale, R, D,
-    FP8: tl.constexpr, DOT: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, EVEN: tl.constexpr, D_TILE: tl.constexpr,
-):  # fmt: skip
-    """acc, used, top and total with the tokens added that are `seen` [ROWS or 1, KEYS].
-
-    q: as `load_queries` gives it. token: as `token_at` does; where one is not `present` [KEYS],
-    nothing is read but 0, so that it cannot spoil the products whatever stands there.
-    """
-    rope = load_rope(token[2], D, present[:, None], ROPE, DOT, D_TILE)
-    scores = tl.dot(q[0], tl.trans(rope), input_precision=PRECISION)
-    latent, scale = (), ()  # BLOCKS of [KEYS, WIDE]; FP8: of [1, KEYS]
-    for j in tl.static_range(len(q[1])):
+def online_softmax_step(
+    acc,  # NUM_R_BLOCKS tiles fp32 [ROWS, R_BLOCK]
+    rounded_sum,  # FP8: NUM_R_BLOCKS tiles, see add_rounded_weights; else ()
+    row_max,  # [ROWS]
+    row_sum,  # [ROWS]
+    q,  # of load_queries
+    token,  # of token_pointers
+    key_mask,  # [KEYS]; other tokens load as 0, so NaN in unused cache cannot propagate
+    attn_mask,  # [ROWS or 1, KEYS]; other scores are -inf
+    score_scale,  # softmax_scale * log2(e)
+    R,
+    D,
+    FP8: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    ROPE_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    D_TILE: tl.constexpr,
+):
+    """acc, rounded_sum, row_max and row_sum after these tokens."""
+    q_rope, q_latent = q
+    latent_row, scale_row, rope_row = token
+    token_mask = key_mask[:, None]
+    rope = load_rope(rope_row, D, token_mask, ROPE_DTYPE, DOT_DTYPE, D_TILE)
+    scores = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
+    latent, scale = (), ()  # NUM_R_BLOCKS tiles [KEYS, R_BLOCK]; FP8: [1, KEYS]
+    for j in tl.static_range(len(q_latent)):
         if FP8:
-            values = load_e4m3(token[0], j, R, present[:, None], DOT, WIDE, EVEN)
-            # The scale is applied outside the product, where nothing rounds it.
-            block_scale = load(token[1], j * WIDE // 128, present, tl.float32) * 256.0
+            values = load_e4m3(latent_row, j, R, token_mask, DOT_DTYPE, R_BLOCK, EVEN_R)
+            # The scale multiplies the fp32 product, where it is not rounded to DOT_DTYPE.
+            block_scale = load(scale_row, j * R_BLOCK // 128, key_mask, tl.float32) * 256.0
             scale = scale + (block_scale[None, :],)
-            product = tl.dot(q[1][j], tl.trans(values), input_precision=PRECISION)
+            product = tl.dot(q_latent[j], tl.trans(values), input_precision=PRECISION)
             scores += product * scale[j]
         else:
-            values = load_block(token[0], j, R, present[:, None], DOT, WIDE, EVEN)
-            scores = tl.dot(q[1][j], tl.trans(values), scores, input_precision=PRECISION)
+            values = load_block(latent_row, j, R, token_mask, DOT_DTYPE, R_BLOCK, EVEN_R)
+            scores = tl.dot(q_latent[j], tl.trans(values), scores, input_precision=PRECISION)
         latent = latent + (values,)
-    scores = tl.where(seen, scores * score_scale, float("-inf"))  # [ROWS, KEYS]
+    scores = tl.where(attn_mask, scores * score_scale, float("-inf"))  # [ROWS, KEYS]
 
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    zero = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: weights are 0
-    weights = tl.exp2(scores - zero[:, None])
-    shrink = tl.exp2(top - zero)
-    total = total * shrink + tl.sum(weights, 1)
-    new_acc, new_used = (), ()
-    for j in tl.static_range(len(q[1])):
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # no token yet: weights are 0
+    weights = tl.exp2(scores - finite_max[:, None])
+    alpha = tl.exp2(row_max - finite_max)
+    row_sum = row_sum * alpha + tl.sum(weights, 1)
+    new_acc, new_rounded_sum = (), ()
+    for j in tl.static_range(len(q_latent)):
         if FP8:
-            # What rounding to DOT makes of a weight times its scale is counted as the weight,
-            # so that it cancels where one token outweighs the others.
-            scaled = (weights * scale[j]).to(DOT)
-            back = scaled.to(tl.float32) * (1.0 / scale[j])
-            back = tl.where(tl.abs(scale[j]) < 1e-30, weights, back)
-            new_used = new_used + (counted(used[j], shrink, back),)
+            # acc is later divided by the sum of the weights as the product uses them, that is
+            # after rounding: the rounding error cancels where one token dominates.
+            scaled = (weights * scale[j]).to(DOT_DTYPE)
+            rounded = scaled.to(tl.float32) * (1.0 / scale[j])
+            rounded = tl.where(tl.abs(scale[j]) < 1e-30, weights, rounded)
+            new_rounded_sum = new_rounded_sum + (
+                add_rounded_weights(rounded_sum[j], alpha, rounded),
+            )
         else:
-            scaled = weights.to(DOT)
-        shrunk = acc[j] * shrink[:, None]
-        new_acc = new_acc + (tl.dot(scaled, latent[j], shrunk, input_precision=PRECISION),)
-    return new_acc, new_used, new_top, total
+            scaled = weights.to(DOT_DTYPE)
+        rescaled = acc[j] * alpha[:, None]
+        new_acc = new_acc + (tl.dot(scaled, latent[j], rescaled, input_precision=PRECISION),)
+    return new_acc, new_rounded_sum, new_max, row_sum
 
 
 @triton.jit
-def counted(used, shrink, weights):
-    """`used` and the weights: by row, or, where registers allow it, by row and place of the key,
-    which leaves the sum over the keys to the end."""
-    if len(used.shape) == 1:
-        return used * shrink + tl.sum(weights, 1)
+def add_rounded_weights(rounded_sum, alpha, weights):
+    """rounded_sum * alpha + weights [ROWS, KEYS].
+
+    rounded_sum is [ROWS], or [ROWS, KEYS] where registers allow it: then the reduction over keys
+    happens once, after the loop.
+    """
+    if len(rounded_sum.shape) == 1:
+        return rounded_sum * alpha + tl.sum(weights, 1)
     else:
-        return used * shrink[:, None] + weights
+        return rounded_sum * alpha[:, None] + weights
 
 
 @triton.jit
-def store_results(
-    out_ptr, partial_ptr, out_row, partial_row, known, whole, acc, used, total, share, R,
-    WIDE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """acc, normalised: to `partial`, or if this is the `whole` to `out`, times `share` if given."""
+def store_lse(
+    lse_ptr,  # fp32 [B, H, Sq], natural log
+    partial_lse_ptr,  # fp32 [B, num_splits, Sq * H], to the base 2; None with one split
+    lse_index,  # [ROWS]
+    partial_row,  # [ROWS]
+    row_mask,  # [ROWS]
+    only_split,  # whether this split is the whole sequence
+    row_max,
+    row_sum,
+):
+    """Stores the log of the sum of exponentials and returns it, to the base 2."""
+    lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
+    if only_split:
+        tl.store(lse_ptr + lse_index, lse * LN_2, mask=row_mask)
+    elif partial_lse_ptr is not None:
+        tl.store(partial_lse_ptr + partial_row, lse, mask=row_mask)
+    return lse
+
+
+@triton.jit
+def store_out(
+    out_ptr,  # [B * Sq * H, R]
+    partial_ptr,  # fp32 [B * num_splits * Sq * H, R]; None with one split
+    out_row,  # [ROWS]
+    partial_row,  # [ROWS]
+    row_mask,  # [ROWS]
+    only_split,  # whether this split is the whole sequence
+    acc,
+    rounded_sum,
+    row_sum,
+    factor,  # [ROWS], multiplies out, not the partial result; None: 1
+    R,
+    R_BLOCK: tl.constexpr,
+    EVEN_R: tl.constexpr,
+):
+    """Stores acc, normalised, in out or, if there are other splits, in the partial results."""
     for j in tl.static_range(len(acc)):
-        at = j * WIDE + tl.arange(0, WIDE)[None, :]
-        inside = known[:, None] & ((at < R) | EVEN)
-        norm = total
-        if len(used) > 0:
-            norm = used[j] if len(used[j].shape) == 1 else tl.sum(used[j], 1)
-        result = acc[j] / tl.where(total == 0.0, 1.0, norm)[:, None]
-        if whole:
-            if share is not None:
-                result *= share[:, None]
+        column = j * R_BLOCK + tl.arange(0, R_BLOCK)[None, :]
+        mask = row_mask[:, None] & ((column < R) | EVEN_R)
+        norm = row_sum
+        if len(rounded_sum) > 0:
+            norm = rounded_sum[j] if len(rounded_sum[j].shape) == 1 else tl.sum(rounded_sum[j], 1)
+        result = acc[j] / tl.where(row_sum == 0.0, 1.0, norm)[:, None]
+        if only_split:
+            if factor is not None:
+                result *= factor[:, None]
             cast = result.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + out_row[:, None] * R + at, cast, mask=inside)
+            tl.store(out_ptr + out_row[:, None] * R + column, cast, mask=mask)
         elif partial_ptr is not None:
-            tl.store(partial_ptr + partial_row[:, None] * R + at, result, mask=inside)
+            tl.store(partial_ptr + partial_row[:, None] * R + column, result, mask=mask)
 
 
 @triton.jit
-def load_block(row_ptr, j, R, mask, DOT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr):
-    """Values j * WIDE and on of each row's R: [rows, WIDE] of DOT; 0 where masked and past R."""
-    at = j * WIDE + tl.arange(0, WIDE)[None, :]
-    return tl.load(row_ptr + at, mask=mask & ((at < R) | EVEN), other=0.0).to(DOT)
+def load_block(
+    row_ptr, j, R, mask, DTYPE: tl.constexpr, R_BLOCK: tl.constexpr, EVEN_R: tl.constexpr
+):
+    """Block j of each row's R values: [rows, R_BLOCK] of DTYPE; 0 where masked and from R on."""
+    column = j * R_BLOCK + tl.arange(0, R_BLOCK)[None, :]
+    return tl.load(row_ptr + column, mask=mask & ((column < R) | EVEN_R), other=0.0).to(DTYPE)
 
 
 @triton.jit
-def load_e4m3(row_ptr, j, R, mask, DOT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr):
-    """As `load_block`, of e4m3 values, not yet times 256 times their scales; from words."""
-    word = j * (WIDE // 4) + tl.arange(0, WIDE // 4)[None, :]
-    values = e4m3_over_256(load(row_ptr, word, mask & ((word * 4 < R) | EVEN), tl.int32), DOT)
-    if not EVEN:  # the last word may be of R % 4 values
-        at = j * WIDE + tl.arange(0, WIDE)[None, :]
-        values = tl.where(mask & (at < R), values, 0.0)
+def load_e4m3(
+    row_ptr, j, R, mask, DTYPE: tl.constexpr, R_BLOCK: tl.constexpr, EVEN_R: tl.constexpr
+):
+    """As `load_block`, of e4m3 values in int32 words, times 2^-8."""
+    word = j * (R_BLOCK // 4) + tl.arange(0, R_BLOCK // 4)[None, :]
+    values = e4m3_over_256(load(row_ptr, word, mask & ((word * 4 < R) | EVEN_R), tl.int32), DTYPE)
+    if not EVEN_R:  # the last word may hold R % 4 values only
+        column = j * R_BLOCK + tl.arange(0, R_BLOCK)[None, :]
+        values = tl.where(mask & (column < R), values, 0.0)
     return values
 
 
 @triton.jit
-def load_rope(row_ptr, D, mask, ROPE: tl.constexpr, DOT: tl.constexpr, D_TILE: tl.constexpr):
-    """D values of each row, which may be bytes of ROPE: [rows, D_TILE] of DOT, 0 elsewhere."""
+def load_rope(
+    row_ptr, D, mask, ROPE_DTYPE: tl.constexpr, DTYPE: tl.constexpr, D_TILE: tl.constexpr
+):
+    """D values ROPE_DTYPE of each row, or their bytes: [rows, D_TILE] of DTYPE, 0 elsewhere."""
     column = tl.arange(0, D_TILE)[None, :]
-    return load(row_ptr, column, mask & (column < D), ROPE).to(DOT)
+    return load(row_ptr, column, mask & (column < D), ROPE_DTYPE).to(DTYPE)
