@@ -1,4 +1,4 @@
-"""merge_states: the whole softmax from its parts, queries without keys, gradients, both layouts."""
+"""merge_states: softmax from two halves, queries without keys, gradients, strides."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def attend(scores, values):
     return (scores.softmax(-1) @ values).transpose(-2, -3), scores.logsumexp(-1)
 
 
-@pytest.mark.parametrize("lead", [(), (2,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_halves_are_the_whole(backend, lead, dtype, generator):
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["no-batch", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_two_halves_equal_full_softmax(backend, lead, dtype, generator):
     scores, values = split_softmax(generator, lead, 5, 3, 24, 40)
     (out_a, lse_a), (out_b, lse_b) = (
         attend(s, v) for s, v in zip(scores.split(20, -1), values.split(20, -2), strict=True)
@@ -38,27 +38,27 @@ def test_two_halves_are_the_whole(backend, lead, dtype, generator):
     want, want_lse = attend(scores, values)
     assert out.is_contiguous() and lse.is_contiguous() and out.dtype == dtype
     compare.assert_close(lse, want_lse)
-    if dtype != torch.float32:  # the halves that are merged are rounded, too
-        share = (lse_a - want_lse).exp().mT[..., None]
-        want = share * parts[0].double() + (1 - share) * parts[2].double()
+    if dtype != torch.float32:  # the halves are rounded before the merge
+        weight = (lse_a - want_lse).exp().mT[..., None]
+        want = weight * parts[0].double() + (1 - weight) * parts[2].double()
     compare.assert_close(out, want)
 
 
 def test_lse_of_any_strides(backend, generator):
-    """What FlashMLA's prefill gives is [T, H] turned."""
+    """FlashMLA's prefill returns a transposed [T, H]."""
     out_a, lse_a, out_b, lse_b = ops.inputs("merge_states", generator, (), 7, 4, 32)
     want = deepkern.merge_states(out_a, lse_a, out_b, lse_b)
-    turned = lse_a.T.contiguous().T
+    transposed = lse_a.T.contiguous().T
     apart = torch.full((4, 7, 2), math.nan, device=lse_b.device)
     apart[..., 1] = lse_b
     for got, expected in zip(
-        deepkern.merge_states(out_a, turned, out_b, apart[..., 1]), want, strict=True
+        deepkern.merge_states(out_a, transposed, out_b, apart[..., 1]), want, strict=True
     ):
         compare.assert_bitwise(got, expected)
 
 
 def test_queries_without_keys(backend, generator):
-    """-inf on one side gives the other exactly, on both 0 and -inf; what stands there is unread."""
+    """-inf on one side gives the other exactly, on both 0 and -inf; out is not read there."""
     out = torch.randn(2, 1, 4, 16, generator=generator, device=generator.device).bfloat16()
     lse = torch.tensor([0.5, -INF, 3.0, -INF], device=out.device).expand(1, 4).T
     garbage = torch.where(lse.T[..., None] == -INF, math.nan, out[0])
@@ -72,7 +72,7 @@ def test_queries_without_keys(backend, generator):
 
 
 def test_extremes_of_lse(backend, generator):
-    """Sums of exponentials past fp32's range merge; +inf and NaN spoil their own row alone."""
+    """Sums of exponentials past fp32's range merge; +inf and NaN affect their own row only."""
     lse_a = torch.tensor([[300.0, -300.0, 300.0, INF, math.nan, INF]], device=generator.device).T
     lse_b = torch.tensor([[300.0, -300.0, -300.0, 0.0, 0.0, -INF]], device=generator.device).T
     a, b = torch.randn(2, 1, 6, 8, generator=generator, device=generator.device)
@@ -84,8 +84,8 @@ def test_extremes_of_lse(backend, generator):
     assert out[0, 3:].isnan().all() and lse[3:].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_against_float64_autograd(backend, dtype, generator):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradients_match_float64_autograd(backend, dtype, generator):
     parts = ops.inputs("merge_states", generator, (2,), 3, 4, 40, dtype, empty=False)
     given = [x.clone().requires_grad_() for x in parts]
     out, lse = deepkern.merge_states(*given)
@@ -95,17 +95,19 @@ def test_gradients_against_float64_autograd(backend, dtype, generator):
 
     wide = [x.double().requires_grad_() for x in parts]
     out_a, lse_a, out_b, lse_b = wide
-    whole = torch.logaddexp(lse_a, lse_b)
-    share = (lse_a - whole).exp().mT[..., None]
+    merged = torch.logaddexp(lse_a, lse_b)
+    weight = (lse_a - merged).exp().mT[..., None]
     want = torch.autograd.grad(
-        (share * out_a + (1 - share) * out_b, whole), wide, (grad_out.double(), grad_lse.double())
+        (weight * out_a + (1 - weight) * out_b, merged),
+        wide,
+        (grad_out.double(), grad_lse.double()),
     )
     for g, w in zip(got, want, strict=True):
         compare.assert_close(g, w)
 
 
-def test_gradients_where_nothing_was_seen(backend, generator):
-    """They are zero there, NaN in `out` or not, and flow to the other side whole."""
+def test_gradients_of_queries_without_keys(backend, generator):
+    """Zero on the side without keys, even if its out is NaN; 1 on the other side."""
     parts = ops.inputs("merge_states", generator, (), 6, 5, 16, torch.float32)
     given = [x.clone().requires_grad_() for x in parts]
     out, lse = deepkern.merge_states(*given)
@@ -127,11 +129,11 @@ def test_only_one_output_used(backend, generator):
     out, _ = deepkern.merge_states(*given)
     grads = torch.autograd.grad(out.sum(), given)
     assert all(g.isfinite().all() for g in grads)
-    # Shares add up to 1, so what is merged does not change if both logs grow alike.
+    # The weights add up to 1: the result does not change if both lse grow by the same amount.
     torch.testing.assert_close(grads[1], -grads[3])
 
 
-def test_a_row_does_not_see_the_others(backend, generator):
+def test_bits_independent_of_other_rows(backend, generator):
     parts = ops.inputs("merge_states", generator, (3,), 4, 5, 64)
     out, lse = deepkern.merge_states(*parts)
     alone = [x[1:2, 2:3, 3:4] if x.dim() == 4 else x[1:2, 3:4, 2:3] for x in parts]
@@ -147,15 +149,15 @@ def test_dtypes_may_differ(backend, generator):
     compare.assert_bitwise(out, deepkern.merge_states(out_a, lse_a, out_b, lse_b)[0])
 
 
-def test_refuses_lse_of_the_other_layout(generator):
+def test_error_for_transposed_lse(generator):
     out_a, lse_a, out_b, lse_b = ops.inputs("merge_states", generator, (), 7, 4, 32)
     with pytest.raises(ValueError, match=r"merge_states: lse_a: expected H = 4 in fp32 \[..., H"):
         deepkern.merge_states(out_a, lse_a.T, out_b, lse_b)
 
 
-def test_refuses_more_rows_than_32_bits_number(generator):
-    """The last tile's rows, too, have to be numbered: past 2**31 they would wrap, and be read."""
+def test_error_for_too_many_rows(generator):
+    """Row numbers are 32-bit up to the end of the last tile: past 2**31 they would wrap."""
     lse = torch.empty(1, device=generator.device).expand(2**31 - 2047, 1)
     out = torch.empty(1, 1, 1, device=generator.device).expand(1, 2**31 - 2047, 1)
     with pytest.raises(ValueError, match=r"merge_states: lse_a: expected at most 2\*\*31 - 2048"):
-        deepkern.merge_states.allocate(out, lse, out, lse)
+        deepkern.merge_states.op.allocate(out, lse, out, lse)

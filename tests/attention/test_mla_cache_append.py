@@ -1,4 +1,4 @@
-"""mla_cache_append: the bytes of both formats, norm and rotation, slots that must be skipped."""
+"""mla_cache_append: the bytes of both formats, norm and rotation, skipped slots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAR = 2**31 - 1
 
 
 def append(args: tuple, **changed) -> torch.Tensor:
-    """The cache after an append to a copy of it."""
+    """A copy of the cache after the append; `changed` replaces arguments."""
     names = ("latent", "k_rope", "cache", "slot_mapping", "norm_weight", "positions", "cos_sin")
     given = dict(zip(names, args, strict=True)) | changed
     given["cache"] = given["cache"].clone()
@@ -22,9 +22,9 @@ def append(args: tuple, **changed) -> torch.Tensor:
     return given["cache"]
 
 
-@pytest.mark.parametrize("cache_dtype", REAL)
+@pytest.mark.parametrize("cache_dtype", REAL, ids=["bf16", "fp16", "fp32"])
 def test_values_of_a_real_cache(backend, cache_dtype, generator):
-    """Against float64 and complex multiplication, which is not how the reference does it."""
+    """Compared with float64 and complex multiplication, unlike the reference."""
     args = ops.inputs(
         "mla_cache_append",
         generator,
@@ -41,10 +41,10 @@ def test_values_of_a_real_cache(backend, cache_dtype, generator):
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     cos, sin = table.double()[positions].chunk(2, -1)
     pairs = torch.view_as_complex(k_rope.double().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            want = torch.cat((normed[token], turned[token])).to(cache_dtype)
+            want = torch.cat((normed[token], rotated[token])).to(cache_dtype)
             torch.testing.assert_close(cache[slot], want, rtol=1e-2, atol=1e-6)
             assert compare.diff(cache[slot], want) < 1e-5
     untouched = torch.ones(len(cache), dtype=torch.bool, device=cache.device)
@@ -53,7 +53,7 @@ def test_values_of_a_real_cache(backend, cache_dtype, generator):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_the_656_bytes_of_a_token(backend, target, generator):
+def test_fp8_layout_of_656_bytes(backend, target, generator):
     """The public V3.2 layout: 512 e4m3, 4 fp32 scales, 64 bf16."""
     latent, k_rope, cache, *_ = ops.inputs(
         "mla_cache_append", generator, 3, cache_dtype=torch.uint8
@@ -71,7 +71,7 @@ def test_the_656_bytes_of_a_token(backend, target, generator):
     assert (cache[0, 1:5] == 0xFF).all() and (cache[1:] == 0xFF).all()
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.uint8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("page", [1, 2, 53])
 @pytest.mark.parametrize(("R", "D"), [(512, 64), (130, 6), (16, 0)])
 def test_widths_and_pages(backend, cache_dtype, page, R, D, generator):
@@ -83,7 +83,7 @@ def test_widths_and_pages(backend, cache_dtype, page, R, D, generator):
     compare.assert_bitwise(append(args), want)
 
 
-def test_hostile_slots_and_positions_write_nothing(backend, generator):
+def test_hostile_slots_and_positions_skip(backend, generator):
     args = ops.inputs("mla_cache_append", generator, 6, R=32, D=8, page=4)
     cache, table = args[2], args[6]
     slots = cache.shape[0] * cache.shape[1]
@@ -94,7 +94,7 @@ def test_hostile_slots_and_positions_write_nothing(backend, generator):
     compare.assert_bitwise(append(args, slot_mapping=good, positions=positions), cache)
 
 
-def test_a_token_does_not_see_the_others(backend, generator):
+def test_bits_independent_of_other_tokens(backend, generator):
     args = ops.inputs("mla_cache_append", generator, 9, R=160, D=16, cache_dtype=torch.uint8)
     latent, k_rope, cache, slots, weight, positions, table = args
     whole = append(args)
@@ -129,7 +129,7 @@ def test_nan_stays_in_its_token_and_block(backend, generator):
     assert got[0, 1, 0, 128:256].view(torch.float8_e4m3fn).float().isnan().all()
 
 
-def test_debug_names_what_is_wrong(generator, monkeypatch):
+def test_debug_errors_name_the_argument(generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     args = ops.inputs("mla_cache_append", generator, 3, R=32, D=8)
     device = args[0].device
@@ -140,7 +140,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
         append(args, slot_mapping=torch.arange(3, device=device), positions=args[5] - 1000)
 
 
-def test_refuses(generator):
+def test_errors(generator):
     args = ops.inputs("mla_cache_append", generator, 3, R=32, D=8)
     with pytest.raises(ValueError, match="mla_cache_append: cache: expected last dimension 40"):
         append(args, cache=args[2][..., :-1])

@@ -1,4 +1,4 @@
-"""mla_cache_gather: both formats back to dense rows, chunks, and hostile tables and offsets."""
+"""mla_cache_gather: both formats, chunks, hostile tables and offsets."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ REAL = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def matches(args: tuple) -> torch.Tensor:
+    """The op's result, after a bitwise comparison with the oracle."""
     got = deepkern.mla_cache_gather(*args)
     compare.assert_bitwise(got, deepkern.reference.mla_cache_gather(*args))
     return got
 
 
 @pytest.mark.parametrize("page", [1, 2, 53, 64])
-def test_gives_back_what_was_appended(backend, page, generator):
-    """bf16 through a bf16 cache: the very bits, in the order of the positions."""
+def test_gather_returns_what_append_wrote(backend, page, generator):
+    """bf16 through a bf16 cache: the same bits, in the order of the positions."""
     T, device = 70, generator.device
     latent = torch.randn(T, 64, generator=generator, device=device).bfloat16()
     k_rope = torch.randn(T, 16, generator=generator, device=device).bfloat16()
@@ -42,10 +43,10 @@ def test_gives_back_what_was_appended(backend, page, generator):
         compare.assert_bitwise(got, torch.cat((latent, k_rope), 1)[start:end])
 
 
-@pytest.mark.parametrize("out_dtype", REAL)
+@pytest.mark.parametrize("out_dtype", REAL, ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_fp8_is_its_value_times_its_scale(backend, target, out_dtype, generator):
-    """The V3.2 layout, read here byte by byte through numpy's view of it."""
+def test_fp8_is_value_times_scale(backend, target, out_dtype, generator):
+    """The V3.2 layout, read here byte by byte through numpy."""
     with arch.compile_for(arch.ARCHS[target]):
         args = ops.inputs(
             "mla_cache_gather",
@@ -69,15 +70,15 @@ def test_fp8_is_its_value_times_its_scale(backend, target, out_dtype, generator)
             row += 1
 
 
-@pytest.mark.parametrize("cache_dtype", REAL)
-@pytest.mark.parametrize("out_dtype", REAL)
-def test_between_dtypes(backend, cache_dtype, out_dtype, generator):
+@pytest.mark.parametrize("cache_dtype", REAL, ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("out_dtype", REAL, ids=["bf16", "fp16", "fp32"])
+def test_dtypes(backend, cache_dtype, out_dtype, generator):
     matches(ops.inputs("mla_cache_gather", 
         generator, (5, 2), **SMALL, cache_dtype=cache_dtype, out_dtype=out_dtype
     ))  # fmt: skip
 
 
-def test_rows_of_no_token_are_zero(backend, generator):
+def test_rows_without_token_are_zero(backend, generator):
     args = list(ops.inputs("mla_cache_gather", generator, (5, 0, 3), **SMALL, more=20))
     got = matches(tuple(args))
     assert (got[8:] == 0).all() and (got[:8] != 0).any(1).all()
@@ -87,8 +88,12 @@ def test_rows_of_no_token_are_zero(backend, generator):
     compare.assert_bitwise(shifted[4:12], got[:8])
 
 
-@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", caches.ABSENT])
-def test_hostile_pages_give_zeros(backend, hostile, generator):
+@pytest.mark.parametrize(
+    "hostile",
+    [-1, -FAR - 1, FAR, "blocks", caches.ABSENT],
+    ids=["-1", "min", "max", "end", "unused"],
+)
+def test_pages_out_of_range_give_zeros(backend, hostile, generator):
     args = ops.inputs("mla_cache_gather", generator, (10,), **SMALL)
     table = args[1].clone()
     table[0, 1] = args[0].shape[0] if hostile == "blocks" else hostile
@@ -121,8 +126,8 @@ numbers = st.one_of(
     starts=st.lists(numbers, min_size=3, max_size=3),
     fp8=st.booleans(),
 )
-def test_no_contents_read_outside(table, offsets, starts, fp8):
-    """Under the memory-checking interpreter any contents are safe, and mean one thing."""
+def test_any_table_and_offsets_are_safe(table, offsets, starts, fp8):
+    """The interpreter checks every access; the result equals the oracle's."""
     generator = torch.Generator().manual_seed(0)
     cache = caches.empty_cache(generator, 4, 3, 20, 4, torch.uint8 if fp8 else torch.bfloat16)
     cache.copy_(torch.randint(0, 100, cache.shape, generator=generator).to(cache.dtype))
@@ -132,7 +137,7 @@ def test_no_contents_read_outside(table, offsets, starts, fp8):
         matches(args)
 
 
-def test_debug_names_what_is_wrong(generator, monkeypatch):
+def test_debug_errors_name_the_argument(generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     cache, table, offsets, total, R, starts, dtype = ops.inputs(
         "mla_cache_gather", generator, (10, 6), (4, 6), **SMALL
@@ -151,7 +156,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
             deepkern.mla_cache_gather(**given)
 
 
-def test_refuses(generator):
+def test_errors(generator):
     cache, table, offsets, total, R, *_ = ops.inputs("mla_cache_gather", generator, (5,), **SMALL)
     with pytest.raises(ValueError, match="mla_cache_gather: total_tokens: expected at least 0"):
         deepkern.mla_cache_gather(cache, table, offsets, -1, R)

@@ -1,6 +1,6 @@
-"""mla_decode: FlashMLA's grid and poison at a size that an interpreter takes, and its invariances.
+"""mla_decode: FlashMLA's grid at sizes for the interpreter, hostile inputs and batch invariance.
 
-Every cache here is NaN where no token stands, and every unused table entry is 2147480000.
+Slots without a token are NaN in every cache here; unused block table entries are 2147480000.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ FAR = 2**31 - 1
 
 
 def check(args: tuple) -> tuple:
+    """The op's results, after a comparison with the oracle."""
     got = deepkern.mla_decode(*args)
     compare.assert_matches("mla_decode", got, deepkern.reference.mla_decode(*args))
     return got
 
 
-def naive(args: tuple, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequence b by torch's own softmax in float64 over a cache gathered token by token."""
+def float64_attention(args: tuple, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of sequence b by torch's softmax in float64, token by token."""
     q, cache, table, seqlens, scale, causal, R = args
     page, length = cache.shape[1], int(seqlens[b])
     keys = torch.stack([cache[table[b, n // page], n % page, 0] for n in range(length)]).double()
     scores = torch.einsum("shw,nw->hsn", q[b].double(), keys) * scale
     if causal:
         Sq = q.shape[1]
-        ahead = torch.ones(Sq, length, device=q.device).triu(length - Sq + 1).bool()
-        scores.masked_fill_(ahead, -math.inf)
+        future = torch.ones(Sq, length, device=q.device).triu(length - Sq + 1).bool()
+        scores.masked_fill_(future, -math.inf)
     out = torch.einsum("hsn,nr->shr", scores.softmax(-1), keys[:, :R])
     return out, scores.logsumexp(-1)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_against_torchs_softmax(backend, causal, generator):
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_matches_torch_softmax(backend, causal, generator):
     args = ops.inputs(
         "mla_decode", generator, (40, 7), Sq=3, H=5, page=16, causal=causal, **SMALL, **FP32
     )
     out, lse = deepkern.mla_decode(*args)
     for b in range(2):
-        want_out, want_lse = naive(args, b)
+        want_out, want_lse = float64_attention(args, b)
         compare.assert_close(out[b], want_out)
         compare.assert_close(lse[b], want_lse)
 
@@ -61,11 +62,15 @@ def test_any_number_of_heads(backend, H, generator):
 
 @pytest.mark.parametrize("Sq", [1, 2, 4])
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
-def test_any_page_and_several_new_tokens(backend, page, Sq, generator):
+def test_page_sizes_and_new_tokens(backend, page, Sq, generator):
     check(ops.inputs("mla_decode", generator, (0, 20, 140), Sq=Sq, H=3, page=page, **SMALL))
 
 
-@pytest.mark.parametrize("kind", [{}, FP8, FP32, {**FP32, "cache_dtype": torch.bfloat16}])
+@pytest.mark.parametrize(
+    "kind",
+    [{}, FP8, FP32, {**FP32, "cache_dtype": torch.bfloat16}],
+    ids=["bf16", "fp8", "fp32", "fp32-q-bf16-cache"],
+)
 def test_v3_widths(backend, kind, generator):
     check(ops.inputs("mla_decode", generator, (33, 100), Sq=1, H=4, **kind))
 
@@ -75,15 +80,15 @@ def test_split_boundaries(backend, length, generator):
     check(ops.inputs("mla_decode", generator, (length,), H=2, R=32, D=16, **FP32))
 
 
-@pytest.mark.parametrize("kind", [{}, FP8])
-def test_flashmla_lengths_half_of_them_zero(backend, kind, generator):
-    """Up to eight splits in one sequence, none in the next."""
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
+def test_empty_sequences_between_long_ones(backend, kind, generator):
+    """FlashMLA's lengths: up to eight splits in one sequence, no token in the next."""
     lengths = (0, 4096, 0, 20, 140, 0)
     check(ops.inputs("mla_decode", generator, lengths, Sq=2, H=2, R=32, D=16, **kind))
 
 
-def test_more_new_tokens_than_there_are(backend, generator):
-    """The first queries of a sequence shorter than Sq see nothing: out 0, lse -inf."""
+def test_more_queries_than_tokens(backend, generator):
+    """The first queries of a sequence shorter than Sq have no token: out 0, lse -inf."""
     args = ops.inputs("mla_decode", generator, (2, 0), Sq=4, H=3, page=16, **SMALL)
     out, lse = check(args)
     assert (out[0, :2] == 0).all() and (lse[0, :, :2] == -math.inf).all()
@@ -91,9 +96,9 @@ def test_more_new_tokens_than_there_are(backend, generator):
     assert (out[1] == 0).all() and (lse[1] == -math.inf).all()
 
 
-@pytest.mark.parametrize("kind", [{}, FP8])
-def test_a_sequence_does_not_see_the_batch(backend, kind, generator):
-    """Alone, in a batch, or with a wider table, which has more splits: the same bits."""
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
+def test_bits_independent_of_batch(backend, kind, generator):
+    """Alone, in a batch, and with a wider table, which allows more splits."""
     lengths = (600, 3, 77)
     args = ops.inputs("mla_decode", generator, lengths, Sq=2, H=3, page=64, **SMALL, **kind)
     q, cache, table, seqlens, *rest = args
@@ -111,9 +116,13 @@ def test_a_sequence_does_not_see_the_batch(backend, kind, generator):
     compare.assert_bitwise(alone[0], out[2])
 
 
-@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", caches.ABSENT])
-def test_hostile_pages_count_as_absent(backend, hostile, generator):
-    """The tokens of a page that does not exist are left out, the others attended to."""
+@pytest.mark.parametrize(
+    "hostile",
+    [-1, -FAR - 1, FAR, "blocks", caches.ABSENT],
+    ids=["-1", "min", "max", "end", "unused"],
+)
+def test_pages_out_of_range_are_masked(backend, hostile, generator):
+    """The tokens of a page outside the cache are masked, the others are not."""
     args = ops.inputs("mla_decode", generator, (60,), H=2, page=16, causal=False, **SMALL, **FP32)
     q, cache, table, seqlens, *rest = args
     broken = table.clone()
@@ -128,7 +137,7 @@ def test_hostile_pages_count_as_absent(backend, hostile, generator):
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
-def test_hostile_lengths_are_clamped(backend, generator):
+def test_lengths_are_clamped(backend, generator):
     q, cache, table, seqlens, *rest = ops.inputs(
         "mla_decode", generator, (32, 32, 32), H=2, page=16, **SMALL
     )
@@ -140,16 +149,16 @@ def test_hostile_lengths_are_clamped(backend, generator):
     compare.assert_bitwise(lse, want_lse)
 
 
-@pytest.mark.parametrize("kind", [{}, FP8])
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("length", [1, 3, 150])
-def test_no_worse_than_twice_plain_pytorch(backend, kind, length, generator):
-    """Plain PyTorch: softmax in fp32, the rest in bf16, an FP8 cache dequantised to that before."""
+def test_error_at_most_twice_that_of_pytorch(backend, kind, length, generator):
+    """Plain PyTorch: softmax in fp32, the rest in bf16; an FP8 cache is dequantised to bf16."""
     args = ops.inputs("mla_decode", generator, (length,), H=8, R=256, D=16, **kind)
     q, cache, table, seqlens, scale, causal, R = args
     unpack = deepkern.reference.attention.unpack
     keys = unpack(torch.cat([cache[i] for i in table[0]])[:length, 0], R)
     wide = keys.view(1, -1, 1, keys.shape[1]), table.new_zeros(1, 1)
-    exact, _ = naive((q, *wide, seqlens, scale, causal, R), 0)
+    exact, _ = float64_attention((q, *wide, seqlens, scale, causal, R), 0)
     keys = keys.bfloat16()
     scores = (q[0, 0].float() @ keys.float().T * scale).softmax(-1)
     plain = (scores.bfloat16() @ keys[:, :R])[None]
@@ -157,16 +166,16 @@ def test_no_worse_than_twice_plain_pytorch(backend, kind, length, generator):
     assert compare.diff(got, exact) <= 2 * compare.diff(plain, exact) + 1e-6
 
 
-@pytest.mark.parametrize("kind", [{}, FP8])
-def test_targets_without_e4m3_agree(kind, generator):
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
+def test_targets_without_e4m3(kind, generator):
     args = ops.inputs("mla_decode", generator, (70,), H=3, page=16, R=128, D=16, **kind)
     for target in ("sm_80", "gfx942"):
         with arch.compile_for(arch.ARCHS[target]), deepkern.backend("triton"):
             check(args)
 
 
-def test_append_then_decode_is_attention_with_keys_and_values(backend, generator):
-    """Absorbed attention over the cache equals the naive form with up-projected keys and values."""
+def test_append_then_decode(backend, generator):
+    """Absorbed attention over the cache equals attention with up-projected keys and values."""
     T, H, R, D, nope, v = 21, 3, 32, 8, 24, 20
     device = generator.device
 
@@ -210,8 +219,8 @@ numbers = st.one_of(
     fp8=st.booleans(),
     causal=st.booleans(),
 )
-def test_no_contents_read_outside(table, lengths, fp8, causal):
-    """Under the memory-checking interpreter any table and lengths are safe, and mean one thing."""
+def test_any_table_and_lengths_are_safe(table, lengths, fp8, causal):
+    """The interpreter checks every access; the result equals the oracle's."""
     generator = torch.Generator().manual_seed(0)
     kind = FP8 if fp8 else FP32
     q, cache, _, _, scale, _, R = ops.inputs(
@@ -223,7 +232,7 @@ def test_no_contents_read_outside(table, lengths, fp8, causal):
         check((q, cache, table.view(2, 3), lengths, scale, causal, R))
 
 
-def test_debug_names_what_is_wrong(generator, monkeypatch):
+def test_debug_errors_name_the_argument(generator, monkeypatch):
     q, cache, table, seqlens, *rest = ops.inputs(
         "mla_decode", generator, (30,), H=1, page=16, **SMALL
     )
@@ -234,7 +243,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
         deepkern.mla_decode(q, cache, table - 100, seqlens, *rest)
 
 
-def test_refuses(generator):
+def test_errors(generator):
     q, cache, table, seqlens, scale, causal, R = ops.inputs(
         "mla_decode", generator, (5,), H=1, **SMALL
     )
@@ -249,11 +258,11 @@ def test_refuses(generator):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [{}, FP8])
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 @pytest.mark.parametrize("Sq", [1, 2, 4])
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
-def test_flashmla_grid_in_full(H, Sq, page, kind, generator):
+def test_flashmla_grid(H, Sq, page, kind, generator):
     lengths = [n * (i % 2) for n in (20, 140, 4096) for i in range(4)]
     with deepkern.backend("triton"):
         check(ops.inputs("mla_decode", generator, lengths, Sq=Sq, H=H, page=page, **kind))

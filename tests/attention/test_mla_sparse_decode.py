@@ -1,6 +1,6 @@
-"""mla_sparse_decode: FlashMLA's grid at a size that an interpreter takes, hostile indices, sinks.
+"""mla_sparse_decode: FlashMLA's grid at sizes for the interpreter, hostile indices, sinks.
 
-Every slot of a cache here that no index names is NaN.
+Slots that no index selects are NaN in every cache here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ HOSTILE = [-1, -FAR - 1, FAR, "slots"]
 
 
 def check(args: tuple) -> tuple:
-    """The op against the oracle, in a cache of which only the tokens that count are not NaN.
+    """The op's results, after a comparison with the oracle.
 
-    The oracle's result stays in float64: rounded as well, it would differ by two roundings.
+    Tokens that no valid index selects are NaN. The oracle's result stays in float64, so that only
+    the op's rounding counts.
     """
     q, cache, indices, scale, topk_length, *rest = args
     args = (q, poisoned(cache, indices, topk_length), indices, scale, topk_length, *rest)
@@ -35,22 +36,20 @@ def check(args: tuple) -> tuple:
 
 
 def poisoned(cache: torch.Tensor, indices: torch.Tensor, topk_length) -> torch.Tensor:
-    """A copy of the cache, bytes of ones (NaN) where no index that counts points."""
+    """A copy of the cache with NaN (bytes of ones) where no valid index points."""
     blocks, page = cache.shape[:2]
     if topk_length is not None:
-        beyond = (
-            torch.arange(indices.shape[-1], device=indices.device) >= topk_length[:, None, None]
-        )
-        indices = indices.masked_fill(beyond, -1)
-    named = indices[(indices >= 0) & (indices < blocks * page)].long()
+        place = torch.arange(indices.shape[-1], device=indices.device)
+        indices = indices.masked_fill(place >= topk_length[:, None, None], -1)
+    slots = indices[(indices >= 0) & (indices < blocks * page)].long()
     copy = cache.clone()
     copy.view(torch.uint8).fill_(0xFF)
-    copy[named // page, named % page] = cache[named // page, named % page]
+    copy[slots // page, slots % page] = cache[slots // page, slots % page]
     return copy
 
 
-def naive(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sink as one more column of torch's softmax, in float64; a real cache, valid indices."""
+def float64_attention(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """By torch's softmax in float64, the sink one more column. A real cache and valid indices."""
     q, cache, indices, scale, _, sink, R = args
     tokens = torch.cat(list(cache))[:, 0].double()[indices.long()]  # [B, Sq, topk, R + D]
     scores = torch.einsum("bshw,bsnw->bshn", q.double(), tokens) * scale
@@ -60,11 +59,11 @@ def naive(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     return out, scores.logsumexp(-1).transpose(1, 2)
 
 
-def test_against_torchs_softmax(backend, generator):
+def test_matches_torch_softmax(backend, generator):
     args = ops.inputs(
         "mla_sparse_decode", generator, Sq=3, H=5, topk=37, sink=True, holes=False, **SMALL, **FP32
     )
-    for got, want in zip(deepkern.mla_sparse_decode(*args), naive(args), strict=True):
+    for got, want in zip(deepkern.mla_sparse_decode(*args), float64_attention(args), strict=True):
         compare.assert_close(got, want.to(torch.float64))
 
 
@@ -73,10 +72,10 @@ def test_any_number_of_heads(backend, H, generator):
     check(ops.inputs("mla_sparse_decode", generator, H=H, lengths=True, sink=True, **SMALL))
 
 
-@pytest.mark.parametrize("kind", [{}, FP8])
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("Sq", [1, 2, 4])
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
-def test_any_page_and_several_new_tokens(backend, page, Sq, kind, generator):
+def test_page_sizes_and_new_tokens(backend, page, Sq, kind, generator):
     check(
         ops.inputs(
             "mla_sparse_decode",
@@ -94,19 +93,23 @@ def test_any_page_and_several_new_tokens(backend, page, Sq, kind, generator):
     )
 
 
-@pytest.mark.parametrize("kind", [{}, FP8, FP32, {**FP32, "cache_dtype": torch.bfloat16}])
+@pytest.mark.parametrize(
+    "kind",
+    [{}, FP8, FP32, {**FP32, "cache_dtype": torch.bfloat16}],
+    ids=["bf16", "fp8", "fp32", "fp32-q-bf16-cache"],
+)
 def test_v3_widths(backend, kind, generator):
     check(ops.inputs("mla_sparse_decode", generator, B=1, H=4, topk=100, **kind))
 
 
-@pytest.mark.parametrize("kind", [{}, FP8])
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
 def test_odd_widths(backend, kind, generator):
     check(ops.inputs("mla_sparse_decode", generator, H=2, topk=20, R=130, D=6, page=3, **kind))
 
 
 @pytest.mark.parametrize("topk", [0, 1, 255, 256, 257, 700])
 def test_split_boundaries(backend, topk, generator):
-    """256 indices make a split at 2 heads; also with lengths, which move the boundaries."""
+    """A split has 256 indices at 2 heads. Lengths move the boundaries."""
     size = {"H": 2, "topk": topk, "R": 32, "D": 16, "page": 16, "sink": True, **FP32}
     q, cache, indices, scale, _, *rest = ops.inputs("mla_sparse_decode", generator, **size)
     check((q, cache, indices, scale, None, *rest))
@@ -114,7 +117,7 @@ def test_split_boundaries(backend, topk, generator):
     check((q, cache, indices, scale, lengths, *rest))
 
 
-def test_lengths_are_clamped_and_cut_the_indices(backend, generator):
+def test_lengths_clamp_and_limit_indices(backend, generator):
     args = ops.inputs("mla_sparse_decode", generator, B=4, Sq=2, H=2, topk=40, **SMALL)
     q, cache, indices, scale, _, *rest = args
     lengths = torch.tensor([-5, 7, FAR, -FAR - 1], dtype=torch.int32, device=q.device)
@@ -125,8 +128,8 @@ def test_lengths_are_clamped_and_cut_the_indices(backend, generator):
     compare.assert_bitwise(lse[1:2], short[1])
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_indices_name_nothing(backend, hostile, generator):
+@pytest.mark.parametrize("hostile", HOSTILE, ids=["-1", "min", "max", "end"])
+def test_indices_out_of_range_are_ignored(backend, hostile, generator):
     args = ops.inputs("mla_sparse_decode", generator, B=1, H=2, topk=40, sink=True, **SMALL, **FP32)
     q, cache, indices, *rest = args
     hostile = cache.shape[0] * cache.shape[1] if hostile == "slots" else hostile
@@ -141,11 +144,11 @@ def test_hostile_indices_name_nothing(backend, hostile, generator):
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
-def test_a_token_counts_as_often_as_it_is_named(backend, generator):
-    """One token named 3 times and another once: weights 3/4 and 1/4 where their scores agree."""
+def test_repeated_index_counts_again(backend, generator):
+    """One token 3 times and another once: weights 3/4 and 1/4 where their scores are equal."""
     args = ops.inputs("mla_sparse_decode", generator, B=1, H=2, topk=4, tokens=2, **SMALL, **FP32)
     q, cache, _, scale, *rest = args
-    slots = (~cache[..., 0, 0].isnan()).flatten().nonzero()[:, 0].int()  # the two that are there
+    slots = (~cache[..., 0, 0].isnan()).flatten().nonzero()[:, 0].int()  # of the two tokens
     indices = slots[[0, 0, 1, 0]][None, None]
     check((q, cache, indices, scale, *rest))
     out, lse = deepkern.mla_sparse_decode(torch.zeros_like(q), cache, indices, scale, *rest)
@@ -157,7 +160,7 @@ def test_a_token_counts_as_often_as_it_is_named(backend, generator):
 
 @pytest.mark.parametrize("topk", [30, 300])
 def test_sinks(backend, topk, generator):
-    """-inf changes no bit, +inf gives 0, and neither touches lse, lonely queries included."""
+    """-inf changes no bit, +inf gives 0; lse stays the same. Also for queries without tokens."""
     args = ops.inputs("mla_sparse_decode", generator, B=2, H=4, topk=topk, **SMALL)
     q, cache, indices, scale, _, _, R = args
     indices[1] = -1
@@ -170,9 +173,9 @@ def test_sinks(backend, topk, generator):
     assert (out[1] == 0).all() and (lse[1] == -math.inf).all()
 
 
-@pytest.mark.parametrize("kind", [{}, FP8])
-def test_a_query_does_not_see_the_batch(backend, kind, generator):
-    """Alone or beside others, of the same sequence too: the same bits."""
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
+def test_bits_independent_of_batch(backend, kind, generator):
+    """Alone, and in a batch with other queries, of the same sequence too."""
     size = {"B": 3, "Sq": 2, "H": 3, "topk": 600, "lengths": True, "sink": True}
     args = ops.inputs("mla_sparse_decode", generator, **size, **SMALL, **kind)
     q, cache, indices, scale, lengths, *rest = args
@@ -188,8 +191,8 @@ def test_a_query_does_not_see_the_batch(backend, kind, generator):
             compare.assert_bitwise(alone_lse[0, :, 0], lse[b, :, s])
 
 
-@pytest.mark.parametrize("kind", [{}, FP8])
-def test_all_tokens_of_a_sequence_are_mla_decode(backend, kind, generator):
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
+def test_all_indices_equal_mla_decode(backend, kind, generator):
     args = ops.inputs("mla_decode", generator, (300,), Sq=2, H=3, causal=False, **SMALL, **kind)
     q, cache, table, _, scale, _, R = args
     token = torch.arange(300, device=q.device)
@@ -202,10 +205,10 @@ def test_all_tokens_of_a_sequence_are_mla_decode(backend, kind, generator):
     compare.assert_close(got[1], lse)
 
 
-@pytest.mark.parametrize("kind", [{}, FP8])
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("topk", [1, 2, 200])
-def test_no_worse_than_twice_plain_pytorch(backend, kind, topk, generator):
-    """Plain PyTorch on the tokens in bf16, from which the FP8 ones are rounded."""
+def test_error_at_most_twice_that_of_pytorch(backend, kind, topk, generator):
+    """Plain PyTorch on the cached tokens in bf16."""
     args = ops.inputs("mla_sparse_decode", generator, B=1, H=16, topk=topk, holes=False, **kind)
     q, cache, indices, scale, *_ = args
     slot = indices[0, 0].long()
@@ -219,12 +222,12 @@ def test_no_worse_than_twice_plain_pytorch(backend, kind, topk, generator):
     assert compare.diff(got, exact) <= 2 * compare.diff(plain, exact) + 1e-6
 
 
-def test_fuzzed_indices_reach_no_other_memory(generator):
-    """Any int32 for an index or a length: the interpreter raises for an access outside."""
+def test_any_indices_are_safe(generator):
+    """Any int32 for an index or a length: the interpreter raises for an access out of bounds."""
     device = generator.device
 
     def hostile(high, *shape):
-        """A third small, a third near the bounds of what counts, a third any int32."""
+        """A third in bounds, a third near the bounds, a third any int32."""
         kind = torch.randint(0, 3, shape, generator=generator, device=device)
         near = torch.randint(-2, high + 3, shape, generator=generator, device=device)
         wide = torch.randint(-FAR - 1, FAR, shape, generator=generator, device=device)
@@ -243,7 +246,7 @@ def test_fuzzed_indices_reach_no_other_memory(generator):
             compare.assert_close(g, w)
 
 
-def test_debug_names_what_is_wrong(generator, monkeypatch):
+def test_debug_errors_name_the_argument(generator, monkeypatch):
     args = ops.inputs("mla_sparse_decode", generator, B=1, H=1, topk=5, lengths=True, **SMALL)
     q, cache, indices, scale, lengths, *rest = args
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
@@ -256,7 +259,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
         deepkern.mla_sparse_decode(q, cache, indices, scale, lengths + 1, *rest)
 
 
-def test_refuses(generator):
+def test_errors(generator):
     args = ops.inputs("mla_sparse_decode", generator, B=1, H=1, **SMALL)
     with pytest.raises(ValueError, match="mla_sparse_decode: v_head_dim: expected a part of"):
         deepkern.mla_sparse_decode(*args[:-1], 81)
@@ -265,11 +268,11 @@ def test_refuses(generator):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [{}, FP8])
+@pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 @pytest.mark.parametrize("Sq", [1, 2, 4])
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
-def test_flashmla_grid_in_full(H, Sq, page, kind, generator):
+def test_flashmla_grid(H, Sq, page, kind, generator):
     for topk, tokens in ((64, 512), (576, 1024), (2048, 2046), (2048, 32768)):
         size = {"B": 4, "topk": topk, "tokens": tokens, "lengths": True, "sink": True}
         args = ops.inputs("mla_sparse_decode", generator, Sq=Sq, H=H, page=page, **size, **kind)

@@ -1,7 +1,7 @@
-"""mla_sparse_prefill and its backward: FlashMLA's grid at an interpreter's size, hostile indices.
+"""mla_sparse_prefill and its backward: FlashMLA's grid at sizes for the interpreter.
 
-Every row of kv here that no index names is NaN. Gradients are held against float64 autograd of a
-formula that is not the reference's.
+Rows of kv that no index selects are NaN. Gradients are compared with float64 autograd of a formula
+that differs from the reference's.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ FAR = 2**31 - 1
 HOSTILE = [-1, -FAR - 1, FAR, "rows"]
 
 
-def counting(args: tuple) -> torch.Tensor:
-    """Which indices count, [S, topk]."""
+def valid_indices(args: tuple) -> torch.Tensor:
+    """Which indices select a row: bool [S, topk]."""
     _, kv, indices, _, _, _, topk_length = args
-    counts = (indices >= 0) & (indices < kv.shape[0])
+    valid = (indices >= 0) & (indices < kv.shape[0])
     if topk_length is not None:
         place = torch.arange(indices.shape[-1], device=indices.device)
-        counts &= place < topk_length[:, None, None]
-    return counts[:, 0]
+        valid &= place < topk_length[:, None, None]
+    return valid[:, 0]
 
 
 def poisoned(args: tuple) -> tuple:
-    """The arguments with NaN in every row of kv that no index which counts names."""
+    """The arguments with NaN in every row of kv that no valid index selects."""
     q, kv, indices, *rest = args
-    named = torch.zeros(kv.shape[0], dtype=torch.bool, device=kv.device)
-    named[indices[:, 0][counting(args)].long()] = True
-    return q, kv.masked_fill(~named[:, None, None], math.nan), indices, *rest
+    selected = torch.zeros(kv.shape[0], dtype=torch.bool, device=kv.device)
+    selected[indices[:, 0][valid_indices(args)].long()] = True
+    return q, kv.masked_fill(~selected[:, None, None], math.nan), indices, *rest
 
 
 def check(args: tuple) -> tuple:
-    """The op against the oracle, whose result stays in float64."""
+    """The op's results, after a comparison with the oracle, whose result stays in float64."""
     args = poisoned(args)
     got = deepkern.mla_sparse_prefill(*args)
     want = deepkern.reference.mla_sparse_prefill(args[0].double(), *args[1:])
@@ -50,11 +50,11 @@ def check(args: tuple) -> tuple:
     return got
 
 
-def naive(q, kv, indices, scale, R, sink, counts) -> tuple[torch.Tensor, ...]:
-    """All queries at once by torch's softmax, the sink one more column; lonely ones are not 0."""
+def torch_attention(q, kv, indices, scale, R, sink, valid) -> tuple[torch.Tensor, ...]:
+    """All queries by torch's softmax, the sink one more column; NaN for a query without rows."""
     keys = kv[indices[:, 0].long().clamp(0, kv.shape[0] - 1), 0]  # [S, topk, W]
     scores = torch.einsum("shw,snw->shn", q, keys) * scale
-    scores = scores.masked_fill(~counts[:, None], -math.inf)
+    scores = scores.masked_fill(~valid[:, None], -math.inf)
     column = torch.full_like(scores[..., :1], -math.inf)
     column = column if sink is None else sink[None, :, None] + torch.zeros_like(column)
     weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
@@ -63,19 +63,19 @@ def naive(q, kv, indices, scale, R, sink, counts) -> tuple[torch.Tensor, ...]:
 
 
 def exact_gradients(args: tuple, grad_out, grad_lse) -> tuple[torch.Tensor, ...]:
-    """Of q, kv and the sink, in float64."""
+    """Gradients of q, kv and the sink in float64."""
     q, kv, indices, scale, R, sink, _ = args
     leaves = [x.detach().double().requires_grad_() for x in (q, kv, sink) if x is not None]
-    out, _, lse = naive(*leaves[:2], indices, scale, R, leaves[2] if sink is not None else None,
-                        counting(args))  # fmt: skip
-    total = (out * grad_out.double()).sum()
+    sink = leaves[2] if sink is not None else None
+    out, _, lse = torch_attention(*leaves[:2], indices, scale, R, sink, valid_indices(args))
+    loss = (out * grad_out.double()).sum()
     if grad_lse is not None:
-        total = total + (lse * grad_lse.double()).sum()
-    return torch.autograd.grad(total, leaves)
+        loss = loss + (lse * grad_lse.double()).sum()
+    return torch.autograd.grad(loss, leaves)
 
 
 def gradients(args: tuple, grad_out, grad_lse) -> tuple[torch.Tensor, ...]:
-    """The same through the public function."""
+    """Gradients of q, kv and the sink through the public function."""
     q, kv, indices, scale, R, sink, topk_length = args
     leaves = [x.detach().requires_grad_() for x in (q, kv, sink) if x is not None]
     q, kv, *rest = leaves
@@ -89,9 +89,9 @@ def gradients(args: tuple, grad_out, grad_lse) -> tuple[torch.Tensor, ...]:
 
 
 def with_gradients(generator, args: tuple, lse: bool = True) -> tuple:
-    """Arguments of `gradients`: random gradients of out and lse, which is finite everywhere."""
+    """Arguments of `gradients`, with random gradients of out and lse; lse is finite."""
     q, _, indices, _, R, _, topk_length = args
-    indices[:, 0, 0] = 0  # no lonely query, for which the naive formula has no gradient
+    indices[:, 0, 0] = 0  # every query has a row: otherwise torch_attention gives NaN
     if topk_length is not None:
         topk_length.clamp_(min=1)
     grad_out = torch.randn(*q.shape[:2], R, generator=generator, device=q.device).to(q.dtype)
@@ -100,9 +100,10 @@ def with_gradients(generator, args: tuple, lse: bool = True) -> tuple:
 
 
 def check_gradients(inputs: tuple) -> None:
-    """Against autograd in fp32; in bf16 against the oracle with this out, whose rounding it knows.
+    """Compares with float64 autograd in fp32, and in bf16 with the oracle.
 
-    bf16 results are also held to twice plain PyTorch's error, below.
+    The oracle receives the op's own rounded out. The error of bf16 results is also compared with
+    that of plain PyTorch, below.
     """
     args, grad_out, grad_lse = inputs
     q, kv, indices, scale, _, sink, lengths = args
@@ -118,10 +119,11 @@ def check_gradients(inputs: tuple) -> None:
         compare.assert_close(g, w)
 
 
-def test_against_torchs_softmax(backend, generator):
+def test_matches_torch_softmax(backend, generator):
     args = ops.inputs("mla_sparse_prefill", generator, H=5, sink=True, holes=False, **SMALL, **FP32)
     q, kv, indices, scale, R, sink, _ = args
-    want = naive(q.double(), kv.double(), indices, scale, R, sink.double(), counting(args))
+    valid = valid_indices(args)
+    want = torch_attention(q.double(), kv.double(), indices, scale, R, sink.double(), valid)
     for g, w in zip(deepkern.mla_sparse_prefill(*args), want, strict=True):
         compare.assert_close(g, w)
 
@@ -131,7 +133,7 @@ def test_any_number_of_heads(backend, H, generator):
     check(ops.inputs("mla_sparse_prefill", generator, H=H, **SMALL, **OPTIONS))
 
 
-@pytest.mark.parametrize("kind", [{}, {"dtype": torch.float16}, FP32])
+@pytest.mark.parametrize("kind", [{}, {"dtype": torch.float16}, FP32], ids=["bf16", "fp16", "fp32"])
 def test_v3_widths(backend, kind, generator):
     check(ops.inputs("mla_sparse_prefill", generator, S=2, H=9, topk=70, **kind))
 
@@ -158,8 +160,8 @@ def test_strided_operands(backend, generator):
         compare.assert_bitwise(g, w)
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_indices_name_nothing(backend, hostile, generator):
+@pytest.mark.parametrize("hostile", HOSTILE, ids=["-1", "min", "max", "end"])
+def test_indices_out_of_range_are_ignored(backend, hostile, generator):
     args = ops.inputs("mla_sparse_prefill", generator, H=2, sink=True, **SMALL, **FP32)
     q, kv, indices, *rest = args
     hostile = kv.shape[0] if hostile == "rows" else hostile
@@ -174,7 +176,7 @@ def test_hostile_indices_name_nothing(backend, hostile, generator):
     assert (out == 0).all() and (lse == -math.inf).all() and (max_logits == -math.inf).all()
 
 
-def test_lengths_are_clamped_and_cut_the_indices(backend, generator):
+def test_lengths_clamp_and_limit_indices(backend, generator):
     q, kv, indices, *rest, _ = ops.inputs("mla_sparse_prefill", generator, S=4, H=2, **SMALL)
     lengths = torch.tensor([-5, 7, FAR, -FAR - 1], dtype=torch.int32, device=q.device)
     out, _, lse = check((q, kv, indices, *rest, lengths))
@@ -185,7 +187,7 @@ def test_lengths_are_clamped_and_cut_the_indices(backend, generator):
 
 
 def test_sinks(backend, generator):
-    """-inf changes no bit, +inf gives 0; max_logits and lse do not know of them."""
+    """-inf changes no bit, +inf gives 0; max_logits and lse stay the same."""
     args = ops.inputs("mla_sparse_prefill", generator, H=4, **SMALL)
     q, kv, indices, scale, R, _, _ = args
     indices[1] = -1
@@ -198,7 +200,7 @@ def test_sinks(backend, generator):
     assert (out[:, 0] == 0).all() and (out[1] == 0).all() and (out[0, 1:] != 0).any()
 
 
-def test_a_query_does_not_see_the_others(backend, generator):
+def test_bits_independent_of_other_queries(backend, generator):
     args = ops.inputs("mla_sparse_prefill", generator, S=4, H=3, **SMALL, **OPTIONS)
     q, kv, indices, scale, R, sink, lengths = args
     got = deepkern.mla_sparse_prefill(*args)
@@ -209,8 +211,8 @@ def test_a_query_does_not_see_the_others(backend, generator):
             compare.assert_bitwise(a[0], g[s])
 
 
-def test_is_mla_sparse_decode_of_as_many_sequences(backend, generator):
-    """Up to where decode begins to split: bit for bit, lse included."""
+def test_same_bits_as_mla_sparse_decode(backend, generator):
+    """With one query per sequence and too few indices for a split."""
     args = ops.inputs("mla_sparse_prefill", generator, H=3, **SMALL, **OPTIONS)
     q, kv, indices, scale, R, sink, lengths = args
     out, _, lse = deepkern.mla_sparse_prefill(*args)
@@ -219,7 +221,7 @@ def test_is_mla_sparse_decode_of_as_many_sequences(backend, generator):
     compare.assert_bitwise(got[1][..., 0], lse)
 
 
-@pytest.mark.parametrize("kind", [{}, FP32])
+@pytest.mark.parametrize("kind", [{}, FP32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(
     "size",
     [
@@ -228,6 +230,7 @@ def test_is_mla_sparse_decode_of_as_many_sequences(backend, generator):
         {"H": 18, "R": 130, "D": 6, "sink": True},
         {"S": 2, "H": 16, "topk": 40, "Skv": 64, "sink": True},
     ],
+    ids=["H9-options", "H17", "H18-R130", "H16-R512"],
 )
 def test_gradients(backend, size, kind, generator):
     args = ops.inputs("mla_sparse_prefill", generator, **size, **kind)
@@ -235,9 +238,9 @@ def test_gradients(backend, size, kind, generator):
     check_gradients(inputs)
 
 
-@pytest.mark.parametrize("kind", [{}, FP32])
-def test_gradients_in_several_rounds(backend, kind, generator, monkeypatch):
-    """With room for the shares of one query at a time."""
+@pytest.mark.parametrize("kind", [{}, FP32], ids=["bf16", "fp32"])
+def test_gradients_one_query_at_a_time(backend, kind, generator, monkeypatch):
+    """With the smallest workspace."""
     monkeypatch.setattr(sparse_gradients, "WORKSPACE", 1)
     size = {"S": 5, "H": 6, "Skv": 20, "sink": True}
     args = ops.inputs("mla_sparse_prefill", generator, **size, **SMALL, **kind)
@@ -245,8 +248,8 @@ def test_gradients_in_several_rounds(backend, kind, generator, monkeypatch):
     check_gradients(inputs)
 
 
-def test_gradients_of_one_row_named_by_all(backend, generator):
-    """Every index of every query is the same row: its gradient is the sum of all shares."""
+def test_gradient_of_a_row_that_all_select(backend, generator):
+    """Every index of every query is the same row: its gradient is a sum over all pairs."""
     args = ops.inputs("mla_sparse_prefill", generator, S=4, H=2, topk=50, **SMALL, **FP32)
     args[2].fill_(7)
     inputs = with_gradients(generator, args, lse=False)
@@ -256,8 +259,8 @@ def test_gradients_of_one_row_named_by_all(backend, generator):
     assert (got[1][torch.arange(50, device=args[0].device) != 7] == 0).all()
 
 
-def test_gradients_without_anything_to_attend_to(backend, generator):
-    """Lonely queries, past-the-end indices and infinite sinks: gradients 0, and no NaN."""
+def test_gradients_of_queries_without_rows(backend, generator):
+    """Indices out of range and infinite sinks: gradients are 0, and nothing is NaN."""
     args = ops.inputs("mla_sparse_prefill", generator, S=3, H=3, sink=True, **SMALL)
     q, kv, indices, scale, R, sink, _ = args
     sink[:2] = torch.tensor([math.inf, -math.inf])
@@ -265,15 +268,15 @@ def test_gradients_without_anything_to_attend_to(backend, generator):
     args = poisoned(args)
     grad_out = torch.randn(3, 3, R, generator=generator, device=q.device).to(q.dtype)
     grad_q, grad_kv, grad_sink = gradients(args, grad_out, None)
-    named = indices[2, 0][indices[2, 0] >= 0].long().unique()
+    selected = indices[2, 0][indices[2, 0] >= 0].long().unique()
     assert (grad_q[:2] == 0).all() and (grad_q[2, 0] == 0).all() and (grad_q[2, 1:] != 0).any()
     assert (grad_sink[:2] == 0).all() and grad_sink[2] != 0
-    assert grad_kv.isfinite().all() and (grad_kv[named] != 0).any()
-    grad_kv[named] = 0
+    assert grad_kv.isfinite().all() and (grad_kv[selected] != 0).any()
+    grad_kv[selected] = 0
     assert (grad_kv == 0).all()
 
 
-def test_grad_q_does_not_see_the_other_queries(backend, generator):
+def test_grad_q_independent_of_other_queries(backend, generator):
     args = ops.inputs(
         "mla_sparse_prefill_backward", generator, grad_lse=True, H=3, **SMALL, **OPTIONS
     )
@@ -287,14 +290,14 @@ def test_grad_q_does_not_see_the_other_queries(backend, generator):
     compare.assert_bitwise(alone[0][0], grad_q[1])
 
 
-def test_gradients_no_worse_than_twice_plain_pytorch(backend, generator):
+def test_gradient_error_at_most_twice_pytorch(backend, generator):
     args = ops.inputs("mla_sparse_prefill", generator, S=8, H=16, Skv=60, topk=48, **SMALL)
     inputs = with_gradients(generator, args, lse=False)
     q, kv, indices, scale, R, sink, _ = args
     leaves = [x.detach().requires_grad_() for x in (q, kv)]
     keys = leaves[1][indices[:, 0].long().clamp(min=0), 0]
     scores = torch.einsum("shw,snw->shn", leaves[0], keys).float() * scale
-    weights = scores.masked_fill(~counting(args)[:, None], -math.inf).softmax(-1).bfloat16()
+    weights = scores.masked_fill(~valid_indices(args)[:, None], -math.inf).softmax(-1).bfloat16()
     out = torch.einsum("shn,snr->shr", weights, keys[..., :R])
     plain = torch.autograd.grad(out, leaves, inputs[1])
     for g, p, e in zip(gradients(*inputs), plain, exact_gradients(*inputs), strict=True):
@@ -302,21 +305,21 @@ def test_gradients_no_worse_than_twice_plain_pytorch(backend, generator):
 
 
 def peak(call) -> int:
-    """The most bytes of CPU memory that torch held during a call, over what it held before."""
+    """Peak bytes of CPU memory that torch allocates during a call."""
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
-    held = most = 0
+    allocated = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+            allocated += event.nbytes()
+            most = max(most, allocated)
     return most
 
 
 def test_peak_memory_of_the_backward(generator, monkeypatch):
-    """The workspace, fp32 sums and the gradients, however many queries there are."""
+    """The workspace, fp32 sums and the gradients, for any number of queries."""
     if generator.device.type != "cpu":
-        pytest.skip("counts CPU memory; test_peak_memory_on_a_gpu counts a GPU's")
+        pytest.skip("measures CPU memory; for a GPU see test_peak_memory_on_a_gpu")
     monkeypatch.setattr(sparse_gradients, "WORKSPACE", 1 << 20)
     args = ops.inputs("mla_sparse_prefill_backward", generator, S=8, H=4, topk=700, **SMALL)
     q, kv = args[2:4]
@@ -324,16 +327,16 @@ def test_peak_memory_of_the_backward(generator, monkeypatch):
     bound = (1 << 20) + 4 * kv.numel() + 2 * (kv.numel() + q.numel()) + 4096
     assert (1 << 19) < peak(lambda: launch(*args)) <= bound
     at_once = sparse_gradients.queries_at_once(8, 4, 80, 700, 2)
-    assert 1 <= at_once < 8, "the bound says nothing if all queries fit"
+    assert 1 <= at_once < 8, "the bound tests nothing if all queries fit"
 
 
 @pytest.mark.parametrize("what", ["forward", "backward"])
-def test_fuzzed_indices_reach_no_other_memory(what, generator):
-    """Any int32 for an index or a length: the interpreter raises for an access outside."""
+def test_any_indices_are_safe(what, generator):
+    """Any int32 for an index or a length: the interpreter raises for an access out of bounds."""
     device = generator.device
 
     def hostile(high, *shape):
-        """A third of them within bounds, a third about them, a third any int32."""
+        """A third in bounds, a third near the bounds, a third any int32."""
         kind = torch.randint(0, 3, shape, generator=generator, device=device)
         near = torch.randint(-2, high + 3, shape, generator=generator, device=device)
         wide = torch.randint(-FAR - 1, FAR, shape, generator=generator, device=device)
@@ -359,7 +362,7 @@ def test_fuzzed_indices_reach_no_other_memory(what, generator):
             compare.assert_matches("mla_sparse_prefill_backward", got, want)
 
 
-def test_debug_names_what_is_wrong(generator, monkeypatch):
+def test_debug_errors_name_the_argument(generator, monkeypatch):
     args = ops.inputs("mla_sparse_prefill", generator, S=1, H=1, topk=5, lengths=True, **SMALL)
     *rest, lengths = args
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
@@ -372,7 +375,7 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
         deepkern.mla_sparse_prefill(*rest, lengths + 1)
 
 
-def test_refuses(generator):
+def test_errors(generator):
     args = ops.inputs("mla_sparse_prefill", generator, S=1, H=1, **SMALL)
     with pytest.raises(TypeError, match="mla_sparse_prefill: kv: expected q's dtype"):
         deepkern.mla_sparse_prefill(args[0], args[1].float(), *args[2:])
@@ -381,10 +384,10 @@ def test_refuses(generator):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, OPTIONS])
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "options"])
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
 @pytest.mark.parametrize("S", [1, 62, 213])
-def test_flashmla_grid_in_full(S, H, options, generator):
+def test_flashmla_grid(S, H, options, generator):
     for Skv, topk in ((128, 128), (592, 128), (1521, 512), (114, 384), (32, 2048), (4321, 2048)):
         args = ops.inputs("mla_sparse_prefill", generator, S=S, Skv=Skv, H=H, topk=topk, **options)
         with deepkern.backend("triton"):
@@ -392,7 +395,7 @@ def test_flashmla_grid_in_full(S, H, options, generator):
 
 
 @pytest.mark.gpu
-def test_more_queries_than_a_second_grid_dimension(generator):
+def test_more_than_65535_queries(generator):
     args = ops.inputs("mla_sparse_prefill", generator, S=70000, Skv=256, H=16, topk=8, **SMALL)
     with deepkern.backend("triton"):
         got = deepkern.mla_sparse_prefill(*args)
@@ -404,7 +407,7 @@ def test_more_queries_than_a_second_grid_dimension(generator):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("H", [16, 128])
-def test_gradients_in_full(H, generator):
+def test_gradients_at_v3_sizes(H, generator):
     size = {"S": 40, "Skv": 4096, "H": H, "topk": 2048, "grad_lse": True}
     args = ops.inputs("mla_sparse_prefill_backward", generator, **size, **OPTIONS)
     with deepkern.backend("triton"):

@@ -104,7 +104,7 @@ def merge_states_backward(
 
 
 def check_rows(op: str, lse: Tensor) -> None:
-    """Raises ValueError unless 32 bits hold every row number up to the end of the last tile."""
+    """Raises ValueError unless every row number, up to the end of the last tile, fits into 32 bits."""
     check_that(op, "lse_a", lse.numel() <= 2**31 - TILE,
                "at most 2**31 - 2048 queries times heads", f"shape {tuple(lse.shape)}")  # fmt: skip
 

@@ -42,7 +42,7 @@ def sink_factor(sink_ptr, head, row_mask, lse):
     factor = tl.full(lse.shape, 1.0, tl.float32)
     if sink_ptr is not None:
         sink = tl.load(sink_ptr + head, mask=row_mask, other=0.0) * 1.4426950408889634
-        # A row without tokens is 0 whatever the factor, and inf - inf would be NaN.
+        # A row without tokens is 0 with any factor, and inf - inf would be NaN.
         factor = tl.where(lse == float("-inf"), 1.0, 1.0 / (1.0 + tl.exp2(sink - lse)))
     return factor
 

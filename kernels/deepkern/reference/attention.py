@@ -37,19 +37,19 @@ def mla_cache_append(
     eps: float = 1e-6,
 ) -> None:
     blocks, page = cache.shape[:2]
-    kept = (slot_mapping >= 0) & (slot_mapping < blocks * page)
+    valid = (slot_mapping >= 0) & (slot_mapping < blocks * page)
     if positions is not None:
-        kept &= (positions >= 0) & (positions < cos_sin.shape[0])
-    latent, k_rope, slot = latent[kept].float(), k_rope[kept].float(), slot_mapping[kept]
+        valid &= (positions >= 0) & (positions < cos_sin.shape[0])
+    latent, k_rope, slot = latent[valid].float(), k_rope[valid].float(), slot_mapping[valid]
     if norm_weight is not None:
         latent = rms_norm(latent, norm_weight.float(), eps)
     if positions is not None:
-        k_rope = rotate(k_rope, cos_sin[positions[kept]])
+        k_rope = rotate(k_rope, cos_sin[positions[valid]])
     cache[slot // page, slot % page, 0] = pack(latent, k_rope, cache.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """fp32 throughout, each step rounded: squares summed pairwise, neighbours first."""
+    """RMSNorm in fp32, each step rounded; squares are summed pairwise, neighbours first."""
     return (x * inverse_rms(sum_pairs(x * x), x.shape[-1], eps)) * weight
 
 
@@ -61,16 +61,16 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def pack(latent: Tensor, k_rope: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 [n, R] and [n, D] as the cache's entries: [n, R + D], or bytes for the FP8 format."""
+    """Cache entries of fp32 [n, R] and [n, D]: [n, R + D], or bytes for the FP8 format."""
     if dtype != torch.uint8:
         return torch.cat((latent.to(dtype), k_rope.to(dtype)), dim=-1)
     q, scale = cast_per_token(latent)
-    parts = q, scale, k_rope.bfloat16()
-    return torch.cat([p.contiguous().view(torch.uint8) for p in parts], dim=-1)
+    columns = q, scale, k_rope.bfloat16()
+    return torch.cat([c.contiguous().view(torch.uint8) for c in columns], dim=-1)
 
 
 def unpack(entries: Tensor, R: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Entries of the cache, [n, width], as [n, R + D], computed in `dtype`."""
+    """Cache entries [n, width] as values [n, R + D], computed in `dtype`."""
     if entries.dtype != torch.uint8:
         return entries.to(dtype)
     q, scale, k_rope = entries.split(
@@ -94,22 +94,22 @@ def mla_cache_gather(
     (blocks, page), (B, P) = cache.shape[:2], block_table.shape
     row = torch.arange(total_tokens, device=cache.device)
     offsets = cu_seqlens.long()
-    # The last sequence that begins at or before the row; it may end before it.
+    # The last sequence that starts at or before the row; it may end before the row.
     sequence = (offsets <= row[:, None]).sum(1) - 1
-    kept = (sequence >= 0) & (sequence < B)
-    row, sequence = row[kept], sequence[kept]
+    valid = (sequence >= 0) & (sequence < B)
+    row, sequence = row[valid], sequence[valid]
     position = row - offsets[sequence]
-    there = (position >= 0) & (row < offsets[sequence + 1])
+    valid = (position >= 0) & (row < offsets[sequence + 1])
     if starts is not None:
         position = position + starts[sequence]
-    there &= (position >= 0) & (position < P * page)
-    row, sequence, position = row[there], sequence[there], position[there]
+    valid &= (position >= 0) & (position < P * page)
+    row, sequence, position = row[valid], sequence[valid], position[valid]
     block = block_table[sequence, position // page].long()
-    there = (block >= 0) & (block < blocks)
-    entries = cache[block[there], position[there] % page, 0]
+    valid = (block >= 0) & (block < blocks)
+    entries = cache[block[valid], position[valid] % page, 0]
     keys = unpack(entries, v_head_dim, torch.float32)
     out = torch.zeros(total_tokens, keys.shape[1], dtype=out_dtype, device=cache.device)
-    out[row[there]] = keys.to(out_dtype)
+    out[row[valid]] = keys.to(out_dtype)
     return out
 
 
@@ -130,67 +130,71 @@ def mla_decode(
     for b, length in enumerate(cache_seqlens.clamp(0, capacity).tolist()):
         key = torch.arange(length, device=q.device)
         block = block_table[b, key // page].long()
-        present = (block >= 0) & (block < blocks)
-        key, block = key[present], block[present]
+        key_mask = (block >= 0) & (block < blocks)
+        key, block = key[key_mask], block[key_mask]
         if key.numel() == 0:
             continue
         keys = unpack(cache[block, key % page, 0], v_head_dim)  # [n, R + D]
         limit = torch.full((Sq,), length, device=q.device)
         if causal:
             limit -= Sq - 1 - torch.arange(Sq, device=q.device)
-        out_b, lse_b = attend(q[b].double(), keys, key < limit[:, None], softmax_scale, v_head_dim)
+        attn_mask = key < limit[:, None]
+        out_b, lse_b = attend(q[b].double(), keys, attn_mask, softmax_scale, v_head_dim)
         out[b], lse[b] = out_b, lse_b.T
     return out, lse
 
 
 def attend(
-    q: Tensor, keys: Tensor, seen: Tensor, softmax_scale: float, v_head_dim: int
+    q: Tensor, keys: Tensor, attn_mask: Tensor, softmax_scale: float, v_head_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """One sequence in float64: q [Sq, H, R + D], keys [n, R + D], seen [Sq, n]."""
+    """One sequence in float64: q [Sq, H, R + D], keys [n, R + D], attn_mask [Sq, n].
+
+    Returns out [Sq, H, R] and lse [Sq, H].
+    """
     scores = (q @ keys.T).mul_(softmax_scale)  # [Sq, H, n]
-    scores.masked_fill_(~seen[:, None], -math.inf)
-    top = scores.amax(-1, keepdim=True)
-    top = top.masked_fill(top == -math.inf, 0.0)  # nothing to attend to: all weights are 0
-    weights = scores.sub_(top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    out = (weights @ keys[:, :v_head_dim]) / total.masked_fill(total == 0, 1.0)
-    return out, (top + total.log())[..., 0]
+    scores.masked_fill_(~attn_mask[:, None], -math.inf)
+    row_max = scores.amax(-1, keepdim=True)
+    row_max = row_max.masked_fill(row_max == -math.inf, 0.0)  # no keys: all weights are 0
+    weights = scores.sub_(row_max).exp_()
+    row_sum = weights.sum(-1, keepdim=True)
+    out = (weights @ keys[:, :v_head_dim]) / row_sum.masked_fill(row_sum == 0, 1.0)
+    return out, (row_max + row_sum.log())[..., 0]
 
 
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    share_a, share_b, lse = shares(lse_a.double(), lse_b.double())
-    out = share_a * where_seen(out_a, lse_a) + share_b * where_seen(out_b, lse_b)
+    weight_a, weight_b, lse = merge_weights(lse_a.double(), lse_b.double())
+    out = weight_a * mask_out(out_a, lse_a) + weight_b * mask_out(out_b, lse_b)
     return out.to(out_a.dtype).contiguous(), lse.float().contiguous()
 
 
 def merge_states_backward(
     grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    share_a, share_b, _ = shares(lse_a.double(), lse_b.double())
+    weight_a, weight_b, _ = merge_weights(lse_a.double(), lse_b.double())
     grad, grad_lse = grad_out.double(), grad_lse.double().mT[..., None]
-    dot = (grad * (where_seen(out_a, lse_a) - where_seen(out_b, lse_b))).sum(-1, keepdim=True)
+    dot = (grad * (mask_out(out_a, lse_a) - mask_out(out_b, lse_b))).sum(-1, keepdim=True)
     grads = (
-        (share_a * grad).to(out_a.dtype),
-        (share_a * (grad_lse + share_b * dot))[..., 0].mT.float(),
-        (share_b * grad).to(out_b.dtype),
-        (share_b * (grad_lse - share_a * dot))[..., 0].mT.float(),
+        (weight_a * grad).to(out_a.dtype),
+        (weight_a * (grad_lse + weight_b * dot))[..., 0].mT.float(),
+        (weight_b * grad).to(out_b.dtype),
+        (weight_b * (grad_lse - weight_a * dot))[..., 0].mT.float(),
     )
     return tuple(x.contiguous() for x in grads)
 
 
-def shares(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both sums' shares of the whole, as [..., S, H, 1], and its log [..., H, S]."""
-    top = torch.maximum(lse_a, lse_b)
-    top = top.masked_fill(top == -math.inf, 0.0)  # no keys at all: both shares are 0
-    of_a, of_b = (lse_a - top).exp(), (lse_b - top).exp()
-    total = of_a + of_b
-    whole = total.masked_fill(total == 0, 1.0)
-    of_a, of_b = ((part / whole).mT[..., None] for part in (of_a, of_b))
-    return of_a, of_b, top + total.log()
+def merge_weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(lse_a - lse) and exp(lse_b - lse), [..., S, H, 1], and the merged lse [..., H, S]."""
+    row_max = torch.maximum(lse_a, lse_b)
+    row_max = row_max.masked_fill(row_max == -math.inf, 0.0)  # no keys: both weights are 0
+    exp_a, exp_b = (lse_a - row_max).exp(), (lse_b - row_max).exp()
+    row_sum = exp_a + exp_b
+    norm = row_sum.masked_fill(row_sum == 0, 1.0)
+    weight_a, weight_b = ((x / norm).mT[..., None] for x in (exp_a, exp_b))
+    return weight_a, weight_b, row_max + row_sum.log()
 
 
-def where_seen(out: Tensor, lse: Tensor) -> Tensor:
-    """[..., S, H, D] in float64, 0 where nothing was seen, whatever stands there."""
+def mask_out(out: Tensor, lse: Tensor) -> Tensor:
+    """out [..., S, H, D] in float64; 0 where lse is -inf, even if out is NaN there."""
     return out.double().masked_fill((lse == -math.inf).mT[..., None], 0.0)

@@ -1,4 +1,4 @@
-"""Attention over the tokens that each query names, in plain PyTorch."""
+"""Attention over the tokens that each query selects by index, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def mla_sparse_decode(
     lse = q.new_full((B, H, Sq), -math.inf, dtype=torch.float32)
     for b in range(B):
         for s in range(Sq):
-            slot = named(indices[b, s], blocks * page, topk_length, b)
+            slot = selected(indices[b, s], blocks * page, topk_length, b)
             if slot.numel() == 0:
                 continue
             keys = attention.unpack(cache[slot // page, slot % page, 0], v_head_dim)  # [n, R + D]
-            seen = torch.ones(1, slot.numel(), dtype=torch.bool, device=q.device)
+            attn_mask = torch.ones(1, slot.numel(), dtype=torch.bool, device=q.device)
             out_s, lse_s = attention.attend(
-                q[b, s, None].double(), keys, seen, softmax_scale, v_head_dim
+                q[b, s, None].double(), keys, attn_mask, softmax_scale, v_head_dim
             )
             if attn_sink is not None:
                 out_s *= torch.sigmoid(lse_s - attn_sink.double())[..., None]
@@ -41,8 +41,8 @@ def mla_sparse_decode(
     return out, lse
 
 
-def named(indices: Tensor, slots: int, topk_length: Tensor | None, i: int) -> Tensor:
-    """The indices of one query that count, as int64: those within its length and [0, slots)."""
+def selected(indices: Tensor, slots: int, topk_length: Tensor | None, i: int) -> Tensor:
+    """The valid indices of query i, as int64: those within its length and in [0, slots)."""
     if topk_length is not None:
         indices = indices[: max(int(topk_length[i]), 0)]
     return indices[(indices >= 0) & (indices < slots)].long()
@@ -62,12 +62,14 @@ def mla_sparse_prefill(
     max_logits = q.new_full((S, H), -math.inf, dtype=torch.float32)
     lse = q.new_full((S, H), -math.inf, dtype=torch.float32)
     for s in range(S):
-        row = named(indices[s, 0], kv.shape[0], topk_length, s)
+        row = selected(indices[s, 0], kv.shape[0], topk_length, s)
         if row.numel() == 0:
             continue
         keys = kv[row, 0].double()
-        seen = torch.ones(1, row.numel(), dtype=torch.bool, device=q.device)
-        out_s, lse_s = attention.attend(q[s, None].double(), keys, seen, softmax_scale, v_head_dim)
+        attn_mask = torch.ones(1, row.numel(), dtype=torch.bool, device=q.device)
+        out_s, lse_s = attention.attend(
+            q[s, None].double(), keys, attn_mask, softmax_scale, v_head_dim
+        )
         if attn_sink is not None:
             out_s *= torch.sigmoid(lse_s - attn_sink.double())[..., None]
         out[s], lse[s] = out_s[0], lse_s[0]
@@ -92,24 +94,25 @@ def mla_sparse_prefill_backward(
     grad_kv = torch.zeros_like(kv, dtype=torch.float64)
     grad_sink = torch.zeros(H, dtype=torch.float64, device=q.device)
     for s in range(S):
-        row = named(indices[s, 0], kv.shape[0], topk_length, s)
+        row = selected(indices[s, 0], kv.shape[0], topk_length, s)
         if row.numel() == 0:
             continue
         q_s, keys, grad_s = q[s].double(), kv[row, 0].double(), grad_out[s].double()
         lse_s = lse[s].double()[:, None]
-        plain = (q_s @ keys.T * softmax_scale - lse_s).exp()  # [H, n], without sinks
-        weights, lost = plain, torch.zeros_like(lse_s)
+        no_sink = (q_s @ keys.T * softmax_scale - lse_s).exp()  # [H, n], weights without sinks
+        weights, sink_weight = no_sink, torch.zeros_like(lse_s)
         if attn_sink is not None:
             sink = attn_sink.double()[:, None]
-            weights, lost = plain * torch.sigmoid(lse_s - sink), torch.sigmoid(sink - lse_s)
+            weights = no_sink * torch.sigmoid(lse_s - sink)
+            sink_weight = torch.sigmoid(sink - lse_s)
         delta = (grad_s * out[s].double()).sum(-1, keepdim=True)
         grad_scores = weights * (grad_s @ keys[:, : grad_s.shape[1]].T - delta)
         if grad_lse is not None:
-            grad_scores += plain * grad_lse[s].double()[:, None]
+            grad_scores += no_sink * grad_lse[s].double()[:, None]
         grad_q[s] = grad_scores @ keys * softmax_scale
         grad_keys = grad_scores.T @ q_s * softmax_scale
         grad_keys[:, : grad_s.shape[1]] += weights.T @ grad_s
         grad_kv[:, 0].index_add_(0, row, grad_keys)
-        grad_sink -= (lost * delta)[:, 0]
+        grad_sink -= (sink_weight * delta)[:, 0]
     grad_sink = None if attn_sink is None else grad_sink.float()
     return grad_q.to(q.dtype), grad_kv.to(q.dtype), grad_sink
