@@ -30,17 +30,17 @@ from ..runtime.contract import check_that
 
 
 class CacheView(NamedTuple):
-    """A paged latent cache as one kernel argument. All strides are in elements of their tensor."""
+    """A paged latent cache as one kernel argument."""
 
     latent: Tensor  # [num_pages, page_size, 1, R], or int32 words of 4 e4m3 latents each
     scale: Tensor  # fp32 [num_pages, page_size, 1, ceil(R/128)], or its bytes; unused if not FP8
     rope: Tensor  # [num_pages, page_size, 1, D], or its bytes
-    latent_page: int  # stride from page to page
-    latent_token: int  # stride from token to token of a page
-    scale_page: int
-    scale_token: int
-    rope_page: int
-    rope_token: int
+    latent_page_stride: int  # elements from page to page
+    latent_token_stride: int  # elements from token to token of a page
+    scale_page_stride: int
+    scale_token_stride: int
+    rope_page_stride: int
+    rope_token_stride: int
 
 
 def cache_view(cache: Tensor, R: int, latent_dtype: torch.dtype) -> CacheView:
@@ -133,6 +133,18 @@ def check_block_table(op: str, pages: Tensor, num_pages: int) -> None:
     wrong = pages[(pages < 0) | (pages >= num_pages)]
     check_that(op, "block_table", wrong.numel() == 0,
                f"pages in [0, {num_pages})", wrong[:1].tolist())  # fmt: skip
+
+
+@triton.jit
+def token_offsets(cache, page, offset):
+    """Offsets of a token's latents, scales and RoPE values, in elements of their tensors.
+
+    cache is a CacheView; page and offset within the page are int64, or offset int32.
+    """
+    latent = page * cache.latent_page_stride + offset * cache.latent_token_stride
+    scale = page * cache.scale_page_stride + offset * cache.scale_token_stride
+    rope = page * cache.rope_page_stride + offset * cache.rope_token_stride
+    return latent, scale, rope
 
 
 @triton.jit

@@ -104,7 +104,7 @@ def merge_states_backward(
 
 
 def check_rows(op: str, lse: Tensor) -> None:
-    """Raises ValueError unless every row number, up to the end of the last tile, fits into 32 bits."""
+    """Raises ValueError unless the row numbers of all tiles fit into 32 bits."""
     check_that(op, "lse_a", lse.numel() <= 2**31 - TILE,
                "at most 2**31 - 2048 queries times heads", f"shape {tuple(lse.shape)}")  # fmt: skip
 
@@ -137,9 +137,9 @@ def _launch_backward_triton(
 class OutStrides(NamedTuple):
     """Strides of out [B, S, H, D], in elements, as one kernel argument."""
 
-    batch: int
-    query: int
-    head: int
+    batch_stride: int
+    query_stride: int
+    head_stride: int
 
 
 def _launch(
@@ -311,8 +311,9 @@ def load_states(
     lse = tl.where(row_sum == 0.0, float("-inf"), finite_max + tl.log(norm))
 
     a, b = out_a_strides, out_b_strides
-    a_row = out_a_ptr + (batch * a.batch + query * a.query + head * a.head)[:, None]
-    b_row = out_b_ptr + (batch * b.batch + query * b.query + head * b.head)[:, None]
+    a_index = batch * a.batch_stride + query * a.query_stride + head * a.head_stride
+    b_index = batch * b.batch_stride + query * b.query_stride + head * b.head_stride
+    a_row, b_row = out_a_ptr + a_index[:, None], out_b_ptr + b_index[:, None]
     a_mask, b_mask = (lse_a != float("-inf"))[:, None], (lse_b != float("-inf"))[:, None]
     return a_row, b_row, a_mask, b_mask, exp_a / norm, exp_b / norm, lse
 

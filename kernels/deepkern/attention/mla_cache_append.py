@@ -26,7 +26,7 @@ from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_that
 from ..runtime.op import op
-from .cache import cache_view, check_width, store
+from .cache import cache_view, check_width, store, token_offsets
 
 
 @op(
@@ -142,7 +142,7 @@ def mla_cache_append_kernel(
     if position_ptr is not None:
         position = tl.load(position_ptr + row, mask=row_mask, other=-1)
         row_mask &= (position >= 0) & (position < max_positions)
-    page, offset = slot // page_size, slot % page_size
+    latent_at, scale_at, rope_at = token_offsets(cache, slot // page_size, slot % page_size)
 
     # Latents: RMSNorm, then the cast.
     column = tl.arange(0, R_TILE)
@@ -153,13 +153,13 @@ def mla_cache_append_kernel(
         weight = tl.load(weight_ptr + column, mask=column < R, other=0.0).to(tl.float32)
         inverse = inverse_rms(sum_pairwise(latent * latent), R, eps)  # [ROWS]
         latent = latent * inverse[:, None] * weight
-    out = cache.latent + (page * cache.latent_page + offset * cache.latent_token)[:, None]
+    out = cache.latent + latent_at[:, None]
     if FP8_CACHE:
         blocked = tl.reshape(latent, (ROWS, R_TILE // 128, 128))
         scale = block_scale(tl.max(magnitude_bits(blocked), 2), False)  # [ROWS, R_TILE / 128]
         q = to_fp8(blocked * tl.div_rn(1.0, scale)[:, :, None], NATIVE_FP8)
         tl.store(out + column, tl.reshape(q, (ROWS, R_TILE)), mask=mask)
-        out = cache.scale + (page * cache.scale_page + offset * cache.scale_token)[:, None]
+        out = cache.scale + scale_at[:, None]
         index = tl.arange(0, R_TILE // 128)
         store(out, index[None, :], scale, row_mask[:, None] & (index < tl.cdiv(R, 128))[None, :])
     else:
@@ -179,7 +179,7 @@ def mla_cache_append_kernel(
         even, odd = tl.split(tl.reshape(rope, (ROWS, D_TILE // 2, 2)))
         rotated = tl.join(even * cos - odd * sin, odd * cos + even * sin)
         rope = tl.reshape(rotated, (ROWS, D_TILE))
-    out = cache.rope + (page * cache.rope_page + offset * cache.rope_token)[:, None]
+    out = cache.rope + rope_at[:, None]
     rope = rope.to(tl.bfloat16 if FP8_CACHE else cache.rope.dtype.element_ty)
     store(out, column[None, :], rope, mask)
 

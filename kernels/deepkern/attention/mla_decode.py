@@ -175,7 +175,8 @@ def mla_decode_kernel(
 
     row_mask = row < Sq * H
     query, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
-    q_row = q.values + sequence * q.sequence + (query * q.query + head * q.head)[:, None]
+    q_offset = query * q.query_stride + head * q.head_stride
+    q_row = q.ptr + sequence * q.sequence_stride + q_offset[:, None]
     queries = load_queries(q_row, R, D, row_mask, DOT_DTYPE, R_BLOCK, NUM_R_BLOCKS, EVEN_R, D_TILE)
     acc = zero_tiles(NUM_R_BLOCKS, (ROWS, R_BLOCK))
     rounded_sum = zero_tiles(NUM_R_BLOCKS if FP8 else 0, (ROWS, KEYS))

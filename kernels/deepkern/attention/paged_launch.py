@@ -104,12 +104,12 @@ def latent_blocks(R: int, W: int, latents: int) -> dict[str, object]:
 
 
 class QueryView(NamedTuple):
-    """q as one kernel argument. All strides are in elements."""
+    """q as one kernel argument."""
 
-    values: Tensor  # [B, Sq, H, R + D], last dimension contiguous
-    sequence: int  # stride from sequence to sequence
-    query: int
-    head: int
+    ptr: Tensor  # [B, Sq, H, R + D], last dimension contiguous
+    sequence_stride: int  # elements from sequence to sequence
+    query_stride: int
+    head_stride: int
 
 
 def launch(

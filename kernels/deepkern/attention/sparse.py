@@ -82,11 +82,11 @@ def launch_sparse_attention(
 
 
 class IndicesView(NamedTuple):
-    """The indices as one kernel argument. Strides are in elements."""
+    """The indices as one kernel argument."""
 
-    values: Tensor  # int32 [B, Sq, topk], slots; last dimension contiguous
-    sequence: int  # stride from sequence to sequence
-    query: int
+    ptr: Tensor  # int32 [B, Sq, topk], slots; last dimension contiguous
+    sequence_stride: int  # elements from sequence to sequence
+    query_stride: int
 
 
 @triton.jit(do_not_specialize=["topk"])
@@ -139,16 +139,16 @@ def mla_sparse_attention_kernel(
     end = tl.minimum(begin + split_length, length)
 
     row_mask = head < H
-    q_row = q.values + sequence * q.sequence + query * q.query
+    q_row = q.ptr + sequence * q.sequence_stride + query * q.query_stride
     queries = load_queries(
-        q_row + (head.to(tl.int64) * q.head)[:, None], R, D, row_mask,
+        q_row + (head.to(tl.int64) * q.head_stride)[:, None], R, D, row_mask,
         DOT_DTYPE, R_BLOCK, NUM_R_BLOCKS, EVEN_R, D_TILE,
     )  # fmt: skip
     acc = zero_tiles(NUM_R_BLOCKS, (ROWS, R_BLOCK))
     rounded_sum = zero_tiles(NUM_R_BLOCKS if FP8 else 0, (ROWS,))
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
-    indices_row = indices.values + sequence * indices.sequence + query * indices.query
+    indices_row = indices.ptr + sequence * indices.sequence_stride + query * indices.query_stride
     n = begin + tl.arange(0, KEYS)
     next_slot = tl.load(indices_row + n, mask=n < end, other=-1)
     for start in range(begin, end, KEYS):

@@ -101,11 +101,11 @@ def _rows(x: Tensor | None, queries: slice) -> Tensor | None:
 
 
 class HeadsView(NamedTuple):
-    """A tensor of heads as one kernel argument. Strides are in elements."""
+    """A tensor of heads as one kernel argument."""
 
-    values: Tensor  # [S, H, _], last dimension contiguous
-    query: int  # stride from query to query
-    head: int
+    ptr: Tensor  # [S, H, _], last dimension contiguous
+    query_stride: int  # elements from query to query
+    head_stride: int
 
 
 def _heads_view(x: Tensor) -> HeadsView:
@@ -202,16 +202,16 @@ def mla_sparse_prefill_backward_query_kernel(
     row_mask = (head < H)[:, None]
     length = length_of(length_ptr, query, topk)
     head_64 = head.to(tl.int64)[:, None]
-    q_row = q.values + query * q.query + head_64 * q.head
+    q_row = q.ptr + query * q.query_stride + head_64 * q.head_stride
     q_rope = load_rope(q_row + R, D, row_mask, DTYPE, DTYPE, D_TILE)
     q_latent, grad_out_latent, grad_q = (), (), ()  # NUM_R_BLOCKS tiles [ROWS, R_BLOCK] each
     delta = tl.zeros((ROWS,), tl.float32)  # grad_out . out
     for j in tl.static_range(NUM_R_BLOCKS):
         q_latent = q_latent + (load_block(q_row, j, R, row_mask, DTYPE, R_BLOCK, EVEN_R),)
-        grad_row = grad_out.values + query * grad_out.query + head_64 * grad_out.head
+        grad_row = grad_out.ptr + query * grad_out.query_stride + head_64 * grad_out.head_stride
         grad_block = load_block(grad_row, j, R, row_mask, DTYPE, R_BLOCK, EVEN_R)
         grad_out_latent = grad_out_latent + (grad_block,)
-        out_row = out.values + query * out.query + head_64 * out.head
+        out_row = out.ptr + query * out.query_stride + head_64 * out.head_stride
         out_block = load_block(out_row, j, R, row_mask, DTYPE, R_BLOCK, EVEN_R)
         delta += tl.sum(grad_block.to(tl.float32) * out_block.to(tl.float32), 1)
         grad_q = grad_q + (tl.zeros((ROWS, R_BLOCK), tl.float32),)
@@ -303,9 +303,10 @@ def mla_sparse_prefill_backward_pair_kernel(
         pair_mask = (head < H) & (n < length)[None, :]
         weights = tl.load(weights_ptr + pair, mask=pair_mask, other=0.0)
         grad_scores = tl.load(grad_scores_ptr + pair, mask=pair_mask, other=0.0)
-        grad_at = grad_out.values + query * grad_out.query + head * grad_out.head + column
-        grad_tile = tl.load(grad_at, mask=(head < H) & (column < R), other=0.0)  # [HEADS, COLUMNS]
-        q_at = q.values + query * q.query + head * q.head + column
+        grad_row = grad_out.ptr + query * grad_out.query_stride + head * grad_out.head_stride
+        grad_mask = (head < H) & (column < R)
+        grad_tile = tl.load(grad_row + column, mask=grad_mask, other=0.0)  # [HEADS, COLUMNS]
+        q_at = q.ptr + query * q.query_stride + head * q.head_stride + column
         q_tile = tl.load(q_at, mask=(head < H) & (column < W), other=0.0)
         acc = tl.dot(tl.trans(weights), grad_tile, acc, input_precision=PRECISION)
         acc = tl.dot(tl.trans(grad_scores), q_tile, acc, input_precision=PRECISION)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cache import e4m3_over_256, load
+from .cache import e4m3_over_256, load, token_offsets
 from .splits import LN_2
 
 
@@ -61,12 +61,9 @@ def token_pointers(
     ROPE_ALIGN: tl.constexpr,
 ):
     """Pointers to the latents [KEYS, 1], scales [KEYS] and RoPE values [KEYS, 1] of tokens."""
-    page = page.to(tl.int64)
-    latent = page * cache.latent_page + offset * cache.latent_token
-    rope = page * cache.rope_page + offset * cache.rope_token
+    latent, scale, rope = token_offsets(cache, page.to(tl.int64), offset)
     latent, rope = tl.multiple_of(latent, LATENT_ALIGN), tl.multiple_of(rope, ROPE_ALIGN)
-    scale_row = cache.scale + page * cache.scale_page + offset * cache.scale_token
-    return cache.latent + latent[:, None], scale_row, cache.rope + rope[:, None]
+    return cache.latent + latent[:, None], cache.scale + scale, cache.rope + rope[:, None]
 
 
 @triton.jit
