@@ -136,18 +136,6 @@ def check_block_table(op: str, pages: Tensor, num_pages: int) -> None:
 
 
 @triton.jit
-def token_offsets(cache, page, offset):
-    """Offsets of a token's latents, scales and RoPE values, in elements of their tensors.
-
-    cache is a CacheView; page and offset within the page are int64, or offset int32.
-    """
-    latent = page * cache.latent_page_stride + offset * cache.latent_token_stride
-    scale = page * cache.scale_page_stride + offset * cache.scale_token_stride
-    rope = page * cache.rope_page_stride + offset * cache.rope_token_stride
-    return latent, scale, rope
-
-
-@triton.jit
 def load(row_ptr, index, mask, DTYPE: tl.constexpr):
     """Values of DTYPE at `index` from `row_ptr`, which may point to bytes; 0 where masked."""
     if row_ptr.dtype.element_ty == DTYPE:

@@ -26,7 +26,7 @@ from ..quant.fp8 import block_scale, magnitude_bits, to_fp8
 from ..runtime import arch
 from ..runtime.contract import FP8, check_that
 from ..runtime.op import op
-from .cache import cache_view, check_width, store, token_offsets
+from .cache import cache_view, check_width, store
 
 
 @op(
@@ -142,7 +142,7 @@ def mla_cache_append_kernel(
     if position_ptr is not None:
         position = tl.load(position_ptr + row, mask=row_mask, other=-1)
         row_mask &= (position >= 0) & (position < max_positions)
-    latent_at, scale_at, rope_at = token_offsets(cache, slot // page_size, slot % page_size)
+    page, offset = slot // page_size, slot % page_size
 
     # Latents: RMSNorm, then the cast.
     column = tl.arange(0, R_TILE)
@@ -153,13 +153,15 @@ def mla_cache_append_kernel(
         weight = tl.load(weight_ptr + column, mask=column < R, other=0.0).to(tl.float32)
         inverse = inverse_rms(sum_pairwise(latent * latent), R, eps)  # [ROWS]
         latent = latent * inverse[:, None] * weight
-    out = cache.latent + latent_at[:, None]
+    at = page * cache.latent_page_stride + offset * cache.latent_token_stride
+    out = cache.latent + at[:, None]
     if FP8_CACHE:
         blocked = tl.reshape(latent, (ROWS, R_TILE // 128, 128))
         scale = block_scale(tl.max(magnitude_bits(blocked), 2), False)  # [ROWS, R_TILE / 128]
         q = to_fp8(blocked * tl.div_rn(1.0, scale)[:, :, None], NATIVE_FP8)
         tl.store(out + column, tl.reshape(q, (ROWS, R_TILE)), mask=mask)
-        out = cache.scale + scale_at[:, None]
+        at = page * cache.scale_page_stride + offset * cache.scale_token_stride
+        out = cache.scale + at[:, None]
         index = tl.arange(0, R_TILE // 128)
         store(out, index[None, :], scale, row_mask[:, None] & (index < tl.cdiv(R, 128))[None, :])
     else:
@@ -179,7 +181,8 @@ def mla_cache_append_kernel(
         even, odd = tl.split(tl.reshape(rope, (ROWS, D_TILE // 2, 2)))
         rotated = tl.join(even * cos - odd * sin, odd * cos + even * sin)
         rope = tl.reshape(rotated, (ROWS, D_TILE))
-    out = cache.rope + rope_at[:, None]
+    at = page * cache.rope_page_stride + offset * cache.rope_token_stride
+    out = cache.rope + at[:, None]
     rope = rope.to(tl.bfloat16 if FP8_CACHE else cache.rope.dtype.element_ty)
     store(out, column[None, :], rope, mask)
 

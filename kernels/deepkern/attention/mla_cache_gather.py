@@ -28,7 +28,6 @@ from .cache import (
     load,
     rope_dtype,
     rope_width,
-    token_offsets,
     triton_dtype,
 )
 
@@ -164,11 +163,11 @@ def mla_cache_gather_kernel(
     block_table_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
     page = tl.load(block_table_row + position // page_size, mask=valid, other=-1)
     valid &= (page >= 0) & (page < num_pages)  # [TOKENS]
-    offset = (position % page_size).to(tl.int64)
-    latent_at, scale_at, rope_at = token_offsets(cache, page.to(tl.int64), offset)
+    page, offset = page.to(tl.int64), (position % page_size).to(tl.int64)
 
-    latent_row = cache.latent + latent_at[:, None]
-    scale_row = cache.scale + scale_at[:, None]
+    latent_at = page * cache.latent_page_stride + offset * cache.latent_token_stride
+    scale_at = page * cache.scale_page_stride + offset * cache.scale_token_stride
+    latent_row, scale_row = cache.latent + latent_at[:, None], cache.scale + scale_at[:, None]
     out_row = out_ptr + row[:, None] * (R + D)
     out_mask = (row < rows)[:, None]
     for start in range(0, R, R_BLOCK):
@@ -185,6 +184,7 @@ def mla_cache_gather_kernel(
         tl.store(out_row + column, latent, mask=out_mask & (column < R))
 
     column = tl.arange(0, D_TILE)[None, :]
+    rope_at = page * cache.rope_page_stride + offset * cache.rope_token_stride
     rope_at = tl.multiple_of(rope_at, ROPE_ALIGN)
     mask = valid[:, None] & (column < D)
     rope = load(cache.rope + rope_at[:, None], column, mask, ROPE_DTYPE).to(tl.float32)

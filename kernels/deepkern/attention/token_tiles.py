@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cache import e4m3_over_256, load, token_offsets
+from .cache import e4m3_over_256, load
 from .splits import LN_2
 
 
@@ -61,9 +61,14 @@ def token_pointers(
     ROPE_ALIGN: tl.constexpr,
 ):
     """Pointers to the latents [KEYS, 1], scales [KEYS] and RoPE values [KEYS, 1] of tokens."""
-    latent, scale, rope = token_offsets(cache, page.to(tl.int64), offset)
+    page = page.to(tl.int64)
+    latent = page * cache.latent_page_stride + offset * cache.latent_token_stride
+    rope = page * cache.rope_page_stride + offset * cache.rope_token_stride
     latent, rope = tl.multiple_of(latent, LATENT_ALIGN), tl.multiple_of(rope, ROPE_ALIGN)
-    return cache.latent + latent[:, None], cache.scale + scale, cache.rope + rope[:, None]
+    # Two additions to the pointer: with one, Triton copies scales to smem asynchronously, and
+    # mla_decode over an FP8 cache spills 32 B on sm_90.
+    scale_row = cache.scale + page * cache.scale_page_stride + offset * cache.scale_token_stride
+    return cache.latent + latent[:, None], scale_row, cache.rope + rope[:, None]
 
 
 @triton.jit
