@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime.contract import check_that
 from ..runtime.op import op
 from . import paged_launch

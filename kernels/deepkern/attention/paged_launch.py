@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime import arch
 from ..runtime.arch import Arch
-from ..runtime.integers import cdiv, next_power_of_2
 from .cache import alignment, cache_view, rope_dtype, triton_dtype
 from .splits import mla_combine_splits_kernel
 

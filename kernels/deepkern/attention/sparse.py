@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime.contract import check_that
-from ..runtime.integers import cdiv, next_power_of_2
 from . import paged_launch
 from .cache import check_lengths
 from .paged_launch import Tile

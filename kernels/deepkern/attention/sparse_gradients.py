@@ -32,10 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arithmetic import cdiv, next_power_of_2
+from ..arithmetic import cdiv
 from ..runtime import arch
 from ..runtime.arch import Arch
-from ..runtime.integers import cdiv
 from . import paged_launch
 from .cache import triton_dtype
 from .paged_launch import dot_precision
