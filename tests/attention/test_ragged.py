@@ -1,4 +1,4 @@
-"""`cut` of attention/ragged.py: the table of tiles, against loops in Python."""
+"""`ragged_tiles` of attention/ragged.py: the table of tiles, against loops in Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import deepkern
-from deepkern.attention.ragged import cut
+from deepkern.attention.ragged import ragged_tiles
 
 
 def spans(cu: Tensor, rows: int) -> list[tuple[int, int]]:
@@ -46,7 +46,7 @@ def test_any_boundaries(B, last_first, generator):
         both = torch.randint(low, high, (2, B + 1), generator=generator, device=device)
         both = (both.sort().values if ascending else both).int()
         with deepkern.backend("triton"):
-            got = cut(both[0], 300, both[1], 250, 16, last_first)
+            got = ragged_tiles(both[0], 300, both[1], 250, 16, last_first)
         assert got.tolist() == expected(both[0], 300, both[1], 250, 16, last_first)
         rows = [
             row for first, end, *_ in got.tolist() for row in range(first, min(first + 16, end))
