@@ -40,7 +40,7 @@ def plain(args: tuple, b: int, dtype: torch.dtype = torch.float64) -> torch.Tens
     return out.transpose(0, 1)
 
 
-def whole(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def one_sequence(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The boundaries of one sequence that is all rows, for each tensor: int32 [2]."""
     return [torch.tensor([0, len(x)], dtype=torch.int32, device=x.device) for x in tensors]
 
@@ -49,7 +49,7 @@ def sequence(args: tuple, b: int) -> tuple[slice, slice, tuple]:
     """Rows and keys of sequence b, and the arguments of a call with it alone."""
     q, k, v, cu_q, cu_k, *rest = args
     rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
-    return rows, keys, (q[rows], k[keys], v[keys], *whole(q[rows], k[keys]), *rest)
+    return rows, keys, (q[rows], k[keys], v[keys], *one_sequence(q[rows], k[keys]), *rest)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -162,7 +162,7 @@ def test_chunks_of_queries_and_keys(backend, generator):
     q, k, v, _, _, scale, _ = ops.inputs("mla_prefill", generator, (100,), H=2, **SMALL, **FP32)
 
     def attend(q, k, v, causal):
-        return deepkern.mla_prefill(q, k, v, *whole(q, k), scale, causal)
+        return deepkern.mla_prefill(q, k, v, *one_sequence(q, k), scale, causal)
 
     out, lse = attend(q, k, v, True)
     head, head_lse = attend(q[:60], k[:60], v[:60], True)
@@ -315,12 +315,12 @@ def test_gradients_through_merge_states(backend, generator):
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def attend(q, k, v):
-        return deepkern.mla_prefill(q, k, v, *whole(q, k), scale, True)
+        return deepkern.mla_prefill(q, k, v, *one_sequence(q, k), scale, True)
 
     out, _ = attend(q, k, v)
     new = attend(q, k[25:], v[25:])  # not visible to queries 0 to 24
     head, _ = attend(q[:25], k[:25], v[:25])
-    old = deepkern.mla_prefill(q, k[:25], v[:25], *whole(q, k[:25]), scale, False)
+    old = deepkern.mla_prefill(q, k[:25], v[:25], *one_sequence(q, k[:25]), scale, False)
     merged = torch.cat((head, deepkern.merge_states(*old, *new)[0][25:]))
     grad = torch.randn(60, 2, 32, generator=generator, device=q.device)
     got = torch.autograd.grad(merged, inputs, grad)
