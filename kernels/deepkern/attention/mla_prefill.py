@@ -36,7 +36,7 @@ from .ragged import (
     dot_split_rows,
     head_rows,
     load_split_rows,
-    load_tile,
+    program_tile,
     ragged_tiles,
     scale_split_rows,
     select_head,
@@ -223,8 +223,7 @@ def mla_prefill_kernel(
     EVEN_QK: tl.constexpr,  # Dqk is D0 + D1
     EVEN_V: tl.constexpr,  # Dv is V0 + V1
 ):
-    head = (tl.program_id(0) // num_tiles).to(tl.int64)
-    tile = load_tile(tiles_ptr, tl.program_id(0) % num_tiles)
+    head, tile = program_tile(tiles_ptr, num_tiles)
     if tile.first >= tile.end:
         return
     row = tile.first + tl.arange(0, BLOCK_M)

@@ -21,7 +21,7 @@ from .ragged import (
     add_dot_split_rows,
     dot_split_rows,
     load_split_rows,
-    load_tile,
+    program_tile,
     scale_split_rows,
     select_head,
     store_split_rows,
@@ -58,8 +58,7 @@ def mla_prefill_backward_dkv_kernel(
     EVEN_V: tl.constexpr,  # Dv is V0 + V1
 ):
     """grad_k and grad_v of BLOCK_N keys of one head of k and v."""
-    kv_head = (tl.program_id(0) // num_tiles).to(tl.int64)
-    tile = load_tile(tiles_ptr, tl.program_id(0) % num_tiles)
+    kv_head, tile = program_tile(tiles_ptr, num_tiles)
     if tile.first >= tile.end:
         return
     key = tile.first + tl.arange(0, BLOCK_N)
@@ -201,8 +200,7 @@ def mla_prefill_backward_dq_kernel(
     EVEN_V: tl.constexpr,  # Dv is V0 + V1
 ):
     """grad_q of BLOCK_M queries of one head."""
-    head = (tl.program_id(0) // num_tiles).to(tl.int64)
-    tile = load_tile(tiles_ptr, tl.program_id(0) % num_tiles)
+    head, tile = program_tile(tiles_ptr, num_tiles)
     if tile.first >= tile.end:
         return
     row = tile.first + tl.arange(0, BLOCK_M)

@@ -159,10 +159,15 @@ def ragged_tiles_kernel(
 
 
 @triton.jit
-def load_tile(tiles_ptr, tile):
-    """The RaggedTile of entry `tile`."""
-    entry = tiles_ptr + 4 * tile
-    return RaggedTile(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3))
+def program_tile(
+    tiles_ptr,  # int32 [num_tiles, 4], of ragged_tiles
+    num_tiles,
+):
+    """The head (int64) and the RaggedTile of this program. The tiles of a head are consecutive."""
+    head = (tl.program_id(0) // num_tiles).to(tl.int64)
+    entry = tiles_ptr + 4 * (tl.program_id(0) % num_tiles)
+    first, end = tl.load(entry), tl.load(entry + 1)
+    return head, RaggedTile(first, end, tl.load(entry + 2), tl.load(entry + 3))
 
 
 def split_width(width: int) -> tuple[int, int]:
