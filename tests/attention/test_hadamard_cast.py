@@ -1,4 +1,4 @@
-"""hadamard_cast: against the matrix, and as transform and cast one after the other in fp32."""
+"""hadamard_cast: against the matrix, and against separate transform and cast in fp32."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from deepkern.testing import compare
 
 @pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
 def test_against_the_matrix(backend, scale_format, generator):
-    """Dequantised, in float64, as good as FP8 allows."""
+    """Dequantized, in float64, within the rounding error of FP8."""
     N = 256
     x = torch.randn(5, N, generator=generator, device=generator.device).bfloat16()
-    ones = [[(i & j).bit_count() for j in range(N)] for i in range(N)]
-    H = (-1.0) ** torch.tensor(ones, dtype=torch.float64, device=x.device)
+    exponents = [[(i & j).bit_count() for j in range(N)] for i in range(N)]
+    H = (-1.0) ** torch.tensor(exponents, dtype=torch.float64, device=x.device)
     want = (x.double() @ H) * N**-0.5
     q, scale = deepkern.hadamard_cast(x, N**-0.5, scale_format)
     assert q.shape == (5, N) and scale.shape == (5, 2)
@@ -28,7 +28,7 @@ def test_against_the_matrix(backend, scale_format, generator):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("N", [1, 16, 128, 512, 2048])
-def test_transform_and_cast_one_after_the_other(backend, dtype, N, generator):
+def test_same_bits_as_transform_then_cast(backend, dtype, N, generator):
     x = torch.randn(3, 2, N + 5, generator=generator, device=generator.device).to(dtype)
     x = x[..., 3 : 3 + N]
     for scale_format in ("fp32", "ue8m0"):
@@ -40,14 +40,14 @@ def test_transform_and_cast_one_after_the_other(backend, dtype, N, generator):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "gfx942"])
-def test_targets_without_the_cast(target, generator):
+def test_targets_without_native_cast(target, generator):
     x = torch.randn(9, 128, generator=generator, device=generator.device)
     with arch.compile_for(arch.ARCHS[target]), deepkern.backend("triton"):
         got = deepkern.hadamard_cast(x, 0.1)
     compare.assert_matches("hadamard_cast", got, deepkern.reference.hadamard_cast(x, 0.1))
 
 
-def test_special_rows_stay_apart(backend, generator):
+def test_special_rows_do_not_affect_others(backend, generator):
     x = torch.randn(40, 128, generator=generator, device=generator.device)
     x[3], x[5, 7], x[6, 0] = 0.0, torch.nan, torch.inf
     q, scale = deepkern.hadamard_cast(x)
@@ -58,7 +58,7 @@ def test_special_rows_stay_apart(backend, generator):
     compare.assert_matches("hadamard_cast", alone, (q[33:34], scale[33:34]))
 
 
-def test_refuses(backend):
+def test_errors(backend):
     for N in (3, 4096):
         with pytest.raises(ValueError, match="hadamard_cast: x: expected a power of two up to"):
             deepkern.hadamard_cast(torch.zeros(2, N))

@@ -12,7 +12,7 @@ REAL = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def matrix(N: int, device) -> torch.Tensor:
-    """(-1)^(ones that i and j have in common), entry by entry."""
+    """(-1)^popcount(i & j), one entry at a time."""
     rows = [[(-1.0) ** (i & j).bit_count() for j in range(N)] for i in range(N)]
     return torch.tensor(rows, dtype=torch.float64, device=device)
 
@@ -25,8 +25,8 @@ def test_against_the_matrix(backend, N, generator):
 
 
 @pytest.mark.parametrize("N", [2048, 4096, 32768])
-def test_long_rows_by_their_parts(backend, N, generator):
-    """H of 2N is [[H, H], [H, -H]]; integers, so that every sum is exact."""
+def test_long_rows_against_their_halves(backend, N, generator):
+    """H of size 2N is [[H, H], [H, -H]]. The values are integers, so every sum is exact."""
     x = torch.randint(-3, 4, (2, N), generator=generator, device=generator.device).float()
     got = deepkern.hadamard_transform(x)
     half = N // 2
@@ -37,7 +37,7 @@ def test_long_rows_by_their_parts(backend, N, generator):
 
 @pytest.mark.parametrize("dtype", REAL)
 @pytest.mark.parametrize("N", [16, 128, 4096])
-def test_bits_strides_and_one_rounding(backend, dtype, N, generator):
+def test_strides_and_single_rounding(backend, dtype, N, generator):
     x = torch.randn(3, 2, N + 5, generator=generator, device=generator.device).to(dtype)
     x = x[..., 3 : 3 + N]
     got = deepkern.hadamard_transform(x, N**-0.5)
@@ -46,14 +46,14 @@ def test_bits_strides_and_one_rounding(backend, dtype, N, generator):
     compare.assert_bitwise(got, deepkern.hadamard_transform(x.float(), N**-0.5).to(dtype))
 
 
-def test_a_row_does_not_see_the_others(backend, generator):
+def test_row_bits_independent_of_others(backend, generator):
     x = torch.randn(70, 128, generator=generator, device=generator.device)
-    whole = deepkern.hadamard_transform(x)
-    compare.assert_bitwise(deepkern.hadamard_transform(x[33:34]), whole[33:34])
+    together = deepkern.hadamard_transform(x)
+    compare.assert_bitwise(deepkern.hadamard_transform(x[33:34]), together[33:34])
     x[5, 7], x[6, 0] = torch.nan, torch.inf
-    spoiled = deepkern.hadamard_transform(x)
-    compare.assert_bitwise(spoiled, deepkern.reference.hadamard_transform(x))
-    assert spoiled.isfinite().all(1).sum() == 68
+    got = deepkern.hadamard_transform(x)
+    compare.assert_bitwise(got, deepkern.reference.hadamard_transform(x))
+    assert got.isfinite().all(1).sum() == 68
 
 
 def test_gradients(backend, generator):
@@ -62,14 +62,15 @@ def test_gradients(backend, generator):
     w = torch.randn(y.shape, generator=generator, device=y.device).requires_grad_()
     (grad,) = torch.autograd.grad(y, x, w, create_graph=True)
     compare.assert_close(grad, w.double() @ matrix(16, x.device) * 0.5)
-    (again,) = torch.autograd.grad(grad.square().sum(), w)
-    compare.assert_close(again, 2 * grad.double() @ matrix(16, x.device) * 0.5)
-    (spread,) = torch.autograd.grad(deepkern.hadamard_transform(x).sum(), x)  # a gradient expanded
-    assert torch.equal(spread, deepkern.hadamard_transform(torch.ones_like(x)))
+    (second,) = torch.autograd.grad(grad.square().sum(), w)
+    compare.assert_close(second, 2 * grad.double() @ matrix(16, x.device) * 0.5)
+    # The gradient of sum() is an expanded tensor, with strides 0.
+    (of_sum,) = torch.autograd.grad(deepkern.hadamard_transform(x).sum(), x)
+    assert torch.equal(of_sum, deepkern.hadamard_transform(torch.ones_like(x)))
 
 
 @pytest.mark.parametrize("N", [3, 100, 65536])
-def test_refuses(backend, N):
+def test_errors(backend, N):
     with pytest.raises(ValueError, match="hadamard_transform: x: expected a power of two up to"):
         deepkern.hadamard_transform(torch.zeros(2, N))
 
@@ -77,7 +78,7 @@ def test_refuses(backend, N):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", REAL)
 @pytest.mark.parametrize("N", [2**i for i in range(16)])
-def test_every_size(dtype, N, generator):
+def test_every_width(dtype, N, generator):
     x = torch.randn(1000, N, generator=generator, device=generator.device).to(dtype)
     with deepkern.backend("triton"):
         got = deepkern.hadamard_transform(x, N**-0.5)

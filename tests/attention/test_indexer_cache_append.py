@@ -1,4 +1,4 @@
-"""indexer_cache_append: the bytes of a page, scales of both formats, slots that must be skipped."""
+"""indexer_cache_append: the bytes of a page, scales of both formats, skipped slots."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from deepkern.runtime import arch
 from deepkern.testing import caches, compare, ops
 
 FP8 = torch.float8_e4m3fn
-FAR = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 def append(k, cache, slots, *rest) -> torch.Tensor:
+    """A copy of the cache with the keys appended."""
     cache = cache.clone()
     assert deepkern.indexer_cache_append(k, cache, slots, *rest) is None
     return cache
@@ -21,8 +22,8 @@ def append(k, cache, slots, *rest) -> torch.Tensor:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "gfx942"])
 @pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
-def test_the_bytes_of_a_page(backend, target, scale_format, generator):
-    """DeepGEMM's layout: all values of a page, then all its scales; as cast_per_token casts."""
+def test_bytes_of_a_page(backend, target, scale_format, generator):
+    """DeepGEMM's layout: the values of all tokens, then their scales; cast as by cast_per_token."""
     page, D = 3, 128
     k = torch.randn(4, D, generator=generator, device=generator.device).bfloat16()
     k[3] = 0
@@ -50,24 +51,24 @@ def test_the_bytes_of_a_page(backend, target, scale_format, generator):
 @pytest.mark.parametrize("page", [1, 2, 53])
 @pytest.mark.parametrize("D", [1, 64, 130, 300])
 def test_widths_and_pages(backend, dtype, page, D, generator):
-    """The scales of odd widths are not aligned."""
+    """With odd widths the scales are not aligned."""
     k, cache, slots = ops.inputs("indexer_cache_append", generator, 9, D=D, page=page, dtype=dtype)
     want = cache.clone()
     deepkern.reference.indexer_cache_append(k, want, slots, "ue8m0")
     compare.assert_bitwise(append(k, cache, slots, "ue8m0"), want)
-    deepkern.indexer_cache_append(k, cache, slots, "ue8m0")  # pages that are apart in memory
+    deepkern.indexer_cache_append(k, cache, slots, "ue8m0")  # in place, with strided pages
     compare.assert_bitwise(cache, want)
 
 
 def test_hostile_slots_write_nothing(backend, generator):
     k, cache, _ = ops.inputs("indexer_cache_append", generator, 7, D=32, page=4)
     slots = cache.shape[0] * cache.shape[1]
-    hostile = [-1, -(2**63), 2**63 - 1, slots, FAR, -FAR - 1, 2**32]
+    hostile = [-1, -(2**63), 2**63 - 1, slots, INT32_MAX, -INT32_MAX - 1, 2**32]
     slots = torch.tensor(hostile, device=k.device)
     compare.assert_bitwise(append(k, cache, slots), cache)
 
 
-def test_nan_and_inf_stay_in_their_token(backend, generator):
+def test_nan_and_inf_do_not_spread(backend, generator):
     k, cache, _ = ops.inputs("indexer_cache_append", generator, 3, D=64, page=4)
     slots = torch.arange(3, device=k.device)
     clean = append(k, cache, slots)
@@ -80,17 +81,17 @@ def test_nan_and_inf_stay_in_their_token(backend, generator):
     assert (((changed >= 64) & (changed < 192)) | ((changed >= 260) & (changed < 268))).all()
 
 
-def test_debug_and_refusals(generator, monkeypatch):
+def test_errors(generator, monkeypatch):
     k, cache, slots = ops.inputs("indexer_cache_append", generator, 3, D=32, page=4)
     name = "indexer_cache_append"
     with pytest.raises(ValueError, match=f"{name}: cache: expected last dimension 36"):
         append(k, cache[..., :-1], slots)
-    apart = torch.zeros(2, 5, 1, 36, dtype=torch.uint8, device=k.device)[:, ::2]
+    with_gaps = torch.zeros(2, 5, 1, 36, dtype=torch.uint8, device=k.device)[:, ::2]
     with pytest.raises(ValueError, match=f"{name}: cache: expected contiguous pages"):
-        deepkern.indexer_cache_append(k, apart, slots)
+        deepkern.indexer_cache_append(k, with_gaps, slots)
     with pytest.raises(ValueError, match=f"{name}: scale_format: expected 'fp32' or 'ue8m0'"):
         append(k, cache, slots, "int8")
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
-    for wrong, words in (([0, -2, 1], "slots in"), ([0, 4, 4], "each slot once")):
-        with pytest.raises(ValueError, match=f"{name}: slot_mapping: expected {words}"):
+    for wrong, expected in (([0, -2, 1], "slots in"), ([0, 4, 4], "each slot once")):
+        with pytest.raises(ValueError, match=f"{name}: slot_mapping: expected {expected}"):
             append(k, cache, torch.tensor(wrong, device=k.device))

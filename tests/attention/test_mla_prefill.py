@@ -1,6 +1,6 @@
 """mla_prefill and its backward: ragged, hostile and empty sequences, precision, invariance.
 
-Rows that belong to no sequence are NaN here, and so is every output before it is written.
+Rows outside all sequences are NaN in the inputs, and so is every output before it is written.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch.nn.functional as F
 import deepkern
 from deepkern.testing import compare, ops
 
-FAR = 2**31 - 1
-SMALL = {"Dqk": 48, "Dv": 32}
+INT32_MAX = 2**31 - 1
+SMALL = {"Dqk": 48, "Dv": 32}  # head widths for the interpreter
 FP32 = {"dtype": torch.float32}
 
 
 def check(args: tuple) -> tuple:
+    """The outputs of the selected backend, compared with the reference."""
     got = deepkern.mla_prefill(*args)
     compare.assert_matches("mla_prefill", got, deepkern.reference.mla_prefill(*args))
     return got
@@ -30,28 +31,54 @@ def plain(args: tuple, b: int, dtype: torch.dtype = torch.float64) -> torch.Tens
     q, k, v, cu_q, cu_k, scale, causal = args
     rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
     q, k, v = (x.transpose(0, 1).to(dtype) for x in (q[rows], k[keys], v[keys]))
-    seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    attn_mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
     if causal:
-        seen = seen.tril(k.shape[1] - q.shape[1])
+        attn_mask = attn_mask.tril(k.shape[1] - q.shape[1])
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[0] != k.shape[0]
+        q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=q.shape[0] != k.shape[0]
     )
     return out.transpose(0, 1)
 
 
+def one_sequence(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The boundaries of one sequence that is all rows, for each tensor: int32 [2]."""
+    return [torch.tensor([0, len(x)], dtype=torch.int32, device=x.device) for x in tensors]
+
+
+def sequence(args: tuple, b: int) -> tuple[slice, slice, tuple]:
+    """Rows and keys of sequence b, and the arguments of a call with it alone."""
+    q, k, v, cu_q, cu_k, *rest = args
+    rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
+    return rows, keys, (q[rows], k[keys], v[keys], *one_sequence(q[rows], k[keys]), *rest)
+
+
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kind", [{}, {"Hk": 1}, {"Hk": 2, "Dqk": 20, "Dv": 36}])
-def test_against_torchs_attention(backend, kind, causal, generator):
-    size = {"H": 4, **SMALL, **FP32, **kind}
-    args = ops.inputs("mla_prefill", generator, (30, 9), (45, 9), causal=causal, **size)
+@pytest.mark.parametrize(
+    ("Hk", "Dqk", "Dv"),
+    [(4, 48, 32), (1, 48, 32), (2, 20, 36)],
+    ids=["heads=4", "one-key-head", "odd-widths"],
+)
+def test_against_torch_attention(backend, Hk, Dqk, Dv, causal, generator):
+    args = ops.inputs(
+        "mla_prefill",
+        generator,
+        (30, 9),
+        (45, 9),
+        H=4,
+        Hk=Hk,
+        Dqk=Dqk,
+        Dv=Dv,
+        causal=causal,
+        **FP32,
+    )
     out, lse = deepkern.mla_prefill(*args)
     for b, rows in enumerate((slice(0, 30), slice(30, 39))):
         compare.assert_close(out[rows], plain(args, b))
     q, k, _, _, cu_k, scale, _ = args
     keys = k[: cu_k[1]].double().repeat_interleave(4 // k.shape[1], 1)
     scores = torch.einsum("mhd,nhd->hmn", q[:30].double(), keys) * scale
-    ahead = torch.ones_like(scores, dtype=torch.bool).triu(45 - 30 + 1) & causal
-    compare.assert_close(lse[:, :30], scores.masked_fill(ahead, -math.inf).logsumexp(-1))
+    is_future = torch.ones_like(scores, dtype=torch.bool).triu(45 - 30 + 1) & causal
+    compare.assert_close(lse[:, :30], scores.masked_fill(is_future, -math.inf).logsumexp(-1))
 
 
 @pytest.mark.parametrize(("H", "Hk"), [(1, 1), (3, 3), (3, 1), (16, 16), (16, 1), (6, 2)])
@@ -62,7 +89,7 @@ def test_heads(backend, H, Hk, generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("widths", [(192, 128), (1, 130), (100, 1), (65, 3), (17, 0), (0, 16)])
 def test_widths(backend, widths, dtype, generator):
-    Dqk, Dv = widths  # narrow ones want many heads: of few values the error varies much
+    Dqk, Dv = widths  # with H = 8, narrow widths have enough values for a stable error
     scaled = ops.inputs("mla_prefill", generator, (100,), H=8, Dqk=max(Dqk, 1), Dv=Dv, dtype=dtype)
     q, k, *rest = scaled
     check((q[..., :Dqk], k[..., :Dqk], *rest))
@@ -70,15 +97,15 @@ def test_widths(backend, widths, dtype, generator):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_lengths(backend, causal, generator):
-    """Both sides empty, one key, one query, a tile more and less a row, q longer than k."""
+    """Both sides empty, one key, one query, a tile plus and minus a row, q longer than k."""
     lengths, lengths_k = (0, 1, 63, 129, 5, 130, 0), (0, 63, 1, 129, 0, 257, 7)
     args = ops.inputs(
         "mla_prefill", generator, lengths, lengths_k, H=2, causal=causal, unused=2, **SMALL
     )
     out, lse = check(args)
-    for lonely in (slice(0, 2), slice(195, 200), slice(-2, None)):  # no sequence, or no keys
-        assert (out[lonely] == 0).all() and (lse[:, lonely] == -math.inf).all()
-    if causal:  # 63 queries, one key: only the last sees it
+    for rows in (slice(0, 2), slice(195, 200), slice(-2, None)):  # without a sequence or keys
+        assert (out[rows] == 0).all() and (lse[:, rows] == -math.inf).all()
+    if causal:  # 63 queries, one key: it is visible to the last query only
         assert (lse[:, 3:65] == -math.inf).all() and lse[:, 65].isfinite().all()
 
 
@@ -93,22 +120,19 @@ def test_strides(backend, generator):
         compare.assert_bitwise(a, b)
 
 
-def test_a_sequence_does_not_see_the_batch(backend, generator):
-    """Alone, or anywhere in a batch: the same bits."""
+def test_sequence_bits_independent_of_batch(backend, generator):
+    """A sequence has the same bits alone and at any position in a batch."""
     lengths, lengths_k = (129, 40, 3), (200, 70, 3)
     args = ops.inputs("mla_prefill", generator, lengths, lengths_k, H=2, unused=3, **SMALL)
-    q, k, v, cu_q, cu_k, *rest = args
     out, lse = deepkern.mla_prefill(*args)
     for b in range(3):
-        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
-        edges = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device)
-                 for x in (q[rows], k[keys])]  # fmt: skip
-        alone, alone_lse = deepkern.mla_prefill(q[rows], k[keys], v[keys], *edges, *rest)
+        rows, _, own_args = sequence(args, b)
+        alone, alone_lse = deepkern.mla_prefill(*own_args)
         compare.assert_bitwise(alone, out[rows])
         compare.assert_bitwise(alone_lse, lse[:, rows])
 
 
-@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, 25])
+@pytest.mark.parametrize("hostile", [-1, -INT32_MAX - 1, INT32_MAX, 25])
 @pytest.mark.parametrize("side", [3, 4])
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_hostile_boundaries(backend, hostile, side, at, generator):
@@ -117,9 +141,9 @@ def test_hostile_boundaries(backend, hostile, side, at, generator):
     check(tuple(args))
 
 
-@pytest.mark.parametrize("round", range(4))
-def test_any_boundaries(backend, round, generator):
-    """Whatever they hold, nothing outside the tensors is touched and every output is written."""
+@pytest.mark.parametrize("repeat", range(4))
+def test_random_boundaries(backend, repeat, generator):
+    """No access outside the tensors, and every output is written."""
     q, k, v, _, _, *rest = ops.inputs(
         "mla_prefill", generator, (140,), (150,), H=1, **SMALL, **FP32
     )
@@ -133,13 +157,12 @@ def test_any_boundaries(backend, round, generator):
     check((q, k, v, cu_q, cu_k, *rest))
 
 
-def test_chunks_of_keys_and_of_queries_come_to_the_whole(backend, generator):
-    """Queries in two chunks over the keys so far; keys in two parts, merged by their lse."""
+def test_chunks_of_queries_and_keys(backend, generator):
+    """Queries in two chunks over the keys so far, and keys in two parts merged by lse."""
     q, k, v, _, _, scale, _ = ops.inputs("mla_prefill", generator, (100,), H=2, **SMALL, **FP32)
 
     def attend(q, k, v, causal):
-        edges = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device) for x in (q, k)]
-        return deepkern.mla_prefill(q, k, v, *edges, scale, causal)
+        return deepkern.mla_prefill(q, k, v, *one_sequence(q, k), scale, causal)
 
     out, lse = attend(q, k, v, True)
     head, head_lse = attend(q[:60], k[:60], v[:60], True)
@@ -154,13 +177,13 @@ def test_chunks_of_keys_and_of_queries_come_to_the_whole(backend, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_no_worse_than_twice_plain_pytorch(backend, dtype, generator):
+def test_error_at_most_twice_plain_pytorch(backend, dtype, generator):
     args = ops.inputs("mla_prefill", generator, (200,), H=2, dtype=dtype)
     q, k, v, _, _, scale, _ = args
     exact = plain(args, 0)
     scores = torch.einsum("mhd,nhd->hmn", q.float(), k.float()) * scale
-    ahead = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(ahead, -math.inf).softmax(-1).to(dtype)
+    is_future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(is_future, -math.inf).softmax(-1).to(dtype)
     rounded = torch.einsum("hmn,nhd->mhd", weights, v)
     got = deepkern.mla_prefill(*args)[0]
     assert compare.diff(got, exact) <= 2 * compare.diff(rounded, exact) + 1e-6
@@ -174,11 +197,11 @@ def test_large_scores(backend, generator):
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf])
-def test_a_spoiled_query_is_alone(backend, special, generator):
-    """In its head, too; and a spoiled key is in its sequence and head."""
+def test_nan_and_inf_do_not_spread(backend, special, generator):
+    """A query affects its row and head only, a key its sequence and head only."""
     args = ops.inputs("mla_prefill", generator, (40, 9), H=2, **SMALL)
     q, k, *rest = args
-    k[0, 0, 3] = 1.0  # or all scores might be -inf, which leaves zeros
+    k[0, 0, 3] = 1.0  # with other values all scores may be -inf, which gives zeros
     bad = q.clone()
     bad[5, 0, 3] = special
     out, lse = check((bad, k, *rest))
@@ -201,7 +224,7 @@ GRADIENTS = ("q", "k", "v")
 
 
 def gradients(args: tuple, grad_out: torch.Tensor, grad_lse: torch.Tensor | None) -> tuple:
-    """Through deepkern's autograd; of the loss <grad_out, out> + <grad_lse, lse where finite>."""
+    """Gradients of the loss <grad_out, out> + <grad_lse, lse where finite>, by deepkern."""
     inputs = [x.detach().requires_grad_() for x in args[:3]]
     out, lse = deepkern.mla_prefill(*inputs, *args[3:])
     outputs, grads = [out], [grad_out]
@@ -211,60 +234,59 @@ def gradients(args: tuple, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
 
 
 def plain_gradients(args: tuple, grad_out, grad_lse, dtype=torch.float64) -> tuple:
-    """The same by torch's autograd in `dtype` through a softmax over all rows and keys at once."""
+    """The same by torch's autograd in `dtype`, through one softmax over all rows and keys."""
     q, k, v = (x.detach().nan_to_num().to(dtype).requires_grad_() for x in args[:3])
     cu_q, cu_k, scale, causal = args[3:]
     group = q.shape[1] // k.shape[1]
     row = torch.arange(len(q), device=q.device)[:, None]
     key = torch.arange(len(k), device=q.device)
-    seen = torch.zeros(len(q), len(k), dtype=torch.bool, device=q.device)
-    edges = list(zip(cu_q.tolist(), cu_k.tolist(), strict=True))
-    for (q0, k0), (q1, k1) in zip(edges, edges[1:], strict=False):
-        inside = (q0 <= row) & (row < q1) & (k0 <= key) & (key < k1)
-        seen |= inside & (key - k1 <= row - q1) if causal else inside
-    shared_k, shared_v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = torch.einsum("mhd,nhd->hmn", q, shared_k) * scale
-    lonely = ~seen.any(1)
-    scores = scores.masked_fill(~(seen | lonely[:, None]), -math.inf)
-    weights = scores.softmax(-1).masked_fill(lonely[:, None], 0)
-    out = torch.einsum("hmn,nhd->mhd", weights, shared_v)
+    attn_mask = torch.zeros(len(q), len(k), dtype=torch.bool, device=q.device)
+    bounds = list(zip(cu_q.tolist(), cu_k.tolist(), strict=True))
+    for (q0, k0), (q1, k1) in zip(bounds, bounds[1:], strict=False):
+        same_sequence = (q0 <= row) & (row < q1) & (k0 <= key) & (key < k1)
+        attn_mask |= same_sequence & (key - k1 <= row - q1) if causal else same_sequence
+    k_per_head, v_per_head = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("mhd,nhd->hmn", q, k_per_head) * scale
+    no_keys = ~attn_mask.any(1)
+    scores = scores.masked_fill(~(attn_mask | no_keys[:, None]), -math.inf)
+    weights = scores.softmax(-1).masked_fill(no_keys[:, None], 0)
+    out = torch.einsum("hmn,nhd->mhd", weights, v_per_head)
     loss = (out * grad_out).sum()
     if grad_lse is not None:
-        loss = loss + (scores.logsumexp(-1) * grad_lse.to(dtype))[:, ~lonely].sum()
+        loss = loss + (scores.logsumexp(-1) * grad_lse.to(dtype))[:, ~no_keys].sum()
     return torch.autograd.grad(loss, (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "with_lse"),
+    ("H", "Hk", "Dqk", "Dv", "dtype", "with_lse"),
     [
-        ({}, False),
-        ({"Hk": 1}, True),
-        ({"H": 2, "Hk": 1, **FP32}, True),
-        ({"dtype": torch.float16, "Dqk": 20, "Dv": 36}, True),
+        (4, 4, 48, 32, torch.bfloat16, False),
+        (4, 1, 48, 32, torch.bfloat16, True),
+        (2, 1, 48, 32, torch.float32, True),
+        (4, 4, 20, 36, torch.float16, True),
     ],
+    ids=["out-only", "one-key-head", "fp32", "fp16-odd-widths"],
 )
-def test_gradients_against_autograd(backend, kind, with_lse, causal, generator):
-    """Ragged: q longer than k, k longer than q, either empty, rows of no sequence."""
-    size = {"H": 4, "unused": 2, **SMALL, **kind}
+def test_gradients_against_autograd(backend, H, Hk, Dqk, Dv, dtype, with_lse, causal, generator):
+    """Ragged: q longer than k, k longer than q, either empty, rows outside all sequences."""
     args = ops.inputs(
-        "mla_prefill", generator, (50, 40, 7, 0), (75, 30, 0, 8), causal=causal, **size
-    )
+        "mla_prefill", generator, (50, 40, 7, 0), (75, 30, 0, 8),
+        H=H, Hk=Hk, Dqk=Dqk, Dv=Dv, dtype=dtype, causal=causal, unused=2,
+    )  # fmt: skip
     q, v = args[0], args[2]
-    grad_out = torch.randn(*q.shape[:2], v.shape[2], generator=generator, device=q.device).to(
-        q.dtype
-    )
-    grad_lse = None
+    grad_out = torch.randn(*q.shape[:2], v.shape[2], generator=generator, device=q.device)
+    grad_out, grad_lse = grad_out.to(q.dtype), None
     if with_lse:
         grad_lse = torch.randn(q.shape[1], len(q), generator=generator, device=q.device)
     got = gradients(args, grad_out, grad_lse)
-    # The op takes delta from the rounded `out`, as any flash attention does: part of its error.
+    # The op computes delta from the rounded `out`, as in FlashAttention: part of its error.
     want = plain_gradients(args, grad_out, grad_lse)
     for name, a, b in zip(GRADIENTS, got, want, strict=True):
         compare.assert_close(a, b, name)
 
 
-def test_gradients_no_worse_than_twice_plain_pytorch(backend, generator):
+def test_gradient_error_at_most_twice_pytorch(backend, generator):
     args = ops.inputs("mla_prefill", generator, (150,), H=2)
     grad_out = torch.randn(150, 2, 128, generator=generator, device=generator.device).bfloat16()
     exact = plain_gradients(args, grad_out, None)
@@ -274,61 +296,57 @@ def test_gradients_no_worse_than_twice_plain_pytorch(backend, generator):
         assert compare.diff(a, c) <= 2 * compare.diff(b, c) + 1e-6
 
 
-def test_gradient_of_lse_alone(backend, generator):
-    """What context parallelism's merging sends back through lse."""
+def test_gradient_of_lse_only(backend, generator):
+    """As in context parallelism, where merging has a gradient through lse."""
     q, k, v, *rest = ops.inputs("mla_prefill", generator, (40,), H=2, **SMALL, **FP32)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     grad_lse = torch.randn(2, 40, generator=generator, device=q.device)
     got = torch.autograd.grad(deepkern.mla_prefill(*inputs, *rest)[1], inputs, grad_lse)
-    none = torch.zeros(40, 2, 32, device=q.device)
-    want = plain_gradients((q, k, v, *rest), none, grad_lse)
+    grad_out = torch.zeros(40, 2, 32, device=q.device)
+    want = plain_gradients((q, k, v, *rest), grad_out, grad_lse)
     for name, a, b in zip(GRADIENTS[:2], got, want, strict=False):
         compare.assert_close(a, b, name)
     assert (got[2] == 0).all()
 
 
-def test_gradients_of_merged_parts_are_those_of_the_whole(backend, generator):
-    """Keys in two parts, merged by lse; some queries see nothing of the second part."""
+def test_gradients_through_merge_states(backend, generator):
+    """Keys in two parts, merged by lse; the second part is not visible to some queries."""
     q, k, v, _, _, scale, _ = ops.inputs("mla_prefill", generator, (60,), H=2, **SMALL, **FP32)
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def attend(q, k, v):
-        edges = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device) for x in (q, k)]
-        return deepkern.mla_prefill(q, k, v, *edges, scale, True)
+        return deepkern.mla_prefill(q, k, v, *one_sequence(q, k), scale, True)
 
-    whole, _ = attend(q, k, v)
-    new = attend(q, k[25:], v[25:])  # queries 0 to 24 see none of these
+    out, _ = attend(q, k, v)
+    new = attend(q, k[25:], v[25:])  # not visible to queries 0 to 24
     head, _ = attend(q[:25], k[:25], v[:25])
-    edges = [torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (60, 25)]
-    old = deepkern.mla_prefill(q, k[:25], v[:25], *edges, scale, False)
+    old = deepkern.mla_prefill(q, k[:25], v[:25], *one_sequence(q, k[:25]), scale, False)
     merged = torch.cat((head, deepkern.merge_states(*old, *new)[0][25:]))
     grad = torch.randn(60, 2, 32, generator=generator, device=q.device)
     got = torch.autograd.grad(merged, inputs, grad)
-    for a, b in zip(got, torch.autograd.grad(whole, inputs, grad), strict=True):
+    for a, b in zip(got, torch.autograd.grad(out, inputs, grad), strict=True):
         compare.assert_close(a, b.double())
 
 
-def test_gradients_of_a_sequence_do_not_see_the_batch(backend, generator):
+def test_gradient_bits_independent_of_batch(backend, generator):
     args = ops.inputs("mla_prefill", generator, (70, 33), (90, 20), H=2, Hk=1, unused=3, **SMALL)
-    q, k, v, cu_q, cu_k, *rest = args
+    q = args[0]
     grad = torch.randn(len(q), 2, 32, generator=generator, device=q.device).to(q.dtype)
-    together = gradients(args, grad, None)
+    in_batch = gradients(args, grad, None)
     for b in range(2):
-        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
-        edges = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device)
-                 for x in (q[rows], k[keys])]  # fmt: skip
-        alone = gradients((q[rows], k[keys], v[keys], *edges, *rest), grad[rows], None)
-        for got, want, where in zip(alone, together, (rows, keys, keys), strict=True):
-            compare.assert_bitwise(got, want[where])
+        rows, keys, own_args = sequence(args, b)
+        alone = gradients(own_args, grad[rows], None)
+        for got, want, part in zip(alone, in_batch, (rows, keys, keys), strict=True):
+            compare.assert_bitwise(got, want[part])
 
 
-@pytest.mark.parametrize("round", range(4))
-def test_gradients_with_any_boundaries(backend, round, generator):
-    """Nothing outside the tensors is touched, and every gradient is written."""
+@pytest.mark.parametrize(("at", "hostile"), [(0, -1), (1, INT32_MAX), (2, -INT32_MAX - 1), (3, 0)])
+def test_gradients_with_random_boundaries(backend, at, hostile, generator):
+    """No access outside the tensors, and every gradient is written."""
     args = list(ops.inputs("mla_prefill", generator, (150,), (140,), H=2, Hk=1, **SMALL, **FP32))
     for side in (3, 4):
         near = torch.randint(-20, 180, (6,), generator=generator, device=generator.device).int()
-        near[round] = (-1, FAR, -FAR - 1, 0)[round]
+        near[at] = hostile
         args[side] = near
     out, lse = deepkern.reference.mla_prefill(*args)
     grad = torch.randn(out.shape, generator=generator, device=out.device)
@@ -338,7 +356,7 @@ def test_gradients_with_any_boundaries(backend, round, generator):
     compare.assert_matches("mla_prefill_backward", got, want)
 
 
-def test_debug_names_what_is_wrong(generator, monkeypatch):
+def test_debug_errors(generator, monkeypatch):
     q, k, v, cu_q, cu_k, *rest = ops.inputs("mla_prefill", generator, (4, 5), H=1, **SMALL)
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     with pytest.raises(ValueError, match="mla_prefill: cu_seqlens_q: expected ascending values in"):
@@ -347,13 +365,13 @@ def test_debug_names_what_is_wrong(generator, monkeypatch):
         deepkern.mla_prefill(q, k, v, cu_q, cu_k.flip(0), *rest)
 
 
-def test_refuses(generator):
+def test_errors(generator):
     q, k, v, cu_q, cu_k, scale, causal = ops.inputs("mla_prefill", generator, (4, 5), H=4, **SMALL)
     with pytest.raises(TypeError, match="mla_prefill: v: expected dtype torch.bfloat16"):
         deepkern.mla_prefill(q, k, v.half(), cu_q, cu_k, scale)
-    with pytest.raises(ValueError, match="mla_prefill: k: expected heads of which the 4 of q"):
+    with pytest.raises(ValueError, match="mla_prefill: k: expected a number of heads that"):
         deepkern.mla_prefill(q, k[:, :3], v[:, :3], cu_q, cu_k, scale)
-    with pytest.raises(ValueError, match="mla_prefill: k: expected heads of which the 4 of q"):
+    with pytest.raises(ValueError, match="mla_prefill: k: expected a number of heads that"):
         deepkern.mla_prefill(q, k[:, :0], v[:, :0], cu_q, cu_k, scale)
     with pytest.raises(ValueError, match="mla_prefill: cu_seqlens_q: expected B"):
         deepkern.mla_prefill(q, k, v, cu_q[:0], cu_k[:0], scale)
@@ -363,23 +381,29 @@ def test_refuses(generator):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [(2048, 0, 3000), (4097,), (8192,), (1,) * 300])
+@pytest.mark.parametrize(
+    "lengths",
+    [(2048, 0, 3000), (4097,), (8192,), (1,) * 300],
+    ids=["2048-0-3000", "4097", "8192", "300x1"],
+)
 @pytest.mark.parametrize(("H", "Hk"), [(16, 16), (16, 1), (128, 128)])
 def test_long_sequences(lengths, H, Hk, causal, generator):
-    """Against float64 head by head, which the oracle's scores of all heads leave no room for."""
+    """Against float64, one head at a time: the reference's scores of all heads need much memory."""
     args = ops.inputs("mla_prefill", generator, lengths, H=H, Hk=Hk, causal=causal, unused=5)
     q, k, v, *rest = args
     with deepkern.backend("triton"):
         out, lse = deepkern.mla_prefill(*args)
     for head in range(0, H, max(H // 4, 1)):
-        mine, shared = slice(head, head + 1), slice(head // (H // Hk), head // (H // Hk) + 1)
-        want = deepkern.reference.mla_prefill(q[:, mine], k[:, shared], v[:, shared], *rest)
-        compare.assert_matches("mla_prefill", (out[:, mine], lse[mine]), want)
+        one, kv = slice(head, head + 1), slice(head // (H // Hk), head // (H // Hk) + 1)
+        want = deepkern.reference.mla_prefill(q[:, one], k[:, kv], v[:, kv], *rest)
+        compare.assert_matches("mla_prefill", (out[:, one], lse[one]), want)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [(2048, 0, 3000), (8192,), (1,) * 300])
+@pytest.mark.parametrize(
+    "lengths", [(2048, 0, 3000), (8192,), (1,) * 300], ids=["2048-0-3000", "8192", "300x1"]
+)
 @pytest.mark.parametrize(("H", "Hk"), [(16, 16), (16, 2), (128, 128)])
 def test_gradients_of_long_sequences(lengths, H, Hk, causal, generator):
     size = {"H": H, "Hk": Hk, "causal": causal, "unused": 5, "from_lse": True}
@@ -391,11 +415,11 @@ def test_gradients_of_long_sequences(lengths, H, Hk, causal, generator):
         compare.assert_bitwise(a, b)
     grad_out, q, k, v, out, lse, *rest, grad_lse = args
     group = H // Hk
-    for shared in range(0, Hk, max(Hk // 4, 1)):
-        mine, one = slice(shared * group, (shared + 1) * group), slice(shared, shared + 1)
+    for kv_head in range(0, Hk, max(Hk // 4, 1)):
+        heads, kv = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
         want = deepkern.reference.mla_prefill_backward(
-            grad_out[:, mine], q[:, mine], k[:, one], v[:, one], out[:, mine], lse[mine],
-            *rest, grad_lse[mine],
+            grad_out[:, heads], q[:, heads], k[:, kv], v[:, kv], out[:, heads], lse[heads],
+            *rest, grad_lse[heads],
         )  # fmt: skip
-        for a, b in zip((got[0][:, mine], got[1][:, one], got[2][:, one]), want, strict=True):
+        for a, b in zip((got[0][:, heads], got[1][:, kv], got[2][:, kv]), want, strict=True):
             compare.assert_close(a, b)

@@ -1,6 +1,6 @@
 """paged_mqa_logits: against mqa_logits over gathered keys, pages and lengths of every kind.
 
-Every token of the cache that no sequence holds is NaN, and unused table entries are 2147480000.
+Tokens of the cache outside all sequences are NaN, and unused table entries are 2147480000.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from deepkern.runtime import arch
 from deepkern.testing import caches, compare, ops
 
 FP8 = torch.float8_e4m3fn
-FAR = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 def check(args: tuple) -> torch.Tensor:
+    """The output of the selected backend, compared with the reference."""
     got = deepkern.paged_mqa_logits(*args)
     compare.assert_matches("paged_mqa_logits", got, deepkern.reference.paged_mqa_logits(*args))
     return got
 
 
 @pytest.mark.parametrize("each", [False, True])
-def test_byte_by_byte(backend, each, generator):
-    """Every key read from its place in the page's bytes, every product written out."""
+def test_against_the_formula(backend, each, generator):
+    """Keys and scales are read from the bytes of their page."""
     args = ops.inputs(
         "paged_mqa_logits", generator, (11, 5), next_n=2, H=3, D=16, page=4, width=3, each=each
     )
@@ -46,13 +47,13 @@ def test_byte_by_byte(backend, each, generator):
 
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 @pytest.mark.parametrize("next_n", [1, 2, 3])
-def test_any_page_and_several_new_queries(backend, page, next_n, generator):
+def test_pages_and_new_queries(backend, page, next_n, generator):
     check(ops.inputs("paged_mqa_logits", generator, (0, 20, 140), next_n, H=3, D=32, page=page))
 
 
 @pytest.mark.parametrize("H", [1, 9, 64, 130])
 @pytest.mark.parametrize("D", [1, 128, 130])
-def test_any_heads_and_widths(backend, H, D, generator):
+def test_heads_and_widths(backend, H, D, generator):
     check(ops.inputs("paged_mqa_logits", generator, (70, 3), 2, H=H, D=D, page=16))
 
 
@@ -63,28 +64,27 @@ def test_edges_of_chunks(backend, length, generator):
 
 def test_fewer_columns_than_tokens(backend, generator):
     *args, width = ops.inputs("paged_mqa_logits", generator, (90, 30), 2, H=2, D=16, page=16)
-    whole = check((*args, width))
+    all_columns = check((*args, width))
     for width in (0, 1, 64, 89):
-        compare.assert_bitwise(check((*args, width)), whole[:, :width])
+        compare.assert_bitwise(check((*args, width)), all_columns[:, :width])
 
 
-def test_more_new_queries_than_there_are_tokens(backend, generator):
+def test_more_new_queries_than_tokens(backend, generator):
     args = ops.inputs("paged_mqa_logits", generator, (2, 0), 4, H=3, D=16, page=16)
-    seen = (~check(args).isneginf()).sum(1)
-    assert seen.tolist() == [0, 0, 1, 2, 0, 0, 0, 0]
+    num_visible = (~check(args).isneginf()).sum(1)
+    assert num_visible.tolist() == [0, 0, 1, 2, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("hostile", [-1, -FAR - 1, FAR, "blocks", caches.ABSENT])
-def test_hostile_pages_count_as_absent(backend, hostile, generator):
+@pytest.mark.parametrize("hostile", [-1, -INT32_MAX - 1, INT32_MAX, "num_pages", caches.ABSENT])
+def test_hostile_pages_are_not_visible(backend, hostile, generator):
     args = ops.inputs("paged_mqa_logits", generator, (60, 9), H=2, D=16, page=16)
     q, cache, weights, lengths, table, width = args
-    whole = check(args)
-    broken = table.clone()
-    broken[0, 1] = cache.shape[0] if hostile == "blocks" else hostile
-    got = check((q, cache, weights, lengths, broken, width))
-    assert got[0, 16:32].isneginf().all()
-    whole[0, 16:32] = -math.inf
-    compare.assert_bitwise(got, whole)
+    want = check(args)
+    hostile_table = table.clone()
+    hostile_table[0, 1] = cache.shape[0] if hostile == "num_pages" else hostile
+    got = check((q, cache, weights, lengths, hostile_table, width))
+    want[0, 16:32] = -math.inf
+    compare.assert_bitwise(got, want)
 
 
 @pytest.mark.parametrize("each", [False, True])
@@ -92,8 +92,8 @@ def test_hostile_lengths_are_clamped(backend, each, generator):
     q, cache, weights, lengths, table, _ = ops.inputs(
         "paged_mqa_logits", generator, (32, 32, 32), 2, H=2, D=16, page=16, each=each
     )
-    table = table[:, :2]  # no room for more
-    hostile = torch.tensor([-5, FAR, -FAR - 1], dtype=torch.int32, device=q.device)
+    table = table[:, :2]  # 32 tokens
+    hostile = torch.tensor([-5, INT32_MAX, -INT32_MAX - 1], dtype=torch.int32, device=q.device)
     clamped = hostile.clamp(0, 32)
     if each:
         hostile, clamped = hostile[:, None].expand(3, 2).clone(), clamped[:, None].expand(3, 2)
@@ -103,31 +103,31 @@ def test_hostile_lengths_are_clamped(backend, each, generator):
 
 
 def test_random_tables_and_lengths(backend, generator):
-    """Contents of every size, under the memory-checking interpreter."""
+    """Values of every magnitude, under the memory-checking interpreter."""
     q, cache, weights, lengths, table, _ = ops.inputs(
         "paged_mqa_logits", generator, (40,) * 6, 2, H=2, D=16, page=8
     )
-    for reach in (50, 2**31 - 1):
+    for limit in (50, 2**31 - 1):
         for x in (lengths, table):
-            random = torch.randint(-reach, reach, x.shape, generator=generator, device=x.device)
+            random = torch.randint(-limit, limit, x.shape, generator=generator, device=x.device)
             x.copy_(random)
         check((q, cache, weights, lengths, table, 70))
 
 
-def test_a_sequence_does_not_see_the_batch(backend, generator):
+def test_sequence_bits_independent_of_batch(backend, generator):
     args = ops.inputs("paged_mqa_logits", generator, (600, 3, 77), 2, H=64, D=128)
     q, cache, weights, lengths, table, width = args
-    whole = deepkern.paged_mqa_logits(*args)
+    together = deepkern.paged_mqa_logits(*args)
     for b in range(3):
         one, rows = slice(b, b + 1), slice(2 * b, 2 * b + 2)
         alone = deepkern.paged_mqa_logits(
             q[one], cache, weights[rows], lengths[one], table[one], width
         )
-        compare.assert_bitwise(alone, whole[rows])
+        compare.assert_bitwise(alone, together[rows])
 
 
-def test_the_same_as_mqa_logits(backend, generator):
-    """One sequence whose pages lie in order, bit for bit."""
+def test_same_bits_as_mqa_logits(backend, generator):
+    """For one sequence with consecutive pages."""
     kv = torch.randn(128, 32, generator=generator, device=generator.device)
     cache = caches.empty_indexer_cache(generator, 2, 64, 32)
     slots = torch.arange(128, device=kv.device)
@@ -141,14 +141,14 @@ def test_the_same_as_mqa_logits(backend, generator):
     compare.assert_bitwise(got, want)
 
 
-def test_targets_without_e4m3_agree(generator):
+def test_targets_without_native_fp8(generator):
     args = ops.inputs("paged_mqa_logits", generator, (70,), 2, H=3, D=32, page=16)
     for target in ("sm_80", "gfx942"):
         with arch.compile_for(arch.ARCHS[target]), deepkern.backend("triton"):
             check(args)
 
 
-def test_debug_and_refusals(generator, monkeypatch):
+def test_errors(generator, monkeypatch):
     args = ops.inputs("paged_mqa_logits", generator, (30,), 2, H=1, D=16, page=16)
     q, cache, weights, lengths, table, width = args
     name = "paged_mqa_logits"
@@ -172,7 +172,7 @@ def test_debug_and_refusals(generator, monkeypatch):
 @pytest.mark.parametrize("page", [1, 16, 53, 64, 576])
 @pytest.mark.parametrize("next_n", [1, 2, 4])
 def test_big_batches(H, page, next_n, generator):
-    """A tensor core adds up FP8 products in fewer bits than fp32: DeepGEMM's own bound, 5e-6."""
+    """Bound 5e-6, as in DeepGEMM's tests: tensor cores sum FP8 products in less than fp32."""
     lengths = [n * (i % 2) for n in (20, 140, 8192) for i in range(4)]
     args = ops.inputs("paged_mqa_logits", generator, lengths, next_n, H=H, page=page)
     with deepkern.backend("triton"):

@@ -1,4 +1,4 @@
-"""topk_indices: against torch.topk and sorted pairs; ties, special values, cuts of every kind."""
+"""topk_indices: against torch.topk and sorted pairs; ties, special values, one or more chunks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import deepkern
 from deepkern.runtime import native
 from deepkern.testing import compare, ops
 
-FAR = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 @pytest.fixture(params=["torch", "triton", "cpu"])
 def backend(request, device):
-    """Forces each backend in turn: here, native code too."""
+    """Each backend in turn, including native CPU code."""
     if request.param == "cpu" and device.type != "cpu":
-        pytest.skip("the cpu backend takes CPU tensors")
+        pytest.skip("the cpu backend needs CPU tensors")
     if request.param == "cpu" and native.native_op("topk_indices") is None:
         pytest.skip(native.missing_reason() or "deepkern._C was built without topk_indices")
     with deepkern.backend(request.param):
@@ -26,13 +26,14 @@ def backend(request, device):
 
 
 def check(logits, k, lengths=None) -> torch.Tensor:
+    """The output of the selected backend, compared with the reference."""
     got = deepkern.topk_indices(logits, k, lengths)
     compare.assert_bitwise(got, deepkern.reference.topk_indices(logits, k, lengths))
     return got
 
 
 def by_sorted_pairs(row: list[float], k: int) -> list[int]:
-    """Python's own order of (value, place), NaN as -inf."""
+    """The indices by Python's order of (value, -index), NaN as -inf."""
     pairs = sorted((-math.inf if x != x else x, -n) for n, x in enumerate(row))
     best = sorted(-n for _, n in pairs[::-1][:k])
     return best + [-1] * (k - len(best))
@@ -44,25 +45,25 @@ def test_against_sorted_pairs(backend, dtype, k, generator):
     logits, _, lengths = ops.inputs("topk_indices", generator, 6, 50, k, dtype, ragged=True)
     logits[1, ::3], logits[2, ::2], logits[3, 5:9] = math.nan, -math.inf, math.inf
     got = check(logits, k, lengths)
-    for row, length, chosen in zip(logits.tolist(), lengths.tolist(), got.tolist(), strict=True):
-        assert chosen == by_sorted_pairs(row[:length], k)
+    for row, length, indices in zip(logits.tolist(), lengths.tolist(), got.tolist(), strict=True):
+        assert indices == by_sorted_pairs(row[:length], k)
 
 
 @pytest.mark.parametrize(("N", "k"), [(1000, 64), (5000, 2048), (20000, 100), (70000, 2048)])
-def test_the_values_of_torch_topk(backend, N, k, generator):
-    """More chunks than one, and more than one round of them."""
+def test_against_torch_topk(backend, N, k, generator):
+    """One or more chunks, one or more rounds."""
     logits = torch.randn(2, N, generator=generator, device=generator.device)
     got = check(logits, k).long()
     want = logits.topk(k).values
     assert torch.equal(logits.gather(1, got).sort(1, descending=True).values, want)
 
 
-def test_ties_go_to_the_lower_index(backend, generator):
+def test_ties_select_the_lower_index(backend, generator):
     N, k = 40000, 3000
     logits = torch.zeros(4, N, device=generator.device)
     logits[1] = 5.5  # all equal
     logits[2, ::3] = -0.0  # equal to 0.0
-    logits[3, 17000:] = 1.0  # ties that lie in several chunks
+    logits[3, 17000:] = 1.0  # ties in several chunks
     logits[3, 39999] = 2.0
     got = check(logits, k)
     first = torch.arange(k, dtype=torch.int32, device=logits.device)
@@ -73,7 +74,7 @@ def test_ties_go_to_the_lower_index(backend, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_bits(backend, dtype, generator):
-    """Values of every magnitude and sign, subnormals, NaN and inf among them."""
+    """Values of every magnitude and sign, with subnormals, NaN and inf."""
     bits = torch.randint(-(2**31), 2**31, (3, 3000), generator=generator, device=generator.device)
     logits = bits.int().view(dtype)[:, :3000]
     for k in (1, 100, 2999):
@@ -88,21 +89,23 @@ def test_special_rows(backend, generator):
     logits = torch.tensor([math.nan, -math.inf, -1.0, math.inf, 0.0], device=device)
     assert check(logits[None], 3).tolist() == [[2, 3, 4]]
     assert check(logits[None], 4).tolist() == [[0, 2, 3, 4]]  # NaN and -inf tie
-    nothing = torch.full((2, 20000), -math.inf, device=device)
-    assert torch.equal(check(nothing, 5), torch.arange(5, device=device).int().expand(2, 5))
+    all_neg_inf = torch.full((2, 20000), -math.inf, device=device)
+    assert torch.equal(check(all_neg_inf, 5), torch.arange(5, device=device).int().expand(2, 5))
     assert check(logits[None], 7).tolist() == [[0, 1, 2, 3, 4, -1, -1]]
 
 
 def test_hostile_lengths_are_clamped(backend, generator):
     logits = torch.randn(6, 17000, generator=generator, device=generator.device)
-    lengths = torch.tensor([-1, -FAR - 1, 0, 3, 17001, FAR], dtype=torch.int32).to(logits.device)
+    lengths = torch.tensor([-1, -INT32_MAX - 1, 0, 3, 17001, INT32_MAX], dtype=torch.int32).to(
+        logits.device
+    )
     logits[3, 3:] = math.nan  # past the length
     got = check(logits, 50, lengths)
     assert (got[:3] == -1).all() and (got[4:] >= 0).all()
     assert got[3].tolist() == [0, 1, 2] + [-1] * 47
 
 
-def test_past_the_length_is_not_looked_at(backend, generator):
+def test_values_past_the_length_are_ignored(backend, generator):
     logits = torch.randn(2, 40000, generator=generator, device=generator.device)
     lengths = torch.tensor([100, 30000], dtype=torch.int32, device=logits.device)
     clean = check(logits, 2048, lengths)
@@ -111,12 +114,12 @@ def test_past_the_length_is_not_looked_at(backend, generator):
     compare.assert_bitwise(check(logits, 2048, lengths), clean)
 
 
-def test_a_row_does_not_see_the_others(backend, generator):
+def test_row_bits_independent_of_others(backend, generator):
     logits, k, lengths = ops.inputs("topk_indices", generator, 5, 3000, 300, ragged=True)
-    whole = deepkern.topk_indices(logits, k, lengths)
+    together = deepkern.topk_indices(logits, k, lengths)
     for s in range(5):
         alone = deepkern.topk_indices(logits[s : s + 1], k, lengths[s : s + 1])
-        compare.assert_bitwise(alone[0], whole[s])
+        compare.assert_bitwise(alone[0], together[s])
 
 
 def test_strides(backend, generator):
@@ -125,7 +128,7 @@ def test_strides(backend, generator):
     check(wide[:, :1].expand(3, 1), 2)
 
 
-def test_debug_and_refusals(generator, monkeypatch):
+def test_errors(generator, monkeypatch):
     logits, k, lengths = ops.inputs("topk_indices", generator, 3, 20, 4, ragged=True)
     for wrong in (-1, 4097):
         with pytest.raises(ValueError, match="topk_indices: k: expected a number from 0 to 4096"):
@@ -137,36 +140,36 @@ def test_debug_and_refusals(generator, monkeypatch):
 
 @pytest.fixture
 def native_op(isa):
-    """The native op by itself, under each instruction set."""
-    found = native.native_op("topk_indices")
-    if found is None:
+    """The native op without dispatch, under each instruction set."""
+    op = native.native_op("topk_indices")
+    if op is None:
         pytest.skip("deepkern._C was built without topk_indices")
-    return found
+    return op
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("N", "k"), [(31, 5), (4096, 1), (5000, 64), (30000, 300), (60000, 2048)])
 def test_native_code(native_op, dtype, N, k, seed):
-    """Rows long and short of a sample, ragged, their values in any order."""
+    """Rows longer and shorter than the sample, ragged, sorted or not."""
     generator = torch.Generator().manual_seed(seed)
     logits, _, lengths = ops.inputs("topk_indices", generator, 4, N, k, dtype, ragged=True)
     logits[1], logits[2, ::5] = logits[1].sort().values, math.nan
-    for given in (None, lengths):
-        want = deepkern.reference.topk_indices(logits, k, given)
-        compare.assert_bitwise(native_op(logits, k, given), want)
+    for row_lengths in (None, lengths):
+        want = deepkern.reference.topk_indices(logits, k, row_lengths)
+        compare.assert_bitwise(native_op(logits, k, row_lengths), want)
 
 
-def test_native_code_with_a_sample_that_misleads(native_op, seed):
-    """It sees the largest values, which are fewer than k, so all must be looked at again."""
-    N, k, random, places = 131072, 2048, 1, []
+def test_native_code_with_a_biased_sample(native_op, seed):
+    """The sample holds the largest values, fewer than k, so all values are collected again."""
+    N, k, random, sampled = 131072, 2048, 1, []
     for i in range(1024):
         random = (random * 1664525 + 1013904223) % 2**32
-        places.append(i * (N // 1024) + (random >> 8) % (N // 1024))
+        sampled.append(i * (N // 1024) + (random >> 8) % (N // 1024))
     logits = torch.randn(1, N, generator=torch.Generator().manual_seed(seed))
-    logits[0, places] += 100.0
+    logits[0, sampled] += 100.0
     want = deepkern.reference.topk_indices(logits, k)
     compare.assert_bitwise(native_op(logits, k, None), want)
-    logits[0, places] -= 200.0  # and the smallest: nearly all values are collected
+    logits[0, sampled] -= 200.0  # now the smallest values: nearly all values are collected
     want = deepkern.reference.topk_indices(logits, k)
     compare.assert_bitwise(native_op(logits, k, None), want)
 
@@ -175,12 +178,12 @@ def test_native_code_with_a_sample_that_misleads(native_op, seed):
 @pytest.mark.parametrize("N", [1, 2048, 16384, 16385, 131072, 2**20, 2**21 + 7])
 @pytest.mark.parametrize("S", [1, 3, 64])
 @pytest.mark.parametrize("k", [1, 512, 2048, 4096])
-def test_big_rows(S, N, k, generator):
+def test_long_rows(S, N, k, generator):
     logits = torch.randn(S, N, generator=generator, device=generator.device)
     with deepkern.backend("triton"):
         got = deepkern.topk_indices(logits, k)
-    best = min(k, N)
-    chosen = got[:, :best].long()
-    assert (chosen.diff(dim=1) > 0).all() and (got[:, best:] == -1).all()
-    values = logits.gather(1, chosen).sort(1, descending=True).values
-    assert torch.equal(values, logits.topk(best).values)
+    count = min(k, N)
+    indices = got[:, :count].long()
+    assert (indices.diff(dim=1) > 0).all() and (got[:, count:] == -1).all()
+    values = logits.gather(1, indices).sort(1, descending=True).values
+    assert torch.equal(values, logits.topk(count).values)

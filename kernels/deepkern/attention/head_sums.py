@@ -1,15 +1,20 @@
-"""The arithmetic of the lightning indexer, shared by its two kernels: how keys score for queries.
+"""Shared by `mqa_logits` and `paged_mqa_logits`: the score of a tile of keys for some queries.
 
     sum[n, s] = Σ_h weights[s, h] · ReLU(kv[n] · q[s, h])
 
-A tile multiplies KEYS keys (rows) by the heads of some queries (columns), each query's heads padded
-to a power of two. Keys are the rows because a tensor core's result has a thread hold most heads of
-a key and query, so the sum over heads is taken in registers, and needs no more than two shuffles.
-Its order is fixed: neighbours by a multiplication and a fused multiply-add, then halves onto halves
-(and where HEADS is less than H, such sums in turn). Hence a query's bits depend on no other query
-and not on how many a tile takes. Launch with `enable_fp_fusion=False`.
+Parallelization: one call computes the scores of KEYS keys for QUERIES queries in one program. It
+multiplies the keys (rows) by the heads of all queries (columns); the heads of each query are padded
+to HEADS, a power of two. With keys as rows, one thread holds most heads of a key and query in the
+tensor core's result, so the sum over heads needs registers and at most two shuffles.
 
-Source: DeepSeek-V3.2 (arXiv 2512.02556), section 2.1; DeepGEMM has the keys as rows, too.
+The order of the sum is fixed: pairs of neighbours by a multiplication and a fused multiply-add,
+then the second half onto the first. If HEADS is less than H, these sums are added one after
+another. So the bits of a query depend neither on other queries nor on QUERIES. The kernels are
+compiled with `enable_fp_fusion=False`, because fusion could change the order.
+
+Limit: see mqa_logits.py and paged_mqa_logits.py.
+
+Source: DeepSeek-V3.2 (arXiv 2512.02556), section 2.1; DeepGEMM, which has keys as rows, too.
 """
 
 from __future__ import annotations
@@ -25,10 +30,10 @@ from ..quant.fp8 import matrix_operand
 from ..runtime.arch import Arch
 from ..runtime.contract import check_that
 
-WIDE = 128  # of the head dimension, multiplied at a time
+MAX_D_BLOCK = 128  # columns of the head dimension per product
 
-# (keys, columns, warps, stages) that compile without spills: where one product takes all heads and
-# all of D, and where sums over parts, or the addresses of single bytes, take registers too.
+# Tiles that compile without spills, as (keys, columns, warps, stages). First: one product computes
+# all heads and all of D. Second: sums over several products, or byte addresses, need registers too.
 TILES = {
     "sm_80": ((64, 64, 4, 3), (64, 64, 8, 3)),
     "sm_89": ((64, 128, 4, 3), (64, 64, 8, 3)),
@@ -41,93 +46,153 @@ TILES = {
 
 
 class Tile(NamedTuple):
-    """How a launch is cut."""
+    """The tile of one program, and how it is compiled."""
 
     keys: int
     queries: int
-    heads: int  # of a query, multiplied at a time
-    wide: int  # of the head dimension, multiplied at a time
+    heads: int  # of a query, per product
+    d_block: int  # columns of the head dimension, per product
     warps: int
     stages: int
 
+    def options(self, H: int, D: int) -> dict[str, object]:
+        """The compile-time arguments of a kernel for H heads of D values."""
+        return {
+            "KEYS": self.keys,
+            "QUERIES": self.queries,
+            "HEADS": self.heads,
+            "D_BLOCK": self.d_block,
+            "ONE_PRODUCT": self.heads >= H and self.d_block >= D,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": False,
+        }
 
-def tile_for(target: Arch, H: int, D: int, most: int) -> Tile:
-    """The tile for H heads of D values, at most `most` queries wide."""
-    at_once, in_parts = TILES[target.name]
-    keys, columns, warps, stages = at_once
-    if at_once[1] < H or D > WIDE or D % 16:
-        keys, columns, warps, stages = in_parts
+
+class QueryRows(NamedTuple):
+    """The queries of a program and their weights."""
+
+    q_ptrs: tl.tensor  # [QUERIES], pointers to head 0: FP8 or its bytes [H, D]
+    weight_ptrs: tl.tensor  # [QUERIES], pointers to fp32 [H]
+    mask: tl.tensor  # [QUERIES]
+    head_stride: tl.tensor  # of q, elements
+    H: tl.tensor
+    D: tl.tensor
+
+
+def choose_query_tile(target: Arch, H: int, D: int, max_queries: int) -> Tile:
+    """The tile for H heads of D values, with at most `max_queries` queries."""
+    one_product, several_products = TILES[target.name]
+    keys, columns, warps, stages = one_product
+    if columns < H or D > MAX_D_BLOCK or D % 16:
+        keys, columns, warps, stages = several_products
     heads = min(max(next_power_of_2(H), 2), columns)
-    wide = min(max(next_power_of_2(D), 32), WIDE)
-    queries = max(min(columns // heads, most), 16 // heads, 1)
-    return Tile(keys, queries, heads, wide, warps, stages)
+    d_block = min(max(next_power_of_2(D), 32), MAX_D_BLOCK)
+    queries = max(min(columns // heads, max_queries), 16 // heads, 1)
+    return Tile(keys, queries, heads, d_block, warps, stages)
 
 
 def check_queries(op: str, q: Tensor) -> None:
-    """Raises ValueError unless the heads of a query are in reach of 32-bit offsets."""
+    """Raises ValueError if offsets of heads within a query exceed 32 bits."""
     check_that(op, "q", (q.shape[-2] - 1) * q.stride(-2) < 2**31,
                "heads within 2**31 elements", f"strides {q.stride()}")  # fmt: skip
 
 
 @triton.jit
-def load_queries(q, H, D, first_head, first, HEADS: tl.constexpr, WIDE: tl.constexpr):
-    """[QUERIES * HEADS, WIDE] of q from that head and column on; zeros outside."""
-    QUERIES: tl.constexpr = q[0].shape[0]
+def load_query_block(
+    queries,  # QueryRows
+    first_head,
+    first_column,
+    HEADS: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+):
+    """A block of q: [QUERIES * HEADS, D_BLOCK]; zeros outside."""
+    QUERIES: tl.constexpr = queries.mask.shape[0]
     head = first_head + tl.arange(0, HEADS)
-    column = (first + tl.arange(0, WIDE))[None, None, :]
-    at = q[0][:, None, None] + head[None, :, None] * q[2] + column
-    inside = q[1][:, None, None] & (head < H)[None, :, None] & (column < D)
-    return tl.reshape(tl.load(at, mask=inside, other=0.0), (QUERIES * HEADS, WIDE))
+    column = (first_column + tl.arange(0, D_BLOCK))[None, None, :]
+    ptrs = queries.q_ptrs[:, None, None] + head[None, :, None] * queries.head_stride + column
+    head_mask = (head < queries.H)[None, :, None]
+    mask = queries.mask[:, None, None] & head_mask & (column < queries.D)
+    return tl.reshape(tl.load(ptrs, mask=mask, other=0.0), (QUERIES * HEADS, D_BLOCK))
 
 
 @triton.jit
-def load_weights(weights, H, first_head, HEADS: tl.constexpr):
-    """The weights of even and of odd heads, [QUERIES, HEADS / 2] each; zeros outside."""
+def load_weights(queries, first_head, HEADS: tl.constexpr):
+    """The weights of even and of odd heads: two of fp32 [QUERIES, HEADS / 2]; zeros outside."""
     even = first_head + 2 * tl.arange(0, HEADS // 2)[None, :]
-    at, known = weights[0][:, None] + even, weights[1][:, None]
-    return (tl.load(at, mask=known & (even < H), other=0.0),
-            tl.load(at + 1, mask=known & (even + 1 < H), other=0.0))  # fmt: skip
+    ptrs, mask = queries.weight_ptrs[:, None] + even, queries.mask[:, None]
+    return (tl.load(ptrs, mask=mask & (even < queries.H), other=0.0),
+            tl.load(ptrs + 1, mask=mask & (even + 1 < queries.H), other=0.0))  # fmt: skip
 
 
 @triton.jit
-def load_keys(kv_row, present, D, first, WIDE: tl.constexpr):
-    """[KEYS, WIDE] of the keys from that column on; zeros outside."""
-    column = (first + tl.arange(0, WIDE))[None, :]
-    return tl.load(kv_row[:, None] + column, mask=present[:, None] & (column < D), other=0.0)
+def preload_queries(
+    queries,  # QueryRows
+    HEADS: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    ONE_PRODUCT: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
+    """With ONE_PRODUCT all of q, as a matrix operand, and the weights, for `head_sums`; else ()."""
+    preloaded = ()
+    if ONE_PRODUCT:
+        values = matrix_operand(load_query_block(queries, 0, 0, HEADS, D_BLOCK), NATIVE_FP8)
+        preloaded = (values,) + load_weights(queries, 0, HEADS)
+    return preloaded
+
+
+@triton.jit
+def load_keys(
+    key_ptrs,  # [KEYS], pointers to rows of D values
+    key_mask,  # [KEYS]
+    D,
+    first_column,
+    D_BLOCK: tl.constexpr,
+):
+    """A block of the keys: [KEYS, D_BLOCK]; zeros outside."""
+    column = (first_column + tl.arange(0, D_BLOCK))[None, :]
+    return tl.load(key_ptrs[:, None] + column, mask=key_mask[:, None] & (column < D), other=0.0)
 
 
 @triton.jit
 def head_sums(
-    kv_row, present, q, weights, held, H, D,
-    HEADS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, NATIVE_FP8: tl.constexpr,
-):  # fmt: skip
-    """fp32 [KEYS, QUERIES]: the sums of the keys that start at `kv_row`, where `present`.
-
-    q, weights: (where each query's begin, whether it exists), q also the stride of heads.
-    held: with WHOLE (one product takes all H and D), what `load_queries`, as a matrix operand, and
-    `load_weights` give; otherwise they are loaded here, part by part.
-    """
-    KEYS: tl.constexpr = kv_row.shape[0]
-    QUERIES: tl.constexpr = q[0].shape[0]
-    if WHOLE:
-        kv = matrix_operand(load_keys(kv_row, present, D, 0, WIDE), NATIVE_FP8)
-        total = weighted_relu(tl.dot(kv, held[0].T), held[1], held[2])
+    key_ptrs,  # [KEYS], pointers to FP8 rows of D values, or their bytes
+    key_mask,  # [KEYS]; other keys load as 0, so NaN in them cannot propagate
+    queries,  # QueryRows
+    preloaded,  # of preload_queries
+    HEADS: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    ONE_PRODUCT: tl.constexpr,  # one product computes all H heads and all of D
+    NATIVE_FP8: tl.constexpr,
+):
+    """The sums over heads: fp32 [KEYS, QUERIES]."""
+    KEYS: tl.constexpr = key_ptrs.shape[0]
+    QUERIES: tl.constexpr = queries.mask.shape[0]
+    if ONE_PRODUCT:
+        q, even, odd = preloaded
+        kv = matrix_operand(load_keys(key_ptrs, key_mask, queries.D, 0, D_BLOCK), NATIVE_FP8)
+        acc = weighted_relu(tl.dot(kv, q.T), even, odd)
     else:
-        total = tl.zeros((KEYS, QUERIES), tl.float32)
-        for first_head in range(0, H, HEADS):
+        acc = tl.zeros((KEYS, QUERIES), tl.float32)
+        for first_head in range(0, queries.H, HEADS):
             products = tl.zeros((KEYS, QUERIES * HEADS), tl.float32)
-            for first in range(0, D, WIDE):
-                kv = matrix_operand(load_keys(kv_row, present, D, first, WIDE), NATIVE_FP8)
-                part = load_queries(q, H, D, first_head, first, HEADS, WIDE)
-                products += tl.dot(kv, matrix_operand(part, NATIVE_FP8).T)
-            even, odd = load_weights(weights, H, first_head, HEADS)
-            total += weighted_relu(products, even, odd)
-    return total
+            for first_column in range(0, queries.D, D_BLOCK):
+                kv = load_keys(key_ptrs, key_mask, queries.D, first_column, D_BLOCK)
+                kv = matrix_operand(kv, NATIVE_FP8)
+                q = load_query_block(queries, first_head, first_column, HEADS, D_BLOCK)
+                products += tl.dot(kv, matrix_operand(q, NATIVE_FP8).T)
+            even, odd = load_weights(queries, first_head, HEADS)
+            acc += weighted_relu(products, even, odd)
+    return acc
 
 
 @triton.jit
-def weighted_relu(products, even, odd):
-    """Σ_h weights[s, h] · ReLU(products[n, s, h]), with NaN kept: [KEYS, QUERIES]."""
+def weighted_relu(
+    products,  # fp32 [KEYS, QUERIES * HEADS]
+    even,  # weights of even heads, fp32 [QUERIES, HEADS / 2]
+    odd,  # weights of odd heads
+):
+    """Σ_h weights[s, h] · ReLU(products[n, s, h]): [KEYS, QUERIES]. NaN propagates."""
     KEYS: tl.constexpr = products.shape[0]
     QUERIES: tl.constexpr = even.shape[0]
     PAIRS: tl.constexpr = even.shape[1]
@@ -140,3 +205,36 @@ def weighted_relu(products, even, odd):
         if (PAIRS >> i) > 0:
             x = tl.sum(tl.reshape(x, (KEYS, QUERIES, 2, PAIRS >> i)), 2)
     return tl.reshape(x, (KEYS, QUERIES))
+
+
+@triton.jit
+def store_logits(
+    out_ptrs,  # [1, QUERIES], pointers to rows of fp32 `width`
+    key,  # [KEYS], columns of the rows
+    width,
+    query_mask,  # [QUERIES]
+    sums,  # [KEYS, QUERIES], of head_sums
+    scale,  # fp32 [KEYS], of the keys
+    attn_mask,  # [KEYS, QUERIES]; other logits are -inf
+):
+    """Writes the logits of a tile of keys."""
+    logits = tl.where(attn_mask, sums * scale[:, None], float("-inf"))
+    mask = (key < width)[:, None] & query_mask[None, :]
+    tl.store(out_ptrs + key.to(tl.int64)[:, None], logits, mask=mask)
+
+
+@triton.jit
+def fill_with_neg_inf(
+    out_ptrs,  # [1, QUERIES], pointers to rows of fp32 `width`
+    begin,
+    end,
+    width,
+    query_mask,  # [QUERIES]
+    KEYS: tl.constexpr,
+):
+    """Writes -inf to whole tiles of KEYS keys, the last one of which contains key end - 1."""
+    for n in range(begin, end, KEYS):
+        key = (n + tl.arange(0, KEYS))[:, None]
+        values = tl.full((KEYS, query_mask.shape[0]), float("-inf"), tl.float32)
+        mask = (key < width) & query_mask[None, :]
+        tl.store(out_ptrs + key.to(tl.int64), values, mask=mask)

@@ -3,10 +3,11 @@
     scale[t]       = max(|k[t]|, 1e-4) / 448         (rounded up to 2^n for ue8m0)
     cache[slot[t]] = e4m3(k[t] * (1 / scale[t])), scale[t]
 
-Cut: a program takes ROWS whole tokens. Each value is read once and written once, and the speed is
-that of memory. indexer_cache.py has the layout of the cache.
+Parallelization: one program writes ROWS whole tokens. indexer_cache.py has the cache's layout.
 
-Source: DeepSeek-V3.2 (arXiv 2512.02556), section 2.1; the layout is DeepGEMM's and vLLM's.
+Limit: memory bandwidth; each value is read once and written once.
+
+Source: DeepSeek-V3.2 (arXiv 2512.02556), section 2.1; the layout is that of DeepGEMM and vLLM.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..runtime import arch
 from ..runtime.contract import FP8, check_choice, check_that
 from ..runtime.op import op
 from .cache import store
-from .indexer_cache import check_pages, page_parts
+from .indexer_cache import check_pages, page_views
 
 
 @op(
@@ -37,18 +38,23 @@ def indexer_cache_append(
     """Writes T keys into the indexer's paged cache as FP8, one scale each, in place.
 
     Args:
-        k: bf16, fp16 or fp32 [T, D], rotated and normalised as the model has it; D <= 8192.
-        cache: uint8 [blocks, page, 1, D + 4]: in the bytes of a page first the D e4m3 values of
+        k: bf16, fp16 or fp32 [T, D], D <= 8192, after the model's norm and rotation. Rows may be
+            strided.
+        cache: uint8 [num_pages, page_size, 1, D + 4]. The bytes of a page are the D e4m3 values of
             each of its tokens, then the fp32 scale of each. Pages may be strided.
-        slot_mapping: int64 [T], where each key goes: block * page + offset. A key whose slot is
-            negative or past the end is skipped. Two keys of one slot are the caller's error.
+        slot_mapping: int64 [T], the slot of each key: page * page_size + offset. Keys with a slot
+            outside the cache are skipped. Slots must not repeat; the result is then undefined.
         scale_format: "fp32", or "ue8m0" to round every scale up to a power of two.
 
-    inf or NaN makes its whole token NaN; a token of zeros gets the scale 1e-4/448.
+    inf or NaN makes its whole token NaN. A token of zeros has the scale 1e-4/448.
 
     Raises:
         TypeError, ValueError: an argument is not as above; with DEEPKERN_DEBUG=1 also for slots
-            out of range (a slot of -1 apart) and slots that occur twice.
+            out of range, other than -1, and for repeated slots.
+
+    Example:
+        >>> cache = torch.zeros(4, 64, 1, 132, dtype=torch.uint8)
+        >>> deepkern.indexer_cache_append(torch.randn(100, 128), cache, torch.arange(100))
     """
     D = k.shape[1]
     check_that("indexer_cache_append", "k", D <= 8192, "at most 8192 columns",
@@ -60,15 +66,15 @@ def indexer_cache_append(
 @indexer_cache_append.op.register_launcher("triton")
 def _launch_triton(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str) -> None:
     indexer_cache_append.op.allocate(k, cache, slot_mapping, scale_format)
-    (T, D), (blocks, page) = k.shape, cache.shape[:2]
+    (T, D), (num_pages, page_size) = k.shape, cache.shape[:2]
     if T == 0 or cache.numel() == 0:
         return
     native_fp8 = arch.of(cache.device).native_fp8_cast
-    values, scales = page_parts(cache, FP8 if native_fp8 else torch.uint8)
+    values, scales = page_views(cache, FP8 if native_fp8 else torch.uint8)
     D_TILE = max(next_power_of_2(D), 16)
     ROWS = max(2048 // D_TILE, 1)
     indexer_cache_append_kernel[(cdiv(T, ROWS),)](
-        k, values, scales, slot_mapping, T, D, blocks * page, page,
+        k, values, scales, slot_mapping, T, D, num_pages * page_size, page_size,
         k.stride(0), values.stride(0), scales.stride(0),
         UE8M0=scale_format == "ue8m0", NATIVE_FP8=native_fp8, ROWS=ROWS, D_TILE=D_TILE, num_warps=4,
     )  # fmt: skip
@@ -76,30 +82,44 @@ def _launch_triton(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format:
 
 @triton.jit(do_not_specialize=["T"])
 def indexer_cache_append_kernel(
-    k_ptr, values_ptr, scales_ptr, slot_ptr, T, D, slots, page,
-    k_row, values_block, scales_block,
-    UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr, D_TILE: tl.constexpr,
-):  # fmt: skip
+    k_ptr,  # real [T, D]
+    values_ptr,  # FP8 or its bytes [num_pages, page_size * D]
+    scales_ptr,  # fp32 [num_pages, page_size], or its bytes
+    slot_mapping_ptr,  # int64 [T]
+    T,
+    D,
+    num_slots,
+    page_size,  # tokens
+    k_row_stride,  # elements
+    values_page_stride,  # elements
+    scales_page_stride,  # elements
+    UE8M0: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    ROWS: tl.constexpr,  # tokens per program
+    D_TILE: tl.constexpr,  # D, rounded up to a power of two
+):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    slot = tl.load(slot_ptr + row, mask=row < T, other=-1)  # [ROWS]
-    kept = (slot >= 0) & (slot < slots)
-    block, offset = slot // page, slot % page
+    slot = tl.load(slot_mapping_ptr + row, mask=row < T, other=-1)  # [ROWS]
+    slot_mask = (slot >= 0) & (slot < num_slots)
+    page, offset = slot // page_size, slot % page_size
     column = tl.arange(0, D_TILE)[None, :]
-    inside = kept[:, None] & (column < D)
-    k = tl.load(k_ptr + row[:, None] * k_row + column, mask=inside, other=0.0).to(tl.float32)
+    mask = slot_mask[:, None] & (column < D)
+    k = tl.load(k_ptr + row[:, None] * k_row_stride + column, mask=mask, other=0.0).to(tl.float32)
     scale = block_scale(tl.max(magnitude_bits(k), 1), UE8M0)  # [ROWS]
     q = to_fp8(k * tl.div_rn(1.0, scale)[:, None], NATIVE_FP8)  # [ROWS, D_TILE]
-    tl.store(values_ptr + (block * values_block + offset * D)[:, None] + column, q, mask=inside)
-    store(scales_ptr + block * scales_block, offset, scale, kept)
+    token_ptrs = values_ptr + (page * values_page_stride + offset * D)[:, None]
+    tl.store(token_ptrs + column, q, mask=mask)
+    store(scales_ptr + page * scales_page_stride, offset, scale, slot_mask)
 
 
 @indexer_cache_append.op.register_debug_check
 def check_contents(k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str) -> None:
-    slots = cache.shape[0] * cache.shape[1]
-    used = slot_mapping[slot_mapping != -1]
-    wrong = used[(used < 0) | (used >= slots)]
+    """For DEEPKERN_DEBUG=1: slots are -1 or inside the cache, and do not repeat."""
+    num_slots = cache.shape[0] * cache.shape[1]
+    slots = slot_mapping[slot_mapping != -1]
+    wrong = slots[(slots < 0) | (slots >= num_slots)]
     check_that("indexer_cache_append", "slot_mapping", wrong.numel() == 0,
-               f"slots in [-1, {slots})", wrong[:1].tolist())  # fmt: skip
-    unique, count = used.unique(return_counts=True)
+               f"slots in [-1, {num_slots})", wrong[:1].tolist())  # fmt: skip
+    unique, count = slots.unique(return_counts=True)
     check_that("indexer_cache_append", "slot_mapping", bool((count == 1).all()),
                "each slot once", f"{unique[count > 1][:1].tolist()} more than once")  # fmt: skip

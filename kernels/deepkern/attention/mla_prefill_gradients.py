@@ -1,163 +1,268 @@
-"""The two kernels of `mla_prefill_backward` that multiply; see there.
+"""The dkv and dq kernels of `mla_prefill_backward`; see there.
 
-Both compute scores and dS for tiles of queries and keys: `key_kernel` with the keys as rows of
-every product, so that P^T and dS^T are left operands as they come out, `query_kernel` with the
-queries.
+Both compute the scores and dS of a tile of queries and keys. In the dkv kernel the keys are the
+rows of every product, in the dq kernel the queries are. So P^T and dS^T, or dS, become left
+operands of the next product without a transposition.
+
+Parallelization and limit: see mla_prefill_backward.py.
+
+Source: FlashAttention-2 (arXiv 2307.08691), section 3.1.2.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .mla_prefill import LOG2_E, visible_keys
 from .ragged import (
-    add_products,
-    dot_parts,
-    load_parts,
-    scaled_parts,
-    store_parts,
-    tile_at,
-    zero_parts,
+    add_dot_split_rows,
+    dot_split_rows,
+    load_split_rows,
+    program_tile,
+    scale_split_rows,
+    select_head,
+    store_split_rows,
+    zero_split_rows,
 )
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "lse_head"])
-def key_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tiles_ptr, grad_k_ptr, grad_v_ptr,
-    score_scale, softmax_scale, T, Hk, group, tiles, Dqk, Dv,
-    grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, lse_head,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    EVEN_QK: tl.constexpr, EVEN_V: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["T", "num_tiles", "lse_head_stride"])
+def mla_prefill_backward_dkv_kernel(
+    grad_out,  # HeadRows [T, H, Dv]
+    q,  # HeadRows [T, H, Dqk]
+    k,  # HeadRows [Tk, Hk, Dqk]
+    v,  # HeadRows [Tk, Hk, Dv]
+    lse_ptr,  # fp32 [H, T], natural log
+    delta_ptr,  # fp32 [H, T], contiguous
+    tiles_ptr,  # int32 [num_tiles, 4], of ragged_tiles over the keys
+    grad_k,  # HeadRows [Tk, Hk, Dqk]
+    grad_v,  # HeadRows [Tk, Hk, Dv]
+    score_scale,  # softmax_scale · log2(e)
+    softmax_scale,
+    T,
+    group,  # heads of q per head of k and v
+    num_tiles,
+    lse_head_stride,  # elements
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,  # of fp32 products
+    BLOCK_M: tl.constexpr,  # queries per step
+    BLOCK_N: tl.constexpr,  # keys of the tile
+    D0: tl.constexpr,  # Dqk is split into D0 + D1 columns
+    D1: tl.constexpr,
+    V0: tl.constexpr,  # Dv is split into V0 + V1 columns
+    V1: tl.constexpr,
+    EVEN_QK: tl.constexpr,  # Dqk is D0 + D1
+    EVEN_V: tl.constexpr,  # Dv is V0 + V1
+):
     """grad_k and grad_v of BLOCK_N keys of one head of k and v."""
-    shared = (tl.program_id(0) // tiles).to(tl.int64)
-    first, end, q_begin, q_end = tile_at(tiles_ptr, tl.program_id(0) % tiles)
-    if first >= end:
+    kv_head, tile = program_tile(tiles_ptr, num_tiles)
+    if tile.first >= tile.end:
         return
-    key = first + tl.arange(0, BLOCK_N)
-    known = key < end
-    k = load_parts(k_ptr + shared * k_head, key, k_row, known, Dqk, True, EVEN_QK, D0, D1)
-    v = load_parts(v_ptr + shared * v_head, key, v_row, known, Dv, True, EVEN_V, V0, V1)
-
-    # A key is seen by the rows from its `since` on; by all of a tile of rows from `full` on.
-    since = tl.zeros_like(key) + q_begin
-    begin, full = q_begin, q_begin
-    if CAUSAL:
-        shift = end - q_end  # both sequences end together
-        since = key - shift
-        begin += tl.maximum(first - shift - q_begin, 0) // BLOCK_M * BLOCK_M
-        full += tl.cdiv(tl.maximum(first + BLOCK_N - 1 - shift - q_begin, 0), BLOCK_M) * BLOCK_M
-    grad_k, grad_v = zero_parts(BLOCK_N, D0, D1), zero_parts(BLOCK_N, V0, V1)
-    for member in range(group):
-        head = shared * group + member
-        q_of_head, grad_of_head = q_ptr + head * q_head, grad_out_ptr + head * grad_head
-        lse_of_head, delta_of_head = lse_ptr + head * lse_head, delta_ptr + head * T
+    key = tile.first + tl.arange(0, BLOCK_N)
+    key_mask = key < tile.end
+    k_tile = load_split_rows(select_head(k, kv_head), key, key_mask, True, EVEN_QK, D0, D1)
+    v_tile = load_split_rows(select_head(v, kv_head), key, key_mask, True, EVEN_V, V0, V1)
+    queries = visible_queries(key, tile, CAUSAL, BLOCK_M, BLOCK_N)
+    dk, dv = zero_split_rows(BLOCK_N, D0, D1), zero_split_rows(BLOCK_N, V0, V1)
+    for i in range(group):
+        head = kv_head * group + i
+        q_head, grad_out_head = select_head(q, head), select_head(grad_out, head)
+        lse_head_ptr, delta_head_ptr = lse_ptr + head * lse_head_stride, delta_ptr + head * T
         if CAUSAL:
-            grad_k, grad_v = gather(
-                grad_k, grad_v, k, v, q_of_head, grad_of_head, lse_of_head, delta_of_head,
-                begin, tl.minimum(full, q_end), since, q_end, score_scale, q_row, grad_row, Dqk, Dv,
-                True, PRECISION, BLOCK_M, D0, D1, V0, V1, EVEN_QK, EVEN_V,
+            dk, dv = accumulate_dkv(
+                dk, dv, k_tile, v_tile, q_head, grad_out_head, lse_head_ptr, delta_head_ptr,
+                queries.visible_begin, tl.minimum(queries.full_begin, queries.end), queries,
+                score_scale, True, PRECISION, BLOCK_M, D0, D1, V0, V1, EVEN_QK, EVEN_V,
             )  # fmt: skip
-        grad_k, grad_v = gather(
-            grad_k, grad_v, k, v, q_of_head, grad_of_head, lse_of_head, delta_of_head,
-            full, q_end, since, q_end, score_scale, q_row, grad_row, Dqk, Dv,
-            False, PRECISION, BLOCK_M, D0, D1, V0, V1, EVEN_QK, EVEN_V,
+        dk, dv = accumulate_dkv(
+            dk, dv, k_tile, v_tile, q_head, grad_out_head, lse_head_ptr, delta_head_ptr,
+            queries.full_begin, queries.end, queries,
+            score_scale, False, PRECISION, BLOCK_M, D0, D1, V0, V1, EVEN_QK, EVEN_V,
         )  # fmt: skip
-    grad_k = scaled_parts(grad_k, softmax_scale)
-    store_parts(grad_k_ptr + shared * Dqk, key, Hk * Dqk, known, Dqk, grad_k, EVEN_QK, D0)
-    store_parts(grad_v_ptr + shared * Dv, key, Hk * Dv, known, Dv, grad_v, EVEN_V, V0)
+    dk = scale_split_rows(dk, softmax_scale)
+    store_split_rows(select_head(grad_k, kv_head), key, key_mask, dk, EVEN_QK, D0)
+    store_split_rows(select_head(grad_v, kv_head), key, key_mask, dv, EVEN_V, V0)
+
+
+class VisibleQueries(NamedTuple):
+    """The queries that attend to a tile of keys."""
+
+    end: tl.tensor  # query after the last of the sequence
+    visible_begin: tl.tensor  # no query before this one attends to the tile; whole tiles
+    full_begin: tl.tensor  # every query from here on attends to all keys; whole tiles, may pass end
+    first: tl.tensor  # [BLOCK_N], the first query that attends to each key
 
 
 @triton.jit
-def gather(
-    grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr,
-    begin, end, since, q_end, score_scale, q_row, grad_row, Dqk, Dv,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    EVEN_QK: tl.constexpr, EVEN_V: tl.constexpr,
-):  # fmt: skip
-    """Adds what the rows from `begin` to `end` give to the gradients of a tile of keys."""
-    for start in range(begin, end, BLOCK_M):
+def visible_queries(
+    key,  # [BLOCK_N]
+    tile,  # RaggedTile of keys
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The VisibleQueries of the tile."""
+    begin, end = tile.other_begin, tile.other_end
+    first = tl.zeros_like(key) + begin
+    visible_begin, full_begin = begin, begin
+    if CAUSAL:
+        shift = tile.end - end  # both sequences end together
+        first = key - shift
+        skipped = tl.maximum(tile.first - shift - begin, 0)
+        visible_begin += skipped // BLOCK_M * BLOCK_M
+        not_full = tl.maximum(tile.first + BLOCK_N - 1 - shift - begin, 0)
+        full_begin += tl.cdiv(not_full, BLOCK_M) * BLOCK_M
+    return VisibleQueries(end, visible_begin, full_begin, first)
+
+
+@triton.jit
+def accumulate_dkv(
+    dk,  # split rows, fp32 [BLOCK_N, Dqk], without softmax_scale
+    dv,  # split rows, fp32 [BLOCK_N, Dv]
+    k_tile,  # split rows [BLOCK_N, Dqk]
+    v_tile,  # split rows [BLOCK_N, Dv]
+    q,  # HeadRows, one head
+    grad_out,  # HeadRows, one head
+    lse_ptr,  # fp32 [T]
+    delta_ptr,  # fp32 [T]
+    first_row,
+    end_row,
+    queries,  # VisibleQueries
+    score_scale,  # softmax_scale · log2(e)
+    MASKED: tl.constexpr,  # some of these queries do not attend to some of the keys
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    EVEN_QK: tl.constexpr,
+    EVEN_V: tl.constexpr,
+):
+    """dk and dv after the queries from first_row to end_row."""
+    for start in range(first_row, end_row, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        present = row < q_end
-        q = load_parts(q_ptr, row, q_row, present, Dqk, True, EVEN_QK, D0, D1)
-        grad_out = load_parts(grad_out_ptr, row, grad_row, present, Dv, True, EVEN_V, V0, V1)
-        lse, delta = of_rows(lse_ptr, delta_ptr, row, present)
-        weights = tl.exp2(dot_parts(k, q, PRECISION) * score_scale - lse[None, :])  # [N, M]
+        row_mask = row < queries.end
+        q_tile = load_split_rows(q, row, row_mask, True, EVEN_QK, D0, D1)
+        grad_out_tile = load_split_rows(grad_out, row, row_mask, True, EVEN_V, V0, V1)
+        lse, delta = load_lse_and_delta(lse_ptr, delta_ptr, row, row_mask)
+        scores = dot_split_rows(k_tile, q_tile, PRECISION)  # [BLOCK_N, BLOCK_M]
+        p = tl.exp2(scores * score_scale - lse[None, :])
         if MASKED:
-            weights = tl.where(row[None, :] >= since[:, None], weights, 0.0)
-        grad_v = add_products(grad_v, weights.to(k[0].dtype), grad_out, PRECISION)
-        grad_scores = weights * (dot_parts(v, grad_out, PRECISION) - delta[None, :])
-        grad_k = add_products(grad_k, grad_scores.to(k[0].dtype), q, PRECISION)
-    return grad_k, grad_v
+            p = tl.where(row[None, :] >= queries.first[:, None], p, 0.0)
+        dv = add_dot_split_rows(dv, p.to(k_tile[0].dtype), grad_out_tile, PRECISION)
+        ds = p * (dot_split_rows(v_tile, grad_out_tile, PRECISION) - delta[None, :])
+        dk = add_dot_split_rows(dk, ds.to(k_tile[0].dtype), q_tile, PRECISION)
+    return dk, dv
 
 
 @triton.jit
-def of_rows(lse_ptr, delta_ptr, row, present):
-    """lse to base 2 and delta of rows; where nothing is seen, an lse that makes all weights 0."""
-    lse = tl.load(lse_ptr + row, mask=present, other=float("-inf")) * LOG2_E
-    delta = tl.load(delta_ptr + row, mask=present, other=0.0)
+def load_lse_and_delta(
+    lse_ptr,  # fp32 [T], natural log
+    delta_ptr,  # fp32 [T]
+    row,  # [BLOCK_M]
+    row_mask,  # [BLOCK_M]
+):
+    """lse to base 2, and delta. An lse of -inf becomes +inf, so that all weights are 0."""
+    lse = tl.load(lse_ptr + row, mask=row_mask, other=float("-inf")) * LOG2_E
+    delta = tl.load(delta_ptr + row, mask=row_mask, other=0.0)
     return tl.where(lse == float("-inf"), float("inf"), lse), delta
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "lse_head"])
-def query_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tiles_ptr, grad_q_ptr,
-    score_scale, softmax_scale, T, H, group, tiles, Dqk, Dv,
-    grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, lse_head,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    EVEN_QK: tl.constexpr, EVEN_V: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["T", "num_tiles", "lse_head_stride"])
+def mla_prefill_backward_dq_kernel(
+    grad_out,  # HeadRows [T, H, Dv]
+    q,  # HeadRows [T, H, Dqk]
+    k,  # HeadRows [Tk, Hk, Dqk]
+    v,  # HeadRows [Tk, Hk, Dv]
+    lse_ptr,  # fp32 [H, T], natural log
+    delta_ptr,  # fp32 [H, T], contiguous
+    tiles_ptr,  # int32 [num_tiles, 4], of ragged_tiles over the queries
+    grad_q,  # HeadRows [T, H, Dqk]
+    score_scale,  # softmax_scale · log2(e)
+    softmax_scale,
+    T,
+    group,  # heads of q per head of k and v
+    num_tiles,
+    lse_head_stride,  # elements
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,  # of fp32 products
+    BLOCK_M: tl.constexpr,  # queries of the tile
+    BLOCK_N: tl.constexpr,  # keys per step
+    D0: tl.constexpr,  # Dqk is split into D0 + D1 columns
+    D1: tl.constexpr,
+    V0: tl.constexpr,  # Dv is split into V0 + V1 columns
+    V1: tl.constexpr,
+    EVEN_QK: tl.constexpr,  # Dqk is D0 + D1
+    EVEN_V: tl.constexpr,  # Dv is V0 + V1
+):
     """grad_q of BLOCK_M queries of one head."""
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    first, end, k_begin, k_end = tile_at(tiles_ptr, tl.program_id(0) % tiles)
-    if first >= end:
+    head, tile = program_tile(tiles_ptr, num_tiles)
+    if tile.first >= tile.end:
         return
-    row = first + tl.arange(0, BLOCK_M)
-    known = row < end
-    grad_out_ptr += head * grad_head
-    q = load_parts(q_ptr + head * q_head, row, q_row, known, Dqk, True, EVEN_QK, D0, D1)
-    grad_out = load_parts(grad_out_ptr, row, grad_row, known, Dv, True, EVEN_V, V0, V1)
-    lse, delta = of_rows(lse_ptr + head * lse_head, delta_ptr + head * T, row, known)
-    k_ptr += head // group * k_head
-    v_ptr += head // group * v_head
-    limit, full, stop = visible_keys(row, first, end, k_begin, k_end, CAUSAL, BLOCK_M, BLOCK_N)
-    grad_q = zero_parts(BLOCK_M, D0, D1)
-    if q[0].dtype == tl.float32:
-        full = k_begin  # masks throughout: there are no registers for two loops
+    row = tile.first + tl.arange(0, BLOCK_M)
+    row_mask = row < tile.end
+    q_tile = load_split_rows(select_head(q, head), row, row_mask, True, EVEN_QK, D0, D1)
+    grad_out_head = select_head(grad_out, head)
+    grad_out_tile = load_split_rows(grad_out_head, row, row_mask, True, EVEN_V, V0, V1)
+    lse, delta = load_lse_and_delta(
+        lse_ptr + head * lse_head_stride, delta_ptr + head * T, row, row_mask
+    )
+    k, v = select_head(k, head // group), select_head(v, head // group)
+    keys = visible_keys(row, tile, CAUSAL, BLOCK_M, BLOCK_N)
+    dq = zero_split_rows(BLOCK_M, D0, D1)
+    masked_begin = keys.full_end
+    if q_tile[0].dtype == tl.float32:
+        masked_begin = keys.begin  # masks every key: two loops spill 16 bytes on sm_120
     else:
-        grad_q = spread(
-            grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_begin, full, limit, k_end, score_scale,
-            k_row, v_row, Dqk, Dv, False, PRECISION, BLOCK_N, D0, D1, V0, V1, EVEN_QK, EVEN_V,
+        dq = accumulate_dq(
+            dq, q_tile, grad_out_tile, lse, delta, k, v, keys.begin, keys.full_end, keys,
+            score_scale, False, PRECISION, BLOCK_N, D0, D1, V0, V1, EVEN_QK, EVEN_V,
         )  # fmt: skip
-    grad_q = spread(
-        grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, full, stop, limit, k_end, score_scale,
-        k_row, v_row, Dqk, Dv, True, PRECISION, BLOCK_N, D0, D1, V0, V1, EVEN_QK, EVEN_V,
+    dq = accumulate_dq(
+        dq, q_tile, grad_out_tile, lse, delta, k, v, masked_begin, keys.visible_end, keys,
+        score_scale, True, PRECISION, BLOCK_N, D0, D1, V0, V1, EVEN_QK, EVEN_V,
     )  # fmt: skip
-    grad_q = scaled_parts(grad_q, softmax_scale)
-    store_parts(grad_q_ptr + head * Dqk, row, H * Dqk, known, Dqk, grad_q, EVEN_QK, D0)
+    dq = scale_split_rows(dq, softmax_scale)
+    store_split_rows(select_head(grad_q, head), row, row_mask, dq, EVEN_QK, D0)
 
 
 @triton.jit
-def spread(
-    grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, begin, end, limit, k_end, score_scale,
-    k_row, v_row, Dqk, Dv,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    EVEN_QK: tl.constexpr, EVEN_V: tl.constexpr,
-):  # fmt: skip
-    """Adds what the keys from `begin` to `end` give to the gradient of a tile of queries."""
-    for start in range(begin, end, BLOCK_N):
+def accumulate_dq(
+    dq,  # split rows, fp32 [BLOCK_M, Dqk], without softmax_scale
+    q_tile,  # split rows [BLOCK_M, Dqk]
+    grad_out_tile,  # split rows [BLOCK_M, Dv]
+    lse,  # [BLOCK_M], of load_lse_and_delta
+    delta,  # [BLOCK_M]
+    k,  # HeadRows, one head
+    v,  # HeadRows, one head
+    first_key,
+    end_key,
+    keys,  # VisibleKeys
+    score_scale,  # softmax_scale · log2(e)
+    MASKED: tl.constexpr,  # some of these keys are not visible to some of the queries
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    EVEN_QK: tl.constexpr,
+    EVEN_V: tl.constexpr,
+):
+    """dq after the keys from first_key to end_key."""
+    for start in range(first_key, end_key, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        present = key < k_end
-        k = load_parts(k_ptr, key, k_row, present, Dqk, MASKED, EVEN_QK, D0, D1)
-        v = load_parts(v_ptr, key, v_row, present, Dv, MASKED, EVEN_V, V0, V1)
-        weights = tl.exp2(dot_parts(q, k, PRECISION) * score_scale - lse[:, None])  # [M, N]
+        key_mask = key < keys.end
+        k_tile = load_split_rows(k, key, key_mask, MASKED, EVEN_QK, D0, D1)
+        v_tile = load_split_rows(v, key, key_mask, MASKED, EVEN_V, V0, V1)
+        scores = dot_split_rows(q_tile, k_tile, PRECISION)  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(scores * score_scale - lse[:, None])
         if MASKED:
-            weights = tl.where(key[None, :] < limit[:, None], weights, 0.0)
-        grad_scores = weights * (dot_parts(grad_out, v, PRECISION) - delta[:, None])
-        grad_q = add_products(grad_q, grad_scores.to(q[0].dtype), k, PRECISION)
-    return grad_q
+            p = tl.where(key[None, :] < keys.limit[:, None], p, 0.0)
+        ds = p * (dot_split_rows(grad_out_tile, v_tile, PRECISION) - delta[:, None])
+        dq = add_dot_split_rows(dq, ds.to(q_tile[0].dtype), k_tile, PRECISION)
+    return dq

@@ -1,16 +1,17 @@
-"""How every query scores every key in the lightning indexer, before the best are chosen.
+"""Logits of the lightning indexer: how every query scores every key.
 
     out[s, n] = kv_scale[n] · Σ_h weights[s, h] · ReLU(q[s, h] · kv[n])     start <= n < end
     out[s, n] = -inf                                                       elsewhere
 
-Cut: a program takes some queries with all their heads, which it keeps, over a chunk of the keys,
-which it reads tile by tile; head_sums.py has the arithmetic of a tile. Tiles of keys that none of
-its queries sees are filled with -inf and not multiplied. No two programs share a sum.
+Parallelization: one program computes a chunk of keys for a few queries. It keeps the queries with
+all their heads in registers or smem and loops over tiles of keys; head_sums.py computes a tile.
+Tiles of keys that are visible to none of the queries are filled with -inf and not multiplied. Each
+sum is computed by one program.
 
-A value takes 2 · H · D operations of the tensor core and 2.5 · H of the other units, which are the
-tighter bound for D = 128 unless programs that share a multiprocessor do the one while another does
-the other: hence small ones. Keys come from L2; with four queries of 64 heads, every byte of them
-takes part in 512 operations.
+Limit: a logit takes 2 · H · D operations of the tensor core and 2.5 · H of the other units. For
+D = 128 the latter take longer, unless programs that run on the same SM overlap the two; so tiles
+are small. Keys come from L2. With four queries of 64 heads, each byte of a key is used in 512
+operations.
 
 Source: DeepSeek-V3.2 (arXiv 2512.02556), section 2.1; DeepGEMM's fp8_mqa_logits.
 """
@@ -23,13 +24,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arithmetic import cdiv
-from ..quant.fp8 import as_bits, matrix_operand
+from ..quant.fp8 import as_bits
 from ..runtime import arch
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .head_sums import Tile, check_queries, head_sums, load_queries, load_weights, tile_for
+from .head_sums import (
+    QueryRows,
+    Tile,
+    check_queries,
+    choose_query_tile,
+    fill_with_neg_inf,
+    head_sums,
+    preload_queries,
+    store_logits,
+)
 
-CHUNK = 2048  # keys of a program
+CHUNK = 2048  # keys per program
 
 
 @op(
@@ -43,106 +53,132 @@ CHUNK = 2048  # keys of a program
 def mqa_logits(
     q: Tensor, kv: Tensor, kv_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor
 ) -> Tensor:
-    """Scores of keys for queries of several heads, summed over the heads with weights.
+    """Scores of keys for queries with several heads, summed over the heads with weights.
 
     Args:
-        q: float8_e4m3fn [S, H, D]; its scales belong into `weights`.
+        q: float8_e4m3fn [S, H, D], any strides with a contiguous last dimension. Its scales are
+            factors of `weights`.
         kv: float8_e4m3fn [Skv, D], one key for all heads.
-        kv_scale: fp32 [Skv], what a key is multiplied by.
+        kv_scale: fp32 [Skv], the scale of each key.
         weights: fp32 [S, H].
-        starts, ends: int32 [S]; query s sees the keys n with starts[s] <= n < ends[s]. They are
-            clamped to [0, Skv]; a query whose end is not past its start sees none.
+        starts, ends: int32 [S]; the keys n with starts[s] <= n < ends[s] are visible to query s.
+            Values are clamped to [0, Skv]. If ends[s] <= starts[s], no key is visible.
 
     Returns:
-        fp32 [S, Skv]: kv_scale[n] * Σ_h weights[s, h] * ReLU(q[s, h] · kv[n]), -inf where a key
-        is not seen. Accumulated in fp32 (on Hopper, within 128 of D, as its FP8 tensor core does).
+        fp32 [S, Skv]: kv_scale[n] * Σ_h weights[s, h] * ReLU(q[s, h] · kv[n]), and -inf for keys
+        that are not visible. Accumulated in fp32, except that Hopper's FP8 tensor core keeps about
+        14 bits of a sum over 128 of D.
 
     Raises:
         TypeError, ValueError: an argument is not as above; with DEEPKERN_DEBUG=1 also for starts
             and ends outside [0, Skv].
+
+    Example:
+        >>> q = torch.randn(3, 64, 128).to(torch.float8_e4m3fn)
+        >>> kv, kv_scale = deepkern.cast_per_token(torch.randn(500, 128))
+        >>> starts, ends = torch.zeros(3, dtype=torch.int32), torch.tensor([498, 499, 500]).int()
+        >>> deepkern.mqa_logits(q, kv, kv_scale[:, 0], torch.randn(3, 64), starts, ends).shape
+        torch.Size([3, 500])
     """
     check_queries("mqa_logits", q)
     Skv = kv.shape[0]
-    check_that("mqa_logits", "kv", Skv <= 2**31 - 2 * CHUNK, "fewer than 2**31 - 4096 keys", Skv)
+    check_that("mqa_logits", "kv", Skv <= 2**31 - 2 * CHUNK,
+               f"at most 2**31 - {2 * CHUNK} keys", Skv)  # fmt: skip
+    # Fake kernel: allocates the output; the launcher of a backend computes it.
     return q.new_empty(q.shape[0], Skv, dtype=torch.float32)
 
 
 @mqa_logits.op.register_tile
 def choose_tile(q: Tensor, *_) -> Tile:
     """The tile for these shapes."""
-    return tile_for(arch.of(q.device), q.shape[1], q.shape[2], most=128)
+    return choose_query_tile(arch.of(q.device), q.shape[1], q.shape[2], max_queries=128)
 
 
 @mqa_logits.op.register_launcher("triton")
-def _launch_triton(q, kv, kv_scale, weights, starts, ends) -> Tensor:
+def _launch_triton(
+    q: Tensor, kv: Tensor, kv_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor
+) -> Tensor:
     out = mqa_logits.op.allocate(q, kv, kv_scale, weights, starts, ends)
     if out.numel() == 0:
         return out
     (S, H, D), Skv = q.shape, kv.shape[0]
     native_fp8 = arch.of(q.device).native_fp8
-    t = choose_tile(q)
-    blocks = cdiv(S, t.queries)
-    mqa_logits_kernel[(blocks * cdiv(Skv, CHUNK),)](
+    tile = choose_tile(q)
+    query_tiles = cdiv(S, tile.queries)
+    mqa_logits_kernel[(query_tiles * cdiv(Skv, CHUNK),)](
         as_bits(q, native_fp8), as_bits(kv, native_fp8), kv_scale, weights, starts, ends, out,
-        S, Skv, H, D if H else 0, blocks, q.stride(0), q.stride(1), kv.stride(0), weights.stride(0),
-        KEYS=t.keys, QUERIES=t.queries, HEADS=t.heads, WIDE=t.wide, CHUNK=CHUNK,
-        WHOLE=t.heads >= H and t.wide >= D, NATIVE_FP8=native_fp8,
-        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=False,
+        S, Skv, H, D if H else 0, query_tiles,
+        q.stride(0), q.stride(1), kv.stride(0), weights.stride(0),
+        CHUNK=CHUNK, NATIVE_FP8=native_fp8, **tile.options(H, D),
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["S", "blocks"])
+@triton.jit(do_not_specialize=["S", "query_tiles"])
 def mqa_logits_kernel(
-    q_ptr, kv_ptr, kv_scale_ptr, weights_ptr, start_ptr, end_ptr, out_ptr,
-    S, Skv, H, D, blocks, q_query, q_head, kv_key, weights_query,
-    KEYS: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr,
-    CHUNK: tl.constexpr, WHOLE: tl.constexpr, NATIVE_FP8: tl.constexpr,
-):  # fmt: skip
-    query = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
-    known = query < S
-    start = tl.minimum(tl.maximum(tl.load(start_ptr + query, mask=known, other=0), 0), Skv)
-    end = tl.minimum(tl.maximum(tl.load(end_ptr + query, mask=known, other=0), 0), Skv)
-    # The keys that any of these queries sees, of this program's chunk.
-    chunk = tl.program_id(0) // blocks * CHUNK
+    q_ptr,  # FP8 or its bytes [S, H, D]
+    kv_ptr,  # FP8 or its bytes [Skv, D]
+    kv_scale_ptr,  # fp32 [Skv]
+    weights_ptr,  # fp32 [S, H]
+    starts_ptr,  # int32 [S]
+    ends_ptr,  # int32 [S]
+    out_ptr,  # fp32 [S, Skv]
+    S,
+    Skv,
+    H,
+    D,
+    query_tiles,  # ceil(S / QUERIES)
+    q_query_stride,  # strides in elements
+    q_head_stride,
+    kv_row_stride,
+    weights_row_stride,
+    CHUNK: tl.constexpr,  # keys per program
+    NATIVE_FP8: tl.constexpr,
+    KEYS: tl.constexpr,  # per step
+    QUERIES: tl.constexpr,  # per program
+    HEADS: tl.constexpr,  # of a query, per product
+    D_BLOCK: tl.constexpr,  # columns of D, per product
+    ONE_PRODUCT: tl.constexpr,  # one product computes all H heads and all of D
+):
+    query = tl.program_id(0) % query_tiles * QUERIES + tl.arange(0, QUERIES)
+    query_mask = query < S
+    start = tl.minimum(tl.maximum(tl.load(starts_ptr + query, mask=query_mask, other=0), 0), Skv)
+    end = tl.minimum(tl.maximum(tl.load(ends_ptr + query, mask=query_mask, other=0), 0), Skv)
+    # Keys of this chunk that are visible to any of the queries: [first, last), in whole tiles.
+    chunk = tl.program_id(0) // query_tiles * CHUNK
     chunk_end = tl.minimum(chunk + CHUNK, Skv)
     first = tl.min(tl.where(start < end, start, Skv)) // KEYS * KEYS
     first = tl.minimum(tl.maximum(first, chunk), chunk_end)
     last = tl.minimum(tl.max(tl.where(start < end, end, 0)), chunk_end)
 
     row = query.to(tl.int64)
-    q = q_ptr + row * q_query, known, q_head
-    weights = weights_ptr + row * weights_query, known
-    held = ()
-    if WHOLE:
-        values = matrix_operand(load_queries(q, H, D, 0, 0, HEADS, WIDE), NATIVE_FP8)
-        held = (values,) + load_weights(weights, H, 0, HEADS)
-    out = out_ptr + (row * Skv)[None, :]
-    key = tl.arange(0, KEYS)
+    queries = QueryRows(
+        q_ptr + row * q_query_stride, weights_ptr + row * weights_row_stride, query_mask,
+        q_head_stride, H, D,
+    )  # fmt: skip
+    preloaded = preload_queries(queries, HEADS, D_BLOCK, ONE_PRODUCT, NATIVE_FP8)
+    out_ptrs = out_ptr + (row * Skv)[None, :]
 
-    fill(out, known, chunk, first, key, Skv)
+    fill_with_neg_inf(out_ptrs, chunk, first, Skv, query_mask, KEYS)
     for n in range(first, last, KEYS):
-        at = (n + key).to(tl.int64)
-        kv_row, present = kv_ptr + at * kv_key, n + key < Skv
-        scale = tl.load(kv_scale_ptr + at, mask=present, other=0.0)  # on its way while multiplying
-        sums = head_sums(kv_row, present, q, weights, held, H, D, HEADS, WIDE, WHOLE, NATIVE_FP8)
-        seen = (n + key[:, None] >= start[None, :]) & (n + key[:, None] < end[None, :])
-        logits = tl.where(seen, sums * scale[:, None], float("-inf"))  # [KEYS, QUERIES]
-        tl.store(out + at[:, None], logits, mask=present[:, None] & known[None, :])
-    fill(out, known, first + tl.cdiv(tl.maximum(last - first, 0), KEYS) * KEYS, chunk_end, key, Skv)
-
-
-@triton.jit
-def fill(out, known, begin, end, key, Skv):
-    """-inf for whole tiles of keys from `begin` on."""
-    for n in range(begin, end, key.shape[0]):
-        at = n + key[:, None]
-        nothing = tl.full((key.shape[0], known.shape[0]), float("-inf"), tl.float32)
-        tl.store(out + at.to(tl.int64), nothing, mask=(at < Skv) & known[None, :])
+        key = n + tl.arange(0, KEYS)
+        key_mask, key_row = key < Skv, key.to(tl.int64)
+        scale = tl.load(kv_scale_ptr + key_row, mask=key_mask, other=0.0)  # overlaps the product
+        sums = head_sums(
+            kv_ptr + key_row * kv_row_stride, key_mask, queries, preloaded,
+            HEADS, D_BLOCK, ONE_PRODUCT, NATIVE_FP8,
+        )  # fmt: skip
+        attn_mask = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
+        store_logits(out_ptrs, key, Skv, query_mask, sums, scale, attn_mask)
+    rest = first + tl.cdiv(tl.maximum(last - first, 0), KEYS) * KEYS
+    fill_with_neg_inf(out_ptrs, rest, chunk_end, Skv, query_mask, KEYS)
 
 
 @mqa_logits.op.register_debug_check
-def check_contents(q, kv, kv_scale, weights, starts, ends) -> None:
+def check_contents(
+    q: Tensor, kv: Tensor, kv_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor
+) -> None:
+    """For DEEPKERN_DEBUG=1: starts and ends are in [0, Skv]."""
     Skv = kv.shape[0]
     for name, values in (("starts", starts), ("ends", ends)):
         wrong = values[(values < 0) | (values > Skv)]

@@ -1,14 +1,15 @@
-"""`mqa_logits` for a few new queries per sequence over the indexer's paged cache.
+"""`mqa_logits` for the new queries of each sequence over the indexer's paged cache.
 
     out[b, j, n] = scale[n] · Σ_h weights[b, j, h] · ReLU(q[b, j, h] · key[n])   n < limit[b, j]
     out[b, j, n] = -inf                                                         elsewhere
 
-Cut: a program takes the new queries of a sequence with all their heads, over a chunk of its tokens,
-which it reads tile by tile through the block table; head_sums.py has the arithmetic of a tile.
-Tokens past the longest limit are not read. A length is read where it is needed, on the device.
+Parallelization: one program computes a chunk of a sequence's tokens for its new queries, with all
+their heads. It loops over tiles of tokens, through the block table; head_sums.py computes a tile.
+Tokens past the longest limit are not read. Lengths are read on the device.
 
-132 bytes of a token (D = 128) take part in 2 · next_n · H · D operations, so one query of 64 heads
-is bound by memory: many small programs share a multiprocessor, each with several tiles in flight.
+Limit: memory bandwidth. The 132 bytes of a token (D = 128) are used in 2 · next_n · H · D
+operations, few for one query of 64 heads. Many small programs share an SM, each with several tiles
+in flight.
 
 Source: DeepSeek-V3.2 (arXiv 2512.02556), section 2.1; DeepGEMM's fp8_paged_mqa_logits.
 """
@@ -21,16 +22,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arithmetic import cdiv, next_power_of_2
-from ..quant.fp8 import as_bits, matrix_operand
+from ..quant.fp8 import as_bits
 from ..runtime import arch
 from ..runtime.contract import FP8, check_that
 from ..runtime.op import op
 from .cache import load
-from .head_sums import Tile, check_queries, head_sums, load_queries, load_weights, tile_for
-from .indexer_cache import check_pages, page_parts
-from .mqa_logits import fill
+from .head_sums import (
+    QueryRows,
+    Tile,
+    check_queries,
+    choose_query_tile,
+    fill_with_neg_inf,
+    head_sums,
+    preload_queries,
+    store_logits,
+)
+from .indexer_cache import check_pages, page_views
 
-CHUNK = 512  # tokens of a program
+CHUNK = 512  # tokens per program
 
 
 @op(
@@ -48,25 +57,35 @@ def paged_mqa_logits(
     block_table: Tensor,
     max_context_len: int,
 ) -> Tensor:
-    """Scores of a sequence's cached tokens for its new queries, summed over weighted heads.
+    """Scores of each sequence's cached tokens for its new queries, summed over weighted heads.
 
     Args:
-        q: float8_e4m3fn [B, next_n, H, D]; its scales belong into `weights`.
-        cache: uint8 [blocks, page, 1, D + 4], as `indexer_cache_append` writes it.
+        q: float8_e4m3fn [B, next_n, H, D], any strides with a contiguous last dimension. Its
+            scales are factors of `weights`.
+        cache: uint8 [num_pages, page_size, 1, D + 4], as `indexer_cache_append` writes it.
         weights: fp32 [B * next_n, H].
-        context_lens: int32 [B], tokens of each sequence, the next_n new ones included: query j
-            sees the first context_lens[b] - next_n + 1 + j. Or int32 [B, next_n]: query j sees the
-            first context_lens[b, j]. Taken as 0 if negative, as P * page if larger.
-        block_table: int32 [B, P], the pages of each sequence, in order. The tokens of a page that
-            is not in [0, blocks) count as absent.
-        max_context_len: the width of the result; tokens past it are left out.
+        context_lens: int32 [B], tokens of each sequence including the next_n new ones: the first
+            context_lens[b] - next_n + 1 + j are visible to query j. Or int32 [B, next_n]: the
+            first context_lens[b, j] are visible to query j. Values are clamped to
+            [0, P * page_size].
+        block_table: int32 [B, P], the pages of each sequence, in order. Tokens of a page outside
+            [0, num_pages) are not visible.
+        max_context_len: the width of the result; later tokens are omitted.
 
     Returns:
-        fp32 [B * next_n, max_context_len], -inf for tokens that are not seen or absent.
+        fp32 [B * next_n, max_context_len], -inf for tokens that are not visible.
 
     Raises:
         TypeError, ValueError: an argument is not as above; with DEEPKERN_DEBUG=1 also for lengths
             and page numbers out of range.
+
+    Example:
+        >>> q = torch.randn(1, 1, 64, 128).to(torch.float8_e4m3fn)
+        >>> cache = torch.zeros(4, 64, 1, 132, dtype=torch.uint8)
+        >>> deepkern.indexer_cache_append(torch.randn(100, 128), cache, torch.arange(100))
+        >>> lengths, table = torch.tensor([100]).int(), torch.tensor([[0, 1]]).int()
+        >>> deepkern.paged_mqa_logits(q, cache, torch.randn(1, 64), lengths, table, 128).shape
+        torch.Size([1, 128])
     """
     B, next_n, H, D = q.shape
     check_pages("paged_mqa_logits", cache, D)
@@ -79,7 +98,8 @@ def paged_mqa_logits(
                "fewer than 2**31 tokens a sequence",
                f"{block_table.shape[1]} pages of {cache.shape[1]}")  # fmt: skip
     check_that("paged_mqa_logits", "max_context_len", 0 <= max_context_len <= 2**31 - 2 * CHUNK,
-               "a number from 0 to 2**31 - 1024", max_context_len)  # fmt: skip
+               f"a number from 0 to 2**31 - {2 * CHUNK}", max_context_len)  # fmt: skip
+    # Fake kernel: allocates the output; the launcher of a backend computes it.
     return q.new_empty(B * next_n, max_context_len, dtype=torch.float32)
 
 
@@ -87,96 +107,137 @@ def paged_mqa_logits(
 def choose_tile(q: Tensor, *_) -> Tile:
     """The tile for these shapes."""
     _, next_n, H, D = q.shape
-    return tile_for(arch.of(q.device), H, D, most=next_power_of_2(max(next_n, 1)))
+    max_queries = next_power_of_2(max(next_n, 1))
+    return choose_query_tile(arch.of(q.device), H, D, max_queries)
 
 
 @paged_mqa_logits.op.register_launcher("triton")
-def _launch_triton(q, cache, weights, context_lens, block_table, max_context_len) -> Tensor:
-    args = q, cache, weights, context_lens, block_table, max_context_len
-    out = paged_mqa_logits.op.allocate(*args)
+def _launch_triton(
+    q: Tensor,
+    cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+) -> Tensor:
+    out = paged_mqa_logits.op.allocate(
+        q, cache, weights, context_lens, block_table, max_context_len
+    )
     if out.numel() == 0:
         return out
     B, next_n, H, D = q.shape
-    blocks, page = cache.shape[:2]
+    num_pages, page_size = cache.shape[:2]
     native_fp8 = arch.of(q.device).native_fp8
-    values, scales = page_parts(cache, FP8 if native_fp8 else torch.uint8)
-    t = choose_tile(q)
-    rounds = cdiv(next_n, t.queries)
-    each = context_lens.dim() == 2
-    paged_mqa_logits_kernel[(B * cdiv(max_context_len, CHUNK) * rounds,)](
+    values, scales = page_views(cache, FP8 if native_fp8 else torch.uint8)
+    tile = choose_tile(q)
+    query_tiles = cdiv(next_n, tile.queries)
+    len_per_query = context_lens.dim() == 2
+    paged_mqa_logits_kernel[(B * cdiv(max_context_len, CHUNK) * query_tiles,)](
         as_bits(q, native_fp8), values, scales, weights, context_lens, block_table, out,
-        next_n, H, D if H else 0, max_context_len, block_table.shape[1] * page, blocks, page,
-        rounds,
-        *q.stride()[:3], weights.stride(0), context_lens.stride(0),
-        context_lens.stride(1) if each else 0, block_table.stride(0),
-        values.stride(0), scales.stride(0),
-        KEYS=t.keys, QUERIES=t.queries, HEADS=t.heads, WIDE=t.wide, CHUNK=CHUNK, EACH=each,
-        WHOLE=t.heads >= H and t.wide >= D, NATIVE_FP8=native_fp8,
-        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=False,
+        next_n, H, D if H else 0, max_context_len, block_table.shape[1] * page_size,
+        num_pages, page_size, query_tiles, *q.stride()[:3], weights.stride(0),
+        context_lens.stride(0), context_lens.stride(1) if len_per_query else 0,
+        block_table.stride(0), values.stride(0), scales.stride(0),
+        CHUNK=CHUNK, LEN_PER_QUERY=len_per_query, NATIVE_FP8=native_fp8, **tile.options(H, D),
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["next_n", "rounds"])
+@triton.jit(do_not_specialize=["next_n", "query_tiles"])
 def paged_mqa_logits_kernel(
-    q_ptr, values_ptr, scales_ptr, weights_ptr, length_ptr, table_ptr, out_ptr,
-    next_n, H, D, width, capacity, blocks, page, rounds,
-    q_batch, q_query, q_head, weights_query, length_batch, length_query, table_batch,
-    values_block, scales_block,
-    KEYS: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr,
-    CHUNK: tl.constexpr, EACH: tl.constexpr, WHOLE: tl.constexpr, NATIVE_FP8: tl.constexpr,
-):  # fmt: skip
-    query = tl.program_id(0) % rounds * QUERIES + tl.arange(0, QUERIES)
-    chunks = tl.cdiv(width, CHUNK)
-    chunk = tl.program_id(0) // rounds % chunks * CHUNK
-    b = (tl.program_id(0) // rounds // chunks).to(tl.int64)
-    known = query < next_n
-    length_at = length_ptr + b * length_batch + query.to(tl.int64) * length_query
-    limit = tl.minimum(tl.maximum(tl.load(length_at, mask=known, other=0), 0), capacity)
-    if not EACH:
+    q_ptr,  # FP8 or its bytes [B, next_n, H, D]
+    values_ptr,  # FP8 or its bytes [num_pages, page_size * D]
+    scales_ptr,  # fp32 [num_pages, page_size], or its bytes
+    weights_ptr,  # fp32 [B * next_n, H]
+    context_lens_ptr,  # int32 [B], or [B, next_n]
+    block_table_ptr,  # int32 [B, P]
+    out_ptr,  # fp32 [B * next_n, max_context_len]
+    next_n,
+    H,
+    D,
+    max_context_len,
+    max_len,  # tokens of P pages
+    num_pages,
+    page_size,  # tokens
+    query_tiles,  # ceil(next_n / QUERIES)
+    q_batch_stride,  # strides in elements
+    q_query_stride,
+    q_head_stride,
+    weights_row_stride,
+    context_lens_batch_stride,
+    context_lens_query_stride,
+    block_table_stride,
+    values_page_stride,
+    scales_page_stride,
+    CHUNK: tl.constexpr,  # tokens per program
+    LEN_PER_QUERY: tl.constexpr,  # context_lens is [B, next_n]
+    NATIVE_FP8: tl.constexpr,
+    KEYS: tl.constexpr,  # tokens per step
+    QUERIES: tl.constexpr,  # per program
+    HEADS: tl.constexpr,  # of a query, per product
+    D_BLOCK: tl.constexpr,  # columns of D, per product
+    ONE_PRODUCT: tl.constexpr,  # one product computes all H heads and all of D
+):
+    query = tl.program_id(0) % query_tiles * QUERIES + tl.arange(0, QUERIES)
+    num_chunks = tl.cdiv(max_context_len, CHUNK)
+    chunk = tl.program_id(0) // query_tiles % num_chunks * CHUNK
+    b = (tl.program_id(0) // query_tiles // num_chunks).to(tl.int64)
+    query_mask = query < next_n
+    length_ptrs = context_lens_ptr + b * context_lens_batch_stride
+    length_ptrs += query.to(tl.int64) * context_lens_query_stride
+    limit = tl.load(length_ptrs, mask=query_mask, other=0)
+    limit = tl.minimum(tl.maximum(limit, 0), max_len)
+    if not LEN_PER_QUERY:
         limit -= next_n - 1 - query  # [QUERIES]
-    chunk_end = tl.minimum(chunk + CHUNK, width)
-    last = tl.minimum(tl.max(tl.where(known, limit, 0)), chunk_end)
+    chunk_end = tl.minimum(chunk + CHUNK, max_context_len)
+    last = tl.minimum(tl.max(tl.where(query_mask, limit, 0)), chunk_end)
 
     row = b * next_n + query
-    q = q_ptr + b * q_batch + query.to(tl.int64) * q_query, known, q_head
-    weights = weights_ptr + row * weights_query, known
-    held = ()
-    if WHOLE:
-        values = matrix_operand(load_queries(q, H, D, 0, 0, HEADS, WIDE), NATIVE_FP8)
-        held = (values,) + load_weights(weights, H, 0, HEADS)
-    out = out_ptr + (row * width)[None, :]
-    tokens = tl.arange(0, KEYS)
+    queries = QueryRows(
+        q_ptr + b * q_batch_stride + query.to(tl.int64) * q_query_stride,
+        weights_ptr + row * weights_row_stride, query_mask, q_head_stride, H, D,
+    )  # fmt: skip
+    preloaded = preload_queries(queries, HEADS, D_BLOCK, ONE_PRODUCT, NATIVE_FP8)
+    out_ptrs = out_ptr + (row * max_context_len)[None, :]
+
     for n in range(chunk, last, KEYS):
-        key = n + tokens
-        page_at = table_ptr + b * table_batch + key // page
-        block = tl.load(page_at, mask=key < last, other=-1)
-        present = (block >= 0) & (block < blocks)  # [KEYS]
-        block, offset = block.to(tl.int64), key % page
-        kv_row = values_ptr + block * values_block + offset * D
-        # Before the product, so that it is on its way while multiplying.
-        scale = load(scales_ptr + block * scales_block, offset, present, tl.float32)
-        sums = head_sums(kv_row, present, q, weights, held, H, D, HEADS, WIDE, WHOLE, NATIVE_FP8)
-        seen = present[:, None] & (key[:, None] < limit[None, :])
-        logits = tl.where(seen, sums * scale[:, None], float("-inf"))  # [KEYS, QUERIES]
-        inside = (key < width)[:, None] & known[None, :]
-        tl.store(out + key.to(tl.int64)[:, None], logits, mask=inside)
-    done = chunk + tl.cdiv(tl.maximum(last - chunk, 0), KEYS) * KEYS
-    fill(out, known, done, chunk_end, tokens, width)
+        key = n + tl.arange(0, KEYS)
+        page_ptrs = block_table_ptr + b * block_table_stride + key // page_size
+        page = tl.load(page_ptrs, mask=key < last, other=-1)
+        key_mask = (page >= 0) & (page < num_pages)
+        page, offset = page.to(tl.int64), key % page_size
+        # Loaded before the product, so that the load overlaps with it.
+        scale = load(scales_ptr + page * scales_page_stride, offset, key_mask, tl.float32)
+        sums = head_sums(
+            values_ptr + page * values_page_stride + offset * D, key_mask, queries, preloaded,
+            HEADS, D_BLOCK, ONE_PRODUCT, NATIVE_FP8,
+        )  # fmt: skip
+        attn_mask = key_mask[:, None] & (key[:, None] < limit[None, :])
+        store_logits(out_ptrs, key, max_context_len, query_mask, sums, scale, attn_mask)
+    rest = chunk + tl.cdiv(tl.maximum(last - chunk, 0), KEYS) * KEYS
+    fill_with_neg_inf(out_ptrs, rest, chunk_end, max_context_len, query_mask, KEYS)
 
 
 @paged_mqa_logits.op.register_debug_check
-def check_contents(q, cache, weights, context_lens, block_table, max_context_len) -> None:
-    blocks, page = cache.shape[:2]
+def check_contents(
+    q: Tensor,
+    cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+) -> None:
+    """For DEEPKERN_DEBUG=1: lengths fit the block table, and the pages of their tokens exist."""
+    num_pages, page_size = cache.shape[:2]
     P = block_table.shape[1]
-    wrong = context_lens[(context_lens < 0) | (context_lens > P * page)]
+    wrong = context_lens[(context_lens < 0) | (context_lens > P * page_size)]
     check_that("paged_mqa_logits", "context_lens", wrong.numel() == 0,
-               f"lengths in [0, {P * page}]", wrong[:1].tolist())  # fmt: skip
+               f"lengths in [0, {P * page_size}]", wrong[:1].tolist())  # fmt: skip
     if context_lens.numel() == 0:
         return
     longest = context_lens if context_lens.dim() == 1 else context_lens.amax(1)
-    first_token = torch.arange(P, device=q.device) * page
-    used = block_table[first_token < longest[:, None]]
-    wrong = used[(used < 0) | (used >= blocks)]
+    first_token = torch.arange(P, device=q.device) * page_size
+    pages = block_table[first_token < longest[:, None]]
+    wrong = pages[(pages < 0) | (pages >= num_pages)]
     check_that("paged_mqa_logits", "block_table", wrong.numel() == 0,
-               f"pages in [0, {blocks})", wrong[:1].tolist())  # fmt: skip
+               f"pages in [0, {num_pages})", wrong[:1].tolist())  # fmt: skip

@@ -23,38 +23,37 @@ def mqa_logits(
     q: Tensor, kv: Tensor, kv_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor
 ) -> Tensor:
     key = torch.arange(kv.shape[0], device=q.device)
-    seen = (key >= starts[:, None]) & (key < ends[:, None])
+    attn_mask = (key >= starts[:, None]) & (key < ends[:, None])
     products = torch.einsum("shd,nd->shn", q.double(), kv.double()).relu()
     logits = torch.einsum("sh,shn->sn", weights.double(), products) * kv_scale.double()
-    return logits.masked_fill(~seen, -math.inf).float()
+    return logits.masked_fill(~attn_mask, -math.inf).float()
 
 
 def indexer_cache_append(
     k: Tensor, cache: Tensor, slot_mapping: Tensor, scale_format: str = "fp32"
 ) -> None:
-    blocks, page = cache.shape[:2]
+    num_pages, page_size = cache.shape[:2]
     D = k.shape[1]
-    kept = (slot_mapping >= 0) & (slot_mapping < blocks * page)
-    x, slot = k[kept].float(), slot_mapping[kept]
+    valid = (slot_mapping >= 0) & (slot_mapping < num_pages * page_size)
+    x, slot = k[valid].float(), slot_mapping[valid]
     amax = x.abs().amax(1) if D else x.new_zeros(len(x))
     scale = block_scale(amax, scale_format)
     q = to_e4m3(x * (1.0 / scale)[:, None])
-    block, offset = slot // page, slot % page
+    page, offset = slot // page_size, slot % page_size
     values, scales = pages(cache, D)
-    values[block, offset] = q.view(torch.uint8)
-    scales[block, offset] = scale[:, None].view(torch.uint8)
+    values[page, offset] = q.view(torch.uint8)
+    scales[page, offset] = scale[:, None].view(torch.uint8)
 
 
 def pages(cache: Tensor, D: int) -> tuple[Tensor, Tensor]:
-    """Views of an indexer's cache: values [blocks, page, D] and scales [blocks, page, 4] as bytes.
+    """Views of an indexer's cache, as bytes: values and scales, see attention/indexer_cache.py.
 
-    In the bytes of a page, all values come first.
+    Shapes: [num_pages, page_size, D] and [num_pages, page_size, 4].
     """
-    blocks, page = cache.shape[:2]
-    whole = cache.as_strided((blocks, page * (D + 4)), (cache.stride(0), 1))
-    return whole[:, : page * D].unflatten(1, (page, D)), whole[:, page * D :].unflatten(
-        1, (page, 4)
-    )
+    num_pages, page_size = cache.shape[:2]
+    page_bytes = cache.as_strided((num_pages, page_size * (D + 4)), (cache.stride(0), 1))
+    values, scales = page_bytes.tensor_split((page_size * D,), 1)
+    return values.unflatten(1, (page_size, D)), scales.unflatten(1, (page_size, 4))
 
 
 def paged_mqa_logits(
@@ -66,22 +65,22 @@ def paged_mqa_logits(
     max_context_len: int,
 ) -> Tensor:
     B, next_n, _, D = q.shape
-    blocks, page = cache.shape[:2]
+    num_pages, page_size = cache.shape[:2]
     values, scales = pages(cache, D)
     out = q.new_full((B * next_n, max_context_len), -math.inf, dtype=torch.float32)
-    lengths = context_lens.clamp(0, block_table.shape[1] * page)
+    lengths = context_lens.clamp(0, block_table.shape[1] * page_size)
     if lengths.dim() == 1:
         lengths = lengths[:, None] - next_n + 1 + torch.arange(next_n, device=q.device)
     lengths = lengths.clamp(0, max_context_len).int()  # [B, next_n]
     for b in range(B if next_n else 0):
         key = torch.arange(int(lengths[b].max()), device=q.device)
-        block = block_table[b, key // page].long()
-        present = (block >= 0) & (block < blocks)
-        key, block = key[present], block[present]
-        kv = values[block, key % page].view(torch.float8_e4m3fn)
-        scale = scales[block, key % page].contiguous().view(torch.float32)[:, 0]
+        page = block_table[b, key // page_size].long()
+        valid = (page >= 0) & (page < num_pages)
+        key, page = key[valid], page[valid]
+        kv = values[page, key % page_size].view(torch.float8_e4m3fn)
+        scale = scales[page, key % page_size].contiguous().view(torch.float32)[:, 0]
         rows = slice(b * next_n, (b + 1) * next_n)
-        # The keys stand together: how many of them a query sees.
+        # kv has the valid keys only, in order: the number of them below each query's length.
         ends = (key < lengths[b][:, None]).sum(1)
         out[rows, key] = mqa_logits(q[b], kv, scale, weights[rows], torch.zeros_like(ends), ends)
     return out
@@ -90,19 +89,19 @@ def paged_mqa_logits(
 def topk_indices(logits: Tensor, k: int, lengths: Tensor | None = None) -> Tensor:
     S, N = logits.shape
     values = logits.float().nan_to_num(-math.inf, math.inf, -math.inf)
-    present = torch.arange(N, device=logits.device) < (N if lengths is None else lengths[:, None])
-    # Stable, twice: by value, then what is absent behind all values.
+    row_lengths = N if lengths is None else lengths[:, None]
+    padding = (torch.arange(N, device=logits.device) >= row_lengths).expand(S, N)
+    # Two stable sorts: by value, then the padding after all values.
     order = values.argsort(dim=1, descending=True, stable=True)
-    absent = ~present.expand(S, N)
-    order = order.gather(1, absent.gather(1, order).int().argsort(dim=1, stable=True))[:, :k]
-    chosen = order.masked_fill(absent.gather(1, order), N).sort(1).values  # -1 would sort first
+    order = order.gather(1, padding.gather(1, order).int().argsort(dim=1, stable=True))[:, :k]
+    selected = order.masked_fill(padding.gather(1, order), N).sort(1).values  # -1 would sort first
     out = logits.new_full((S, k), -1, dtype=torch.int32)
-    out[:, : chosen.shape[1]] = chosen.masked_fill(chosen == N, -1)
+    out[:, : selected.shape[1]] = selected.masked_fill(selected == N, -1)
     return out
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
-    """Butterflies in fp32, the lowest bit of the place first."""
+    """Butterflies in fp32, lowest bit of the index first."""
     y = x.float()
     half = 1
     while half < x.shape[-1]:
