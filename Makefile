@@ -24,10 +24,11 @@ PYTEST = $(PY) -m pytest $(shell $(PY) -c "import importlib.util as u; \
 	print('-n $(JOBS) --dist worksteal' if u.find_spec('xdist') else '', \
 	'--timeout 600' if u.find_spec('pytest_timeout') else '')" 2>/dev/null)
 
-.PHONY: help setup run test check lint format docs wheel clean
+.PHONY: help setup run test check proof lint format docs wheel clean
 help:
 	@echo "make run      check every op, time it, run the model, and say whether all agree"
-	@echo "make test     every test that runs on this machine"
+	@echo "make test     every op and backend at chosen shapes (about 10 minutes)"
+	@echo "make proof    all tiles, schedules, planted bugs, fuzzing (about 30 minutes)"
 	@echo "make check    lint and the fast tests (under 3 minutes)"
 	@echo "make setup    the virtual environment, the dependencies and the C++ parts"
 	@echo "make docs     the HTML site of docs/, in build/site"
@@ -61,10 +62,13 @@ run: setup
 	$(PY) -m bench
 
 test: setup
-	$(PYTEST)
+	$(PYTEST) -m "not proof"
+
+proof: setup
+	$(PYTEST) -m proof
 
 check: lint
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not proof"
 
 lint: setup
 	@if [ "$(VENV)" = 0 ] && ! $(PY) -c "import ruff" 2>/dev/null; then \
