@@ -37,7 +37,7 @@ from ..quant.cast_per_token import cast_per_token
 from ..runtime.contract import FP8, Contract, check_that
 from .fp8_gemm_nt import fp8_gemm_nt
 
-# Factor of gradients before their cast: the lower bound 1e-4 of the casts then corresponds to 4e-19.
+# Factor of gradients before their cast: the bound 1e-4 of the casts then corresponds to 4e-19.
 # bf16 and fp32 gradients overflow from 1e24 on.
 GRAD_SCALE = 2.0**48
 
