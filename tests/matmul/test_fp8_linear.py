@@ -1,4 +1,4 @@
-"""fp8_linear: each product on the operands it rounds, what is kept, what is left out, modules."""
+"""fp8_linear: values and gradients, saved tensors, batch invariance, errors, FP8Linear."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ REAL = [BF16, F16, F32]
 
 
 def make(generator, M, N, K, dtype=F32, weight_dtype=F32):
-    """x, weight, bias, all of which want a gradient, and the gradient of the output.
+    """x, weight and bias, which all require a gradient, and the gradient of the output.
 
-    Their deviations are 1, small enough for the products to fit float16.
+    All are standard normal, so that the outputs fit float16.
     """
     device = generator.device
 
@@ -46,23 +46,23 @@ def run(x, weight, bias, grad, **options):
     return out, *torch.autograd.grad(out, (x, weight, bias), grad)
 
 
-def rounded(x, cast, block):
-    """The real numbers that `cast` makes of x."""
+def round_to_fp8(x, cast, block):
+    """x cast to FP8 and dequantized, in float64."""
     return reference.cast_back(*cast(x.detach()), block, F32).double()
 
 
-def recipe(x, weight, bias, grad):
-    """What `run` gives, in float64 on the values to which the report's recipe rounds."""
-    w = rounded(weight, reference.cast_per_block, (128, 128))
-    out = rounded(x, reference.cast_per_token, (1, 128)) @ w.T + bias.detach().double()
-    grad_x = rounded(grad, reference.cast_per_token, (1, 128)) @ w
-    by_rows = [rounded(t, reference.cast_per_channel, (128, 1)) for t in (grad, x)]
-    return out, grad_x, by_rows[0].T @ by_rows[1], grad.double().sum(0)
+def expected_results(x, weight, bias, grad):
+    """The results of `run` in float64, from the operands rounded as fp8_linear rounds them."""
+    w = round_to_fp8(weight, reference.cast_per_block, (128, 128))
+    out = round_to_fp8(x, reference.cast_per_token, (1, 128)) @ w.T + bias.detach().double()
+    grad_x = round_to_fp8(grad, reference.cast_per_token, (1, 128)) @ w
+    channels = [round_to_fp8(t, reference.cast_per_channel, (128, 1)) for t in (grad, x)]
+    return out, grad_x, channels[0].T @ channels[1], grad.double().sum(0)
 
 
-def assert_recipe(x, weight, bias, grad):
+def assert_correct(x, weight, bias, grad):
     names = ("output", "gradient of x", "gradient of weight", "gradient of bias")
-    got, want = run(x, weight, bias, grad), recipe(x, weight, bias, grad)
+    got, want = run(x, weight, bias, grad), expected_results(x, weight, bias, grad)
     for g, w, like, name in zip(got, want, (x, x, weight, bias), names, strict=True):
         assert g.dtype == like.dtype
         compare.assert_close(g, w, name)
@@ -72,14 +72,14 @@ EDGES = [(1, 1, 1), (3, 5, 127), (130, 40, 129), (17, 257, 64), (129, 128, 128),
 
 
 @pytest.mark.parametrize(("M", "N", "K"), EDGES)
-def test_edges(backend, generator, M, N, K):
-    assert_recipe(*make(generator, M, N, K))
+def test_edge_shapes(backend, generator, M, N, K):
+    assert_correct(*make(generator, M, N, K))
 
 
 @pytest.mark.parametrize("weight_dtype", [F32, BF16])
 @pytest.mark.parametrize("dtype", REAL)
 def test_dtypes(backend, generator, dtype, weight_dtype):
-    assert_recipe(*make(generator, 70, 40, 150, dtype, weight_dtype))
+    assert_correct(*make(generator, 70, 40, 150, dtype, weight_dtype))
 
 
 @pytest.mark.slow
@@ -96,11 +96,11 @@ def test_any_shape(M, N, K, dtype, weight_dtype, seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     with deepkern.backend("triton"):
-        assert_recipe(*make(generator, M, N, K, dtype, weight_dtype))
+        assert_correct(*make(generator, M, N, K, dtype, weight_dtype))
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(0, 5, 3), (4, 0, 3), (4, 5, 0)])
-def test_empty(backend, generator, M, N, K):
+def test_empty_tensors(backend, generator, M, N, K):
     x, weight, bias, grad = make(generator, M, N, K)
     out, grad_x, grad_weight, grad_bias = run(x, weight, bias, grad)
     assert torch.equal(out, bias.expand(M, N))
@@ -109,16 +109,16 @@ def test_empty(backend, generator, M, N, K):
     assert torch.equal(grad_bias, grad.sum(0))
 
 
-def test_near_the_layer_in_fp32(backend, generator):
+def test_close_to_the_fp32_layer(backend, generator):
     x, weight, bias, grad = make(generator, 140, 90, 260)
     out = F.linear(x, weight, bias)
     want = out, *torch.autograd.grad(out, (x, weight), grad)
     for g, w in zip(run(x, weight, bias, grad), want, strict=False):
-        assert 1e-5 < compare.diff(g, w) < 2e-3  # FP8's error, and not another's
+        assert 1e-5 < compare.diff(g, w) < 2e-3  # the error of FP8
 
 
-def test_gradients_of_unlike_size_keep_their_digits(backend, generator):
-    """Rows whose gradients differ by 2^20: one scale per token is what keeps the small ones."""
+def test_rows_with_small_gradients(backend, generator):
+    """Row gradients differ by 2^20; one scale per token preserves the small ones."""
     x, weight, bias, grad = make(generator, 40, 130, 60)
     grad[::2] *= 2**-20
     (got,) = torch.autograd.grad(fp8_linear(x, weight, bias), x, grad)
@@ -127,8 +127,8 @@ def test_gradients_of_unlike_size_keep_their_digits(backend, generator):
 
 
 @pytest.mark.parametrize("power", [-50, -20, 40])
-def test_small_gradients_are_as_exact_as_large_ones(backend, generator, power):
-    """A mean over many tokens makes them small; the casts clamp magnitudes below 1e-4."""
+def test_gradient_bits_scale_by_powers_of_two(backend, generator, power):
+    """Also gradients below 1e-4, the lower bound of the casts, as a mean loss has them."""
     x, weight, bias, grad = make(generator, 20, 40, 60)
     want = run(x, weight, bias, grad)
     got = run(x, weight, bias, grad * 2.0**power)
@@ -137,7 +137,7 @@ def test_small_gradients_are_as_exact_as_large_ones(backend, generator, power):
 
 
 def test_small_gradients_in_float16(backend, generator):
-    """Of which its own rounding has left few digits: those stay."""
+    """The gradients lose no digits in addition to the rounding to float16."""
     x, weight, bias, grad = make(generator, 20, 40, 60, F16)
     grad = (grad.float() * 2.0**-18).half()
     _, grad_x, grad_weight, _ = run(x, weight, bias, grad)
@@ -158,8 +158,8 @@ def test_leading_dimensions(backend, generator, lead):
     compare.assert_bitwise(grad_x.reshape(-1, 70), flat_x)
 
 
-def test_strides(backend, generator):
-    """Transposed and cut x, weight, bias and gradient; and a gradient that is one number."""
+def test_strided_tensors(backend, generator):
+    """Transposed and sliced x, weight, bias and gradient; and an expanded gradient."""
     x, weight, bias, grad = (t.detach() for t in make(generator, 40, 70, 60))
     want = run(*(t.clone().requires_grad_() for t in (x, weight, bias)), grad)
     x, weight, grad = x.T.contiguous().T, weight.T.contiguous().T, grad.T.contiguous().T
@@ -174,7 +174,7 @@ def test_strides(backend, generator):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_bias_is_added_before_the_one_rounding(backend, device, dtype):
+def test_bias_is_added_before_rounding(backend, device, dtype):
     x, weight = torch.full((1, 1), 1.25, dtype=dtype), torch.ones(1, 1)
     bias = torch.tensor([256.0])  # 1.25 is 448 times its scale, so the product is near 1.25
     got = fp8_linear(x.to(device), weight.to(device), bias.to(device))
@@ -182,7 +182,7 @@ def test_bias_is_added_before_the_one_rounding(backend, device, dtype):
 
 
 def test_fp8_weight(backend, generator):
-    """The same bits as from the weight that was cast; x and bias get their gradients."""
+    """The bits of the real weight that it was cast from; gradients of x and bias."""
     x, weight, bias, grad = make(generator, 20, 140, 200, BF16)
     want = run(x, weight, bias, grad)
     q, scale = deepkern.cast_per_block(weight.detach())
@@ -196,7 +196,7 @@ def test_fp8_weight(backend, generator):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the deepkern ops that run inside."""
+    """Counts the deepkern ops that run in the block."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "deepkern":
@@ -212,7 +212,7 @@ GEMM, TOKEN, BLOCK, CHANNEL = "fp8_gemm_nt", "cast_per_token", "cast_per_block",
 
 
 @pytest.mark.parametrize(
-    ("asked", "forward", "backward"),
+    ("required", "forward", "backward"),
     [
         ("", {}, None),
         ("x", {}, {GEMM: 1, TOKEN: 1}),
@@ -220,11 +220,13 @@ GEMM, TOKEN, BLOCK, CHANNEL = "fp8_gemm_nt", "cast_per_token", "cast_per_block",
         ("bias", {}, {}),
         ("x weight bias", {CHANNEL: 1}, {GEMM: 2, TOKEN: 1, CHANNEL: 1}),
     ],
+    ids=["none", "x", "weight", "bias", "all"],
 )
-def test_no_gradient_is_computed_that_nobody_asks_for(generator, asked, forward, backward):
+def test_only_required_gradients_are_computed(generator, required, forward, backward):
+    """`forward` and `backward` count ops; the first three ops of a forward pass are implied."""
     x, weight, bias, grad = make(generator, 4, 5, 6)
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        tensor.requires_grad_(name in asked.split())
+        tensor.requires_grad_(name in required.split())
     with Calls() as calls:
         out = fp8_linear(x, weight, bias)
     assert calls.counts == {GEMM: 1, TOKEN: 1, BLOCK: 1, **forward}
@@ -236,8 +238,8 @@ def test_no_gradient_is_computed_that_nobody_asks_for(generator, asked, forward,
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_what_is_kept_for_the_backward_pass(generator, dtype):
-    """One byte a value of x and of the weight, and their scales; no real number of x."""
+def test_bytes_saved_for_backward(generator, dtype):
+    """One byte per value of x and the weight, and their scales; no real values of x."""
     M, N, K = 300, 140, 200
     x, weight, bias, _ = make(generator, M, N, K, dtype)
     saved = []
@@ -250,7 +252,7 @@ def test_what_is_kept_for_the_backward_pass(generator, dtype):
     assert len(saved) == 4
 
 
-def test_same_bits_twice_and_without_a_gradient(backend, generator):
+def test_same_bits_twice_and_under_no_grad(backend, generator):
     x, weight, bias, grad = make(generator, 20, 140, 150)
     want = run(x, weight, bias, grad)
     for g, w in zip(run(x, weight, bias, grad), want, strict=True):
@@ -259,21 +261,21 @@ def test_same_bits_twice_and_without_a_gradient(backend, generator):
         compare.assert_bitwise(fp8_linear(x, weight, bias), want[0])
 
 
-def test_compiles_whole_forward_and_backward(backend, generator):
+def test_compile_fullgraph_with_backward(backend, generator):
     x, weight, bias, grad = make(generator, 20, 140, 150)
     layer = FP8Linear.from_linear(linear_of(weight, bias))
-    resident = FP8Linear.from_quantised(*deepkern.cast_per_block(torch.eye(140)))
+    quantized = FP8Linear.from_quantised(*deepkern.cast_per_block(torch.eye(140)))
     leaves = (x, layer.weight, layer.bias)
-    want = torch.autograd.grad((resident(layer(x)) * grad).sum(), leaves)
+    want = torch.autograd.grad((quantized(layer(x)) * grad).sum(), leaves)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: resident(layer(x)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x: quantized(layer(x)), fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad((compiled(x) * grad).sum(), leaves)
     for g, w in zip(got, want, strict=True):
         compare.assert_bitwise(g, w)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_changes_no_bit(backend, generator, use_reentrant):
+def test_same_bits_with_checkpointing(backend, generator, use_reentrant):
     x, weight, bias, grad = make(generator, 20, 40, 150)
     want = run(x, weight, bias, grad)
     out = checkpoint(fp8_linear, x, weight, bias, use_reentrant=use_reentrant)
@@ -282,7 +284,7 @@ def test_checkpointing_changes_no_bit(backend, generator, use_reentrant):
         compare.assert_bitwise(g.detach(), w.detach())
 
 
-def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(backend, generator):
+def test_row_bits_independent_of_batch(backend, generator):
     x, weight, bias, grad = make(generator, 70, 130, 150)
     out, grad_x, *_ = run(x, weight, bias, grad)
     for rows in (slice(0, 1), slice(3, 20), slice(5, 70)):
@@ -292,7 +294,7 @@ def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(backend, generato
         compare.assert_bitwise(got_x, grad_x[rows])
 
 
-def test_nan_reaches_what_it_is_multiplied_into(backend, generator):
+def test_nan_and_inf_propagate(backend, generator):
     x, weight, bias, grad = make(generator, 20, 40, 150)
     with torch.no_grad():
         x[3, 7], grad[5, 2] = float("nan"), float("inf")
@@ -300,9 +302,9 @@ def test_nan_reaches_what_it_is_multiplied_into(backend, generator):
     row = torch.arange(20, device=x.device)[:, None]
     assert torch.equal(out.isnan(), (row == 3).expand(20, 40))
     assert torch.equal(grad_x.isnan(), (row == 5).expand(20, 150))
-    spoilt = torch.zeros(40, 150, dtype=torch.bool, device=x.device)
-    spoilt[2], spoilt[:, 7] = True, True
-    assert torch.equal(grad_weight.isnan(), spoilt)
+    is_nan = torch.zeros(40, 150, dtype=torch.bool, device=x.device)
+    is_nan[2], is_nan[:, 7] = True, True
+    assert torch.equal(grad_weight.isnan(), is_nan)
     assert grad_bias[2].isinf() and grad_bias.isfinite().sum() == 39
 
 
@@ -313,17 +315,22 @@ def test_no_second_derivative(generator):
         first.sum().backward()
 
 
-def tensors_to_break():
+def valid_arguments():
     return {"x": torch.ones(4, 200), "weight": torch.ones(30, 200), "bias": torch.ones(30)}
 
 
 @pytest.mark.parametrize(
-    ("broken", "error", "message"),
+    ("changed", "error", "message"),
     [
         ({"x": torch.ones(4, 100)}, ValueError, "weight: expected K = 100 in"),
         ({"x": torch.tensor(1.0)}, ValueError, "x: expected rank 1 or more"),
         ({"x": torch.ones(4, 200).to(FP8)}, TypeError, "x: expected dtype bfloat16 or float16 or"),
-        ({"x": None}, TypeError, "x: expected a Tensor, got None"),
+        ({"x": None}, TypeError, r"x: expected real \[\.\.\., K\], got None"),
+        ({"weight": None}, TypeError, r"weight: expected real\|fp8 \[N, K\], got None"),
+        ({"x": 3}, TypeError, "x: expected a Tensor, got int"),
+        ({"weight": [1.0]}, TypeError, "weight: expected a Tensor, got list"),
+        ({"bias": True}, TypeError, "bias: expected a Tensor, got bool"),
+        ({"weight_scale": 1.0}, TypeError, "weight_scale: expected a Tensor, got float"),
         ({"weight": torch.ones(200)}, ValueError, "weight: expected rank 2"),
         ({"weight": torch.ones(30, 200).double()}, TypeError, "weight: expected dtype bfloat16"),
         ({"weight": torch.ones(30, 200, device="meta")}, ValueError, "weight: expected device cpu"),
@@ -336,9 +343,9 @@ def tensors_to_break():
         ({"bias": torch.ones(1)}, ValueError, r"bias: expected N = 30 in .*, got shape \(1,\)"),
     ],
 )  # fmt: skip
-def test_errors(broken, error, message):
+def test_errors(changed, error, message):
     with pytest.raises(error, match=f"^fp8_linear: {message}"):
-        fp8_linear(**{**tensors_to_break(), **broken})
+        fp8_linear(**{**valid_arguments(), **changed})
 
 
 def linear_of(weight, bias):
@@ -347,7 +354,7 @@ def linear_of(weight, bias):
     return linear
 
 
-def test_module_is_initialised_as_linear_is(generator):
+def test_module_initialization_equals_linear(generator):
     torch.manual_seed(3)
     want = nn.Linear(70, 30, dtype=BF16)
     torch.manual_seed(3)
@@ -359,7 +366,7 @@ def test_module_is_initialised_as_linear_is(generator):
     assert FP8Linear(70, 30, device="meta").weight.is_meta
 
 
-def test_module_from_linear_shares_its_parameters(backend, generator):
+def test_from_linear_shares_parameters(backend, generator):
     x, weight, bias, _ = make(generator, 5, 30, 70)
     linear = linear_of(weight, bias).eval()
     layer = FP8Linear.from_linear(linear)
@@ -368,10 +375,10 @@ def test_module_from_linear_shares_its_parameters(backend, generator):
 
 
 def test_module_learns(generator, device):
-    """A step along its gradients lowers the loss about as much as in fp32."""
+    """20 steps of SGD lower the loss about as much as in fp32."""
     x, weight, bias, _ = make(generator, 64, 20, 50)
     target = torch.randn(64, 20, generator=generator, device=device)
-    after = []
+    losses = []
     for kind in (FP8Linear, nn.Linear):
         layer = kind(50, 20, device=device)
         layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
@@ -381,20 +388,20 @@ def test_module_learns(generator, device):
             loss = F.mse_loss(layer(x.detach()), target)
             loss.backward()
             optimizer.step()
-        after.append(loss.item())
+        losses.append(loss.item())
     start = F.mse_loss(F.linear(x, weight, bias), target).item()
-    assert after[0] < start / 10 and after[0] == pytest.approx(after[1], rel=0.02)
+    assert losses[0] < start / 10 and losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 @pytest.fixture
-def resident(generator):
+def quantized(generator):
     """A layer whose weight is FP8, with a bias."""
     q, scale = deepkern.cast_per_block(values(generator, 140, 200))
     return FP8Linear.from_quantised(q, scale, values(generator, 140, dtype=F32))
 
 
-def test_resident_layer_goes_through_safetensors(resident, generator, tmp_path):
-    save_file(resident.state_dict(), tmp_path / "layer.safetensors")
+def test_quantized_layer_through_safetensors(quantized, generator, tmp_path):
+    save_file(quantized.state_dict(), tmp_path / "layer.safetensors")
     state = load_file(tmp_path / "layer.safetensors", device=str(generator.device))
     assert {name: t.dtype for name, t in state.items()} == {
         "weight": FP8, "weight_scale": F32, "bias": F32,
@@ -404,38 +411,50 @@ def test_resident_layer_goes_through_safetensors(resident, generator, tmp_path):
     )
     other.to(generator.device).load_state_dict(state)
     x = values(generator, 5, 200)
-    compare.assert_bitwise(other(x), resident(x))
-    compare.assert_bitwise(copy.deepcopy(resident)(x), resident(x))
+    compare.assert_bitwise(other(x), quantized(x))
+    compare.assert_bitwise(copy.deepcopy(quantized)(x), quantized(x))
 
 
 @pytest.mark.parametrize("change", [nn.Module.bfloat16, nn.Module.half, lambda m: m.to(BF16)])
-def test_resident_weight_survives_a_change_of_dtype(resident, generator, change):
-    """Else `model.bfloat16()` would turn codes into numbers, and round the scales."""
-    before = {name: t.clone() for name, t in resident.state_dict().items()}
-    change(resident)
-    compare.assert_bitwise(resident.weight.detach(), before["weight"])
-    compare.assert_bitwise(resident.weight_scale, before["weight_scale"])
-    assert resident.bias.dtype in (BF16, F16)
-    assert resident(values(generator, 5, 200)).isfinite().all()
+def test_quantized_weight_keeps_its_dtype(quantized, generator, change):
+    """A conversion such as `model.bfloat16()` must not change the codes and their scales."""
+    before = {name: t.clone() for name, t in quantized.state_dict().items()}
+    change(quantized)
+    compare.assert_bitwise(quantized.weight.detach(), before["weight"])
+    compare.assert_bitwise(quantized.weight_scale, before["weight_scale"])
+    assert quantized.bias.dtype in (BF16, F16)
+    assert quantized(values(generator, 5, 200)).isfinite().all()
     assert FP8Linear(3, 4).bfloat16().weight.dtype == BF16
-    empty = resident.to("meta")
+    empty = quantized.to("meta")
     assert empty.weight.is_meta and empty.weight_scale.is_meta
 
 
-def test_resident_weight_is_not_trained(resident, generator):
-    assert [name for name, p in resident.named_parameters() if p.requires_grad] == []
+def test_quantized_weight_is_not_trained(quantized, generator):
+    assert [name for name, p in quantized.named_parameters() if p.requires_grad] == []
     x = values(generator, 5, 200).requires_grad_()
-    resident(x).sum().backward()
-    assert x.grad.isfinite().all() and resident.weight.grad is None
+    quantized(x).sum().backward()
+    assert x.grad.isfinite().all() and quantized.weight.grad is None
 
 
-def test_quantised_layer_of_a_real_weight_is_refused():
-    with pytest.raises(TypeError, match="^fp8_linear: weight: expected dtype torch.float8_e4m3fn"):
-        FP8Linear.from_quantised(torch.ones(3, 4), torch.ones(1, 1))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": torch.ones(3, 4)}, "weight: expected dtype torch.float8_e4m3fn, got"),
+        ({"weight": None}, r"weight: expected real\|fp8 \[N, K\], got None"),
+        ({"weight_scale": None}, r"weight_scale: expected fp32 \[N/128, K/128\], got None"),
+        ({"weight": 3}, "weight: expected a Tensor, got int"),
+        ({"weight_scale": 1.0}, "weight_scale: expected a Tensor, got float"),
+        ({"bias": [0.0]}, "bias: expected a Tensor, got list"),
+    ],
+)
+def test_errors_of_from_quantised(changed, message):
+    arguments = {"weight": torch.ones(3, 4).to(FP8), "weight_scale": torch.ones(1, 1)}
+    with pytest.raises(TypeError, match=f"^fp8_linear: {message}"):
+        FP8Linear.from_quantised(**{**arguments, **changed})
 
 
-def test_modules_say_what_they_are(resident):
+def test_repr_of_modules(quantized):
     assert str(FP8Linear(3, 4)) == (
         "FP8Linear(in_features=3, out_features=4, bias=True, weight=float32)"
     )
-    assert str(resident).endswith("out_features=140, bias=True, weight=float8_e4m3fn)")
+    assert str(quantized).endswith("out_features=140, bias=True, weight=float8_e4m3fn)")

@@ -1,4 +1,4 @@
-"""Groups of columns: any lengths and alignment, nothing of one group in another."""
+"""k_grouped_fp8_gemm_nt: groups of columns of any length and alignment, c, NaN."""
 
 from __future__ import annotations
 
@@ -38,18 +38,24 @@ def check(args) -> torch.Tensor:
     ("M", "N", "K"),
     [(1, 1, 1), (3, 8, 100), (127, 100, 129), pytest.param(129, 200, 500, marks=pytest.mark.slow)],
 )
-def test_off_every_grid(backend, generator, M, N, K, c):
+def test_odd_shapes(backend, generator, M, N, K, c):
     check(make(generator, M, N, K, G=3, c=c))
 
 
-# Each M, N and total K off the grids once, K = 7168 in slices of a wider matrix.
-SHAPES = [(0, 8, 128), (1, 2112, 100), (3, 8, 7168), (127, 100, 1), (129, 1, 129), (257, 576, 90)]
+# M, N, total K and the scale format; the dimensions are not multiples of a tile.
+SHAPES = [
+    (0, 8, 128, "ue8m0"),
+    (1, 2112, 100, "fp32"),
+    (3, 8, 7168, "ue8m0"),
+    (127, 100, 1, "fp32"),
+    (129, 1, 129, "fp32"),
+    (257, 576, 90, "fp32"),
+]
 
 
-@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
-def test_slices_and_scale_formats(backend, generator, M, N, K):
-    """Two groups, the second from a multiple of 16 on."""
-    scale_format = ("fp32", "ue8m0")[N // 8 % 2]
+@pytest.mark.parametrize(("M", "N", "K", "scale_format"), SHAPES)
+def test_odd_shapes_of_slices(backend, generator, M, N, K, scale_format):
+    """The operands are slices of wider matrices; group 1 starts at a multiple of 16."""
     offsets = torch.tensor([0, K // 32 * 16, K], dtype=torch.int32)
     operands = []
     for rows in (M, N):
@@ -63,18 +69,18 @@ def test_slices_and_scale_formats(backend, generator, M, N, K):
 
 
 OFFSETS = {
-    "one": [0, 400, 400, 400, 400],
-    "aligned": [0, 128, 256, 384, 400],
-    "to 16": [0, 16, 160, 160, 400],
-    "odd": [0, 1, 130, 131, 399],
-    "not all columns": [5, 20, 150, 151, 300],
-    "backwards": [400, 300, 200, 100, 0],
-    "hostile": [-(2**31), 2**31 - 1, 7, -5, 390],
+    "one group": [0, 400, 400, 400, 400],
+    "multiples of 128": [0, 128, 256, 384, 400],
+    "multiples of 16": [0, 16, 160, 160, 400],
+    "unaligned": [0, 1, 130, 131, 399],
+    "columns outside all groups": [5, 20, 150, 151, 300],
+    "descending": [400, 300, 200, 100, 0],
+    "out of range": [-(2**31), 2**31 - 1, 7, -5, 390],
 }
 
 
 @pytest.mark.parametrize("offsets", OFFSETS.values(), ids=list(OFFSETS))
-def test_any_contents_of_the_offsets(backend, generator, offsets):
+def test_offsets(backend, generator, offsets):
     check(with_offsets(make(generator, 40, 70, 400, G=4), offsets))
 
 
@@ -84,15 +90,15 @@ def test_any_contents_of_the_offsets(backend, generator, offsets):
     M=st.integers(0, 80),
     N=st.integers(0, 80),
     K=st.integers(0, 400),
-    more=st.integers(-3, 2),
+    extra_columns=st.integers(-3, 2),
     seed=st.integers(0, 2**31),
 )
-def test_any_offsets(offsets, M, N, K, more, seed):
-    """Scales may have too few columns, too: what has none counts as zeros."""
+def test_any_offsets(offsets, M, N, K, extra_columns, seed):
+    """The scales may have too few columns; columns without scales count as zeros."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     a, a_scale, b, b_scale, *rest = make(generator, M, N, K, len(offsets) - 1)
-    columns = slice(0, max(a_scale.shape[1] + more, 0))
+    columns = slice(0, max(a_scale.shape[1] + extra_columns, 0))
     args = (a, a_scale[:, columns], b, b_scale[:, columns], *rest)
     with deepkern.backend("triton"):
         check(with_offsets(args, offsets))
@@ -100,7 +106,7 @@ def test_any_offsets(offsets, M, N, K, more, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot launch for another target")
 def test_all_tiles_give_the_same_bits(target, generator):
     args = make(generator, 130, 140, 330, G=3, c=True)
     want = deepkern.reference.k_grouped_fp8_gemm_nt(*args)
@@ -113,8 +119,8 @@ def test_all_tiles_give_the_same_bits(target, generator):
     compare.assert_close(got[0], want)
 
 
-def test_a_group_has_the_bits_that_it_has_alone(backend, generator):
-    offsets = [0, 144, 144, 160, 300]  # starts of another alignment are summed in other pieces
+def test_group_bits_independent_of_other_groups(backend, generator):
+    offsets = [0, 144, 144, 160, 300]  # multiples of 16: others sum a block in other pieces
     args = with_offsets(make(generator, 40, 70, 300, G=4), offsets)
     a, a_scale, b, b_scale, *_ = args
     got, block = product(*args), 0
@@ -130,7 +136,7 @@ def test_a_group_has_the_bits_that_it_has_alone(backend, generator):
         compare.assert_bitwise(product(a[:M], a_scale[:M], *args[2:]), got[:, :M], f"{M} rows")
 
 
-def test_nan_does_not_get_into_the_next_group(backend, generator):
+def test_nan_stays_in_its_group(backend, generator):
     offsets = [0, 70, 200, 300]
     args = with_offsets(make(generator, 20, 30, 300, G=3), offsets)
     args[0][:, 75], args[2][:, 199] = float("nan"), float("nan")
@@ -138,8 +144,8 @@ def test_nan_does_not_get_into_the_next_group(backend, generator):
     assert got[1].isnan().all() and got[0].isfinite().all() and got[2].isfinite().all()
 
 
-def test_takes_what_cast_per_channel_makes(backend, generator):
-    """The gradients of grouped weights: d[g] is dyᵀ·x over the group's rows."""
+def test_operands_from_cast_per_channel(backend, generator):
+    """Gradients of grouped weights: d[g] is dyᵀ·x over the rows of the group."""
     x, dy = values(generator, 300, 60), values(generator, 300, 40)
     offsets = torch.tensor([0, 100, 100, 129, 300], dtype=torch.int32, device=x.device)
     a = deepkern.cast_per_channel(dy, group_offsets=offsets, transpose=True)
@@ -150,14 +156,14 @@ def test_takes_what_cast_per_channel_makes(backend, generator):
         assert compare.diff(got[g], want) < 2e-3
 
 
-def test_column_major_scales_and_strided_operands(backend, generator):
+def test_strided_operands_and_scales(backend, generator):
     a, a_scale, b, b_scale, offsets, _ = make(generator, 40, 30, 400, G=3)
     views = a[::2], a_scale[::2].t().contiguous().t(), b[3:], b_scale[3:].t().contiguous().t()
     compact = [x.contiguous() for x in views]
     compare.assert_bitwise(product(*views, offsets), product(*compact, offsets))
 
 
-def test_adding_to_c_of_any_strides(backend, generator):
+def test_strided_c(backend, generator):
     *args, c = make(generator, 20, 30, 200, G=2, c=True)
     wide = torch.cat([c, c], 2)[:, :, :30]
     compare.assert_bitwise(product(*args, wide), product(*args, c))
@@ -171,7 +177,7 @@ def test_bad_offsets_and_c(backend, generator):
         product(*args, c[:1])
 
 
-def test_debug_names_bad_contents(backend, generator, monkeypatch):
+def test_debug_check_of_offsets(backend, generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     args = with_offsets(make(generator, 4, 8, 100, G=2), [0, 101, 50])
     with pytest.raises(ValueError, match=r"group_offsets: expected ascending values in \[0, 100\]"):

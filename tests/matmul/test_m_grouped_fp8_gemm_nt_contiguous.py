@@ -1,4 +1,4 @@
-"""Groups of rows: any sizes, any padding, any index contents; a row's bits are those alone."""
+"""m_grouped_fp8_gemm_nt_contiguous: group sizes, padding, any index, batch invariance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make(generator, M, N, K, G, **kwargs):
 
 
 def with_index(args, index) -> tuple:
-    """The arguments with these groups instead."""
+    """The arguments with group_index replaced by `index`."""
     index = torch.as_tensor(index, dtype=torch.int32, device=args[0].device)
     return (*args[:4], index, *args[5:])
 
@@ -39,17 +39,24 @@ def check(args) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("M", "N", "K"), [(1, 1, 1), (3, 8, 100), (127, 100, 129), (129, 200, 128), (257, 130, 260)]
 )
-def test_off_every_grid(backend, generator, M, N, K, b_rows):
+def test_odd_shapes(backend, generator, M, N, K, b_rows):
     check(make(generator, M, N, K, G=3, b_rows=b_rows, out_dtype=F32))
 
 
-# Each M, N and K off the grids once, K = 7168 in slices of a wider matrix.
-SHAPES = [(0, 8, 128), (1, 2112, 100), (3, 8, 7168), (127, 100, 1), (129, 1, 129), (257, 576, 90)]
+# M, N, K and the scale format; the dimensions are not multiples of a tile.
+SHAPES = [
+    (0, 8, 128, "ue8m0"),
+    (1, 2112, 100, "fp32"),
+    (3, 8, 7168, "ue8m0"),
+    (127, 100, 1, "fp32"),
+    (129, 1, 129, "fp32"),
+    (257, 576, 90, "fp32"),
+]
 
 
-@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
-def test_slices_and_scale_formats(backend, generator, M, N, K):
-    scale_format = ("fp32", "ue8m0")[N // 8 % 2]
+@pytest.mark.parametrize(("M", "N", "K", "scale_format"), SHAPES)
+def test_odd_shapes_of_slices(backend, generator, M, N, K, scale_format):
+    """The operands are slices of wider matrices."""
     a, a_scale = deepkern.reference.cast_per_token(values(generator, M, K + 16), scale_format)
     b, b_scale = deepkern.reference.cast_per_block(values(generator, 2, N, K + 16), scale_format)
     blocks = -(-K // 128)
@@ -58,20 +65,20 @@ def test_slices_and_scale_formats(backend, generator, M, N, K):
 
 
 GROUPS = {
-    "none": [-1] * 150,
-    "one for all": [2] * 150,
-    "padding within": [0, 0, -1] * 20 + [1] * 20 + [-1] * 30 + [3] * 40,
-    "the last one empty": [0] * 75 + [1] * 75,
-    "the first ones empty": [3] * 150,
-    "each for a row": list(range(4)) + [-1] * 146,
+    "no groups": [-1] * 150,
+    "one group": [2] * 150,
+    "padding between groups": [0, 0, -1] * 20 + [1] * 20 + [-1] * 30 + [3] * 40,
+    "last group empty": [0] * 75 + [1] * 75,
+    "first groups empty": [3] * 150,
+    "one row per group": list(range(4)) + [-1] * 146,
     "unsorted": [3, 0, 2, 1, -1] * 30,
     "out of range": [4, -2, 2**31 - 1, -(2**31), 1] * 30,
-    "backwards": [3] * 40 + [2] * 40 + [1] * 40 + [0] * 30,
+    "descending": [3] * 40 + [2] * 40 + [1] * 40 + [0] * 30,
 }
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=list(GROUPS))
-def test_any_contents_of_the_index(backend, generator, groups):
+def test_group_index(backend, generator, groups):
     args = with_index(make(generator, 150, 70, 140, G=4, out_dtype=F32), groups)
     got = check(args)
     skipped = torch.tensor([not 0 <= g < 4 for g in groups])
@@ -93,8 +100,8 @@ def test_any_groups(groups, G, N, K, seed):
         check(with_index(make(generator, len(groups), N, K, G, out_dtype=F32), groups))
 
 
-def test_a_row_has_the_bits_that_it_has_alone(backend, generator):
-    """As in a product of its group only, wherever it stands and whatever else there is."""
+def test_row_bits_independent_of_batch(backend, generator):
+    """For a single row, fp8_gemm_nt on its group, and the first rows of the batch."""
     a, a_scale, b, b_scale, index, _ = make(generator, 257, 140, 300, G=3, out_dtype=F32)
     got = product(a, a_scale, b, b_scale, index, F32)
     for row in (0, 1, 100, 127, 128, 200, 255, 256):
@@ -112,8 +119,8 @@ def test_a_row_has_the_bits_that_it_has_alone(backend, generator):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("N", "K"), [(4096, 7168), (7168, 2048), (100, 1000)])
-def test_a_row_has_the_same_bits_on_a_gpu(generator, N, K):
-    """Whatever the rows beside it: M from 1 to 257 in one group of four, and a hundred times."""
+def test_row_bits_independent_of_batch_on_gpu(generator, N, K):
+    """All rows in one group of four: every M from 1 to 257, and 100 equal launches."""
     a, a_scale, b, b_scale, *_ = make(generator, 257, N, K, G=4, out_dtype=F32)
     index = torch.full((257,), 2, dtype=torch.int32, device=a.device)
     with deepkern.backend("triton"):
@@ -131,9 +138,9 @@ def test_a_row_has_the_same_bits_on_a_gpu(generator, N, K):
 @pytest.mark.slow
 @pytest.mark.parametrize("b_rows", [128, 1])
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot launch for another target")
 def test_all_tiles_give_the_same_bits(target, b_rows, generator):
-    """All tiles of a target give the same bits, or M would change a row's."""
+    """Batch invariance requires it, because the choice of tile depends on M."""
     args = make(generator, 150, 140, 272, G=3, b_rows=b_rows, out_dtype=F32)
     with deepkern.backend("triton"), arch.compile_for(target):
         got = []
@@ -158,10 +165,10 @@ def test_strided_operands_and_scales(backend, generator):
 
 
 def test_transposed_weights(backend, generator):
-    """b of the layout nn, [G, K, N], as a view."""
+    """b in the layout nn, [G, K, N], as a transposed view."""
     a, a_scale, b, b_scale, index, _ = make(generator, 60, 70, 160, G=3)
-    lying = b.view(torch.uint8).transpose(1, 2).contiguous().view(b.dtype).transpose(1, 2)
-    got = product(a, a_scale, lying, b_scale, index, F32)
+    transposed = b.view(torch.uint8).transpose(1, 2).contiguous().view(b.dtype).transpose(1, 2)
+    got = product(a, a_scale, transposed, b_scale, index, F32)
     compare.assert_bitwise(got, product(a, a_scale, b, b_scale, index, F32))
 
 
@@ -170,9 +177,9 @@ def test_nan_stays_in_its_row(backend, generator):
     index = torch.arange(90, dtype=torch.int32, device=a.device) // 30
     a[31, 7], a_scale[60, 1] = float("nan"), float("nan")
     got = product(a, a_scale, b, b_scale, index)
-    spoilt = torch.zeros(90, dtype=torch.bool, device=a.device)
-    spoilt[31] = spoilt[60] = True
-    assert torch.equal(got.isnan().all(1), spoilt) and torch.equal(got.isnan().any(1), spoilt)
+    is_nan = torch.zeros(90, dtype=torch.bool, device=a.device)
+    is_nan[31] = is_nan[60] = True
+    assert torch.equal(got.isnan().all(1), is_nan) and torch.equal(got.isnan().any(1), is_nan)
 
 
 def test_more_groups_than_rows(backend, generator):
@@ -180,20 +187,22 @@ def test_more_groups_than_rows(backend, generator):
 
 
 @pytest.mark.parametrize(
-    ("index", "said"),
-    [([0, 3, 1], "got [3]"), ([1, 0, 0], "values that ascend but for -1, got [1, 0, 0]")],
+    ("index", "message"),
+    [
+        ([0, 3, 1], "values from -1 to 2, got [3]"),
+        ([1, 0, 0], "ascending values, or -1, got [1, 0, 0]"),
+    ],
+    ids=["out-of-range", "descending"],
 )
-def test_debug_names_bad_contents(backend, generator, monkeypatch, index, said):
+def test_debug_check_of_group_index(backend, generator, monkeypatch, index, message):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     args = with_index(make(generator, 3, 8, 128, G=3), index)
     with pytest.raises(ValueError) as caught:
         product(*args)
-    assert str(caught.value).startswith(f"{OP}: group_index: expected ") and said in str(
-        caught.value
-    )
+    assert str(caught.value) == f"{OP}: group_index: expected {message}"
 
 
-def test_bad_scale_of_b(backend, generator):
+def test_bad_shape_of_b_scale(backend, generator):
     a, a_scale, b, b_scale, index, _ = make(generator, 4, 300, 200, G=2)
     with pytest.raises(ValueError, match=r"b_scale: expected .*, so 3 or 300 rows, got shape"):
         product(a, a_scale, b, b_scale[:, :2], index)

@@ -1,4 +1,4 @@
-"""The first rows of each group: any counts, whatever the unused rows hold."""
+"""m_grouped_fp8_gemm_nt_masked: any number of valid rows; other rows are ignored."""
 
 from __future__ import annotations
 
@@ -36,17 +36,24 @@ def check(args) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("M", "N", "K"), [(1, 1, 1), (3, 8, 100), (127, 100, 129), (129, 200, 128)]
 )
-def test_off_every_grid(backend, generator, M, N, K, b_rows):
+def test_odd_shapes(backend, generator, M, N, K, b_rows):
     check(make(generator, M, N, K, G=3, b_rows=b_rows, out_dtype=F32))
 
 
-# Each M, N and K off the grids once, K = 7168 in slices of a wider matrix.
-SHAPES = [(0, 8, 128), (1, 2112, 100), (3, 8, 7168), (127, 100, 1), (129, 1, 129), (257, 576, 90)]
+# M, N, K and the scale format; the dimensions are not multiples of a tile.
+SHAPES = [
+    (0, 8, 128, "ue8m0"),
+    (1, 2112, 100, "fp32"),
+    (3, 8, 7168, "ue8m0"),
+    (127, 100, 1, "fp32"),
+    (129, 1, 129, "fp32"),
+    (257, 576, 90, "fp32"),
+]
 
 
-@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
-def test_slices_and_scale_formats(backend, generator, M, N, K):
-    scale_format = ("fp32", "ue8m0")[N // 8 % 2]
+@pytest.mark.parametrize(("M", "N", "K", "scale_format"), SHAPES)
+def test_odd_shapes_of_slices(backend, generator, M, N, K, scale_format):
+    """The operands are slices of wider matrices."""
     a, a_scale = deepkern.reference.cast_per_token(values(generator, 2, M, K + 16), scale_format)
     b, b_scale = deepkern.reference.cast_per_block(values(generator, 2, N, K + 16), scale_format)
     blocks = -(-K // 128)
@@ -56,22 +63,22 @@ def test_slices_and_scale_formats(backend, generator, M, N, K):
 
 
 COUNTS = {
-    "all": [70, 70, 70, 70],
-    "none": [0, 0, 0, 0],
-    "one": [0, 0, 1, 0],
-    "hostile": [-5, 71, 2**31 - 1, -(2**31)],
+    "all rows": [70, 70, 70, 70],
+    "no rows": [0, 0, 0, 0],
+    "one row": [0, 0, 1, 0],
+    "out of range": [-5, 71, 2**31 - 1, -(2**31)],
 }
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=list(COUNTS))
-def test_any_counts_and_unused_rows_that_are_nan(backend, generator, counts):
+def test_counts_and_nan_in_invalid_rows(backend, generator, counts):
     args = with_counts(make(generator, 70, 40, 200, G=4, out_dtype=F32), counts)
     clean = check(args)
     a, a_scale, *rest = args
     for g, count in enumerate(counts):
-        used = min(max(count, 0), 70)
-        a[g, used:], a_scale[g, used:] = float("nan"), float("nan")
-        assert not clean[g, used:].any()
+        valid = min(max(count, 0), 70)
+        a[g, valid:], a_scale[g, valid:] = float("nan"), float("nan")
+        assert not clean[g, valid:].any()
     compare.assert_bitwise(product(a, a_scale, *rest), clean)
 
 
@@ -92,7 +99,7 @@ def test_any_shape(counts, M, N, K, expected_m, seed):
         check((*with_counts(args, counts)[:6], expected_m))
 
 
-def test_a_row_has_the_bits_of_the_contiguous_form(backend, generator):
+def test_same_bits_as_the_contiguous_layout(backend, generator):
     a, a_scale, b, b_scale, counts, *_ = make(generator, 66, 140, 300, G=3)
     got = product(a, a_scale, b, b_scale, counts, F32)
     row = torch.arange(66, device=a.device)
@@ -110,10 +117,10 @@ def test_expected_m_changes_no_bit(backend, generator, expected_m):
     compare.assert_bitwise(product(*args[:6], expected_m), product(*args[:6]))
 
 
-def test_column_major_scales_of_each_group(backend, generator):
+def test_column_major_scales(backend, generator):
     a, a_scale, b, b_scale, counts, *_ = make(generator, 30, 40, 300, G=3)
-    lying = a_scale.transpose(1, 2).contiguous().transpose(1, 2)
-    got = product(a, lying, b, b_scale, counts, F32)
+    column_major = a_scale.transpose(1, 2).contiguous().transpose(1, 2)
+    got = product(a, column_major, b, b_scale, counts, F32)
     compare.assert_bitwise(got, product(a, a_scale, b, b_scale, counts, F32))
 
 
@@ -130,7 +137,7 @@ def test_negative_expected_m(backend, generator):
         product(*args[:6], -1)
 
 
-def test_debug_names_bad_contents(backend, generator, monkeypatch):
+def test_debug_check_of_masked_m(backend, generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     with pytest.raises(ValueError, match=r"masked_m: expected values from 0 to 4, got \[5\]"):
         product(*with_counts(make(generator, 4, 8, 128, G=2), [4, 5]))

@@ -1,4 +1,4 @@
-"""The choice of a tile: what may be chosen, that it fits, that every choice is inspected."""
+"""Choice of GEMM tiles: candidates fit shared memory, and every choice is inspected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TARGETS = pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 
 @TARGETS
 @pytest.mark.parametrize("b_rows", [128, 1])
-def test_stages_fit_the_shared_memory(target, b_rows):
+def test_stages_fit_shared_memory(target, b_rows):
     for tile in tiles.supported_tiles(target, b_rows):
         buffered = tile.num_stages if target.name in tiles.ASYNC else tile.num_stages - 1
         assert tile.num_stages >= 2
@@ -26,7 +26,7 @@ def test_stages_fit_the_shared_memory(target, b_rows):
 
 @TARGETS
 def test_one_family_of_matrix_instruction(target):
-    """What batch invariance rests on: see runtime/tiles.py."""
+    """Batch invariance depends on this; see runtime/tiles.py."""
     for tile in tiles.supported_tiles(target, 128):
         if target.name in ("sm_90", "sm_100"):
             assert (tile.BLOCK_N if tile.swapped else tile.BLOCK_M) >= 64
@@ -34,8 +34,8 @@ def test_one_family_of_matrix_instruction(target):
         assert (options.get("matrix_instr_nonkdim") == 16) == (target.backend == "hip")
 
 
-def form(tile: tiles.GemmTile) -> tiles.GemmTile:
-    """What is compiled for a tile: the number of splits is no part of it."""
+def compiled_tile(tile: tiles.GemmTile) -> tiles.GemmTile:
+    """The tile without its number of splits, which is not compiled into the kernel."""
     return replace(tile, num_splits=min(tile.num_splits, 2))
 
 
@@ -47,17 +47,19 @@ SHAPES = list(itertools.product(M_SIZES, N_SIZES, K_SIZES))
 
 @TARGETS
 @pytest.mark.parametrize("b_rows", [128, 1])
-def test_every_tile_that_may_be_chosen_is_inspected(target, b_rows):
+def test_every_choice_is_inspected(target, b_rows):
     sizes = [s for s in ops.sizes("fp8_gemm_nt").inspect if s.get("b_rows", 128) == b_rows]
     inspected = {
-        form(tiles.choose_gemm_tile(target, s["M"], s["N"], s["K"], b_rows)) for s in sizes
+        compiled_tile(tiles.choose_gemm_tile(target, s["M"], s["N"], s["K"], b_rows)) for s in sizes
     }
-    assert {form(tiles.choose_gemm_tile(target, *shape, b_rows)) for shape in SHAPES} <= inspected
+    assert {
+        compiled_tile(tiles.choose_gemm_tile(target, *shape, b_rows)) for shape in SHAPES
+    } <= inspected
 
 
 @TARGETS
 @pytest.mark.parametrize(
-    ("op", "kind", "b_rows"),
+    ("op", "variant", "b_rows"),
     [
         ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped", 128),
         ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped", 1),
@@ -66,15 +68,15 @@ def test_every_tile_that_may_be_chosen_is_inspected(target, b_rows):
         ("k_grouped_fp8_gemm_nt", "k_grouped", 1),
     ],
 )
-def test_every_tile_of_groups_that_may_be_chosen_is_inspected(target, op, kind, b_rows):
+def test_every_grouped_choice_is_inspected(target, op, variant, b_rows):
     def chosen(M, N, K, groups):
-        return tiles.choose_gemm_tile(target, M, N, K, b_rows, groups=groups, variant=kind)
+        return tiles.choose_gemm_tile(target, M, N, K, b_rows, groups=groups, variant=variant)
 
     inspected = set()
     for size in ops.sizes(op).inspect:
         M, K, G = size["M"], size["K"], size["G"]
         M = -(-M // G) if "contiguous" in op else M
-        K = -(-K // G) if kind == "k_grouped" else K
+        K = -(-K // G) if variant == "k_grouped" else K
         if size.get("b_rows", 1) == b_rows:
             inspected.add(chosen(M, size["N"], K, G))
     assert {chosen(*shape, G) for shape in SHAPES for G in (1, 8, 256)} <= inspected
@@ -87,7 +89,7 @@ def test_tiles_grow_with_the_number_of_rows(target):
     assert many.BLOCK_M * many.BLOCK_N > few.BLOCK_M * few.BLOCK_N
 
 
-def test_scales_per_row_of_b_take_a_smaller_tile():
+def test_scales_per_row_of_b_use_a_smaller_tile():
     sm_90 = ARCHS["sm_90"]
     large = tiles.fastest_modelled_tile(sm_90, 4096, 4096, 7168)
     assert str(large) == "128x128x128, 8 warps, 5 stages (cost model)"
@@ -96,16 +98,16 @@ def test_scales_per_row_of_b_take_a_smaller_tile():
 
 
 @TARGETS
-def test_estimate_is_not_below_what_the_part_can_do(target):
+def test_estimate_respects_the_roofline(target):
     for tile in tiles.supported_tiles(target, 128):
         for M in (1, 64, 4096):
             N, K = 4096, 7168
             rate = 1e12 * (target.fp8_tflops if target.native_fp8 else target.bf16_tflops)
-            roof = max(2 * M * N * K / rate, (M * K + N * K) / (target.bandwidth * 1e9))
-            assert tiles.estimate_seconds(target, tile, M, N, K)[0] >= 0.999 * roof
+            roofline = max(2 * M * N * K / rate, (M * K + N * K) / (target.bandwidth * 1e9))
+            assert tiles.estimate_seconds(target, tile, M, N, K)[0] >= 0.999 * roofline
 
 
-def test_unknown_architecture_is_named():
+def test_unknown_architecture():
     with pytest.raises(LookupError, match="no GEMM tiles are listed for sm_70"):
         tiles.choose_gemm_tile(replace(ARCHS["sm_80"], name="sm_70"), 1, 1, 1)
 
@@ -116,7 +118,7 @@ def test_explain_names_the_tile(generator):
         assert "128, 4 warps" in str(deepkern.explain(deepkern.fp8_gemm_nt, *args))
 
 
-def test_explain_of_nothing(generator):
+def test_explain_of_an_empty_product(generator):
     args = ops.inputs("fp8_gemm_nt", generator, M=0, N=130, K=200)
     with deepkern.backend("triton"):
         assert "tile" in str(deepkern.explain(deepkern.fp8_gemm_nt, *args))

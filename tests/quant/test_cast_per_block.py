@@ -1,4 +1,4 @@
-"""cast_per_block: blocks at both edges, stacks of matrices, NaN and inf kept in their block."""
+"""cast_per_block: partial blocks, stacks of matrices, NaN and inf inside their block."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def check(x, scale_format="fp32"):
     return got
 
 
-def spread(scale, N, K):
-    """Each value's scale, said another way than the reference says it."""
+def expand_scales(scale, N, K):
+    """The scale of each value, computed independently of the reference."""
     return torch.kron(scale, torch.ones(128, 128, device=scale.device))[..., :N, :K]
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (127, 129), (128, 128), (129, 127), (200, 300)])
-def test_dequantised_value_is_near(backend, generator, N, K):
+def test_dequantized_value_within_half_an_ulp(backend, generator, N, K):
     x = values(generator, N, K)
     q, scale = deepkern.cast_per_block(x)
     assert scale.shape == (-(-N // 128), -(-K // 128))
-    scale = spread(scale, N, K).double()
+    scale = expand_scales(scale, N, K).double()
     # Half a unit in the last place of e4m3 (3 mantissa bits), or of its subnormals.
     bound = torch.maximum(x.double().abs() * 2**-4, scale * 2**-10) * 1.001
     assert ((q.double() * scale - x.double()).abs() <= bound).all()
@@ -43,7 +43,7 @@ def test_scale_is_amax_over_448(backend, generator):
             assert scale[i, j] == block.abs().max() / 448
 
 
-def test_ue8m0_scales_are_powers_of_two_and_large_enough(backend, generator):
+def test_ue8m0_rounds_scales_up(backend, generator):
     x = values(generator, 150, 140, dtype=torch.float32)
     _, plain = check(x)
     _, scale = check(x, "ue8m0")
@@ -54,7 +54,7 @@ def test_ue8m0_scales_are_powers_of_two_and_large_enough(backend, generator):
 def test_every_bf16_value(backend, device):
     x = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16)
     check(x.reshape(256, 256))
-    finite = x[x.isfinite()]  # sorted by magnitude, so that blocks differ in scale
+    finite = x[x.isfinite()]  # sorted by magnitude, so blocks have different scales
     check(finite[: finite.numel() // 256 * 256].reshape(-1, 256), "ue8m0")
 
 
@@ -65,7 +65,7 @@ def test_zero_block(backend, device):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_inf_spoil_their_block_only(backend, bad, generator):
+def test_nan_and_inf_stay_in_their_block(backend, bad, generator):
     x = values(generator, 200, 300)
     good_q, good_scale = deepkern.cast_per_block(x)
     x[130, 200] = bad
@@ -76,7 +76,7 @@ def test_nan_and_inf_spoil_their_block_only(backend, bad, generator):
     compare.assert_bitwise(scale, good_scale)
 
 
-def test_stack_is_cast_matrix_by_matrix(backend, generator):
+def test_stack_equals_separate_matrices(backend, generator):
     x = values(generator, 3, 140, 150)
     q, scale = check(x)
     for g in range(3):
@@ -92,15 +92,15 @@ def test_strided_rows_and_matrices(backend, generator):
     compare.assert_matches("cast_per_block", got, deepkern.reference.cast_per_block(view.clone()))
 
 
-def test_rank_and_format_are_checked(backend, device):
+def test_bad_rank_and_scale_format(backend, device):
     with pytest.raises(ValueError, match="^cast_per_block: x: expected rank 2 or 3, got rank 4$"):
         deepkern.cast_per_block(torch.zeros(1, 1, 1, 1, device=device))
     with pytest.raises(ValueError, match="^cast_per_block: scale_format: expected 'fp32' or"):
         deepkern.cast_per_block(torch.zeros(1, 1, device=device), "e8m0")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
-def test_without_an_fp8_type(generator):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot launch for another target")
+def test_target_without_fp8(generator):
     x = values(generator, 140, 200, dtype=torch.float32)
     x[0, 0], x[139, 199] = float("nan"), float("inf")
     with deepkern.backend("triton"), arch.compile_for(arch.ARCHS["sm_80"]):

@@ -1,4 +1,4 @@
-"""cast_per_channel: as cast_per_token of the transpose, group by group, whatever offsets hold."""
+"""cast_per_channel: equals cast_per_token of the transpose per group, for any offsets."""
 
 from __future__ import annotations
 
@@ -32,39 +32,48 @@ def offsets_of(x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("scale_layout", ["row", "column"])
 @pytest.mark.parametrize(
-    ("M", "K"), [(0, 5), (5, 0), (1, 1), (3, 129), (127, 3), (129, 128), (257, 70), (300, 130)]
+    ("M", "K", "scale_format"),
+    [
+        (0, 5, "ue8m0"),
+        (5, 0, "ue8m0"),
+        (1, 1, "fp32"),
+        (3, 129, "fp32"),
+        (127, 3, "fp32"),
+        (129, 128, "ue8m0"),
+        (257, 70, "ue8m0"),
+        (300, 130, "fp32"),
+    ],
 )
-def test_shapes(backend, generator, M, K, transpose, scale_layout):
-    scale_format = ("fp32", "ue8m0")[(M + K) % 2]
+def test_shapes(backend, generator, M, K, scale_format, transpose, scale_layout):
     check(values(generator, M, K), scale_format, None, transpose, scale_layout)
 
 
 OFFSETS = {
-    "even": [0, 128, 256, 300],
-    "ragged": [0, 1, 130, 300],
-    "empty": [0, 0, 300, 300],
-    "not all rows": [5, 40, 200, 290],
-    "hostile": [-(2**31), 400, 7, 2**31 - 1],
-    "backwards": [300, 200, 100, 0],
-    "no group": [0],
+    "multiples of 128": [0, 128, 256, 300],
+    "unaligned": [0, 1, 130, 300],
+    "empty groups": [0, 0, 300, 300],
+    "rows outside all groups": [5, 40, 200, 290],
+    "out of range": [-(2**31), 400, 7, 2**31 - 1],
+    "descending": [300, 200, 100, 0],
+    "no groups": [0],
 }
 
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("offsets", OFFSETS.values(), ids=list(OFFSETS))
-def test_any_offsets(backend, generator, offsets, transpose):
+def test_offsets(backend, generator, offsets, transpose):
     x = values(generator, 300, 70)
     check(x, "fp32", offsets_of(x, offsets), transpose)
 
 
-def test_is_cast_per_token_of_the_transpose(backend, generator):
+def test_equals_cast_per_token_of_transpose(backend, generator):
     x = values(generator, 300, 70)
     got = deepkern.cast_per_channel(x, transpose=True)
     for g, w in zip(got, deepkern.cast_per_token(x.t().contiguous()), strict=True):
         compare.assert_bitwise(g, w)
 
 
-def test_groups_are_cast_one_by_one(backend, generator):
+def test_groups_equal_separate_casts(backend, generator):
     x, offsets, block = values(generator, 300, 70), [0, 100, 100, 229, 300], 0
     q, scale = deepkern.cast_per_channel(x, group_offsets=offsets_of(x, offsets))
     for first, last in itertools.pairwise(offsets):
@@ -75,15 +84,15 @@ def test_groups_are_cast_one_by_one(backend, generator):
     assert not scale[block:].any()
 
 
-def test_nan_and_inf_spoil_their_block_only(backend, generator):
+def test_nan_and_inf_stay_in_their_block(backend, generator):
     x = values(generator, 300, 70)
     good = deepkern.cast_per_channel(x)[1]
     x[130, 3], x[0, 7] = float("nan"), float("inf")
     scale = check(x)[1]
-    spoilt = torch.zeros_like(scale, dtype=torch.bool)
-    spoilt[1, 3] = spoilt[0, 7] = True
-    assert torch.equal(scale.isnan(), spoilt)
-    compare.assert_bitwise(scale[~spoilt], good[~spoilt])
+    is_nan = torch.zeros_like(scale, dtype=torch.bool)
+    is_nan[1, 3] = is_nan[0, 7] = True
+    assert torch.equal(scale.isnan(), is_nan)
+    compare.assert_bitwise(scale[~is_nan], good[~is_nan])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -113,9 +122,9 @@ def test_any_shape_and_offsets(M, K, offsets, transpose, scale_format, scale_lay
             check(x, scale_format, offsets, transpose, scale_layout)
 
 
-@pytest.mark.parametrize("M", [300, 304])  # rows of q^T off 16 bytes, and on them
+@pytest.mark.parametrize("M", [300, 304], ids=["unaligned", "aligned"])  # rows of q^T
 @pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
-def test_groups_transposed_are_cast_per_token_of_each(backend, generator, M, scale_format):
+def test_transposed_groups_equal_cast_per_token(backend, generator, M, scale_format):
     offsets, block = [5, 32, 32, 176, 290], 0
     x = values(generator, M, 70)
     q, scale = deepkern.cast_per_channel(x, scale_format, offsets_of(x, offsets), True)
@@ -132,8 +141,8 @@ def test_groups_transposed_are_cast_per_token_of_each(backend, generator, M, sca
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_bad_value_stays_in_its_group(backend, generator, bad, transpose):
-    """Rows 100 and 101 are of one block of 128 rows, but not of one group."""
+def test_nan_and_inf_stay_in_their_group(backend, generator, bad, transpose):
+    """Rows 100 and 101 are in one block of 128 rows, but in different groups."""
     x = values(generator, 200, 40)
     args = "fp32", offsets_of(x, [0, 101, 200]), transpose
     good_q, good_scale = deepkern.cast_per_channel(x, *args)
@@ -152,7 +161,7 @@ def test_bad_value_stays_in_its_group(backend, generator, bad, transpose):
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_column_layout_and_its_padding(backend, generator, transpose, grouped):
+def test_column_layout_and_padding(backend, generator, transpose, grouped):
     x = values(generator, 300, 70)
     offsets = offsets_of(x, [0, 10, 20, 300]) if grouped else None
     _, plain = deepkern.cast_per_channel(x, "fp32", offsets, transpose)
@@ -165,7 +174,7 @@ def test_column_layout_and_its_padding(backend, generator, transpose, grouped):
     assert (whole[rows:] == 0).all()
 
 
-def test_a_group_does_not_see_the_others(backend, generator):
+def test_groups_are_independent(backend, generator):
     x = values(generator, 300, 70)
     offsets = offsets_of(x, [0, 33, 180, 300])
     before = deepkern.cast_per_channel(x, group_offsets=offsets)
@@ -176,7 +185,7 @@ def test_a_group_does_not_see_the_others(backend, generator):
 
 
 def test_many_groups(backend, generator):
-    """More offsets than rows, so that most groups are empty and a block holds one row."""
+    """More groups than rows: most groups are empty and the others have one row."""
     x = values(generator, 40, 5)
     offsets = [min(g // 7, 40) for g in range(300)]
     _, scale = check(x, "fp32", offsets_of(x, offsets))
@@ -184,7 +193,7 @@ def test_many_groups(backend, generator):
     compare.assert_bitwise(scale[:40], x.float().abs().clamp(min=1e-4) / 448)
 
 
-def test_errors(backend, device):
+def test_bad_arguments(backend, device):
     x = torch.zeros(4, 4, device=device)
     for arguments, words in (
         ({"scale_format": "e8m0"}, "scale_format: expected 'fp32' or 'ue8m0', got 'e8m0'"),
@@ -196,7 +205,7 @@ def test_errors(backend, device):
 
 
 @pytest.mark.parametrize("offsets", [[0, 3, 2], [-1, 4], [0, 5]])
-def test_debug_refuses_bad_offsets(backend, device, monkeypatch, offsets):
+def test_debug_check_of_offsets(backend, device, monkeypatch, offsets):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     x = torch.zeros(4, 4, device=device)
     deepkern.cast_per_channel(x, group_offsets=offsets_of(x, [1, 1, 4]))
@@ -204,9 +213,9 @@ def test_debug_refuses_bad_offsets(backend, device, monkeypatch, offsets):
         deepkern.cast_per_channel(x, group_offsets=offsets_of(x, offsets))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not launch for another one")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot launch for another target")
 @pytest.mark.parametrize("transpose", [False, True])
-def test_without_an_fp8_type(generator, transpose):
+def test_target_without_fp8(generator, transpose):
     x = values(generator, 208, 70, dtype=torch.float32)
     x[0, 0], x[199, 69] = float("nan"), float("inf")
     with deepkern.backend("triton"), arch.compile_for(arch.ARCHS["sm_80"]):

@@ -1,4 +1,4 @@
-"""cast_per_token: every bf16 value, blocks at the edge, NaN and inf kept in their block."""
+"""cast_per_token: every bf16 value, scale layouts, NaN and inf inside their block."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from deepkern.testing.random_inputs import values
 
 @pytest.fixture(params=["torch", "triton", "cpu"])
 def backend(request, device):
-    """Forces each backend in turn; `cpu` is left out where there is no CPU tensor to give it."""
+    """Forces each backend in turn; `cpu` needs CPU tensors."""
     if request.param == "cpu" and device.type != "cpu":
         pytest.skip("cpu takes CPU tensors")
     with deepkern.backend(request.param):
         yield request.param
 
 
-def test_dequantised_value_is_near(backend, generator):
+def test_dequantized_value_within_half_an_ulp(backend, generator):
     x = values(generator, 64, 384)
     q, scale = deepkern.cast_per_token(x)
     back = q.double() * scale.double().repeat_interleave(128, dim=1)
@@ -37,7 +37,7 @@ def test_scale_is_amax_over_448(backend, generator):
     assert torch.equal(scale, x.unflatten(1, (2, 128)).abs().amax(-1) / 448)
 
 
-def test_ue8m0_scales_are_powers_of_two_and_large_enough(backend, generator):
+def test_ue8m0_rounds_scales_up(backend, generator):
     x = values(generator, 32, 200, dtype=torch.float32)
     _, plain = deepkern.cast_per_token(x)
     _, scale = deepkern.cast_per_token(x, scale_format="ue8m0")
@@ -62,7 +62,7 @@ def test_zero_block(backend, device):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_inf_spoil_their_block_only(backend, bad, generator):
+def test_nan_and_inf_stay_in_their_block(backend, bad, generator):
     x = values(generator, 4, 384)
     good_q, good_scale = deepkern.cast_per_token(x)
     x[1, 130] = bad
@@ -80,7 +80,7 @@ def test_strided_rows_and_leading_dimensions(backend, generator):
     compare.assert_matches("cast_per_token", got, deepkern.reference.cast_per_token(view.clone()))
 
 
-def test_rows_do_not_see_each_other(backend, generator):
+def test_row_bits_independent_of_batch(backend, generator):
     x = values(generator, 37, 256)
     q, scale = deepkern.cast_per_token(x)
     for row in (0, 17, 36):
@@ -90,10 +90,10 @@ def test_rows_do_not_see_each_other(backend, generator):
 
 
 @pytest.mark.parametrize(
-    "shape", [(5, 300), (8, 128), (1, 200), (3, 2, 33, 300), (2, 0, 300), (4, 0)]
+    "shape", [(5, 300), (8, 128), (1, 200), (3, 2, 33, 300), (2, 0, 300), (4, 0)], ids=str
 )
-def test_column_layout_and_its_padding(backend, generator, shape):
-    """Each matrix column by column, from multiples of 16 bytes; what lies between is zero."""
+def test_column_layout_and_padding(backend, generator, shape):
+    """Columns of the scale start at multiples of 16 bytes; the padding is zero."""
     x = values(generator, *shape)
     q_plain, plain = deepkern.cast_per_token(x)
     q, scale = deepkern.cast_per_token(x, scale_layout="column")
@@ -108,20 +108,23 @@ def test_column_layout_and_its_padding(backend, generator, shape):
         assert (with_padding(scale, "column")[..., rows:, :] == 0).all()
 
 
-def test_column_layout_of_one_row_and_of_strided_matrices(backend, generator):
+def test_column_layout_of_rank_1(backend, generator):
     x = values(generator, 300)
     for g, w in zip(
         deepkern.cast_per_token(x, "fp32", "column"), deepkern.cast_per_token(x), strict=True
     ):
         compare.assert_bitwise(g, w)
         assert g.stride() == w.stride()
+
+
+def test_column_layout_of_strided_matrices(backend, generator):
     view = values(generator, 6, 5, 512)[::2, 1:4, 100:333]
     got = deepkern.cast_per_token(view, "ue8m0", "column")
     want = deepkern.reference.cast_per_token(view.clone(), "ue8m0", "column")
     compare.assert_matches("cast_per_token", got, want)
 
 
-def test_layout_is_checked(backend, device):
+def test_bad_scale_layout(backend, device):
     words = "^cast_per_token: scale_layout: expected 'row' or 'column', got 'columns'"
     with pytest.raises(ValueError, match=words):
         deepkern.cast_per_token(torch.zeros(1, 1, device=device), "fp32", "columns")

@@ -1,4 +1,4 @@
-"""The conversions that stand in for FP8 types: the same bits as the types give, for every code."""
+"""FP8 conversions in integer arithmetic give the bits of the FP8 types, for every code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def codes(device):
     return codes.to(torch.uint8).view(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("native_fp8", [True, False])
+@pytest.mark.parametrize("native_fp8", [True, False], ids=["native", "emulated"])
 def test_decode_every_code(codes, native_fp8):
     x, operand = (torch.empty(256, device=codes.device) for _ in range(2))
     decode[(1,)](fp8.as_bits(codes, native_fp8), x, operand, native_fp8)
@@ -40,8 +40,8 @@ def test_decode_every_code(codes, native_fp8):
     compare.assert_bitwise(operand, codes.float())
 
 
-def edges(codes) -> torch.Tensor:
-    """Every value of e4m3, every middle of two, the float32 next to each, and what lies outside."""
+def edge_values(codes) -> torch.Tensor:
+    """All e4m3 values and midpoints, the float32 next to each, and values out of range."""
     values = codes.float()[codes.float().isfinite()].unique()
     points = torch.cat([values, (values[1:] + values[:-1]) / 2])
     far = torch.full_like(points, 1e9)
@@ -50,11 +50,13 @@ def edges(codes) -> torch.Tensor:
     return torch.cat([points, points.nextafter(far), points.nextafter(-far), outside, -outside])
 
 
-@pytest.mark.parametrize("native_fp8", [True, False])
-def test_encode_rounds_to_nearest_even_and_saturates(codes, native_fp8, generator):
+@pytest.mark.parametrize("native_fp8", [True, False], ids=["native", "emulated"])
+def test_encode_rounds_to_even_and_saturates(codes, native_fp8, generator):
     device = codes.device
     size = torch.randint(-30, 12, (8192,), generator=generator, device=device).float().exp2()
-    x = torch.cat([edges(codes), torch.randn(8192, generator=generator, device=device) * size])
+    x = torch.cat(
+        [edge_values(codes), torch.randn(8192, generator=generator, device=device) * size]
+    )
     x = torch.cat([x, x.new_zeros(-x.numel() % 1024)])
     q = torch.zeros(x.numel(), dtype=torch.float8_e4m3fn, device=device)
     encode[(x.numel() // 1024,)](x, fp8.as_bits(q, native_fp8), native_fp8, 1024)
@@ -62,14 +64,14 @@ def test_encode_rounds_to_nearest_even_and_saturates(codes, native_fp8, generato
     assert (q.view(torch.uint8)[x.isnan()] & 127 == 127).all()
 
 
-def test_oracle_rounds_to_nearest_even(codes):
-    """The oracle itself, against distances to all codes in float64."""
-    x = edges(codes)
+def test_reference_rounds_to_nearest_even(codes):
+    """The reference itself, against the distances to all codes in float64."""
+    x = edge_values(codes)
     x = x[x.abs() < 1e6]  # also drops NaN
     finite = codes.view(torch.uint8)[codes.float().isfinite()]
     values = finite.view(torch.float8_e4m3fn).double()
     distance = (x.double()[:, None] - values).abs()
-    as_near = distance == distance.amin(1, keepdim=True)
-    even = as_near & (finite % 2 == 0)
-    choice = torch.where(even.any(1, keepdim=True), even, as_near)
+    is_nearest = distance == distance.amin(1, keepdim=True)
+    even = is_nearest & (finite % 2 == 0)
+    choice = torch.where(even.any(1, keepdim=True), even, is_nearest)
     assert torch.equal(reference.quant.to_e4m3(x).double(), values[choice.int().argmax(1)])

@@ -1,4 +1,4 @@
-"""rmsnorm_cast: against float64, cast_per_token of its own norm, the residual, long rows, edges."""
+"""rmsnorm_cast: against float64 and cast_per_token, the residual, long rows, NaN and inf."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepkern.testing.random_inputs import values
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REAL = [BF16, F16, F32]
-EPSILON = {BF16: 2**-8, F16: 2**-11, F32: 2**-21}  # half a unit of 16 bits; fp32 rounds six times
+EPSILON = {BF16: 2**-8, F16: 2**-11, F32: 2**-21}  # half an ulp; fp32 rounds six times
 
 
 @pytest.mark.parametrize("dtype", REAL)
@@ -34,9 +34,7 @@ def test_norm_against_float64(backend, dtype, weight_dtype, eps, generator):
 @pytest.mark.parametrize("dtype", REAL)
 @pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
 @pytest.mark.parametrize("scale_layout", ["row", "column"])
-def test_casts_its_norm_as_cast_per_token_does(
-    backend, dtype, scale_format, scale_layout, generator
-):
+def test_cast_equals_cast_per_token(backend, dtype, scale_format, scale_layout, generator):
     args = ops.inputs(
         "rmsnorm_cast", generator, M=7, K=300, dtype=dtype, residual=True,
         scale_format=scale_format, scale_layout=scale_layout,
@@ -73,7 +71,8 @@ def test_any_shape(M, K, dtype, weight_dtype, residual, scale_format, scale_layo
 
 
 @pytest.mark.parametrize("K", [7168, 8193, 12304, 16384, 16385, 40000])
-def test_rows_in_registers_and_longer_ones(K, generator):
+def test_long_rows(K, generator):
+    """Rows that fit registers (up to 16384 if aligned), and longer ones."""
     args = ops.inputs("rmsnorm_cast", generator, M=2, K=K, residual=True, scale_layout="column")
     with deepkern.backend("triton"):
         got = deepkern.rmsnorm_cast(*args)
@@ -83,8 +82,8 @@ def test_rows_in_registers_and_longer_ones(K, generator):
     torch.testing.assert_close(got[2].double(), want, rtol=2**-8 * 1.001, atol=1e-7)
 
 
-def test_reading_a_row_twice_changes_no_bit(generator):
-    """As happens to rows of over 8192 that do not start at multiples of 16 bytes."""
+def test_same_bits_for_one_and_two_passes(generator):
+    """Rows of more than 8192 values that are not aligned to 16 bytes are read twice."""
     x, weight, *_ = ops.inputs("rmsnorm_cast", generator, M=2, K=12304)
     shifted = torch.cat([x[:, :1], x], 1)[:, 1:]
     with deepkern.backend("triton"):
@@ -123,8 +122,8 @@ def test_zeros(backend, device):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["x", "residual"])
-def test_nan_and_inf_spoil_their_row_only(backend, bad, where, generator):
-    """As in torch: NaN makes the row NaN; inf is NaN, and divides all else in the row to 0."""
+def test_nan_and_inf_stay_in_their_row(backend, bad, where, generator):
+    """As in torch: NaN makes the row NaN; inf becomes NaN and the rest of its row 0."""
     x, weight, eps, residual, *_ = ops.inputs("rmsnorm_cast", generator, M=4, K=384, residual=True)
     good = deepkern.rmsnorm_cast(x, weight, eps, residual)
     (x if where == "x" else residual)[1, 130] = bad
@@ -139,7 +138,7 @@ def test_nan_and_inf_spoil_their_row_only(backend, bad, where, generator):
         compare.assert_bitwise(g[others], before[others])
 
 
-def test_nan_in_a_weight_spoils_its_column(backend, generator):
+def test_nan_weight_makes_its_column_nan(backend, generator):
     x, weight, *_ = ops.inputs("rmsnorm_cast", generator, M=3, K=300)
     weight[140] = torch.nan
     q, scale, normed, _ = deepkern.rmsnorm_cast(x, weight)
@@ -147,14 +146,14 @@ def test_nan_in_a_weight_spoils_its_column(backend, generator):
     assert scale[:, 1].isnan().all() and scale.isnan().sum() == 3
 
 
-def test_squares_beyond_fp32(backend, device):
-    """1e20 squared is inf: the row is 0, as torch has it in fp32."""
+def test_squares_that_overflow_fp32(backend, device):
+    """1e20 squared is inf, so the row is 0, as in torch in fp32."""
     x = torch.full((1, 128), 1e20, device=device)
     _, _, normed, _ = deepkern.rmsnorm_cast(x, torch.ones(128, device=device))
     assert (normed == 0).all()
 
 
-def test_sum_of_fp16_that_overflows(backend, device):
+def test_residual_sum_that_overflows_fp16(backend, device):
     x = torch.full((1, 128), 60000.0, dtype=F16, device=device)
     *_, normed, new_residual = deepkern.rmsnorm_cast(x, torch.ones_like(x[0]), residual=x)
     assert new_residual.isposinf().all() and normed.isnan().all()
@@ -169,8 +168,8 @@ def test_strided_rows(backend, generator):
     compare.assert_matches("rmsnorm_cast", got, want)
 
 
-def test_rows_do_not_see_each_other(backend, generator):
-    """K = 140 puts several rows into a program."""
+def test_row_bits_independent_of_batch(backend, generator):
+    """With K = 140 one program computes several rows."""
     x, weight, eps, residual, *_ = ops.inputs("rmsnorm_cast", generator, M=40, K=140, residual=True)
     whole = deepkern.rmsnorm_cast(x, weight, eps, residual)
     for first, last in ((0, 1), (17, 18), (39, 40), (0, 39), (7, 22)):
@@ -179,14 +178,14 @@ def test_rows_do_not_see_each_other(backend, generator):
             compare.assert_bitwise(got, want[first:last])
 
 
-def test_refuses(backend, generator):
+def test_bad_arguments(backend, generator):
     x, weight, eps, residual, *_ = ops.inputs("rmsnorm_cast", generator, M=3, K=140, residual=True)
     with pytest.raises(TypeError, match="rmsnorm_cast: residual: expected torch.bfloat16 as x"):
         deepkern.rmsnorm_cast(x, weight, eps, residual.float())
     with pytest.raises(ValueError, match="rmsnorm_cast: residual: expected M = 3 in"):
         deepkern.rmsnorm_cast(x, weight, eps, residual[:2])
-    for argument, said in (("scale_format", "'fp32' or 'ue8m0'"), ("scale_layout", "'row' or")):
-        with pytest.raises(ValueError, match=f"rmsnorm_cast: {argument}: expected {said}"):
+    for argument, message in (("scale_format", "'fp32' or 'ue8m0'"), ("scale_layout", "'row' or")):
+        with pytest.raises(ValueError, match=f"rmsnorm_cast: {argument}: expected {message}"):
             deepkern.rmsnorm_cast(x, weight, **{argument: "fp16"})
 
 

@@ -1,4 +1,4 @@
-"""swiglu_cast: against float64 and the cast of its own y; limits; gradients, from FP8 too."""
+"""swiglu_cast: against float64, limits, NaN and inf; gradients from real and FP8 inputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ backward = deepkern.swiglu_cast_backward
 
 
 def plain(gate_up, weights=None, limit=None) -> torch.Tensor:
-    """y in the dtype of `gate_up`, as one writes it in torch.
+    """y in the dtype of `gate_up`, in plain torch.
 
-    A value at the limit has its gradient, as torch's clamp gave it until 2.13; from 2.14 on it
-    gives 0 there.
+    A value at the limit keeps its gradient, as with torch.clamp up to 2.13. From 2.14 on
+    torch.clamp gives 0 there.
     """
     gate, up = gate_up.tensor_split(2, 1)
     if limit is not None:
@@ -33,10 +33,10 @@ def plain(gate_up, weights=None, limit=None) -> torch.Tensor:
 
 
 def gradients(grad, gate_up, weights=None, limit=None) -> tuple[torch.Tensor, ...]:
-    """What the backward pass gives, by torch's autograd in float64."""
-    given = [x.detach().double().requires_grad_() for x in (gate_up, weights) if x is not None]
-    y = plain(given[0], given[1] if weights is not None else None, limit)
-    grads = torch.autograd.grad(y, given, grad.double())
+    """(grad_gate_up, y, grad_weights) by torch's autograd in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in (gate_up, weights) if x is not None]
+    y = plain(leaves[0], leaves[1] if weights is not None else None, limit)
+    grads = torch.autograd.grad(y, leaves, grad.double())
     return grads[0], y.detach(), *grads[1:]
 
 
@@ -49,7 +49,7 @@ def test_value_and_scale_against_float64(backend, dtype, limit, generator):
     q, scale = deepkern.swiglu_cast(gate_up, weights, limit)
     y = plain(gate_up.double(), weights, limit)
     amax = F.pad(y, (0, 56)).unflatten(1, (2, 128)).abs().amax(-1)
-    # y rounded to bf16 before the cast would be off by up to 2^-9.
+    # Rounding y to bf16 before the cast would give errors of up to 2^-9.
     torch.testing.assert_close(scale.double(), amax.clamp(min=1e-4) / 448, rtol=2e-6, atol=0)
     wide = scale.double().repeat_interleave(128, 1)[:, :200]
     # Half a unit in the last place of e4m3 (3 mantissa bits), or of its subnormals.
@@ -86,14 +86,14 @@ def test_any_shape(M, I, dtype, weighted, limit, scale_format, scale_layout, see
 def test_column_major_scale(backend, M, generator):
     gate_up, *_ = ops.inputs("swiglu_cast", generator, M=M, I=300)
     q, scale = deepkern.swiglu_cast(gate_up)
-    q_too, columns = deepkern.swiglu_cast(gate_up, scale_layout="column")
-    compare.assert_bitwise(q_too, q)
+    q_of_columns, columns = deepkern.swiglu_cast(gate_up, scale_layout="column")
+    compare.assert_bitwise(q_of_columns, q)
     compare.assert_bitwise(columns, scale)
     assert scale.is_contiguous() and columns.stride() == (1, -(-M // 4) * 4)
     assert (with_padding(columns, "column")[M:] == 0).all()
 
 
-def test_the_limit_holds_and_what_is_at_it_stays(backend, device):
+def test_limit_clamps_larger_values_only(backend, device):
     limit = 1.5
     edge = torch.tensor([1.5, 1.5078125, 100.0, torch.inf, -1.5, -100.0, 0.5, -0.0], device=device)
     gate, up = edge.repeat(8), edge.repeat_interleave(8)
@@ -108,8 +108,8 @@ def test_the_limit_holds_and_what_is_at_it_stays(backend, device):
 @pytest.mark.parametrize(
     ("column", "bad"), [(130, torch.nan), (130, -torch.inf), (530, torch.nan), (530, torch.inf)]
 )
-def test_nan_and_inf_spoil_their_block_only(backend, limit, column, bad, generator):
-    """A gate of -inf is NaN as in torch; an infinite value is not if there is a limit."""
+def test_nan_and_inf_stay_in_their_block(backend, limit, column, bad, generator):
+    """A gate of -inf gives NaN as in torch; an infinite `up` does not if there is a limit."""
     gate_up, *_ = ops.inputs("swiglu_cast", generator, M=4, I=400)
     good_q, good_scale = deepkern.swiglu_cast(gate_up, limit=limit)
     gate_up[1, column] = bad
@@ -123,8 +123,8 @@ def test_nan_and_inf_spoil_their_block_only(backend, limit, column, bad, generat
     compare.assert_bitwise(scale, good_scale)
 
 
-def test_weight_of_a_row(backend, device):
-    """0 gives a row of zeros, NaN one of NaN, and the other rows do not see it."""
+def test_row_weights(backend, device):
+    """0 gives a row of zeros, NaN a row of NaN; other rows do not change."""
     gate_up = torch.ones(3, 256, device=device)
     weights = torch.tensor([0.0, torch.nan, 2.0], device=device)
     q, scale = deepkern.swiglu_cast(gate_up, weights)
@@ -141,25 +141,25 @@ def test_strided_rows(backend, generator):
     compare.assert_matches("swiglu_cast", got, deepkern.reference.swiglu_cast(view.clone()))
 
 
-def test_rows_do_not_see_each_other(backend, generator):
+def test_row_bits_independent_of_batch(backend, generator):
     gate_up, weights, *_ = ops.inputs("swiglu_cast", generator, M=40, I=140, weighted=True)
     q, scale = deepkern.swiglu_cast(gate_up, weights)
     for first, last in ((0, 1), (17, 18), (39, 40), (0, 39), (15, 33)):
-        some_q, some_scale = deepkern.swiglu_cast(gate_up[first:last], weights[first:last])
-        compare.assert_bitwise(some_q, q[first:last])
-        compare.assert_bitwise(some_scale, scale[first:last])
+        q_part, scale_part = deepkern.swiglu_cast(gate_up[first:last], weights[first:last])
+        compare.assert_bitwise(q_part, q[first:last])
+        compare.assert_bitwise(scale_part, scale[first:last])
 
 
-def test_refuses(backend, device):
+def test_bad_arguments(backend, device):
     gate_up = torch.ones(2, 6, device=device)
-    for argument, value, said in (
+    for argument, value, message in (
         ("gate_up", gate_up[:, :5], r"an even number of columns, .* got shape \(2, 5\)"),
         ("limit", -1.0, "a number >= 0, or None, got -1.0"),
         ("limit", torch.nan, "a number >= 0, or None, got nan"),
         ("scale_format", "fp16", "'fp32' or 'ue8m0', got 'fp16'"),
         ("scale_layout", "col", "'row' or 'column', got 'col'"),
     ):
-        with pytest.raises(ValueError, match=f"swiglu_cast: {argument}: expected {said}"):
+        with pytest.raises(ValueError, match=f"swiglu_cast: {argument}: expected {message}"):
             deepkern.swiglu_cast(**{"gate_up": gate_up, argument: value})
 
 
@@ -167,13 +167,13 @@ def test_refuses(backend, device):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("limit", [None, 1.5])
 def test_gradients_against_autograd(backend, dtype, weighted, limit, generator):
-    """Every eighth gate and value is exactly at the limit or its negative."""
+    """Every fourth value is exactly the limit or its negative."""
     grad, gate_up, _, weights, _ = ops.inputs(
         "swiglu_cast_backward", generator, M=11, I=300, dtype=dtype, weighted=weighted
     )
     gate_up[:, ::8] = 1.5
     gate_up[:, 4::8] = -1.5
-    grad = grad.abs() * plain(gate_up).sign()  # nothing cancels
+    grad = grad.abs() * plain(gate_up).sign()  # no cancellation in grad_weights
     got = backward(grad, gate_up, None, weights, limit)
     want = gradients(grad, gate_up, weights, limit)
     assert got[0].dtype == got[1].dtype == dtype
@@ -191,24 +191,24 @@ def test_gradients_against_autograd(backend, dtype, weighted, limit, generator):
 
 @pytest.mark.parametrize("I", [256, 300])
 @pytest.mark.parametrize("scale_layout", ["row", "column"])
-def test_what_was_kept_in_fp8(backend, I, scale_layout, generator):
-    """The same bits as from the dequantised values; with I = 300, blocks span gates and values."""
+def test_gradients_from_fp8_input(backend, I, scale_layout, generator):
+    """The bits of the dequantized values; with I = 300 a block covers gate and up."""
     grad, gate_up, _, weights, _ = ops.inputs(
         "swiglu_cast_backward", generator, M=9, I=I, weighted=True
     )
     q, scale = deepkern.reference.cast_per_token(gate_up, scale_layout=scale_layout)
-    dequantised = deepkern.reference.cast_back(q, scale, (1, 128), F32)
+    dequantized = deepkern.reference.cast_back(q, scale, (1, 128), F32)
     got = backward(grad, q, scale, weights, 4.0)
-    want = backward(grad, dequantised, None, weights, 4.0)
+    want = backward(grad, dequantized, None, weights, 4.0)
     for g, w in zip(got, want, strict=True):
         compare.assert_bitwise(g, w)
-    exact = gradients(grad, dequantised, weights, 4.0)
+    exact = gradients(grad, dequantized, weights, 4.0)
     for g, w in zip(got, exact, strict=True):
         compare.assert_close(g, w)
 
 
-def test_recomputes_what_was_cast(generator):
-    """y in fp32, cast again, is what the forward pass gave, bit for bit."""
+def test_recomputed_y_casts_to_the_same_bits(generator):
+    """The cast of the recomputed fp32 y equals the output of the forward pass."""
     gate_up, weights, limit, *_ = args = ops.inputs(
         "swiglu_cast", generator, M=21, I=300, weighted=True, limit=3.0
     )
@@ -256,12 +256,12 @@ def test_gradients_of_nan_and_inf(backend, bad, column, generator):
     others = torch.tensor([0, 1, 3, 4], device=grad.device)
     for g, before in zip(got, good, strict=True):
         compare.assert_bitwise(g[others], before[others])
-    kept = torch.arange(300, device=grad.device) != 3
-    compare.assert_bitwise(got[1][2, kept], good[1][2, kept])
+    other_columns = torch.arange(300, device=grad.device) != 3
+    compare.assert_bitwise(got[1][2, other_columns], good[1][2, other_columns])
 
 
-def test_a_limit_does_not_hide_nan(backend, device):
-    """torch.clamp would give NaN the gradient 0; here it is as without a limit."""
+def test_nan_gradient_with_a_limit(backend, device):
+    """The same as without a limit; torch.clamp would give NaN the gradient 0."""
     gate_up = torch.tensor([[torch.nan, 1.0, 1.0, torch.nan]], device=device)
     grad = torch.ones(1, 2, device=device)
     got, y, _ = backward(grad, gate_up, limit=1.0)
@@ -269,8 +269,8 @@ def test_a_limit_does_not_hide_nan(backend, device):
     compare.assert_matches("swiglu_cast_backward", (got, y), backward(grad, gate_up)[:2])
 
 
-def test_rows_of_gradients_do_not_see_each_other(generator):
-    """grad_weights included: the order of its sum is that of the columns. Rows may be strided."""
+def test_gradient_row_bits_independent_of_batch(generator):
+    """For all three outputs: the order of the sum in grad_weights depends only on I."""
     grad, gate_up, scale, weights, _ = ops.inputs(
         "swiglu_cast_backward", generator, M=40, I=300, fp8=True, weighted=True
     )
@@ -283,7 +283,7 @@ def test_rows_of_gradients_do_not_see_each_other(generator):
                 compare.assert_bitwise(got, want[first:last])
 
 
-def test_gradient_of_another_dtype_than_the_input(backend, generator):
+def test_gradient_dtype_differs_from_input(backend, generator):
     gate_up, *_ = ops.inputs("swiglu_cast", generator, M=3, I=70, dtype=BF16)
     grad = values(generator, 3, 70, dtype=F32)
     got = backward(grad, gate_up)
@@ -291,7 +291,7 @@ def test_gradient_of_another_dtype_than_the_input(backend, generator):
         compare.assert_close(g, w, dtype=F32)
 
 
-def test_backward_refuses(backend, generator):
+def test_bad_arguments_of_backward(backend, generator):
     grad, gate_up, scale, _, _ = ops.inputs("swiglu_cast_backward", generator, M=3, I=128, fp8=True)
     name = "swiglu_cast_backward"
     with pytest.raises(ValueError, match=rf"{name}: gate_up: expected 2I = 200 columns, .*256\)"):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..matmul.fp8_linear import LIFT
+from ..matmul.fp8_linear import GRAD_SCALE as LIFT
 from ..matmul.k_grouped_fp8_gemm_nt import k_grouped_fp8_gemm_nt
 from ..matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
 from ..quant.cast_per_block import cast_per_block

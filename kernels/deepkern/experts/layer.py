@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arithmetic import cdiv
 from ..matmul.m_grouped import choose_m_grouped_tile, launch_m_grouped_gemm
-from ..quant.swiglu_cast import write
+from ..quant.swiglu_cast import launch_swiglu_cast as write
 from ..runtime.contract import FP8
 from ..runtime.tiles import GemmTile
 from .expert_dispatch import copy

@@ -38,10 +38,11 @@ from torch import Tensor
 from .. import reference as plain
 from ..matmul.block_scaled_gemm import check_b_scale
 from ..matmul.fp8_gemm_nt import fp8_gemm_nt
-from ..matmul.fp8_linear import LIFT
+from ..matmul.fp8_linear import GRAD_SCALE as LIFT
 from ..matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
 from ..quant.cast_per_token import cast_per_token
-from ..quant.swiglu_cast import swiglu_cast, write_backward
+from ..quant.swiglu_cast import launch_swiglu_cast_backward as write_backward
+from ..quant.swiglu_cast import swiglu_cast
 from ..runtime.contract import check_that
 from ..runtime.op import op
 from .expert_combine import expert_combine, sum_rows

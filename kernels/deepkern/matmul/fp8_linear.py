@@ -1,22 +1,26 @@
-"""A linear layer whose three products run in FP8: forward, and both gradients.
+"""A linear layer whose three GEMMs run in FP8: the forward pass and both gradients.
 
     out         = cast(x)    · cast(weight)ᵀ + bias         1x128 along K · 128x128
     grad_x      = cast(grad) · cast(weight)                 1x128 along N · 128x128
     grad_weight = cast(grad)ᵀ · cast(x)                     128x1 · 128x1, both along M
 
-Not an op but a composition of the public ones. Every operand is rounded from the real values once:
-where the report turns the FP8 activations of the forward pass into 128x1 blocks by way of real
-numbers, a second rounding, the forward pass here casts `x` both ways while it is at hand. The copy
-for the weight's gradient is all that is kept of `x`, one byte a value and a scale per 128.
+This is not an op, but a composition of public ops.
 
-The casts clamp a block's largest magnitude from below, at 1e-4, and gradients are mostly smaller:
-that of a mean loss shrinks with the number of tokens. So `grad` is cast 2^48 times as large and the
-scales are taken back by as much, both exactly: gradients that are large enough give the same bits.
+Parallelization: three calls of `fp8_gemm_nt`. The weight is cast once for two of them. The GEMM for
+grad_x reads it as a transposed view: its blocks are square, so its scales transpose with it.
 
-Cut: three calls of `fp8_gemm_nt`. The weight is cast once for two of them, and the gradient of `x`
-reads it as a transposed view: its blocks are square, so its scales transpose with it. With many
-rows the products limit the speed, with few the reading of the weight, 4 bytes a value from fp32 and
-1 where it is FP8 already.
+Every operand is rounded once, from the real values. The technical report dequantizes the FP8
+activations of the forward pass and casts them to 128x1 blocks, which rounds twice. Here the forward
+pass casts `x` in both directions. It saves only the cast for grad_weight: 1 byte per value, and one
+scale per 128 values.
+
+The casts use at least 1e-4 as the largest magnitude of a block. Gradients are often smaller; that
+of a mean loss is inversely proportional to the number of tokens. So `grad` is multiplied by 2^48
+before the cast, and its scales are divided by 2^48 after it. Both are exact: gradients that are
+large enough without the factor give the same bits.
+
+Limit: many rows are bound by the tensor core. Few rows are bound by reading the weight: 4 bytes per
+value from fp32, 1 byte if it is FP8 already.
 
 Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.
 """
@@ -33,8 +37,9 @@ from ..quant.cast_per_token import cast_per_token
 from ..runtime.contract import FP8, Contract, check_that
 from .fp8_gemm_nt import fp8_gemm_nt
 
-# 1e-4 becomes 4e-19, and a bf16 or fp32 gradient overflows from 1e24 on.
-LIFT = 2.0**48
+# Factor of gradients before their cast: the bound 1e-4 of the casts then corresponds to 4e-19.
+# bf16 and fp32 gradients overflow from 1e24 on.
+GRAD_SCALE = 2.0**48
 
 CONTRACT = Contract(
     "fp8_linear",
@@ -49,68 +54,76 @@ CONTRACT = Contract(
 def fp8_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_scale: Tensor | None = None
 ) -> Tensor:
-    """`F.linear` with the operands of all three products in FP8.
+    """Computes `F.linear` with the operands of all three GEMMs in FP8.
 
     Args:
         x: bf16, fp16 or fp32 [..., K], any strides.
         weight: bf16, fp16 or fp32 [N, K], any strides, cast in every call; or float8_e4m3fn [N, K],
-            which gets no gradient.
-        bias: bf16, fp16 or fp32 [N], added in fp32 before the one rounding.
-        weight_scale: fp32 [ceil(N / 128), ceil(K / 128)], with an FP8 weight and only then.
+            which has no gradient.
+        bias: bf16, fp16 or fp32 [N], added in fp32 before the only rounding, or None (the default).
+        weight_scale: fp32 [ceil(N / 128), ceil(K / 128)] for an FP8 weight; None (the default) for
+            a real weight.
 
     Returns:
-        [..., N] in the dtype of `x`. Any shape, no rows included.
+        [..., N] in the dtype of `x`. Any dimension may be 0.
 
-    The gradients of `weight` and `bias` are summed in fp32 and come in the dtypes of those two. Of
-    `x` only FP8 values and scales are kept for them. There is no second derivative. inf or NaN in a
-    block of 128 values of an operand makes NaN of all that it is multiplied into.
+    The gradients of `weight` and `bias` are summed in fp32 and have the dtypes of these two. For
+    them only FP8 values and scales of `x` are saved. There is no second derivative. inf or NaN in a
+    block of 128 values of an operand makes every output NaN that the block contributes to.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+
+    Example:
+        >>> x, weight = torch.randn(4, 16, 512), torch.randn(256, 512, requires_grad=True)
+        >>> out = deepkern.fp8_linear(x, weight)
+        >>> out.sum().backward()
+        >>> out.shape, weight.grad.shape
+        (torch.Size([4, 16, 256]), torch.Size([256, 512]))
     """
     check(x, weight, bias, weight_scale)
-    rows = rows_contiguous(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+    rows = contiguous_rows(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     if torch.is_grad_enabled():
         out = FP8LinearFunction.apply(rows, weight, bias, weight_scale)
     else:
-        out = forward(rows, *quantised(weight, weight_scale), bias)
+        out = forward(rows, *quantize_weight(weight, weight_scale), bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):  # the contract takes None for left out
-        if tensor is None:
-            raise TypeError(f"fp8_linear: {name}: expected a Tensor, got None")
+    """Raises TypeError or ValueError: "fp8_linear: argument: expected X, got Y"."""
     CONTRACT.check({"x": x, "weight": weight, "weight_scale": weight_scale, "bias": bias})
     got = "None" if weight_scale is None else f"shape {tuple(weight_scale.shape)}"
     expected = "a scale of the FP8 weight" if weight.dtype == FP8 else f"None with {weight.dtype}"
-    fits = (weight.dtype == FP8) == (weight_scale is not None)
-    check_that("fp8_linear", "weight_scale", fits, expected, got)
+    valid = (weight.dtype == FP8) == (weight_scale is not None)
+    check_that("fp8_linear", "weight_scale", valid, expected, got)
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    """`x` as the casts take it: rows may lie anywhere, the values of one side by side."""
+def contiguous_rows(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dimension, as the casts require; copied only if it has none."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def quantised(weight: Tensor, weight_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weight in FP8 and its 128x128 scales."""
+def quantize_weight(weight: Tensor, weight_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weight in FP8 [N, K] and its 128x128 scales; `weight_scale` is that of an FP8 weight."""
     if weight_scale is not None:
         return weight, weight_scale
-    return cast_per_block(rows_contiguous(weight))
+    return cast_per_block(contiguous_rows(weight))
 
 
 def forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x real [M, K], the weight in FP8 -> [M, N]."""
-    addend = None if bias is None else rows_contiguous(bias).expand(x.shape[0], -1)
+    """The output [M, N] from x real [M, K] and the weight in FP8 [N, K]."""
+    addend = None if bias is None else contiguous_rows(bias).expand(x.shape[0], -1)
     return fp8_gemm_nt(*cast_per_token(x), weight, weight_scale, x.dtype, addend)
 
 
 class FP8LinearFunction(torch.autograd.Function):
+    """`fp8_linear` of x [M, K] with its gradients."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, weight_scale):
-        q = quantised(weight, weight_scale)
-        # What the gradients asked for need, and no more.
+        q = quantize_weight(weight, weight_scale)
+        # Save only what the required gradients need.
         for_x = q if ctx.needs_input_grad[0] else (None, None)
         for_weight = (None, None)
         if ctx.needs_input_grad[1] and weight.dtype != FP8:
@@ -124,15 +137,16 @@ class FP8LinearFunction(torch.autograd.Function):
     def backward(ctx, grad):
         weight, weight_scale, x, x_scale = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        grad = rows_contiguous(grad)  # [M, N]
-        lifted = (grad.float() if grad.dtype == torch.float16 else grad) * LIFT
+        grad = contiguous_rows(grad)  # [M, N]
+        # float32 because the product with GRAD_SCALE overflows float16.
+        scaled_grad = (grad.float() if grad.dtype == torch.float16 else grad) * GRAD_SCALE
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            q, scale = cast_per_token(lifted)
-            grad_x = fp8_gemm_nt(q, scale / LIFT, weight.t(), weight_scale.t(), x_dtype)
+            q, scale = cast_per_token(scaled_grad)
+            grad_x = fp8_gemm_nt(q, scale / GRAD_SCALE, weight.t(), weight_scale.t(), x_dtype)
         if ctx.needs_input_grad[1] and x is not None:
-            q, scale = cast_per_channel(lifted, transpose=True)  # [N, M]
-            grad_weight = fp8_gemm_nt(q, scale / LIFT, x, x_scale, weight_dtype)
+            q, scale = cast_per_channel(scaled_grad, transpose=True)  # [N, M]
+            grad_weight = fp8_gemm_nt(q, scale / GRAD_SCALE, x, x_scale, weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0, dtype=torch.float32).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None
@@ -141,9 +155,14 @@ class FP8LinearFunction(torch.autograd.Function):
 class FP8Linear(nn.Linear):
     """`nn.Linear` that computes with `fp8_linear`.
 
-    The weight is real (bf16, fp16 or fp32, trained as any other) and cast in every forward pass; or
-    it stays in FP8 with a buffer `weight_scale`, see `from_quantised`. The arguments are those of
-    `nn.Linear`, and so is the initialisation.
+    The weight is a real parameter (bf16, fp16 or fp32) that every forward pass casts. Or it is
+    stored in FP8 with a buffer `weight_scale`, see `from_quantised`. Arguments and initialization
+    are those of `nn.Linear`.
+
+    Example:
+        >>> layer = deepkern.FP8Linear(512, 256)
+        >>> layer(torch.randn(4, 16, 512)).shape
+        torch.Size([4, 16, 256])
     """
 
     def __init__(
@@ -159,7 +178,13 @@ class FP8Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> FP8Linear:
-        """A layer that shares the parameters of `linear`."""
+        """Returns a layer that shares the parameters of `linear`.
+
+        Example:
+            >>> linear = torch.nn.Linear(512, 256)
+            >>> deepkern.FP8Linear.from_linear(linear).weight is linear.weight
+            True
+        """
         module = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         module.weight, module.bias = linear.weight, linear.bias
         return module.train(linear.training)
@@ -168,20 +193,29 @@ class FP8Linear(nn.Linear):
     def from_quantised(
         cls, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
     ) -> FP8Linear:
-        """A layer whose weight is and stays in FP8, and is not trained.
+        """Returns a layer with a fixed FP8 weight.
 
         Args:
-            weight: float8_e4m3fn [N, K], as `cast_per_block` gives it.
+            weight: float8_e4m3fn [N, K], from `cast_per_block`.
             weight_scale: fp32 [ceil(N / 128), ceil(K / 128)].
-            bias: real [N] or None; trained if it is a Parameter that requires a gradient.
+            bias: real [N] or None (the default); trained if it is a Parameter that requires a
+                gradient.
 
-        `state_dict()` holds `weight`, `weight_scale` and `bias`. Moving the layer to another dtype
-        moves the bias alone.
+        `state_dict()` holds `weight`, `weight_scale` and `bias`. Converting the layer to another
+        dtype converts only the bias.
 
         Raises:
             TypeError, ValueError: a tensor is not as above.
+
+        Example:
+            >>> weight, weight_scale = deepkern.cast_per_block(torch.randn(256, 512))
+            >>> layer = deepkern.FP8Linear.from_quantised(weight, weight_scale)
+            >>> layer(torch.randn(4, 512)).shape
+            torch.Size([4, 256])
         """
         CONTRACT.check({"weight": weight, "weight_scale": weight_scale, "bias": bias})
+        if weight_scale is None:
+            CONTRACT.missing("weight_scale")
         if weight.dtype != FP8:
             raise TypeError(f"fp8_linear: weight: expected dtype {FP8}, got {weight.dtype}")
         N, K = weight.shape
@@ -197,17 +231,17 @@ class FP8Linear(nn.Linear):
         return fp8_linear(x, self.weight, self.bias, self.weight_scale)
 
     def _apply(self, fn, recurse: bool = True):
-        """As in every module, but that no change of dtype reaches an FP8 weight and its scale."""
+        """As `nn.Module._apply`, except that an FP8 weight and its scale keep their dtypes."""
         if self.weight_scale is None:
             return super()._apply(fn, recurse)
-        kept = (self.weight, self.weight_scale)
+        quantized = (self.weight, self.weight_scale)
 
-        def but_no_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            changed = moved.dtype != tensor.dtype and any(tensor is t for t in kept)
-            return tensor.to(moved.device) if changed else moved
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            changed = result.dtype != tensor.dtype and any(tensor is t for t in quantized)
+            return tensor.to(result.device) if changed else result
 
-        return super()._apply(but_no_dtype, recurse)
+        return super()._apply(keep_dtype, recurse)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={str(self.weight.dtype).removeprefix('torch.')}"

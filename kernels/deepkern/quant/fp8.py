@@ -1,9 +1,9 @@
-"""FP8 e4m3 inside Triton kernels, on hardware that has the type and on hardware that has not.
+"""FP8 e4m3 in Triton kernels, on targets with and without the type.
 
-A kernel reads and writes FP8 through these functions, with `NATIVE_FP8` a compile-time fact of the
+Kernels read and write FP8 through these functions. `NATIVE_FP8` is a compile-time constant of the
 target (`arch.native_fp8`). Where it is false, pointers are to uint8 (`as_bits` makes the view) and
-the conversion is integer arithmetic; the bits are the same either way: round to nearest even,
-saturate at +-448, NaN is 0x7f.
+the conversion is integer arithmetic. Both give the same bits: round to nearest even, saturate at
++-448, NaN is 0x7f.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import triton
 import triton.language as tl
 
 FP8_MAX = 448.0
-AMAX_MIN = 1e-4  # an all-zero block gets the scale 1e-4/448
+AMAX_MIN = 1e-4  # lower bound of a block's largest magnitude; zeros have the scale 1e-4/448
 BLOCK = 128  # one scale covers 128 values along K
-LAYOUTS = ("row", "column")  # of a scale: contiguous, or what Hopper's TMA takes
+LAYOUTS = ("row", "column")  # of a scale: contiguous, or with a 16-byte aligned pitch for TMA
 
 
 def as_bits(x: torch.Tensor, native_fp8: bool) -> torch.Tensor:
-    """`x` as a kernel takes it: FP8 as it is, or as uint8 where the target has no such type."""
+    """FP8 `x` as a kernel argument: unchanged, or viewed as uint8 on targets without FP8."""
     return x if native_fp8 else x.view(torch.uint8)
 
 
 def new_scale(x: torch.Tensor, shape: tuple[int, ...], layout: str) -> torch.Tensor:
-    """An unwritten scale [..., rows, blocks] beside `x`, laid out "row" (contiguous) or "column".
+    """An uninitialized scale [..., rows, blocks] on the device of `x`, in layout "row" or "column".
 
-    "column" has strides (..., 1, pitch), `pitch` being `rows` rounded up to a multiple of 4 so that
-    each block column starts at a multiple of 16 bytes. The kernel writes zeros into the padding,
-    which `with_padding` shows it. A scale of rank 1 is contiguous either way.
+    "row" is contiguous. "column" has strides (..., 1, pitch); `pitch` is `rows` rounded up to a
+    multiple of 4, so each block column starts at a multiple of 16 bytes. The kernel writes zeros
+    into the padding, to which `with_padding` gives access. A scale of rank 1 is contiguous.
     """
     if layout == "row" or len(shape) < 2:
         return x.new_empty(shape, dtype=torch.float32)
@@ -38,7 +38,7 @@ def new_scale(x: torch.Tensor, shape: tuple[int, ...], layout: str) -> torch.Ten
 
 
 def with_padding(scale: torch.Tensor, layout: str) -> torch.Tensor:
-    """`scale`, from `new_scale` with this layout, as [..., pitch, blocks]: all that is written."""
+    """`scale`, from `new_scale` with this layout, with its padding: [..., pitch, blocks]."""
     if layout == "row" or scale.dim() < 2:
         return scale
     *lead, rows, blocks = scale.shape
@@ -47,7 +47,7 @@ def with_padding(scale: torch.Tensor, layout: str) -> torch.Tensor:
 
 @triton.jit
 def block_scale(amax_bits, UE8M0: tl.constexpr):
-    """The scale of a block from the largest |x| as int32 bits (NaN and inf sort above numbers)."""
+    """The fp32 scale of a block; amax_bits: its largest |x| as int32 bits. NaN for inf or NaN."""
     amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), 1e-4)
     scale = tl.div_rn(amax, 448.0)
     if UE8M0:
@@ -58,11 +58,11 @@ def block_scale(amax_bits, UE8M0: tl.constexpr):
 
 @triton.jit
 def magnitude_bits(x):
-    """|x| as int32 bits, which order as the numbers do, with inf and NaN on top."""
+    """|x| as int32 bits. Their order is the order of the magnitudes; inf and NaN are largest."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
-# Each of these is an if-else, never an early return: Triton would compile what follows one, too.
+# The functions below use if-else, not an early return: Triton would also compile the code after it.
 @triton.jit
 def to_fp8(x, NATIVE_FP8: tl.constexpr):
     """float32 -> e4m3, or its bits as uint8."""
@@ -73,12 +73,12 @@ def to_fp8(x, NATIVE_FP8: tl.constexpr):
         sign = (bits >> 24) & 0x80
         magnitude = bits & 0x7FFFFFFF
         clamped = tl.minimum(magnitude, 0x43E00000)  # 448.0
-        # Normal numbers: keep 3 mantissa bits, ties to even, and move the exponent's bias 127 -> 7.
+        # Normal numbers: keep 3 mantissa bits, ties to even, and change the bias from 127 to 7.
         normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - (120 << 3)
         # Below 2^-6 the code counts units of 2^-9: adding 1.5 * 2^23 rounds to whole units.
         units = clamped.to(tl.float32, bitcast=True) * 512.0 + 12582912.0
-        small = units.to(tl.int32, bitcast=True) & 0xFF
-        code = tl.where(clamped < 0x3C800000, small, normal)
+        subnormal = units.to(tl.int32, bitcast=True) & 0xFF
+        code = tl.where(clamped < 0x3C800000, subnormal, normal)
         return tl.where(magnitude > 0x7F800000, 0x7F, code | sign).to(tl.uint8)
 
 
@@ -93,7 +93,7 @@ def from_fp8(q, NATIVE_FP8: tl.constexpr):
 
 @triton.jit
 def matrix_operand(q, NATIVE_FP8: tl.constexpr):
-    """e4m3 as a matrix instruction takes it: as it is, or its bits widened to float16, exactly."""
+    """e4m3 as the operand of a matrix instruction: unchanged, or widened to float16, exactly."""
     if NATIVE_FP8:
         return q
     else:
@@ -102,11 +102,11 @@ def matrix_operand(q, NATIVE_FP8: tl.constexpr):
 
 @triton.jit
 def widen(code):
-    """The bits of e4m3 as uint8 -> float16, exactly; 16-bit operations, which GPUs do in pairs."""
-    code = code.to(tl.int8, bitcast=True).to(tl.int16)  # the sign fills the upper byte, too
-    # Sign and the 7 bits below it, read as a float16's, are the value times 2^-8.
+    """The bits of e4m3 as uint8 -> float16, exactly, in 16-bit operations, which GPUs pair."""
+    code = code.to(tl.int8, bitcast=True).to(tl.int16)  # sign extension fills the upper byte
+    # The sign and the lower 7 bits, moved to where float16 has them, are the value times 2^-8.
     x = ((code << 7) & -0x4080).to(tl.float16, bitcast=True) * 256.0
-    # 0x7f, which is NaN, would be 480: it alone overflows here to -inf, and -inf * 0 is NaN.
+    # NaN (0x7f) would become 480. Only 480 overflows here to -inf, and -inf * 0 is NaN.
     zero = tl.zeros(x.shape, tl.float16)
-    huge = tl.fma(tl.abs(x), zero - 128.0, zero - 4096.0)
-    return tl.fma(huge, zero, x)  # huge * 0 is -0, which leaves every x as it is
+    overflow = tl.fma(tl.abs(x), zero - 128.0, zero - 4096.0)
+    return tl.fma(overflow, zero, x)  # overflow * 0 is -0 for all other values and adds nothing

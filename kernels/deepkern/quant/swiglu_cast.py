@@ -1,21 +1,23 @@
-"""SwiGLU and the FP8 cast of its result, in one pass over memory.
+"""SwiGLU and the FP8 cast of its result in one kernel, and the backward pass.
 
     y[m, i]  = silu(gate[m, i]) * up[m, i] * weights[m]      [gate | up] = gate_up, silu(g) = g·σ(g)
     q, scale = cast_per_token(y)                             y in fp32: one scale per row and block
 
-With a limit, gate = min(gate, limit) and up = clamp(up, -limit, limit) come first. The products are
-taken from left to right, each rounded, and σ is `arithmetic.py`'s, so the bits are the
-reference's.
+With a limit, gate = min(gate, limit) and up = clamp(up, -limit, limit) come first. The factors are
+multiplied from left to right and each product is rounded to fp32. σ is that of `arithmetic.py`. So
+the bits equal those of the reference.
 
-Cut: a program takes ROWS rows of one 128-wide block of y, which are two blocks of gate_up. Each
-value is read once and written once: 5 bytes a value of y in bf16, and the speed is that of memory.
+The backward pass reads the input of the forward pass, optionally stored in FP8, and recomputes y.
 
-The backward pass needs only what the forward pass read, in FP8 if need be, and recomputes the rest.
-A program takes ROWS rows and goes along them 128 columns at a time, because the gradient of a
-weight is a sum over its row: column by column of the block, then these pairwise.
+Parallelization: forward, one program computes ROWS rows of one 128-wide block of y from two blocks
+of gate_up. Backward, one program computes ROWS rows in steps of 128 columns, because the gradient
+of a weight is a sum over its row. That sum has a fixed order: over the steps first, one partial sum
+per column of the block, then pairwise over these 128 partial sums.
+
+Limit: memory bandwidth; forward, 5 bytes per value of y in bf16 (4 read, 1 written).
 
 Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.3: the inputs of SwiGLU are
-kept in FP8 and its output is recomputed in the backward pass.
+stored in FP8 and its output is recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -53,39 +55,47 @@ def swiglu_cast(
     """Applies SwiGLU and casts the result to FP8 with one scale per row and block of 128 columns.
 
     Args:
-        gate_up: bf16, fp16 or fp32 [M, 2I], the gates and then the values they let through; rows
-            may be strided.
-        weights: fp32 [M], what each row is multiplied by (an expert's routing weight), or None.
-        limit: at least 0, or None. Gates above it count as `limit`, values beyond +-limit as that;
-            NaN stays NaN.
-        scale_format: "fp32", or "ue8m0" to round every scale up to a power of two.
-        scale_layout: "row", or "column" for a scale whose strides are (1, M rounded up to a
-            multiple of 4), as Hopper's TMA takes it; what lies between its columns is 0.
+        gate_up: bf16, fp16 or fp32 [M, 2I]: I columns of gate, then I columns of up; rows may be
+            strided.
+        weights: fp32 [M], a factor per row (an expert's routing weight), or None (the default).
+        limit: at least 0, or None (the default). Clamps gate to at most `limit` and up to
+            [-limit, limit]; NaN stays NaN.
+        scale_format: "fp32" (the default), or "ue8m0" to round every scale up to a power of two.
+        scale_layout: "row" (the default), or "column" for a scale with strides (1, pitch), which a
+            Hopper GEMM loads by TMA. `pitch` is M rounded up to a multiple of 4; the padding holds
+            zeros.
 
     Returns:
         q: float8_e4m3fn [M, I].
-        scale: fp32 [M, ceil(I / 128)]; `q * scale` gives back silu(gate) * up * weights.
+        scale: fp32 [M, ceil(I / 128)]; q times scale approximates silu(gate) * up * weights.
 
-    Nothing is rounded between `gate_up` and `q` but each operation to fp32. Blocks of zeros, inf
-    and NaN are as in `cast_per_token`; a gate of -inf gives NaN.
+    All operations between `gate_up` and `q` are in fp32. Blocks of zeros, inf and NaN are as in
+    `cast_per_token`; a gate of -inf gives NaN.
 
     There is no autograd: torch would cast the gradient of an FP8 output to FP8. Use
     `swiglu_cast_backward`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+
+    Example:
+        >>> q, scale = deepkern.swiglu_cast(torch.randn(64, 2 * 2048))
+        >>> q.shape, scale.shape
+        (torch.Size([64, 2048]), torch.Size([64, 16]))
     """
     name, (M, columns) = "swiglu_cast", gate_up.shape
-    check_that(name, "gate_up", columns % 2 == 0, "an even number of columns, [gate | up]",
-               f"shape {tuple(gate_up.shape)}")  # fmt: skip
+    expected, got = "an even number of columns, [gate | up]", f"shape {tuple(gate_up.shape)}"
+    check_that(name, "gate_up", columns % 2 == 0, expected, got)
     check_limit(name, limit)
     check_choice(name, "scale_format", scale_format, ("fp32", "ue8m0"))
     check_choice(name, "scale_layout", scale_layout, LAYOUTS)
     scale = new_scale(gate_up, (M, -(-columns // 2 // BLOCK)), scale_layout)
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return gate_up.new_empty((M, columns // 2), dtype=FP8), scale
 
 
 def check_limit(name: str, limit: float | None) -> None:
+    """Raises ValueError for a negative limit or NaN; `name` is the op."""
     check_that(name, "limit", limit is None or limit >= 0, "a number >= 0, or None", limit)
 
 
@@ -98,21 +108,27 @@ def _launch_triton(
     scale_layout: str,
 ) -> tuple[Tensor, Tensor]:
     q, scale = swiglu_cast.op.allocate(gate_up, weights, limit, scale_format, scale_layout)
-    write(gate_up, weights, limit, q, scale, scale_format, scale_layout)
+    launch_swiglu_cast(gate_up, weights, limit, q, scale, scale_format, scale_layout)
     return q, scale
 
 
-def write(
-    gate_up: Tensor, weights: Tensor | None, limit: float | None, q: Tensor, scale: Tensor,
-    scale_format: str = "fp32", scale_layout: str = "row", group_index: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Writes q and scale, but not the rows that `group_index` (int32 [M]) says are in no group."""
+def launch_swiglu_cast(
+    gate_up: Tensor,
+    weights: Tensor | None,
+    limit: float | None,
+    q: Tensor,
+    scale: Tensor,
+    scale_format: str = "fp32",
+    scale_layout: str = "row",
+    group_index: Tensor | None = None,
+) -> None:
+    """Writes q and scale, except in rows whose `group_index` (int32 [M]) is negative."""
     if q.numel() == 0:
         return
     M, I = q.shape
     padded = with_padding(scale, scale_layout)
     native_fp8 = arch.of(q.device).native_fp8_cast
-    ROWS = 16  # of which the padding of the scale, to a multiple of 4, takes no more
+    ROWS = 16  # a multiple of 4, so that the last program also writes the padding of the scale
     swiglu_cast_kernel[(cdiv(M, ROWS) * cdiv(I, BLOCK),)](
         gate_up, weights, group_index, limit, as_bits(q, native_fp8), padded, M, padded.shape[0], I,
         gate_up.stride(0), *scale.stride(),
@@ -123,40 +139,53 @@ def write(
 
 @triton.jit(do_not_specialize=["M", "padded_M"])
 def swiglu_cast_kernel(
-    gate_up_ptr, weights_ptr, group_index_ptr, limit, q_ptr, scale_ptr, M, padded_M, I,
-    gate_up_row, scale_row, scale_column,
-    UE8M0: tl.constexpr, NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(I, 128)
-    block = tl.program_id(0) % blocks
-    row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    gate_up_ptr,  # real [M, 2I]
+    weights_ptr,  # fp32 [M], or None
+    group_index_ptr,  # int32 [M], or None; rows with a negative index are not written
+    limit,  # number, or None
+    q_ptr,  # FP8 or its bytes [M, I], contiguous
+    scale_ptr,  # fp32 [padded_M, ceil(I / 128)]
+    M,
+    padded_M,  # rows of the scale with its padding; the kernel writes zeros from row M on
+    I,
+    gate_up_row_stride,  # all strides in elements
+    scale_row_stride,
+    scale_block_stride,
+    UE8M0: tl.constexpr,  # round scales up to powers of two
+    NATIVE_FP8: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    num_blocks = tl.cdiv(I, 128)
+    block = tl.program_id(0) % num_blocks
+    row = (tl.program_id(0) // num_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = block * 128 + tl.arange(0, 128)
-    has_row, has_scale = row < M, row < padded_M
+    row_mask, scale_mask = row < M, row < padded_M
     if group_index_ptr is not None:
-        has_row &= tl.load(group_index_ptr + row, mask=has_row, other=-1) >= 0
-        has_scale &= has_row
-    inside = has_row[:, None] & (column < I)[None, :]
-    gate_tile = gate_up_ptr + row[:, None] * gate_up_row + column  # [ROWS, 128]
-    gate = tl.load(gate_tile, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_tile + I, mask=inside, other=0.0).to(tl.float32)
-    gate, up = limited(gate, up, limit)
+        row_mask &= tl.load(group_index_ptr + row, mask=row_mask, other=-1) >= 0
+        scale_mask &= row_mask
+    mask = row_mask[:, None] & (column < I)[None, :]
+    gate_ptrs = gate_up_ptr + row[:, None] * gate_up_row_stride + column  # [ROWS, 128]
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + I, mask=mask, other=0.0).to(tl.float32)
+    gate, up = clamp_gate_up(gate, up, limit)
 
     y = gate * sigmoid(gate) * up
     if weights_ptr is not None:
-        y *= tl.load(weights_ptr + row, mask=has_row, other=0.0)[:, None]
+        y *= tl.load(weights_ptr + row, mask=row_mask, other=0.0)[:, None]
     scale = block_scale(tl.max(magnitude_bits(y), 1), UE8M0)  # [ROWS]
     q = to_fp8(y * tl.div_rn(1.0, scale)[:, None], NATIVE_FP8)
 
-    tl.store(q_ptr + row[:, None] * I + column, q, mask=inside)
-    scale_tile = scale_ptr + row * scale_row + block.to(tl.int64) * scale_column
-    tl.store(scale_tile, tl.where(has_row, scale, 0.0), mask=has_scale)
+    tl.store(q_ptr + row[:, None] * I + column, q, mask=mask)
+    scale_ptrs = scale_ptr + row * scale_row_stride + block.to(tl.int64) * scale_block_stride
+    tl.store(scale_ptrs, tl.where(row_mask, scale, 0.0), mask=scale_mask)
 
 
 @triton.jit
-def limited(gate, up, limit):
+def clamp_gate_up(gate, up, limit):
+    """(min(gate, limit), clamp(up, -limit, limit)) in fp32; NaN stays NaN. No-op without limit."""
     if limit is not None:
         gate = tl.where(gate > limit, limit, gate)
-        lowest = 0.0 - limit  # 0 for a limit of 0, never -0
+        lowest = 0.0 - limit  # +0 for a limit of 0; -limit would be -0
         up = tl.where(up > limit, limit, tl.where(up < lowest, lowest, up))
     return gate, up
 
@@ -175,33 +204,41 @@ def swiglu_cast_backward(
     weights: Tensor | None = None,
     limit: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of SwiGLU, and its result again, from what was kept of its input.
+    """Computes the gradients of SwiGLU and recomputes its result.
 
     Args:
         grad: bf16, fp16 or fp32 [M, I], the gradient of y = silu(gate) * up * weights; rows may be
             strided, here and in `gate_up`.
-        gate_up: [M, 2I], real as it went into `swiglu_cast`, or float8_e4m3fn as `cast_per_token`
-            makes it.
-        gate_up_scale: fp32 [M, ceil(2I / 128)], any strides, with an FP8 `gate_up` and only then.
+        gate_up: [M, 2I]: the real input of `swiglu_cast`, or its float8_e4m3fn cast by
+            `cast_per_token`.
+        gate_up_scale: fp32 [M, ceil(2I / 128)], any strides, with an FP8 `gate_up`; else None (the
+            default).
         weights, limit: as in the forward pass.
 
     Returns:
-        grad_gate_up: [M, 2I] in the dtype of `grad`. A value beyond the limit has gradient 0, one
-            at the limit or NaN has its own.
-        y: [M, I] in the dtype of `grad`, which the gradient of the next layer's weight needs.
-        grad_weights: fp32 [M], or None without `weights` (from `torch.ops.deepkern`, an empty
-            tensor).
+        grad_gate_up: [M, 2I] in the dtype of `grad`. The gradient of a clamped value is 0. A
+            value equal to the limit and NaN are not clamped.
+        y: [M, I] in the dtype of `grad`; the gradient of the next layer's weight needs it.
+        grad_weights: fp32 [M], or None without `weights` (an empty tensor from
+            `torch.ops.deepkern`).
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+
+    Example:
+        >>> grad, gate_up = torch.randn(64, 2048), torch.randn(64, 2 * 2048)
+        >>> grad_gate_up, y, grad_weights = deepkern.swiglu_cast_backward(grad, gate_up)
+        >>> grad_gate_up.shape, y.shape, grad_weights
+        (torch.Size([64, 4096]), torch.Size([64, 2048]), None)
     """
     name, (M, I) = "swiglu_cast_backward", grad.shape
-    check_that(name, "gate_up", gate_up.shape[1] == 2 * I, f"2I = {2 * I} columns, [gate | up]",
-               f"shape {tuple(gate_up.shape)}")  # fmt: skip
-    check_that(name, "gate_up_scale", (gate_up.dtype == FP8) == (gate_up_scale is not None),
-               "a scale for gate_up in FP8, None otherwise",
-               f"{'None' if gate_up_scale is None else 'a scale'} for {gate_up.dtype}")  # fmt: skip
+    expected, got = f"2I = {2 * I} columns, [gate | up]", f"shape {tuple(gate_up.shape)}"
+    check_that(name, "gate_up", gate_up.shape[1] == 2 * I, expected, got)
+    valid = (gate_up.dtype == FP8) == (gate_up_scale is not None)
+    got = f"{'None' if gate_up_scale is None else 'a scale'} for {gate_up.dtype}"
+    check_that(name, "gate_up_scale", valid, "a scale for gate_up in FP8, None otherwise", got)
     check_limit(name, limit)
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return (
         grad.new_empty(gate_up.shape),
         grad.new_empty(grad.shape),
@@ -218,15 +255,23 @@ def _launch_backward_triton(
     limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = swiglu_cast_backward.op.allocate(grad, gate_up, gate_up_scale, weights, limit)
-    write_backward(grad, gate_up, gate_up_scale, weights, limit, outputs)
+    launch_swiglu_cast_backward(grad, gate_up, gate_up_scale, weights, limit, outputs)
     return outputs
 
 
-def write_backward(
-    grad: Tensor, gate_up: Tensor, gate_up_scale: Tensor | None, weights: Tensor | None,
-    limit: float | None, outputs: tuple, group_index: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Writes the outputs (y may be None), but not the rows that `group_index` puts in no group."""
+def launch_swiglu_cast_backward(
+    grad: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor | None,
+    weights: Tensor | None,
+    limit: float | None,
+    outputs: tuple,
+    group_index: Tensor | None = None,
+) -> None:
+    """Writes the outputs (grad_gate_up, y, grad_weights), of which y may be None.
+
+    Rows whose `group_index` (int32 [M]) is negative are not written.
+    """
     M, I = grad.shape
     if M == 0:
         return
@@ -234,7 +279,7 @@ def write_backward(
     scale_strides = (0, 0)
     if gate_up_scale is not None:
         gate_up, scale_strides = as_bits(gate_up, native_fp8), gate_up_scale.stride()
-    ROWS = 4  # twice as many spill where rows cannot be read 16 bytes at a time
+    ROWS = 4  # 8 rows spill registers where rows are not aligned to 16 bytes
     swiglu_cast_backward_kernel[(cdiv(M, ROWS),)](
         grad, gate_up, gate_up_scale, weights, group_index, limit, *outputs, M, I,
         grad.stride(0), gate_up.stride(0), *scale_strides,
@@ -245,39 +290,54 @@ def write_backward(
 
 @triton.jit(do_not_specialize=["M"])
 def swiglu_cast_backward_kernel(
-    grad_ptr, gate_up_ptr, scale_ptr, weights_ptr, group_index_ptr, limit,
-    grad_gate_up_ptr, y_ptr, grad_weights_ptr, M, I, grad_row, gate_up_row, scale_row, scale_column,
-    ONE_SCALE: tl.constexpr,  # whether a tile of `up` lies in one block of the scale
-    NATIVE_FP8: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,  # real [M, I]
+    gate_up_ptr,  # real, or FP8 or its bytes [M, 2I]
+    scale_ptr,  # fp32 [M, ceil(2I / 128)], or None: the scales of gate_up
+    weights_ptr,  # fp32 [M], or None
+    group_index_ptr,  # int32 [M], or None; rows with a negative index are not written
+    limit,  # number, or None
+    grad_gate_up_ptr,  # [M, 2I] in the dtype of grad, contiguous
+    y_ptr,  # [M, I] in the dtype of grad, contiguous, or None
+    grad_weights_ptr,  # fp32 [M]; not written without weights
+    M,
+    I,
+    grad_row_stride,  # all strides in elements
+    gate_up_row_stride,
+    scale_row_stride,
+    scale_block_stride,
+    ONE_SCALE: tl.constexpr,  # no tile of `up` crosses a block boundary
+    NATIVE_FP8: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    has_row = row < M
+    row_mask = row < M
     if group_index_ptr is not None:
-        has_row &= tl.load(group_index_ptr + row, mask=has_row, other=-1) >= 0
-    gate_up_ptr += row * gate_up_row  # [ROWS]
+        row_mask &= tl.load(group_index_ptr + row, mask=row_mask, other=-1) >= 0
+    gate_up_ptr += row * gate_up_row_stride  # [ROWS]
     if scale_ptr is not None:
-        scale_ptr += row * scale_row
+        scale_ptr += row * scale_row_stride
     if weights_ptr is not None:
-        weight = tl.load(weights_ptr + row, mask=has_row, other=0.0)[:, None]
-    products = tl.zeros((ROWS, 128), tl.float32)
+        weight = tl.load(weights_ptr + row, mask=row_mask, other=0.0)[:, None]
+    grad_weight_sums = tl.zeros((ROWS, 128), tl.float32)
     for start in range(0, I, 128):
         column = start + tl.arange(0, 128)
-        inside = has_row[:, None] & (column < I)[None, :]
-        grad_tile = grad_ptr + row[:, None] * grad_row + column  # [ROWS, 128]
-        grad = tl.load(grad_tile, mask=inside, other=0.0).to(tl.float32)
-        raw_gate = kept(
-            gate_up_ptr, scale_ptr, scale_column, has_row, start, I, ONE_SCALE, NATIVE_FP8
+        mask = row_mask[:, None] & (column < I)[None, :]
+        grad_ptrs = grad_ptr + row[:, None] * grad_row_stride + column  # [ROWS, 128]
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+        raw_gate = load_dequantized(
+            gate_up_ptr, scale_ptr, scale_block_stride, row_mask, start, I, ONE_SCALE, NATIVE_FP8
         )
-        raw_up = kept(
-            gate_up_ptr, scale_ptr, scale_column, has_row, I + start, 2 * I, ONE_SCALE, NATIVE_FP8
-        )
-        gate, up = limited(raw_gate, raw_up, limit)
+        raw_up = load_dequantized(
+            gate_up_ptr, scale_ptr, scale_block_stride, row_mask, I + start, 2 * I,
+            ONE_SCALE, NATIVE_FP8,
+        )  # fmt: skip
+        gate, up = clamp_gate_up(raw_gate, raw_up, limit)
 
         s = sigmoid(gate)
         silu = gate * s
         y = silu * up
         if weights_ptr is not None:
-            products += grad * y
+            grad_weight_sums += grad * y
             y *= weight
             grad *= weight
         grad_gate = grad * up * (s * (gate * (1.0 - s) + 1.0))
@@ -286,32 +346,37 @@ def swiglu_cast_backward_kernel(
             grad_gate = tl.where(raw_gate > limit, 0.0, grad_gate)
             grad_up = tl.where(tl.abs(raw_up) > limit, 0.0, grad_up)
 
-        out = grad_gate_up_ptr + row[:, None] * (2 * I) + column
-        tl.store(out, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
-        tl.store(out + I, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
+        out_ptrs = grad_gate_up_ptr + row[:, None] * (2 * I) + column
+        tl.store(out_ptrs, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptrs + I, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
         if y_ptr is not None:
-            tl.store(y_ptr + row[:, None] * I + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+            tl.store(y_ptr + row[:, None] * I + column, y.to(y_ptr.dtype.element_ty), mask=mask)
     if weights_ptr is not None:
-        tl.store(grad_weights_ptr + row, sum_pairwise(products), mask=has_row)
+        tl.store(grad_weights_ptr + row, sum_pairwise(grad_weight_sums), mask=row_mask)
 
 
 @triton.jit
-def kept(
-    x_ptr, scale_ptr, scale_column, has_row, first, last,
-    ONE_SCALE: tl.constexpr, NATIVE_FP8: tl.constexpr,
-):  # fmt: skip
-    """128 columns from `first` on, before `last`, of the rows at `x_ptr`, times any scales."""
+def load_dequantized(
+    x_ptr,  # [ROWS] pointers to the first value of each row
+    scale_ptr,  # [ROWS] pointers to the first scale of each row, or None
+    scale_block_stride,  # elements
+    row_mask,  # [ROWS]
+    first,  # first column of the tile
+    end,  # columns from `end` on are masked
+    ONE_SCALE: tl.constexpr,  # the tile does not cross a block boundary
+    NATIVE_FP8: tl.constexpr,
+):
+    """Loads 128 columns as fp32 [ROWS, 128], multiplied by their scales if there are any."""
     column = first + tl.arange(0, 128)
-    inside = has_row[:, None] & (column < last)[None, :]
-    x = tl.load(x_ptr[:, None] + column, mask=inside, other=0.0)  # [ROWS, 128]
+    mask = row_mask[:, None] & (column < end)[None, :]
+    x = tl.load(x_ptr[:, None] + column, mask=mask, other=0.0)
     if scale_ptr is None:
         x = x.to(tl.float32)
     elif ONE_SCALE:
-        scale = tl.load(
-            scale_ptr + tl.cast(first // 128, tl.int64) * scale_column, has_row, other=0.0
-        )
+        block = tl.cast(first // 128, tl.int64)
+        scale = tl.load(scale_ptr + block * scale_block_stride, mask=row_mask, other=0.0)
         x = from_fp8(x, NATIVE_FP8) * scale[:, None]
     else:
-        scale_tile = scale_ptr[:, None] + (column // 128).to(tl.int64) * scale_column
-        x = from_fp8(x, NATIVE_FP8) * tl.load(scale_tile, mask=inside, other=0.0)
+        scale_ptrs = scale_ptr[:, None] + (column // 128).to(tl.int64) * scale_block_stride
+        x = from_fp8(x, NATIVE_FP8) * tl.load(scale_ptrs, mask=mask, other=0.0)
     return x

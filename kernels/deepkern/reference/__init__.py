@@ -1,7 +1,7 @@
-"""The oracle: every op again, under its own name and signature, in plain PyTorch.
+"""The reference: every op in plain PyTorch, under the same name and signature.
 
-Casts, routing and permutations are bitwise what the kernels must give; matmuls and attention are
-computed in float64 on the same (quantised) inputs. Written to be read, not to be fast.
+Casts, routing and permutations must equal the kernels bit for bit. Matmuls and attention are
+computed in float64 on the same (quantized) inputs. The code is written for clarity, not speed.
 """
 
 from .attention import *  # noqa: F403

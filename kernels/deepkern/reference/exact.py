@@ -1,7 +1,7 @@
-"""The kernels' arithmetic (deepkern/arithmetic.py) in plain PyTorch, operation for operation.
+"""The arithmetic of the kernels (deepkern/arithmetic.py) in plain PyTorch, operation for operation.
 
-Each step is rounded to float32: torch.exp, torch.rsqrt and torch.sum differ from one machine to the
-next in the last place.
+Each step is rounded to float32. torch.exp, torch.rsqrt and torch.sum are not used, because their
+last place differs between machines.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ def exp(x: Tensor) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e^-x) for any float32 x."""
     e = exp(-x.abs())
     return torch.where(x >= 0, 1.0, e) / (e + 1.0)
 
 
 def sum_pairs(x: Tensor) -> Tensor:
-    """Sum of the last dimension, kept as 1: pairs of neighbours, then pairs of pairs, and so on."""
+    """Sum over the last dimension (keepdim): adds neighbours, then neighbouring sums, and so on."""
     n = x.shape[-1]
     x = F.pad(x, (0, (1 << max(n - 1, 0).bit_length()) - n))
     while x.shape[-1] > 1:
@@ -44,9 +45,9 @@ def sum_pairs(x: Tensor) -> Tensor:
 
 
 def inverse_rms(squares: Tensor, count: int, eps: float) -> Tensor:
-    """1 / sqrt(squares / count + eps)."""
-    # Tensors, not Python numbers: torch would divide by a number as it multiplies by its inverse.
+    """1 / sqrt(squares / count + eps); squares: float32, each a sum of `count` squares."""
+    # Divide by a tensor: torch replaces division by a number by multiplication with its inverse.
     mean = squares / torch.full_like(squares, count)
-    # float64 and a cast round as IEEE has it; torch's own fp32 sqrt is an ulp off on some CPUs.
+    # sqrt in float64 and a cast round correctly; torch's fp32 sqrt is 1 ulp off on some CPUs.
     root = (mean + torch.full_like(mean, eps)).double().sqrt().float()
     return torch.ones_like(root) / root

@@ -1,6 +1,8 @@
-"""FP8 matrix products in float64 on the same quantised inputs: a block of K, then its scales."""
+"""The reference of the FP8 GEMMs: float64 on the same FP8 inputs, summed per block of K."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -23,13 +25,13 @@ def fp8_gemm_nt(
     out_dtype: torch.dtype = torch.bfloat16,
     c: Tensor | None = None,
 ) -> Tensor:
-    b_rows = 1 if b_scale.shape[0] == b.shape[0] else BLOCK
+    rows_per_scale = 1 if b_scale.shape[0] == b.shape[0] else BLOCK
+    scale_row = torch.arange(b.shape[0], device=b.device) // rows_per_scale  # [N]
     out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
     for j in range(a_scale.shape[1]):
         block = slice(BLOCK * j, BLOCK * (j + 1))
-        b_factor = b_scale[torch.arange(b.shape[0], device=b.device) // b_rows, j]  # [N]
         product = a[:, block].double() @ b[:, block].double().T
-        out += product * a_scale[:, j, None].double() * b_factor.double()
+        out += product * a_scale[:, j, None].double() * b_scale[scale_row, j].double()
     return (out if c is None else out + c.double()).to(out_dtype)
 
 
@@ -44,7 +46,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     out = a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype)
     for g in range(b.shape[0]):
         row = (group_index == g).nonzero()[:, 0]
-        out[row] = fp8_gemm_nt(rows(a, row), a_scale[row], b[g], b_scale[g], out_dtype)
+        out[row] = fp8_gemm_nt(select_rows(a, row), a_scale[row], b[g], b_scale[g], out_dtype)
     return out
 
 
@@ -59,8 +61,8 @@ def m_grouped_fp8_gemm_nt_masked(
 ) -> Tensor:
     G, M, _ = a.shape
     out = a.new_zeros((G, M, b.shape[1]), dtype=out_dtype)
-    for g, used in enumerate(masked_m.clamp(0, M).tolist()):
-        out[g, :used] = fp8_gemm_nt(a[g, :used], a_scale[g, :used], b[g], b_scale[g], out_dtype)
+    for g, valid in enumerate(masked_m.clamp(0, M).tolist()):
+        out[g, :valid] = fp8_gemm_nt(a[g, :valid], a_scale[g, :valid], b[g], b_scale[g], out_dtype)
     return out
 
 
@@ -73,22 +75,19 @@ def k_grouped_fp8_gemm_nt(
     c: Tensor | None = None,
 ) -> Tensor:
     offsets = group_offsets.clamp(0, a.shape[1]).cummax(0).values.tolist()
-    products, block = [], 0
-    for first, last in zip(offsets, offsets[1:], strict=False):
-        scales = slice(block, block + -(-(last - first) // BLOCK))
-        block = scales.stop
-        last = min(last, first + BLOCK * a_scale[:, scales].shape[1])  # what has scales
-        a_group, b_group = a[:, first:last], b[:, first:last]
-        b_factors = b_scale[:, scales]
-        addend = None if c is None else c[len(products)]
-        products.append(
-            fp8_gemm_nt(a_group, a_scale[:, scales], b_group, b_factors, torch.float32, addend)
-        )
-    if not products:
+    outputs, block = [], 0
+    for first, end in itertools.pairwise(offsets):
+        blocks = slice(block, block + -(-(end - first) // BLOCK))
+        block = blocks.stop
+        end = min(end, first + BLOCK * a_scale[:, blocks].shape[1])  # columns that have scales
+        operands = a[:, first:end], a_scale[:, blocks], b[:, first:end], b_scale[:, blocks]
+        addend = None if c is None else c[len(outputs)]
+        outputs.append(fp8_gemm_nt(*operands, torch.float32, addend))
+    if not outputs:
         return a.new_empty((0, a.shape[0], b.shape[0]), dtype=torch.float32)
-    return torch.stack(products)
+    return torch.stack(outputs)
 
 
-def rows(x: Tensor, row: Tensor) -> Tensor:
-    """x[row] of FP8, for which not every device has indexing."""
+def select_rows(x: Tensor, row: Tensor) -> Tensor:
+    """x[row] for FP8, as bytes: not every device supports indexing of FP8."""
     return x.view(torch.uint8)[row].view(x.dtype)
