@@ -283,12 +283,98 @@ def moe_layer() -> Figure:
     return f
 
 
+def producer_consumer() -> Figure:
+    f = Figure(780, 340, "Producer and consumer warps of the FP8 products, with a ring of 3 stages")
+
+    def x(t):  # of time t, in halves of a consumer's step
+        return 150 + 66 * t
+
+    def bar(t, duration, y, line, fill, height=26):
+        f.rect(x(t), y, 66 * duration, height, fill)
+        f.text(x(t + duration / 2), y + height / 2 + 4, line, 11)
+
+    note = "Time runs to the right; k0, k1, ... are steps of 128 values of K."
+    f.text(20, 28, note, 12, "start", GRAY)
+    f.text(140, 63, "producer (TMA)", 12, "end")
+    loads = [(0, 0), (1, 1), (2, 2), (3, 3), (5, 4), (7, 5)]  # (start, step)
+    for t, k in loads:
+        bar(t, 1, 46, f"load k{k}", PURPLE)
+    for t in (4, 6):
+        bar(t, 1, 46, "wait empty", WHITE)
+    for stage in range(3):
+        y = 96 + 30 * stage
+        f.text(140, y + 16, f"stage {stage}", 12, "end")
+        f.rect(x(0), y, 66 * 9, 22, WHITE)
+    for t, k in loads:
+        released = min(2 * k + 3, 9)
+        bar(t + 1, released - t - 1, 96 + 30 * (k % 3), f"full: k{k}", ORANGE, 22)
+    for group in range(2):
+        y = 206 + 40 * group
+        f.text(140, y + 17, f"consumer {group}", 12, "end")
+        for k in range(4):
+            start = 2 * k + 1 + group
+            bar(start, 1, y, f"WGMMA k{k}", BLUE)
+            if start + 1 < 9:
+                bar(start + 1, 1, y, f"promote k{k}", GREEN)
+    f.arrow((x(1), 118), (x(1), 206), label="full", dx=5, dy=20)
+    f.arrow((x(3), 246), (x(3), 72), label="empty", dx=5, dy=42)
+    note = "A stage is empty after both consumers' WGMMAs. One promotes while the other multiplies."
+    f.text(20, 304, note, 12, "start", GRAY)
+    f.text(20, 324, "The kernels have 4 to 10 stages.", 12, "start", GRAY)
+    return f
+
+
+def seesaw() -> Figure:
+    f = Figure(780, 330, "Seesaw schedule of mla_decode on Hopper")
+    wide = {"Q·K": 80, "softmax": 76, "P·V": 96}
+
+    def box(x, y, w, line, fill, height=40, size=11):
+        f.rect(x, y, w, height, fill)
+        f.text(x + w / 2, y + height / 2 + 4, line, size)
+
+    title = "Two consumer warpgroups, two tiles of 64 tokens in shared memory"
+    f.text(20, 28, title, 13, "start", bold=True)
+    f.text(110, 75, "producer", 12, "end")
+    f.text(110, 160, "warpgroup 0", 12, "end")
+    f.text(110, 260, "warpgroup 1", 12, "end")
+    loads = {120: "tile 0", 180: "tile 1", 446: "2, left", 506: "2, right",
+             594: "3, left", 654: "3, right"}  # fmt: skip
+    for x, line in loads.items():
+        box(x, 56, 60, line, PURPLE, 30)
+    # Warpgroup 0: scores of even tiles, left half of the output.
+    box(180, 136, wide["Q·K"], "Q·K0ᵀ", BLUE)
+    box(260, 136, wide["softmax"], "softmax P0", ORANGE)
+    box(336, 136, 110, "P0·V0, left", GREEN)
+    box(446, 136, 38, "wait", WHITE)
+    box(484, 136, 110, "P1·V1, left", GREEN)
+    box(594, 136, wide["Q·K"], "Q·K2ᵀ", BLUE)
+    box(674, 136, wide["softmax"], "softmax P2", ORANGE)
+    # Warpgroup 1: scores of odd tiles, right half.
+    box(240, 236, wide["Q·K"], "Q·K1ᵀ", BLUE)
+    box(320, 236, 56, "wait", WHITE)
+    box(376, 256, 122, "P0·V0, right", GREEN, 20)
+    box(376, 236, 96, "softmax P1", ORANGE, 20)
+    box(498, 236, 110, "P1·V1, right", GREEN)
+    box(608, 236, wide["Q·K"], "Q·K3ᵀ", BLUE)
+    box(688, 236, 62, "wait", WHITE)
+    f.arrow((336, 176), (376, 266), label="P0, row_max", dx=0, dy=-22)
+    f.arrow((472, 236), (472, 206), (484, 206), (484, 176), label="P1, row_max", dx=10, dy=16)
+    f.arrow((446, 136), (446, 86), label="left half free", dx=6, dy=4)
+    note = (
+        "Warpgroup 0: scores of even tiles, columns 0-255 of out. Warpgroup 1: odd tiles, 256-511."
+    )
+    f.text(20, 306, note, 12, "start", GRAY)
+    return f
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "call_path": call_path,
     "block_scaling": block_scaling,
     "split_k": split_k,
     "mla_decode": mla_decode,
     "moe_layer": moe_layer,
+    "producer_consumer": producer_consumer,
+    "seesaw": seesaw,
 }
 
 
