@@ -97,7 +97,7 @@ class Exchange:
         return [row[len(values) :] for row in sent], [row[len(values) :] for row in received]
 
     def agree_again(self, call: str, sent: list, received: list, like: Tensor, **same: int) -> None:
-        """`agree` for a call whose counts [size] are known; a no-op where it would stall the host."""
+        """`agree` for a call whose counts [size] are known; a no-op if it would stall the host."""
         if like.device.type != "cpu" and os.environ.get("DEEPKERN_DEBUG") != "1":
             return
         counts = torch.tensor([[rows, 0] for rows in sent], device=like.device)
@@ -139,12 +139,11 @@ class Exchange:
                 r: h[i] for r, h in zip(self.ranks, headers, strict=True) if h[i] != values[i]
             }
             if others:
+                field = field.replace("_", " ")
                 name = (lambda value, words=words: words[value]) if words else str
                 got = ", ".join(f"rank {r} has {name(value)}" for r, value in others.items())
                 own = f"rank {self.ranks[self.rank]} (this one) has {name(values[i])}"
-                self._fail(
-                    f"{where}: {field.replace('_', ' ')} must be the same on all ranks: {own}, {got}"
-                )
+                self._fail(f"{where}: {field} must be the same on all ranks: {own}, {got}")
 
     def _fail(self, what: str, error: Exception | None = None) -> None:
         if error is not None:

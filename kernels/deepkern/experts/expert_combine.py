@@ -5,8 +5,8 @@
 The sum is in fp32, in the order of the slots, with the shared expert last and one rounding at the
 end. A token's bits depend on its own rows only.
 
-Parallelization: one program sums TOKENS tokens x BLOCK_K columns, and loads up to SLOTS rows of each
-token before it waits for one.
+Parallelization: one program sums TOKENS tokens x BLOCK_K columns. It loads up to SLOTS rows of a
+token before it uses the first.
 
 Limit: memory bandwidth, (topk + 1) rows per token.
 

@@ -151,7 +151,7 @@ class ExpertParallel:
         alignment: int = 1,
         async_op: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, DispatchHandle] | Pending:
-        """Sends tokens to the ranks of their experts; returns the received tokens, sorted by expert.
+        """Sends tokens to the ranks of their experts; returns the received ones by expert.
 
         Args:
             x: bf16, fp16, fp32 or float8_e4m3fn [T, K]; T may differ between ranks, K may not.
