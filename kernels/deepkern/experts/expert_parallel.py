@@ -136,10 +136,10 @@ class ExpertParallel:
             torch.arange(size, dtype=torch.int32), torch.tensor(start).diff()
         )
         targets = [owner] if len(exchanges) == 1 else [owner // shape[1], owner % shape[1]]
-        self._hops = [Hop(e, target) for e, target in zip(exchanges, targets, strict=True)]
+        self.hops = [Hop(e, target) for e, target in zip(exchanges, targets, strict=True)]
 
     def __repr__(self) -> str:
-        hops = " then ".join(str(hop.exchange) for hop in self._hops)
+        hops = " then ".join(str(hop.exchange) for hop in self.hops)
         return f"ExpertParallel({hops}, num_experts={self.num_experts})"
 
     def dispatch(
@@ -192,11 +192,11 @@ class ExpertParallel:
         valid = (topk_idx >= 0) & (topk_idx < self.num_experts)
         idx = torch.where(valid, topk_idx, -1).int()
         weights = topk_weights.float()
-        sending = self._hops[0].send(x, weights, idx, x_scale)
+        sending = self.hops[0].send(x, weights, idx, x_scale)
 
         def finish():
             tokens, links = sending.wait(), [sending.link]
-            for hop in self._hops[1:]:
+            for hop in self.hops[1:]:
                 sending_on = hop.send(*tokens)
                 tokens = sending_on.wait()
                 links.append(sending_on.link)
@@ -267,9 +267,9 @@ class ExpertParallel:
 
     def _check_device(self, name: str, argument: str, tensor: Tensor) -> None:
         try:
-            self._hops[0].exchange.group._get_backend(tensor.device)
+            self.hops[0].exchange.group._get_backend(tensor.device)
         except RuntimeError:
-            expected = f"a tensor on a device that {self._hops[0].exchange} serves"
+            expected = f"a tensor on a device that {self.hops[0].exchange} serves"
             check_that(name, argument, False, expected, tensor.device)
 
 
