@@ -57,8 +57,8 @@ def out_of_step(**how) -> None:
     odd = world - 1
     x, idx, w = torch.ones(3, 8), torch.zeros(3, 2).long(), torch.ones(3, 2)
 
-    def disagree(words: str, here, there) -> None:
-        message = raises(ExpertParallelError, words, there if me == odd else here)
+    def disagree(words: str, call, odd_call) -> None:
+        message = raises(ExpertParallelError, words, odd_call if me == odd else call)
         assert f"rank {odd} " in message and "group 'default_pg'" in message, message
 
     def make(E=4):

@@ -1,4 +1,4 @@
-"""The row order of dispatch, and what its kernels and combine's have in common.
+"""The row order of dispatch, and helpers of the kernels that copy rows.
 
     row      = start[e] + number of earlier assignments to e              for e = topk_idx[t, j]
     start[e] = Σ_{i<e} tokens_per_expert[i], each rounded up to a multiple of `alignment`
