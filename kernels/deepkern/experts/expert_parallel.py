@@ -5,7 +5,7 @@
     out = ep.combine(y, handle)                  # [T, K], weighted and summed
 
 Parallelization: a token's row is sent once to each rank that owns experts of it (links.py), and
-`expert_dispatch` sorts the received rows by expert. In the return a rank weights and sums its
+`expert_dispatch` sorts the received rows by expert. In combine, a rank weights and sums its
 rows of a token (`expert_combine`) and returns one row; the rows of all ranks are summed in fp32 in
 rank order. With nodes there are two such hops: to the rank with the same local rank on each node
 that owns experts of the token, and from there within the node. A token crosses between two nodes

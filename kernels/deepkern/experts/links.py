@@ -2,7 +2,7 @@
 
 A token's row goes to a rank once, even if several of its experts are on that rank. Its scales, the
 indices of its experts and their weights are packed with it into one row of bytes, so that a hop is
-one exchange. In the return a token's rows are summed in fp32 in the order of their ranks.
+one exchange. In combine, a token's rows are summed in fp32 in the order of their ranks.
 
 Each direction is the gradient of the other: forward copies a row to several ranks, return sums
 several rows.
