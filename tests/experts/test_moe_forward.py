@@ -312,6 +312,8 @@ def test_kernel_names_tell_the_steps(op, steps, generator, monkeypatch):
     monkeypatch.setattr(kernel_type, "run", record)
     args = ops.inputs(op, generator, **SMALL)
     deepkern.OPS[op].launcher("triton")(*args)
+    # Some targets transpose the weights before the GEMMs of the backward pass.
+    names = [name for name in names if "transpose" not in name]
     assert len(names) == len(steps), names
     for name, step in zip(names, steps, strict=True):
         assert name.startswith(step) and name.endswith("_kernel"), (name, step)
