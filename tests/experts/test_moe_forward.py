@@ -71,7 +71,7 @@ def token_by_token(x, weights, idx, w13, w13_scale, w2, w2_scale, gate_error=0.0
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize(("K", "I"), [(160, 72), (129, 200)])
 def test_token_by_token(backend, K, I, dtype, generator):
-    """Tokens whose codes do not depend on a sum's last bits meet the bounds of docs/numerics.md."""
+    """Tokens whose codes do not depend on the last bits of sums are within docs/numerics.md."""
     args = real_inputs(generator, 14, 3, 2, K, I, dtype)
     want, codes = token_by_token(*args)
     e = 2.0**-20  # the error of a sum in fp32 is a few units of 2^-24

@@ -80,7 +80,7 @@ def sum_rows(
 ) -> Tensor:
     """Writes Σ_j weights[t, j] · y[handle[t, j]] + shared[t] to `out` and returns it.
 
-    Weights of None are 1.
+    All weights are 1 if `weights` is None.
     """
     (T, topk), (rows, K) = handle.shape, y.shape
     if out.numel() == 0:

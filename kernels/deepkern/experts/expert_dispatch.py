@@ -73,8 +73,8 @@ def expert_dispatch(
         alignment: each expert's first row is a multiple of it.
         cast: "fp32" or "ue8m0" casts a real `x` to FP8, with scales of that format. The bits are
             those of `cast_per_token` followed by dispatch.
-        num_assigned: the number of valid indices in `topk_idx`, if the host knows it; it bounds
-            the number of rows. Further assignments get no row (-1 in `handle`).
+        num_assigned: the number of valid indices in `topk_idx`, if available on the host; it
+            bounds the number of rows. Further assignments get no row (-1 in `handle`).
 
     Returns:
         x: [rows, K] in the dtype of `x`, or FP8 with `cast`; rows of one expert are in the order

@@ -68,7 +68,7 @@ class PeerMemory:
     def put(self, rows: Tensor, sent: list[int]) -> int:
         """Starts a call: writes rows (uint8 [sum(sent), width], sorted by rank) to the ranks.
 
-        Returns the call's number, for `take`. A third call waits until the first was taken.
+        Returns the call's number, for `take`. A third call waits for the `take` of the first.
         """
         call = self.call = wrap_int32(self.call + 1)
         width = rows.shape[1] // 4
