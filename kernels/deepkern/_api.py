@@ -24,11 +24,10 @@ from .experts.expert_dispatch import expert_dispatch, expert_dispatch_backward
 from .experts.expert_load import expert_load
 from .experts.expert_parallel import ExpertParallel
 from .experts.fp8_experts import fp8_experts
-from .experts.load_statistics import LoadStatistics
 from .experts.moe_forward import moe_forward, moe_forward_backward
 from .experts.placement_bound import gpu_loads, placement_bound
 from .experts.plan_moves import plan_moves
-from .experts.rebalance_experts import rebalance_experts
+from .experts.rebalance_experts import LoadStatistics, rebalance_experts
 from .experts.route_topk import ROUTING, route_topk, route_topk_backward
 from .experts.sequence_balance_loss import sequence_balance_loss, sequence_balance_loss_backward
 from .experts.update_expert_bias import update_expert_bias

@@ -1,6 +1,8 @@
-"""Run without TRITON_INTERPRET: compiles the kernels of peer_memory.py for the target named.
+"""Compiles the kernels of peer_memory.py for one target, without TRITON_INTERPRET.
 
-Prints a record for each as a JSON list.
+    python compile_peer_memory.py sm_90
+
+Prints a JSON list with a record per kernel.
 """
 
 import json

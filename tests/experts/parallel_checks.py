@@ -1,4 +1,4 @@
-"""What every rank of a group runs in tests/experts/test_expert_parallel.py: results."""
+"""Run by the ranks of test_expert_parallel.py: results against one process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Tokens:
 
 
 def tokens_of_all(counts, E, topk, K, dtype=torch.bfloat16, seed=0, choose=None) -> list[Tokens]:
-    """The tokens of each rank, which every rank can make."""
+    """The tokens of every rank; each rank generates all of them."""
     ranks = []
     for rank, T in enumerate(counts):
         generator = torch.Generator().manual_seed(1000 * seed + rank)
@@ -45,7 +45,7 @@ def tokens_of_all(counts, E, topk, K, dtype=torch.bfloat16, seed=0, choose=None)
     return ranks
 
 
-def together(ranks: list[Tokens]) -> Tokens:
+def concatenate(ranks: list[Tokens]) -> Tokens:
     def join(parts):
         if parts[0] is None:
             return None
@@ -56,7 +56,7 @@ def together(ranks: list[Tokens]) -> Tokens:
 
 
 def experts(rows: Tensor, scale: Tensor | None, expert: Tensor) -> Tensor:
-    """Stands for the experts: each multiplies by a number of its own. In bf16 from FP8."""
+    """A stand-in for the experts: expert e multiplies by e + 1.5. FP8 rows become bf16."""
     if scale is not None:
         K = rows.shape[1]
         rows = (rows.float() * scale.repeat_interleave(128, 1)[:, :K]).bfloat16()
@@ -65,7 +65,7 @@ def experts(rows: Tensor, scale: Tensor | None, expert: Tensor) -> Tensor:
 
 
 def layer(ep: ExpertParallel, mine: Tokens, alignment: int = 1, async_op: bool = False):
-    """Dispatch, experts, combine; all that came out."""
+    """Dispatch, experts, combine; returns (out, rows, scale, group_index, counts)."""
     got = ep.dispatch(mine.x, mine.idx, mine.weights, mine.scale, alignment, async_op=async_op)
     rows, scale, group, counts, handle = got.wait() if async_op else got
     expert = torch.where(group < 0, -1, group + ep.local_experts.start)
@@ -74,7 +74,7 @@ def layer(ep: ExpertParallel, mine: Tokens, alignment: int = 1, async_op: bool =
 
 
 def single(everyone: Tokens, E: int, alignment: int = 1, exact: bool = False):
-    """The same in one process, for the tokens of all ranks; the sums in float64 if `exact`."""
+    """`layer` in one process for the tokens of all ranks; sums in float64 if `exact`."""
     rows, scale, group, counts, handle = deepkern.expert_dispatch(
         everyone.x, everyone.idx, E, everyone.scale, alignment
     )
@@ -85,10 +85,10 @@ def single(everyone: Tokens, E: int, alignment: int = 1, exact: bool = False):
 
 
 def assert_as_single(ep: ExpertParallel, ranks: list[Tokens], E: int, alignment: int = 1, **how):
-    """Rows bit for bit, sums within the tolerance (bit for bit on a rank alone)."""
+    """Rows are equal bit for bit, sums within the tolerance (bit for bit on one rank)."""
     me = dist.get_rank()
     out, rows, scale, group, counts = layer(ep, ranks[me], alignment, **how)
-    everyone = together(ranks)
+    everyone = concatenate(ranks)
     want_out, want_rows, want_scale, want_group, want_counts = single(everyone, E, alignment, True)
 
     own = ep.local_experts
@@ -112,7 +112,7 @@ def assert_as_single(ep: ExpertParallel, ranks: list[Tokens], E: int, alignment:
 
 
 def uneven(world: int) -> list[int]:
-    """So many tokens a rank; the second has none."""
+    """Tokens of each rank; rank 1 has none."""
     return [0 if rank == 1 else 3 + 7 * (world - rank) for rank in range(world)]
 
 
@@ -128,7 +128,7 @@ def check_dtypes_and_widths():
 
 def check_experts_that_do_not_divide():
     world = dist.get_world_size()
-    for E in (1, world + 1, 3 * world - 1):  # with one expert all but one rank have none
+    for E in (1, world + 1, 3 * world - 1):  # with E = 1 only one rank has an expert
         ep = ExpertParallel(None, E, timeout=30)
         sizes = [None] * world
         dist.all_gather_object(sizes, (ep.local_experts.start, ep.local_experts.stop))
@@ -139,7 +139,7 @@ def check_experts_that_do_not_divide():
 
 
 def check_loads():
-    """Nobody has a token; all go to one expert, every token to every expert, or none anywhere."""
+    """No tokens; all tokens to one expert, to every expert, to no expert; topk 1 and 0; K = 0."""
     world, E = dist.get_world_size(), 2 * dist.get_world_size() + 1
     ep = ExpertParallel(None, E, timeout=30)
 
@@ -176,7 +176,7 @@ def check_hostile_indices_and_nan_weights():
         assert not out.isnan().any()
 
 
-def check_a_token_goes_to_a_rank_once():
+def check_token_is_sent_once_per_rank():
     world = dist.get_world_size()
     ep = ExpertParallel(None, 4 * world, timeout=30)
 
@@ -201,7 +201,7 @@ def check_same_bits_twice_and_async():
     for async_op in (False, True):
         for a, b in zip(first, layer(ep, mine, async_op=async_op), strict=True):
             assert a is b is None or torch.equal(a, b)
-    # Two under way at a time, waited for in order; a handle may serve again.
+    # Two pending calls, waited for in order; a handle may be used twice.
     pending = [ep.dispatch(mine.x, mine.idx, mine.weights, async_op=True) for _ in range(2)]
     got = [p.wait() for p in pending]
     assert torch.equal(got[0][0], got[1][0]) and pending[0].wait() is got[0]
@@ -222,7 +222,7 @@ def check_gradients():
     world, me = dist.get_world_size(), dist.get_rank()
     E = 2 * world
     ranks = tokens_of_all(uneven(world), E, 3, 70, torch.float32, seed=2)
-    everyone = together(ranks)
+    everyone = concatenate(ranks)
     towards = torch.randn(everyone.x.shape, generator=torch.Generator().manual_seed(1))
     before = sum(len(r.x) for r in ranks[:me])
     part = slice(before, before + len(ranks[me].x))
@@ -237,7 +237,7 @@ def check_gradients():
             for g, w in zip(got, want, strict=True):
                 compare.assert_close(g, w[part])
 
-    # Of the weights alone, with FP8 rows.
+    # With FP8 rows only the weights have a gradient.
     fp8 = tokens_of_all(uneven(world), E, 3, 70, FP8, seed=2)[me]
     weights = fp8.weights.requires_grad_()
     out, rows, *_ = layer(ExpertParallel(None, E, timeout=30), fp8)
@@ -252,7 +252,7 @@ def check_two_hops_equal_one():
     shapes = [(n, world // n) for n in range(1, world + 1) if world % n == 0]
     for dtype in (torch.float32, FP8):
         ranks = tokens_of_all(uneven(world), E, 5, 40, dtype, seed=3)
-        for r in ranks:  # small integers, exact in bf16, so that no order of sums can be seen
+        for r in ranks:  # small integers are exact in bf16, so the order of sums has no effect
             r.x = r.x.float().round().clamp(-1, 1).to(dtype)
             r.weights = r.weights.round()
             if r.scale is not None:
@@ -272,18 +272,18 @@ def check_two_hops_equal_one():
     real = tokens_of_all(uneven(world), E, 5, 40, seed=4)
     for _, ranks_per_node in shapes:
         ep = ExpertParallel(None, E, ranks_per_node, timeout=30)
-        want = single(together(real), E, exact=True)[0]
+        want = single(concatenate(real), E, exact=True)[0]
         before = sum(len(r.x) for r in real[:me])
         compare.assert_close(layer(ep, real[me])[0], want[before : before + len(real[me].x)])
 
 
-def check_a_token_crosses_to_a_node_once():
+def check_token_crosses_to_a_node_once():
     world, me = dist.get_world_size(), dist.get_rank()
     if world % 2:
         return
     ep = ExpertParallel(None, world, world // 2, timeout=30)
 
-    def choose(T, _):  # every rank's one expert
+    def choose(T, _):  # one expert on each rank
         return torch.arange(world).expand(T, world).contiguous()
 
     mine = tokens_of_all([5] * world, world, world, 8, choose=choose)[me]
@@ -308,15 +308,15 @@ def check_meshes():
 
 
 def assert_as_gloo(ep: ExpertParallel, device: str) -> None:
-    """Rows, sums and gradients of `ep`, of all ranks, are those that gloo brings, bit for bit."""
+    """Rows, sums and gradients of `ep` equal those over gloo, bit for bit."""
     world, me = dist.get_world_size(), dist.get_rank()
     gloo = ExpertParallel(None, 2 * world, timeout=60)
     for K, dtype in ((1, torch.float32), (100, FP8), (7168, FP8), (7168, torch.bfloat16)):
         for repetition in range(3):
             mine = tokens_of_all(uneven(world), 2 * world, 4, K, dtype, seed=repetition)[me]
             parts = [getattr(mine, field) for field in FIELDS]
-            there = Tokens(*(None if part is None else part.to(device) for part in parts))
-            for a, b in zip(layer(ep, there), layer(gloo, there), strict=True):
+            moved = Tokens(*(None if part is None else part.to(device) for part in parts))
+            for a, b in zip(layer(ep, moved), layer(gloo, moved), strict=True):
                 assert a is b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     real = tokens_of_all(uneven(world), 2 * world, 4, 64, torch.float32)[me]
     real = Tokens(real.x.to(device), real.idx.to(device), real.weights.to(device))
@@ -327,7 +327,7 @@ def assert_as_gloo(ep: ExpertParallel, device: str) -> None:
 
 
 def over_nccl() -> bool:
-    """On a GPU for each rank."""
+    """Each rank has its own GPU."""
     torch.cuda.set_device(dist.get_rank())
     group = dist.new_group(backend="nccl")
     ep = ExpertParallel(group, 2 * dist.get_world_size(), timeout=60)
@@ -336,7 +336,7 @@ def over_nccl() -> bool:
 
 
 def over_peer_memory() -> bool:
-    """On a GPU that the ranks share."""
+    """All ranks use GPU 0."""
     world = dist.get_world_size()
     torch.cuda.set_device(0)
     assert_as_gloo(ExpertParallel(None, 2 * world, timeout=60, peer_buffer=64 << 20), "cuda")
@@ -352,7 +352,7 @@ def everything(backend: str) -> dict[str, str | float]:
 
 
 def run_checks(module: dict, backend: str) -> dict[str, str | float]:
-    """Runs a module's checks; for each the seconds it took, or the traceback."""
+    """Runs the `check_` functions of a module; returns the seconds of each, or its traceback."""
     found = {}
     for name, check in list(module.items()):
         if name.startswith("check_"):
@@ -363,14 +363,14 @@ def run_checks(module: dict, backend: str) -> dict[str, str | float]:
                 found[name] = time.monotonic() - start
             except Exception:
                 found[name] = traceback.format_exc()
-                break  # the ranks may be out of step from here on
+                break  # the ranks may be out of step
     return found
 
 
 def assert_passed(outcomes: list[dict], names: list[str]) -> None:
-    """Every rank ran all checks; else the traceback of the cause.
+    """Every rank ran all checks; otherwise shows the traceback of the cause.
 
-    Where a rank fails, others lose it and fail too: the one that came least far is the cause.
+    If a rank fails, others lose it and fail as well: the earliest failed check is the cause.
     """
     failures = [
         (names.index(name), f"rank {rank}, {name}:\n{text}")

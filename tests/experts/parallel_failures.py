@@ -1,4 +1,4 @@
-"""What ranks run in tests/experts/test_expert_parallel.py to fail: bad arguments, lost ranks."""
+"""Run by the ranks of test_expert_parallel.py: bad arguments, lost ranks, ranks out of step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def raises(error, words: str, function, *args, **kwargs) -> str:
 
 
 def check_bad_arguments():
-    """They raise before anything is sent, so the ranks stay in step."""
+    """Raise before anything is sent, so the ranks stay in step."""
     raises(ValueError, "num_experts: expected at least 1, got 0", ExpertParallel, None, 0)
     raises(ValueError, "timeout: expected more than 0", ExpertParallel, None, 1, timeout=0)
     if not torch.cuda.is_available():
@@ -32,7 +32,7 @@ def check_bad_arguments():
     ep = ExpertParallel(None, 4, timeout=30)
     x, idx, w = torch.ones(3, 8), torch.zeros(3, 2).long(), torch.ones(3, 2)
     name = "ExpertParallel.dispatch: "
-    raises(TypeError, name + "x: expected a Tensor, got None", ep.dispatch, None, idx, w)
+    raises(TypeError, name + "x: expected real|fp8 [T, K], got None", ep.dispatch, None, idx, w)
     raises(TypeError, name + "x: expected dtype", ep.dispatch, x.long(), idx, w)
     raises(ValueError, name + "topk_weights: expected topk = 2", ep.dispatch, x, idx, w[:, :1])
     raises(ValueError, name + "topk_idx: expected T = 3", ep.dispatch, x, idx[:2], w[:2])
@@ -52,13 +52,13 @@ def check_bad_arguments():
 
 
 def out_of_step(**how) -> None:
-    """Every rank learns at once who differs in what."""
+    """Every rank raises at once and names the rank and the value that differ."""
     me, world = dist.get_rank(), dist.get_world_size()
     odd = world - 1
     x, idx, w = torch.ones(3, 8), torch.zeros(3, 2).long(), torch.ones(3, 2)
 
-    def disagree(words: str, here, there) -> None:
-        message = raises(ExpertParallelError, words, there if me == odd else here)
+    def disagree(words: str, call, odd_call) -> None:
+        message = raises(ExpertParallelError, words, odd_call if me == odd else call)
         assert f"rank {odd} " in message and "group 'default_pg'" in message, message
 
     def make(E=4):
@@ -88,7 +88,7 @@ def out_of_step(**how) -> None:
 
 
 def raises_other(ep, rows, handle):
-    """The odd one's message speaks of the others' dispatch, and of itself as the one at combine."""
+    """Calls combine on one rank while the others call dispatch."""
     ep.combine(rows, handle)
 
 
@@ -98,7 +98,7 @@ def check_out_of_step():
 
 
 def silent_rank(how: str, timeout: float) -> tuple[str, float]:
-    """Rank 1 is killed, stands still or goes on without the others; what they hear and when."""
+    """Rank 1 is killed, sleeps or skips a call: (message, seconds) of the other ranks."""
     me, victim = dist.get_rank(), 1
     ep = ExpertParallel(None, 4, timeout=timeout)
     x, idx, w = torch.ones(5, 8), torch.arange(10).view(5, 2) % 4, torch.ones(5, 2)
@@ -114,22 +114,22 @@ def silent_rank(how: str, timeout: float) -> tuple[str, float]:
     return message, time.monotonic() - start
 
 
-def killed_on_the_way(timeout: float) -> tuple[str, float]:
+def killed_between_headers_and_rows(timeout: float) -> tuple[str, float]:
     """Rank 1 dies between the headers and the rows."""
     me = dist.get_rank()
     ep = ExpertParallel(None, 4, timeout=timeout)
     x, idx, w = torch.ones(5, 8), torch.arange(10).view(5, 2) % 4, torch.ones(5, 2)
     ep.dispatch(x, idx, w)
     if me == 1:
-        exchange = ep._hops[0].exchange
+        exchange = ep.hops[0].exchange
         exchange.start = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
     message = raises(ExpertParallelError, "waiting for rows", ep.dispatch, x, idx, w)
     return message, time.monotonic() - start
 
 
-def killed_among_nodes(timeout: float) -> tuple[str, float]:
-    """Rank 1 of two nodes dies; the others stay, those too that no message of it was due to."""
+def killed_on_a_node(timeout: float) -> tuple[str, float]:
+    """Rank 1 of two nodes is killed: (message, seconds), also of ranks that it sends nothing to."""
     ep = ExpertParallel(None, 4, ranks_per_node=2, timeout=timeout)
     x, idx, w = torch.ones(5, 8), torch.arange(20).view(5, 4) % 4, torch.ones(5, 4)
     ep.dispatch(x, idx, w)
@@ -142,15 +142,15 @@ def killed_among_nodes(timeout: float) -> tuple[str, float]:
     return message, seconds
 
 
-def wait_in_vain() -> None:
-    """Two ranks of an ordinary job, of which the second makes no call; the first then just ends."""
+def process_that_ends() -> None:
+    """A job of two ranks. The second makes no call; the first raises and ends."""
     import multiprocessing
     import tempfile
     from datetime import timedelta
 
     with tempfile.TemporaryDirectory() as folder:
-        stand = multiprocessing.get_context("fork").Process(target=_stand_by, args=(folder,))
-        stand.start()
+        idle = multiprocessing.get_context("fork").Process(target=idle_rank, args=(folder,))
+        idle.start()
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=0, world_size=2,
             timeout=timedelta(minutes=10),
@@ -158,11 +158,11 @@ def wait_in_vain() -> None:
         ep = ExpertParallel(None, 4, timeout=2)
         x, idx, w = torch.ones(5, 8), torch.zeros(5, 2).long(), torch.ones(5, 2)
         print(raises(ExpertParallelError, "headers", ep.dispatch, x, idx, w), flush=True)
-        stand.kill()
-        stand.join()
+        idle.kill()
+        idle.join()
 
 
-def _stand_by(folder: str) -> None:
+def idle_rank(folder: str) -> None:
     from datetime import timedelta
 
     dist.init_process_group(
@@ -173,4 +173,4 @@ def _stand_by(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    wait_in_vain()
+    process_that_ends()

@@ -1,4 +1,4 @@
-"""choose_replicas and nearest_replicas: valid slots, equal parts, every token for itself."""
+"""choose_replicas and nearest_replicas: valid slots, even distribution, independent tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def placement(device, seed) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(device) for x in deepkern.rebalance_experts(load, *CLUSTER))
 
 
-def test_slots_hold_the_experts_asked_for(placement, generator):
+def test_slots_hold_the_chosen_experts(placement, generator):
     phy2log, log2phy, logcnt = placement
     idx = torch.randint(-2, 18, (500, 4), generator=generator, device=generator.device)
     idx[0] = torch.tensor([-(2**63), 2**63 - 1, 16, 2**32])
@@ -30,8 +30,8 @@ def test_slots_hold_the_experts_asked_for(placement, generator):
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 7, 8, 64])
-def test_replicas_get_equal_parts(stride, device):
-    """An expert that every n-th token goes to, with 1 to 9 replicas."""
+def test_even_distribution(stride, device):
+    """Every n-th token goes to an expert with 1 to 9 replicas."""
     count = torch.arange(1, 10, device=device)
     slots = torch.arange(81, device=device).view(9, 9)
     log2phy = slots.where(torch.arange(9, device=device) < count[:, None], -1)
@@ -44,8 +44,8 @@ def test_replicas_get_equal_parts(stride, device):
         assert (parts[: expert + 1] - 4096 / (expert + 1)).abs().max() < 0.02 * 4096
 
 
-def test_small_batches_of_many_ranks_spread_by_offset(device):
-    """One token on each of 64 ranks: with an offset of their own, two replicas share them."""
+def test_offset_distributes_small_batches(device):
+    """One token on each of 64 ranks: with different offsets, two replicas get about half each."""
     idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
     log2phy, logcnt = torch.tensor([[0, 1]], device=device), torch.tensor([2], device=device)
     parts = [0, 0]
@@ -56,8 +56,8 @@ def test_small_batches_of_many_ranks_spread_by_offset(device):
     assert min(parts) > 28
 
 
-def test_a_token_chooses_alone(placement, generator):
-    """Neither the tokens around it nor the batch's length; offset says which token comes first."""
+def test_choice_independent_of_batch(placement, generator):
+    """A choice depends on the index of the token, offset included, not on the other tokens."""
     _, log2phy, logcnt = placement
     idx = torch.randint(0, 16, (300, 3), generator=generator, device=generator.device)
     whole = deepkern.choose_replicas(idx, log2phy[0], logcnt[0])
@@ -67,8 +67,8 @@ def test_a_token_chooses_alone(placement, generator):
     assert torch.equal(deepkern.choose_replicas(narrow, log2phy[0], logcnt[0]), whole)
 
 
-def test_in_one_graph(placement):
-    """torch.compile would break the graph where the host waits for the device."""
+def test_compile_fullgraph(placement):
+    """A synchronization with the device would break the graph."""
     _, log2phy, logcnt = placement
     idx = torch.arange(16, device=log2phy.device).view(8, 2)
     compiled = torch.compile(deepkern.choose_replicas, fullgraph=True, backend="aot_eager")
@@ -89,7 +89,7 @@ def test_empty(device):
 
 
 def test_nearest_replicas(placement):
-    """Against a loop over all replicas."""
+    """Against a Python loop over all replicas."""
     _, log2phy, logcnt = placement
     R, _, num_nodes, num_gpus = CLUSTER
     slots, node = R // num_gpus, R // num_nodes
@@ -99,9 +99,9 @@ def test_nearest_replicas(placement):
         for layer in range(5):
             for e in range(16):
                 every = [s for s in log2phy[layer, e].tolist() if s >= 0]
-                own = [s for s in every if s // slots == gpu]
-                beside = [s for s in every if s // node == gpu * slots // node]
-                want = own or beside or every
+                on_gpu = [s for s in every if s // slots == gpu]
+                on_node = [s for s in every if s // node == gpu * slots // node]
+                want = on_gpu or on_node or every
                 assert near[layer, e].tolist() == want + [-1] * (near.shape[2] - len(want))
                 assert count[layer, e] == len(want)
 

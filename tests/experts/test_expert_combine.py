@@ -1,4 +1,4 @@
-"""expert_combine: against the plain sum in float64; what no slot names, order, both gradients."""
+"""expert_combine: against the sum in float64; unnamed rows, order of sums, both gradients."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from deepkern.testing import compare, ops
 
 
 def plain(y: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
-    """The sum in float64 by indexing, with a row of zeros for handles that name none."""
+    """The sum in float64 by indexing; handles outside [0, rows) read a row of zeros."""
     y = torch.cat([y.double(), y.new_zeros(1, y.shape[1], dtype=torch.float64)])
-    named = (handle >= 0) & (handle < len(y) - 1)
-    rows = y[torch.where(named, handle, len(y) - 1).long()]  # [T, topk, K]
-    return (torch.where(named, weights.double(), 0.0)[:, :, None] * rows).sum(1)
+    valid = (handle >= 0) & (handle < len(y) - 1)
+    rows = y[torch.where(valid, handle, len(y) - 1).long()]  # [T, topk, K]
+    return (torch.where(valid, weights.double(), 0.0)[:, :, None] * rows).sum(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("topk", "K"), [(1, 1), (3, 1030), (8, 100), (11, 17), (2, 3584), (2, 7168)]
+    ("topk", "K"),
+    [(1, 1), (3, 1030), (8, 100), (11, 17), (2, 3584), (2, 7168)],
+    ids=["1x1", "two_blocks", "topk_8", "topk_11", "K_3584", "K_7168"],
 )
-def test_plain_sum(backend, dtype, topk, K, generator):
+def test_sum_in_float64(backend, dtype, topk, K, generator):
     y, weights, handle = ops.inputs("expert_combine", generator, T=9, topk=topk, K=K, dtype=dtype)
     got = deepkern.expert_combine(y, weights, handle)
     assert got.dtype == dtype
@@ -29,7 +31,7 @@ def test_plain_sum(backend, dtype, topk, K, generator):
 
 
 def test_rounds_once(backend, generator):
-    """bf16 in and out, but no bf16 in between: within half a unit of the exact sum."""
+    """bf16 inputs and output, fp32 sums: within half a unit in the last place of the exact sum."""
     y, weights, handle = ops.inputs("expert_combine", generator, T=40, topk=8, K=64, none=0.0)
     got = deepkern.expert_combine(y.abs(), weights, handle)  # nothing cancels
     exact = plain(y.abs(), weights, handle)
@@ -39,7 +41,7 @@ def test_rounds_once(backend, generator):
 
 
 def test_sums_in_the_order_of_the_slots(backend, device):
-    """In fp32, 2^24 + 1 is 2^24: whether ones come first shows. The reference sums exactly."""
+    """In fp32, 2^24 + 1 = 2^24: the result shows whether the ones are added first."""
     y = torch.tensor([[2.0**24], [1.0], [1.0]], device=device)
     ones = torch.ones(2, 3, device=device)
     handle = torch.tensor([[0, 1, 2], [1, 2, 0]], dtype=torch.int32, device=device)
@@ -48,7 +50,7 @@ def test_sums_in_the_order_of_the_slots(backend, device):
     assert got == ([exact, exact] if backend == "torch" else [2.0**24, exact])
 
 
-def test_slots_without_a_row_count_for_nothing(backend, device):
+def test_slots_without_a_row_are_ignored(backend, device):
     y = torch.tensor([[1.0, 2.0], [torch.nan, torch.inf]], device=device)
     weights = torch.tensor([[2.0, torch.nan, torch.inf], [torch.nan] * 3], device=device)
     handle = torch.tensor([[0, -1, 2], [-(2**31), 2**31 - 1, -7]], dtype=torch.int32, device=device)
@@ -56,7 +58,7 @@ def test_slots_without_a_row_count_for_nothing(backend, device):
     assert got.tolist() == [[2.0, 4.0], [0.0, 0.0]]
 
 
-def test_a_row_may_be_named_again(backend, device):
+def test_row_named_twice(backend, device):
     y = torch.tensor([[1.0], [10.0]], device=device)
     handle = torch.tensor([[1, 1], [1, 0]], dtype=torch.int32, device=device)
     got = deepkern.expert_combine(y, torch.ones(2, 2, device=device), handle)
@@ -64,9 +66,11 @@ def test_a_row_may_be_named_again(backend, device):
 
 
 @pytest.mark.parametrize(
-    ("rows", "T", "topk", "K"), [(0, 3, 2, 4), (5, 0, 2, 4), (5, 3, 0, 4), (5, 3, 2, 0)]
+    ("rows", "T", "topk", "K"),
+    [(0, 3, 2, 4), (5, 0, 2, 4), (5, 3, 0, 4), (5, 3, 2, 0)],
+    ids=["no_rows", "no_tokens", "no_slots", "no_columns"],
 )
-def test_nothing_to_combine(backend, rows, T, topk, K, device):
+def test_empty(backend, rows, T, topk, K, device):
     y = torch.ones(rows, K, device=device, requires_grad=True)
     weights = torch.ones(T, topk, device=device, requires_grad=True)
     handle = torch.zeros(T, topk, dtype=torch.int32, device=device)
@@ -86,8 +90,8 @@ def test_strided_arguments(backend, generator):
     assert (got[:1] != 0).all() and (got[2:] == 0).all()
 
 
-def test_the_shared_expert_is_added_before_the_rounding(device):
-    """1 + 2^-9 + 0.75 · 2^-8 in bf16: rounded twice it would be 1."""
+def test_shared_is_added_before_rounding(device):
+    """1 + 2^-9 + 0.75 · 2^-8 in bf16 is 1 + 2^-7; rounded twice it would be 1."""
     y = torch.tensor([[1.0], [2.0**-9]], dtype=torch.bfloat16, device=device)
     weights = torch.ones(1, 2, device=device)
     handle = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
@@ -103,7 +107,7 @@ def test_gradient_of_the_shared_expert(backend, dtype, generator):
     y, weights, handle, shared = ops.inputs(
         "expert_combine", generator, T=7, topk=3, K=130, shared=dtype
     )
-    wide = torch.cat([shared, shared], 1).requires_grad_()  # of which the rows are strided
+    wide = torch.cat([shared, shared], 1).requires_grad_()  # its rows are strided
     out = deepkern.expert_combine(y, weights, handle, wide[:, :130])
     compare.assert_close(out, plain(y, weights, handle) + shared.double())
     towards = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
@@ -111,7 +115,7 @@ def test_gradient_of_the_shared_expert(backend, dtype, generator):
     assert torch.equal(got[:, :130], towards.to(dtype)) and not got[:, 130:].any()
 
 
-def test_tokens_do_not_see_each_other(backend, generator):
+def test_token_bits_independent_of_T(backend, generator):
     y, weights, handle = ops.inputs("expert_combine", generator, T=13, topk=5, K=70)
     out = deepkern.expert_combine(y, weights, handle)
     for t in (0, 6, 12):
@@ -120,7 +124,11 @@ def test_tokens_do_not_see_each_other(backend, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("topk", "K"), [(3, 1030), (8, 20), (4, 1), (3, 7168)])
+@pytest.mark.parametrize(
+    ("topk", "K"),
+    [(3, 1030), (8, 20), (4, 1), (3, 7168)],
+    ids=["two_blocks", "topk_8", "K_1", "K_7168"],
+)
 def test_gradients(backend, topk, K, dtype, generator):
     y, weights, handle = ops.inputs(
         "expert_combine", generator, T=9, topk=topk, K=K, dtype=dtype, none=0.3
@@ -141,7 +149,7 @@ def test_gradients(backend, topk, K, dtype, generator):
     assert unnamed.any() and (got[0][unnamed] == 0).all()
 
 
-def test_gradient_that_is_expanded(backend, generator):
+def test_expanded_gradient(backend, generator):
     y, weights, handle = ops.inputs("expert_combine", generator, T=4, topk=2, K=6, none=0.0)
     weights.requires_grad_()
     deepkern.expert_combine(y, weights, handle).sum().backward()
@@ -149,8 +157,8 @@ def test_gradient_that_is_expanded(backend, generator):
     compare.assert_close(weights.grad, want)
 
 
-def test_gradient_of_a_row_named_twice_is_that_of_the_last(device):
-    """Always the same, whichever program comes last; the gradient of the weights is right."""
+def test_gradient_of_row_named_twice(device):
+    """The last slot counts, in any order of the programs; grad_weights is right for all slots."""
     y = torch.tensor([[3.0]], device=device)
     weights = torch.tensor([[2.0, 5.0], [7.0, 11.0]], device=device)
     handle = torch.tensor([[0, 0], [0, -1]], dtype=torch.int32, device=device)
@@ -162,7 +170,7 @@ def test_gradient_of_a_row_named_twice_is_that_of_the_last(device):
 
 
 @pytest.mark.parametrize("order", ["reverse", "random:5"])
-def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
+def test_any_order_of_programs(order, generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", order)
     name = "expert_combine_backward"
     args = ops.inputs(name, generator, T=30, topk=3, K=40, none=0.4)
@@ -171,7 +179,7 @@ def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
     compare.assert_matches(name, got, deepkern.reference.expert_combine_backward(*args))
 
 
-def test_debug_names_the_row(backend, device, monkeypatch):
+def test_debug_check(backend, device, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     y = torch.ones(3, 2, device=device, requires_grad=True)
     weights, handle = (

@@ -1,4 +1,4 @@
-"""expert_dispatch: against a Python loop, with hostile indices; order, padding, bits, way back."""
+"""expert_dispatch: against a Python loop, with hostile indices; order, padding, bits, gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import deepkern
 from deepkern import reference
-from deepkern.experts.placement import scan_kernel
+from deepkern.experts.rows import expert_dispatch_scan_kernel
 from deepkern.testing import compare, ops
 from deepkern.testing.routing import indices
 
@@ -18,7 +18,7 @@ HOSTILE = [-1, -2, -(2**31), -(2**63), 2**63 - 1, 2**32, 2**32 + 1, 100]
 
 
 def loop(topk_idx: list[list[int]], topk: int, E: int, alignment: int):
-    """(token of each row or None, expert of each row or -1, counts, handle), by going through."""
+    """(token of each row or None, expert of each row or -1, counts, handle), by Python loops."""
     of_expert = [
         [(t, j) for t, row in enumerate(topk_idx) for j in range(topk) if row[j] == e]
         for e in range(E)
@@ -35,16 +35,23 @@ def loop(topk_idx: list[list[int]], topk: int, E: int, alignment: int):
     return token, group, [len(a) for a in of_expert], handle
 
 
-def assert_as_loop(
-    got, x: torch.Tensor, topk_idx: torch.Tensor, E: int, alignment: int, most: int | None = None
+def assert_matches_loop(
+    got,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    E: int,
+    alignment: int,
+    num_assigned: int | None = None,
 ) -> None:
     out, scale, group_index, counts, handle = got
     token, group, want_counts, want_handle = loop(
         topk_idx.tolist(), topk_idx.shape[1], E, alignment
     )
-    rows, N = out.shape[0], topk_idx.numel() if most is None else min(topk_idx.numel(), most)
+    rows, N = out.shape[0], topk_idx.numel()
+    if num_assigned is not None:
+        N = min(N, num_assigned)
     assert rows % alignment == 0 and rows <= N + min(E, N) * (alignment - 1)
-    if most is None or most >= sum(want_counts):
+    if num_assigned is None or num_assigned >= sum(want_counts):
         assert rows >= len(token)
     token, group = token[:rows], group[:rows]
     want_handle = [[row if row < rows else -1 for row in of_token] for of_token in want_handle]
@@ -68,30 +75,30 @@ def test_against_a_loop(name, data):
     expert = st.integers(0, E - 1) | st.sampled_from(HOSTILE)
     rows = data.draw(st.lists(st.lists(expert, min_size=topk, max_size=topk), max_size=9))
     alignment = data.draw(st.integers(1, 5))
-    most = data.draw(st.none() | st.integers(0, 12))
+    num_assigned = data.draw(st.none() | st.integers(0, 12))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     topk_idx = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), topk)
     x = torch.arange(1.0, 1 + 3 * len(rows), device=device).view(-1, 3)
     with deepkern.backend(name):
-        got = deepkern.expert_dispatch(x, topk_idx, E, None, alignment, num_assigned=most)
-    assert_as_loop(got, x, topk_idx, E, alignment, most)
+        got = deepkern.expert_dispatch(x, topk_idx, E, None, alignment, num_assigned=num_assigned)
+    assert_matches_loop(got, x, topk_idx, E, alignment, num_assigned)
 
 
 @pytest.mark.parametrize("alignment", [1, 2, 128])
 def test_several_chunks(backend, alignment, generator):
-    """More assignments than one program counts, and more experts than it looks at together."""
+    """More assignments than one program counts, and more experts than one step."""
     topk_idx = indices(generator, T=70, E=20, topk=8)
     x = torch.randn(70, 2, generator=generator, device=generator.device)
     got = deepkern.expert_dispatch(x, topk_idx, 20, alignment=alignment)
-    assert_as_loop(got, x, topk_idx, 20, alignment)
+    assert_matches_loop(got, x, topk_idx, 20, alignment)
 
 
-def test_more_chunks_than_one_scan_takes(generator):
+def test_scan_of_more_chunks_than_a_step(generator):
     counts = torch.randint(99, (150, 21), generator=generator, device=generator.device).int()
-    before, total = counts.clone(), counts.new_empty(21)
-    scan_kernel[(2,)](before, total, 150, 21, CHUNKS=64, EXPERTS=16)
-    assert torch.equal(before, counts.cumsum(0).int() - counts)
-    assert torch.equal(total, counts.sum(0).int())
+    earlier, tokens_per_expert = counts.clone(), counts.new_empty(21)
+    expert_dispatch_scan_kernel[(2,)](earlier, tokens_per_expert, 150, 21, CHUNKS=64, EXPERTS=16)
+    assert torch.equal(earlier, counts.cumsum(0).int() - counts)
+    assert torch.equal(tokens_per_expert, counts.sum(0).int())
 
 
 @pytest.mark.parametrize("alignment", [1, 4])
@@ -99,13 +106,13 @@ def test_all_to_one_expert(backend, alignment, generator):
     x = torch.randn(70, 5, generator=generator, device=generator.device)
     topk_idx = torch.full((70, 4), 6, device=generator.device)
     got = deepkern.expert_dispatch(x, topk_idx, 8, alignment=alignment)
-    assert_as_loop(got, x, topk_idx, 8, alignment)
+    assert_matches_loop(got, x, topk_idx, 8, alignment)
     assert got[3].tolist() == [0] * 6 + [280, 0]
     assert torch.equal(got[0][:280], x.repeat_interleave(4, 0))
 
 
-def test_rows_can_all_be_needed(backend, device):
-    """The host's bound is reached: 3 experts with 5, 1 and 1 tokens, 4 rows at a time."""
+def test_row_bound_is_reached(backend, device):
+    """3 experts with 5, 1 and 1 tokens and an alignment of 4 need all rows."""
     topk_idx = torch.tensor([[0], [0], [0], [0], [0], [1], [2]], device=device)
     out, _, group_index, _, _ = deepkern.expert_dispatch(
         torch.ones(7, 1, device=device), topk_idx, 3, alignment=4
@@ -114,15 +121,17 @@ def test_rows_can_all_be_needed(backend, device):
     assert group_index.tolist() == [0] * 5 + [-1] * 3 + [1, -1, -1, -1, 2, -1, -1, -1]
 
 
-@pytest.mark.parametrize(("T", "topk"), [(0, 3), (4, 0), (0, 0)])
-def test_nothing_to_dispatch(backend, T, topk, device):
+@pytest.mark.parametrize(
+    ("T", "topk"), [(0, 3), (4, 0), (0, 0)], ids=["no_tokens", "no_slots", "neither"]
+)
+def test_empty(backend, T, topk, device):
     x, topk_idx = torch.zeros(T, 7, device=device), torch.zeros(T, topk, device=device).long()
     out, scale, group_index, counts, handle = deepkern.expert_dispatch(x, topk_idx, 6, None, 4)
     assert out.shape == (0, 7) and scale is None and group_index.shape == (0,)
     assert counts.tolist() == [0] * 6 and handle.shape == (T, topk)
 
 
-def test_nobody_wants_a_token(backend, device):
+def test_no_valid_index(backend, device):
     x = torch.full((5, 300), torch.nan, device=device)
     topk_idx = torch.full((5, 2), -1, device=device)
     out, _, group_index, counts, handle = deepkern.expert_dispatch(x, topk_idx, 3)
@@ -130,9 +139,9 @@ def test_nobody_wants_a_token(backend, device):
     assert counts.tolist() == [0, 0, 0]
 
 
-def test_every_bit_of_fp8_and_its_scale(backend, generator):
+def test_all_fp8_codes_and_scales(backend, generator):
     x = torch.arange(256, device=generator.device).to(torch.uint8).repeat(2)[None, :400]
-    x = torch.cat([x, x.flip(1), x.roll(7, 1)]).contiguous().view(FP8)  # NaN codes, too
+    x = torch.cat([x, x.flip(1), x.roll(7, 1)]).contiguous().view(FP8)  # includes NaN codes
     scale = torch.rand(4, 3, generator=generator, device=generator.device).t()  # column-major
     topk_idx = torch.tensor([[2, 0], [0, -1], [2, 2]], device=generator.device)
     out, out_scale, group_index, _, handle = deepkern.expert_dispatch(x, topk_idx, 3, scale, 2)
@@ -155,19 +164,19 @@ def test_hidden_sizes(backend, K, dtype, generator):
 
 @pytest.mark.parametrize("alignment", [1, 4])
 def test_every_token_to_every_expert(backend, alignment, generator):
-    """topk = E: each expert has all tokens, in their order."""
+    """topk = E: each expert gets all tokens, in order."""
     x = torch.randn(11, 6, generator=generator, device=generator.device)
     topk_idx = torch.rand(11, 7, generator=generator, device=generator.device).argsort(1)
     got = deepkern.expert_dispatch(x, topk_idx, 7, alignment=alignment)
-    assert_as_loop(got, x, topk_idx, 7, alignment)
+    assert_matches_loop(got, x, topk_idx, 7, alignment)
     assert got[3].tolist() == [11] * 7 and torch.equal(got[0][:11], x)
 
 
 @pytest.mark.parametrize("cast", ["fp32", "ue8m0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("K", [1, 100, 3584, 7168])
-def test_cast_on_the_way(backend, K, dtype, cast, generator):
-    """The bits of cast_per_token, then dispatch; blocks of zeros, inf and NaN among them."""
+def test_cast(backend, K, dtype, cast, generator):
+    """The bits of cast_per_token, then dispatch; with blocks of zeros, inf and NaN."""
     x = torch.randn(5, K, generator=generator, device=generator.device).to(dtype)
     x[1], x[2, :1], x[3, -1:] = 0.0, torch.inf, torch.nan
     topk_idx = indices(generator, 5, 4, 3, none=0.3)
@@ -185,7 +194,7 @@ def test_cast_of_strided_rows(backend, generator):
     compare.assert_matches("expert_dispatch", got, want)
 
 
-def test_payload_of_nan_survives(backend, device):
+def test_nan_payload_is_copied(backend, device):
     bits = torch.tensor([0x7F81, -0x7F, 0x7FC0, -0x8000], dtype=torch.int16, device=device)
     x = bits.view(torch.bfloat16)[None]
     out, *_ = deepkern.expert_dispatch(x, torch.zeros(1, 1, device=device).long(), 1)
@@ -202,7 +211,7 @@ def test_strided_arguments_and_int32(backend, generator):
         compare.assert_matches("expert_dispatch", got, want)
 
 
-def test_the_op_has_a_tensor_for_the_scale(backend, device):
+def test_op_returns_empty_scale(backend, device):
     x, topk_idx = torch.ones(2, 4, device=device), torch.zeros(2, 1, device=device).long()
     scale = torch.ops.deepkern.expert_dispatch(x, topk_idx, 1)[1]
     assert scale.numel() == 0 and scale.dtype == torch.float32
@@ -211,8 +220,8 @@ def test_the_op_has_a_tensor_for_the_scale(backend, device):
 
 
 @pytest.mark.parametrize("order", ["reverse", "random:3"])
-def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
-    """And no program reads what another writes: the interpreter would raise."""
+def test_any_order_of_programs(order, generator, monkeypatch):
+    """The interpreter also raises if a program reads what another one writes."""
     monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", order)
     args = ops.inputs("expert_dispatch", generator, T=90, E=20, topk=4, K=3, alignment=3)
     with deepkern.backend("triton"):
@@ -220,12 +229,12 @@ def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
     compare.assert_matches("expert_dispatch", got, deepkern.reference.expert_dispatch(*args))
 
 
-# There and back
+# With expert_combine
 
 
 @pytest.mark.parametrize("alignment", [1, 3])
 def test_round_trip(backend, alignment, generator):
-    """Experts that do nothing, weights that sum to 1 in powers of two: the tokens come back."""
+    """Identity experts and weights that sum to 1 exactly give the tokens back."""
     x = torch.randn(21, 130, generator=generator, device=generator.device).bfloat16()
     topk_idx = indices(generator, 21, 6, 4, none=0.0)
     rows, _, _, _, handle = deepkern.expert_dispatch(x, topk_idx, 6, alignment=alignment)
@@ -233,7 +242,7 @@ def test_round_trip(backend, alignment, generator):
     assert torch.equal(deepkern.expert_combine(rows, weights, handle), x)
 
 
-def test_tokens_may_come_in_another_order(backend, generator):
+def test_permuted_tokens(backend, generator):
     x = torch.randn(30, 9, generator=generator, device=generator.device)
     topk_idx, weights = indices(generator, 30, 7, 3), x[:, :3].contiguous()
     order = torch.randperm(30, generator=generator, device=generator.device)
@@ -290,11 +299,11 @@ def test_compiles_with_its_gradient(generator):
         compare.assert_close(g, w)
 
 
-# What it refuses
+# Errors
 
 
 @pytest.mark.parametrize(("argument", "value"), [("num_experts", 0), ("alignment", 0)])
-def test_wrong_numbers(backend, argument, value, device):
+def test_bad_numbers(backend, argument, value, device):
     args = {
         "x": torch.ones(2, 4, device=device),
         "topk_idx": torch.zeros(2, 1, device=device).long(),
@@ -304,8 +313,12 @@ def test_wrong_numbers(backend, argument, value, device):
         deepkern.expert_dispatch(**args)
 
 
-@pytest.mark.parametrize(("dtype", "scaled"), [(FP8, False), (FP8, True), (torch.float32, True)])
-def test_what_is_fp8_already_is_not_cast(backend, dtype, scaled, device):
+@pytest.mark.parametrize(
+    ("dtype", "scaled"),
+    [(FP8, False), (FP8, True), (torch.float32, True)],
+    ids=["fp8", "fp8_scaled", "fp32_scaled"],
+)
+def test_cast_of_fp8_raises(backend, dtype, scaled, device):
     x, scale = torch.ones(2, 4, device=device).to(dtype), torch.ones(2, 1, device=device)
     topk_idx = torch.zeros(2, 1, device=device).long()
     with pytest.raises(ValueError, match="expert_dispatch: cast: expected None with FP8 rows"):
@@ -314,28 +327,26 @@ def test_what_is_fp8_already_is_not_cast(backend, dtype, scaled, device):
         deepkern.expert_dispatch(torch.ones(2, 4, device=device), topk_idx, 3, cast="fp8")
 
 
-def test_more_rows_than_int32_can_name(device):
+def test_rows_exceed_int32(device):
     x = torch.empty(2**20, 0, device=device)
     topk_idx = torch.empty(2**20, 1, dtype=torch.int32, device=device)
-    for most in (None, 1):
+    for num_assigned in (None, 1):
         with pytest.raises(
             ValueError, match="expert_dispatch: topk_idx: expected fewer than 2\\^31"
         ):
-            deepkern.expert_dispatch(x, topk_idx, 2**20, None, 2**12, num_assigned=most)
+            deepkern.expert_dispatch(x, topk_idx, 2**20, None, 2**12, num_assigned=num_assigned)
 
 
-def test_more_assignments_than_int32_counts(device):
-    """Even where few rows are asked for: a kernel's number of an assignment would turn negative."""
+def test_assignments_exceed_int32(device):
+    """Raises even if few rows are needed: a kernel's int32 index would overflow."""
     one = torch.zeros(1, 1, dtype=torch.int32, device=device)
     many, x = one.expand(2**31, 1), torch.empty(1, 0, device=device).expand(2**31, 0)
     y, weights = torch.empty(1, 0, device=device), torch.ones(1, 1, device=device).expand(2**31, 1)
     calls = {
         "expert_dispatch: topk_idx": lambda: deepkern.expert_dispatch(x, many, 2, num_assigned=1),
-        "expert_dispatch_backward: handle": lambda: deepkern.experts.expert_dispatch_backward(
-            y, many
-        ),
+        "expert_dispatch_backward: handle": lambda: deepkern.expert_dispatch_backward(y, many),
         "expert_combine: handle": lambda: deepkern.expert_combine(y, weights, many),
-        "expert_combine_backward: handle": lambda: deepkern.experts.expert_combine_backward(
+        "expert_combine_backward: handle": lambda: deepkern.expert_combine_backward(
             x, y, weights, many
         ),
         "expert_load: topk_idx": lambda: deepkern.expert_load(many, 2),
@@ -348,7 +359,7 @@ def test_more_assignments_than_int32_counts(device):
             call()
 
 
-def test_debug_names_the_index(backend, device, monkeypatch):
+def test_debug_check(backend, device, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     x, topk_idx = torch.ones(2, 4, device=device), torch.tensor([[0, -1], [2, 3]], device=device)
     deepkern.expert_dispatch(x, topk_idx, 4)
@@ -372,7 +383,7 @@ def test_gpu_sizes(backend, size, generator):
 
 @pytest.mark.gpu
 def test_cuda_graph(generator):
-    """Captured once, replayed on other indices."""
+    """Captured once, replayed with other indices."""
     x = torch.randn(300, 256, generator=generator, device=generator.device)
     topk_idx, weights = indices(generator, 300, 20, 4), torch.rand(300, 4, device=x.device)
 

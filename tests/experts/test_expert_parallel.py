@@ -1,7 +1,7 @@
-"""ExpertParallel over gloo: against one process, uneven and empty ranks, errors in place of hangs.
+"""ExpertParallel over gloo: against one process, uneven and empty ranks, errors instead of hangs.
 
-What runs on each rank is in parallel_checks.py and parallel_failures.py; a group of processes runs
-all of it, since making processes takes longer than what they do.
+The ranks run the functions of parallel_checks.py and parallel_failures.py. One group of processes
+runs all of them, because starting processes takes longer than the checks.
 """
 
 from __future__ import annotations
@@ -31,62 +31,61 @@ NAMES = [n for module in (checks, failures) for n in vars(module) if n.startswit
         (4, "torch"),
         pytest.param(8, "torch", marks=pytest.mark.slow),
     ],
+    ids=["1_torch", "2_triton", "2_torch", "3_torch", "4_torch", "8_torch"],
 )
 def test_ranks(world, backend):
-    """Ranks are on the CPU, where there is a Triton only if it is interpreted."""
+    """The ranks are on the CPU, where Triton kernels need the interpreter."""
     if backend == "triton" and "TRITON_INTERPRET" not in os.environ:
         pytest.skip("Triton is not interpreted here")
     checks.assert_passed(ranks.run(world, checks.everything, backend, timeout=240), NAMES)
 
 
 @pytest.mark.parametrize(
-    ("how", "timeout", "words"),
-    [
-        ("killed", 12.0, "waiting for the headers of the other ranks: no word from rank 1 within"),
-        ("still", 2.0, "waiting for the headers of the other ranks: no word from rank 1 within"),
-        ("combine", 2.0, "waiting for the headers of the other ranks: no word from rank 1 within"),
-    ],
+    ("how", "timeout"),
+    [("killed", 12.0), ("asleep", 2.0), ("combine", 2.0)],
+    ids=["killed", "asleep", "skips_combine"],
 )
-def test_silent_rank(how, timeout, words):
-    """A rank is killed, stands still, or does not come to combine: the others say so in time."""
+def test_silent_rank(how, timeout):
+    """A rank is killed, sleeps, or skips combine: the others name it in time."""
     killed = how == "killed"
+    words = "waiting for the headers of the other ranks: no answer from rank 1 within"
     outcomes = ranks.run(
         3, failures.silent_rank, how, timeout, timeout=60, may_die=[1] if killed else []
     )
     for message, seconds in (outcomes[0], outcomes[2]):
         assert words in message and "(ranks 0, 1, 2)" in message
-        # gloo notices a closed connection at once; what remains is the wait for the others' notes.
+        # gloo notices a closed connection at once; the rest is the wait for notes.
         assert seconds < (8.0 if killed else timeout + 1.0)
 
 
 def test_rank_killed_between_headers_and_rows():
-    outcomes = ranks.run(3, failures.killed_on_the_way, 12.0, timeout=60, may_die=[1])
+    outcomes = ranks.run(3, failures.killed_between_headers_and_rows, 12.0, timeout=60, may_die=[1])
     for message, seconds in (outcomes[0], outcomes[2]):
-        assert "no word from rank 1 " in message and seconds < 8.0
+        assert "no answer from rank 1 " in message and seconds < 8.0
 
 
 @pytest.mark.slow
-def test_rank_killed_among_nodes():
-    """Every rank hears of it in time, those too that share no group with the one that died."""
-    outcomes = ranks.run(4, failures.killed_among_nodes, 3.0, timeout=60, may_die=[1])
-    for rank, group in ((0, "node 0"), (2, "node 1"), (3, "place 1 of each node")):
+def test_rank_killed_on_a_node():
+    """Every rank raises in time, also ranks that are in no group with the killed one."""
+    outcomes = ranks.run(4, failures.killed_on_a_node, 3.0, timeout=60, may_die=[1])
+    for rank, group in ((0, "node 0"), (2, "node 1"), (3, "local rank 1 of each node")):
         message, seconds = outcomes[rank]
-        assert f"group '{group}'" in message and seconds < 6.0  # a wait for each hop at most
+        assert f"group '{group}'" in message and seconds < 6.0  # at most one wait per hop
 
 
-def test_a_process_ends_after_the_error():
-    """Not only does the call return: no thread of gloo keeps the process until the group's end."""
+def test_process_ends_after_the_error():
+    """No thread of gloo keeps the process alive until the timeout of the group."""
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "tests.experts.parallel_failures"],
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "no word from rank 1 within 2 s" in done.stdout
-    assert time.monotonic() - start < 60  # the group's timeout is ten minutes
+    assert "no answer from rank 1 within 2 s" in done.stdout
+    assert time.monotonic() - start < 60  # the timeout of the group is ten minutes
 
 
 @pytest.mark.gpu
 def test_nccl():
-    """A rank for each GPU, on one GPU a rank alone."""
+    """One rank per GPU, at most four."""
     assert all(ranks.run(min(4, torch.cuda.device_count()), checks.over_nccl, timeout=240))

@@ -1,4 +1,4 @@
-"""moe_forward: against a loop in float64, hostile indices, batches, memory, gradients."""
+"""moe_forward: against a loop in float64, hostile indices, batches, memory, kernels, gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepkern
 from deepkern import reference
-from deepkern.experts import moe_forward as op
-from deepkern.experts.moe_forward import launch
+from deepkern.experts.expert_combine import expert_combine_kernel
 from deepkern.testing import compare, ops
 from deepkern.testing.routing import V3_LAYER
 
@@ -23,17 +22,17 @@ def make(generator, **size) -> list:
     return list(ops.inputs("moe_forward", generator, **{**SMALL, **size}))
 
 
-def assert_as_reference(args) -> torch.Tensor:
+def assert_matches_reference(args) -> torch.Tensor:
     got = deepkern.moe_forward(*args)
     compare.assert_matches("moe_forward", got, reference.moe_forward(*args))
     return got
 
 
-# Against another formula, on real values
+# Against another formula, with real values
 
 
 def real_inputs(generator, T, E, topk, K, I, dtype) -> list:
-    """Real tokens and weights, cast as a checkpoint is."""
+    """Real tokens and weights, cast like a checkpoint."""
     device = generator.device
     args = make(generator, T=T, E=E, topk=topk, K=K, I=I, none=0.2)
     w13 = torch.randn(E, 2 * I, K, generator=generator, device=device) / K**0.5
@@ -47,9 +46,9 @@ def real(q, scale, block) -> torch.Tensor:
 
 
 def token_by_token(x, weights, idx, w13, w13_scale, w2, w2_scale, gate_error=0.0, up_error=0.0):
-    """(out [T, K] in float64, the codes of what is cast in between, by token).
+    """(out [T, K] in float64, the FP8 codes of h by token).
 
-    The errors move gate and up by so many times their size, before they are rounded.
+    Before gate and up are rounded, relative errors of gate_error and up_error are added to them.
     """
     w13, w2 = real(w13, w13_scale, (128, 128)), real(w2, w2_scale, (128, 128))
     tokens = real(*reference.cast_per_token(x), (1, 128))
@@ -72,24 +71,26 @@ def token_by_token(x, weights, idx, w13, w13_scale, w2, w2_scale, gate_error=0.0
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize(("K", "I"), [(160, 72), (129, 200)])
 def test_token_by_token(backend, K, I, dtype, generator):
-    """Tokens whose codes do not depend on a sum's last bits meet the bounds of docs/numerics.md."""
+    """Tokens whose codes do not depend on the last bits of sums are within docs/numerics.md."""
     args = real_inputs(generator, 14, 3, 2, K, I, dtype)
     want, codes = token_by_token(*args)
-    e = 2.0**-20  # fp32's error in a sum is a few units of 2^-24
-    moved = [token_by_token(*args, *errors)[1] for errors in ((e, e), (e, -e), (-e, e), (-e, -e))]
-    sure = [
-        all(torch.equal(a, b) for other in moved for a, b in zip(row, other[t], strict=True))
+    e = 2.0**-20  # the error of a sum in fp32 is a few units of 2^-24
+    perturbed = [
+        token_by_token(*args, *errors)[1] for errors in ((e, e), (e, -e), (-e, e), (-e, -e))
+    ]
+    is_stable = [
+        all(torch.equal(a, b) for other in perturbed for a, b in zip(row, other[t], strict=True))
         for t, row in enumerate(codes)
     ]
-    assert sum(sure) >= 8  # of 14: a few in a hundred of the tokens are not
-    sure = torch.tensor(sure, device=want.device)
+    assert sum(is_stable) >= 8  # of 14; a few percent of the tokens are not
+    is_stable = torch.tensor(is_stable, device=want.device)
     got = deepkern.moe_forward(*args)
-    compare.assert_close(got[sure], want[sure])
-    assert compare.diff(got, want) < 1e-4  # and the others are but a code or two away
+    compare.assert_close(got[is_stable], want[is_stable])
+    assert compare.diff(got, want) < 1e-4  # the others differ by a code or two
 
 
 def test_as_good_as_plain_pytorch(backend, generator):
-    """What is cast between, and the results before they are summed, are all of the error."""
+    """The error is that of the cast of h and of rounding before the sum, not more."""
     x, weights, idx, *w = real_inputs(generator, 24, 4, 3, 256, 128, BF16)
     w13, w2 = real(*w[:2], (128, 128)), real(*w[2:], (128, 128))
 
@@ -114,32 +115,32 @@ def test_as_good_as_plain_pytorch(backend, generator):
 
 @pytest.mark.parametrize(("E", "topk"), [(1, 1), (7, 1), (5, 5), (3, 8), (20, 3)])
 def test_experts_and_slots(backend, E, topk, generator):
-    assert_as_reference(make(generator, E=E, topk=topk))
+    assert_matches_reference(make(generator, E=E, topk=topk))
 
 
 @pytest.mark.parametrize("K", [1, 100, 3584, 7168])
 def test_hidden_sizes(backend, K, generator):
-    assert_as_reference(make(generator, T=2, E=2, topk=2, K=K, I=16, none=0.0))
+    assert_matches_reference(make(generator, T=2, E=2, topk=2, K=K, I=16, none=0.0))
 
 
 @pytest.mark.parametrize("b_rows", [1, 128])
 @pytest.mark.parametrize("I", [1, 64, 72, 130])
-def test_blocks_of_gate_and_up_need_no_alignment(backend, I, b_rows, generator):
-    """With I = 72, one scale covers the last gates and the first values."""
-    assert_as_reference(make(generator, T=3, E=2, I=I, b_rows=b_rows))
+def test_scale_block_across_gate_and_up(backend, I, b_rows, generator):
+    """With I = 72, one scale covers the last gates and the first ups."""
+    assert_matches_reference(make(generator, T=3, E=2, I=I, b_rows=b_rows))
 
 
 @pytest.mark.parametrize("T", [1, 0])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_few_tokens(backend, T, dtype, generator):
-    got = assert_as_reference(make(generator, T=T, E=9, dtype=dtype))
+    got = assert_matches_reference(make(generator, T=T, E=9, dtype=dtype))
     assert got.shape == (T, SMALL["K"]) and got.dtype == dtype
 
 
 def test_all_to_one_expert(backend, generator):
     args = make(generator, T=70, E=3, topk=1, K=128, I=16)
     args[2].fill_(1)
-    assert_as_reference(args)
+    assert_matches_reference(args)
 
 
 def test_strided_arguments_and_int32(backend, generator):
@@ -156,27 +157,27 @@ def test_strided_arguments_and_int32(backend, generator):
 # Indices
 
 
-def test_whatever_is_no_expert_counts_for_nothing(backend, generator):
+def test_hostile_indices(backend, generator):
     x, weights, idx, *w = make(generator, T=5, topk=4, none=0.0)
     hostile = [-1, 3, -(2**31), 2**31, -(2**63), 2**63 - 1, 2**32 + 1]
     idx[1] = torch.tensor(hostile[:4], device=idx.device)
     idx[3, 1:] = torch.tensor(hostile[4:], device=idx.device)
     weights[1], weights[3, 1:] = torch.nan, torch.inf
-    got = assert_as_reference([x, weights, idx, *w])
+    got = assert_matches_reference([x, weights, idx, *w])
     assert (got[1] == 0).all() and got.isfinite().all()
     alone = deepkern.moe_forward(x[3:4], weights[3:4, :1].contiguous(), idx[3:4, :1], *w)
     compare.assert_bitwise(alone[0], got[3])
 
 
-def test_nobody_has_an_expert(backend, generator):
+def test_no_valid_index(backend, generator):
     args = make(generator)
     args[0].fill_(torch.nan)
     args[2].fill_(-1)
     assert (deepkern.moe_forward(*args) == 0).all()
 
 
-def test_an_expert_may_come_twice(backend, generator):
-    """Each time with its own weight; powers of two, so that nothing is rounded on the way."""
+def test_duplicate_experts(backend, generator):
+    """Each slot has its own weight; with powers of two no sum is rounded."""
     x, weights, idx, *w = make(generator, topk=1, none=0.0)
     once = deepkern.moe_forward(x, torch.full_like(weights, 0.5), idx, *w)
     both = torch.tensor([[0.25, 0.25]], device=x.device).expand(len(x), 2).contiguous()
@@ -195,30 +196,31 @@ def test_nan_stays_with_its_token(backend, generator):
 
 
 @pytest.mark.parametrize("order", ["reverse", "random:3"])
-def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
+def test_any_order_of_programs(order, generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", order)
     with deepkern.backend("triton"):
-        assert_as_reference(make(generator))
+        assert_matches_reference(make(generator))
 
 
 # Decoding and prefill
 
 
-def test_a_row_has_the_same_bits_in_any_batch(generator):
-    """In a batch that takes the tiles of prefill, and alone, with those of decoding."""
+def test_row_bits_independent_of_T(generator):
+    """In a batch with the tiles of prefill, and alone with those of decoding."""
     x, weights, idx, *w = make(generator, T=140, E=2)
     x = torch.randn(x.shape, generator=generator, device=x.device).to(BF16)
     with deepkern.backend("triton"):
         together = deepkern.moe_forward(x, weights, idx, *w)
-        assert op.tile(x, weights, idx, *w) != op.tile(x[:1], weights[:1], idx[:1], *w)
+        choose_tile = deepkern.moe_forward.op.choose_tile
+        assert choose_tile(x, weights, idx, *w) != choose_tile(x[:1], weights[:1], idx[:1], *w)
         for tokens in (slice(0, 1), slice(77, 78), slice(100, 117)):
             few = deepkern.moe_forward(x[tokens], weights[tokens], idx[tokens], *w)
             compare.assert_bitwise(few, together[tokens])
 
 
 class Allocations(TorchDispatchMode):
-    """The most bytes that tensors made by torch.empty and its like, and still alive, had at once;
-    and whether a value was read back."""
+    """Records the peak bytes of live tensors from torch.empty and similar calls (`most`), and
+    whether a value was read by the host."""
 
     def __init__(self):
         super().__init__()
@@ -247,20 +249,75 @@ def stated_bytes(T, E, topk, K, I, size) -> int:
 
 
 @pytest.mark.parametrize(
-    ("K", "I", "dtype"), [(512, 128, BF16), (256, 384, BF16), (128, 640, F32), (512, 128, F32)]
+    ("K", "I", "dtype"),
+    [(512, 128, BF16), (256, 384, BF16), (128, 640, F32), (512, 128, F32)],
+    ids=["peak_in_gate_up", "peak_in_h", "peak_in_h_fp32", "peak_in_gate_up_fp32"],
 )
-def test_peak_memory_is_what_is_stated(K, I, dtype, generator):
+def test_peak_memory_matches_docstring(K, I, dtype, generator):
     T, E, topk = 20, 2, 2
     args = make(generator, T=T, E=E, topk=topk, K=K, I=I, dtype=dtype)
     with Allocations() as memory:
-        out = launch(*args)
+        out = deepkern.moe_forward.op.launcher("triton")(*args)
     assert memory.most - out.nbytes <= stated_bytes(T, E, topk, K, I, dtype.itemsize)
     assert memory.most - out.nbytes > 0.99 * stated_bytes(T, E, topk, K, I, dtype.itemsize)
     assert memory.now == out.nbytes and not memory.read_back
 
 
-def test_stated_memory_of_v3():
+def test_memory_formula_for_v3():
     assert stated_bytes(1, 0, 8, 7168, 2048, 2) / 8 == pytest.approx(16.5e3, rel=0.01)
+
+
+# Kernels
+
+STEPS = (
+    "expert_dispatch_count",
+    "expert_dispatch_scan",
+    "expert_dispatch_place",
+    "expert_dispatch_copy",
+    "m_grouped_fp8_gemm_nt",
+    "swiglu_cast",
+    "m_grouped_fp8_gemm_nt",
+    "expert_combine",
+)
+BACKWARD_STEPS = (
+    "expert_dispatch_count",
+    "expert_dispatch_scan",
+    "expert_dispatch_place",
+    "expert_dispatch_copy",
+    "m_grouped_fp8_gemm_nt",
+    "moe_forward_backward_scatter",
+    "swiglu_cast_backward",
+    "moe_forward_backward_gather",
+    "cast_per_token",
+    "m_grouped_fp8_gemm_nt",
+    "expert_combine",
+)
+
+
+@pytest.mark.parametrize(
+    ("op", "steps"),
+    [("moe_forward", STEPS), ("moe_forward_backward", BACKWARD_STEPS)],
+    ids=["forward", "backward"],
+)
+def test_kernel_names_tell_the_steps(op, steps, generator, monkeypatch):
+    """A profiler's trace shows which step of the layer each kernel is."""
+    names = []
+    kernel_type = type(expert_combine_kernel)  # JITFunction, or the interpreter's
+    run = kernel_type.run
+
+    def record(self, *args, **kwargs):
+        names.append(self.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kernel_type, "run", record)
+    args = ops.inputs(op, generator, **SMALL)
+    deepkern.OPS[op].launcher("triton")(*args)
+    # Some targets transpose the weights before the GEMMs of the backward pass.
+    names = [name for name in names if "transpose" not in name]
+    assert len(names) == len(steps), names
+    for name, step in zip(names, steps, strict=True):
+        assert name.startswith(step) and name.endswith("_kernel"), (name, step)
+    assert len(set(names)) == len(set(steps)), names
 
 
 # Gradients
@@ -274,15 +331,15 @@ def gradients(args, grad) -> tuple[torch.Tensor, tuple]:
     return out, torch.autograd.grad(out, (x, weights), grad)
 
 
-def test_with_a_gradient_to_come_the_bits_are_the_same(backend, generator):
+def test_same_bits_with_gradients_enabled(backend, generator):
     args = make(generator)
     out, _ = gradients(args, torch.ones_like(args[0]))
     compare.assert_bitwise(out, deepkern.moe_forward(*args))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_gradients_are_near_those_in_float64(backend, dtype, generator):
-    """The layer as it is without any cast but x's: what differs is FP8's error, seen twice."""
+def test_gradients_near_float64(backend, dtype, generator):
+    """Against the layer without casts except of x: the difference is the error of FP8."""
     args = real_inputs(generator, 24, 4, 3, 128, 64, dtype)
     grad = torch.randn(args[0].shape, generator=generator, device=generator.device).to(dtype) * 1e-7
     _, got = gradients(args, grad)
@@ -313,7 +370,7 @@ def test_gradients_of_hostile_indices(backend, generator):
     assert (grad_x[1] == 0).all() and (grad_weights[1] == 0).all() and grad_x.isfinite().all()
 
 
-def test_gradients_of_a_token_do_not_depend_on_others(generator):
+def test_gradient_bits_independent_of_T(generator):
     args = make(generator, none=0.0)
     grad = torch.randn(args[0].shape, generator=generator, device=generator.device).to(BF16)
     with deepkern.backend("triton"):
@@ -323,7 +380,7 @@ def test_gradients_of_a_token_do_not_depend_on_others(generator):
         compare.assert_bitwise(one[0], all_[3])
 
 
-def test_gradient_that_is_expanded_and_weights_of_another_dtype(backend, generator):
+def test_expanded_gradient_and_bf16_weights(backend, generator):
     args = make(generator, none=0.0)
     args[1] = args[1].bfloat16()
     grad = torch.ones(1, 1, dtype=BF16, device=args[0].device).expand(args[0].shape)
@@ -334,16 +391,16 @@ def test_gradient_that_is_expanded_and_weights_of_another_dtype(backend, generat
     compare.assert_bitwise(grad_weights, want[1])
 
 
-def test_what_is_kept_for_the_gradients(backend, generator):
-    """gate_up in FP8, the routing and the weights; no value of the size of x."""
+def test_saved_tensors(backend, generator):
+    """gate_up in FP8, the routing and the weights are saved, and no tensor of the size of x."""
     x, weights, idx, *w = make(generator, none=0.0)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         deepkern.moe_forward(x.requires_grad_(), weights, idx, *w)
     rows, I = idx.numel(), SMALL["I"]
     given = {t.data_ptr() for t in (weights, idx, *w)}
-    mine = [(t.dtype, tuple(t.shape)) for t in kept if t.data_ptr() not in given]
-    assert mine == [(torch.float8_e4m3fn, (rows, 2 * I)), (F32, (rows, -(-2 * I // 128)))]
+    new = [(t.dtype, tuple(t.shape)) for t in saved if t.data_ptr() not in given]
+    assert new == [(torch.float8_e4m3fn, (rows, 2 * I)), (F32, (rows, -(-2 * I // 128)))]
 
 
 def test_compiles_with_its_gradients(generator):
@@ -360,7 +417,7 @@ def test_compiles_with_its_gradients(generator):
         compare.assert_close(g, w_)
 
 
-# What it refuses
+# Errors
 
 
 def test_wrong_shapes(backend, generator):
@@ -376,14 +433,14 @@ def test_wrong_shapes(backend, generator):
             deepkern.moe_forward(x, weights, idx, *w)
 
 
-def test_a_gradient_wants_scales_that_turn(backend, generator):
+def test_gradient_needs_128x128_scales(backend, generator):
     args = make(generator, T=2, b_rows=1)
     deepkern.moe_forward(*args)
     with pytest.raises(ValueError, match="moe_forward: w13_scale: expected one per 128x128 for a"):
         deepkern.moe_forward(args[0].requires_grad_(), *args[1:])
 
 
-def test_debug_names_the_index(backend, generator, monkeypatch):
+def test_debug_check(backend, generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     args = make(generator, none=0.0)
     args[2][2, 1] = 3
@@ -400,14 +457,14 @@ def test_debug_names_the_index(backend, generator, monkeypatch):
 def test_gpu_v3(T, skewed, generator):
     args = ops.inputs("moe_forward", generator, T=T, **V3_LAYER, skewed=skewed)
     with deepkern.backend("triton"):
-        got = assert_as_reference(args)
+        got = assert_matches_reference(args)
         for _ in range(3):
             compare.assert_bitwise(deepkern.moe_forward(*args), got)
 
 
 @pytest.mark.gpu
 def test_gpu_batches(generator):
-    """From decoding's tiles to prefill's: the same bits for a token."""
+    """The same bits for a token with the tiles of decoding and of prefill."""
     x, weights, idx, *w = make(generator, T=4096, E=8, topk=4, K=1024, I=512, none=0.0)
     x = torch.randn(x.shape, generator=generator, device=x.device).to(BF16)
     with deepkern.backend("triton"):
@@ -419,7 +476,7 @@ def test_gpu_batches(generator):
 
 @pytest.mark.gpu
 def test_cuda_graph(generator):
-    """Captured once, forward and backward, and replayed on other tokens and indices."""
+    """Captured once, forward and backward, and replayed with other tokens and indices."""
     args = make(generator, T=300, E=20, topk=4, K=512, I=256)
     other = make(generator, T=300, E=20, topk=4, K=512, I=256)
     for a in args[:2]:

@@ -1,4 +1,4 @@
-"""Puts into peers' memory: all ranks in one process, their buffers side by side in one tensor."""
+"""PeerMemory: all ranks in one process, with their buffers in one tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepkern.experts.peer_memory import PeerMemory, wrapped
+from deepkern.experts.peer_memory import PeerMemory, wrap_int32
 from deepkern.runtime.arch import ARCHS
 from deepkern.testing import compare, ranks
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def group(size: int, words: int, generator, limit: int = 3) -> list[PeerMemory]:
-    """The ranks' views of buffers that start as garbage, but for the flags."""
+    """The PeerMemory of each rank; the flags are 0, the regions hold garbage."""
     memory = torch.full((size, words), 0x7FC01234, dtype=torch.int32, device=generator.device)
     offsets = [rank * words for rank in range(size)]
     peers = [PeerMemory(memory.view(-1), offsets, words, rank, limit) for rank in range(size)]
@@ -35,7 +35,7 @@ def rows_of(counts: list[int], width: int, generator) -> torch.Tensor:
 
 
 def exchange(peers, counts, width, generator) -> None:
-    """One call with counts[from][to] rows; every byte must arrive where it belongs."""
+    """One call with counts[source][target] rows; all bytes must arrive at their target."""
     size = len(peers)
     rows = [rows_of(counts[r], width, generator) for r in range(size)]
     calls = [p.put(rows[r], counts[r]) for r, p in enumerate(peers)]
@@ -48,8 +48,8 @@ def exchange(peers, counts, width, generator) -> None:
         assert peer.silent() == []
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_calls_one_after_another(size, generator):
+@pytest.mark.parametrize("size", [1, 2, 5], ids=["1_rank", "2_ranks", "5_ranks"])
+def test_successive_calls(size, generator):
     peers = group(size, 64 + 2 * size * 400, generator)
     assert peers[0].region_bytes == 1600
     for call in range(5):
@@ -61,20 +61,20 @@ def test_calls_one_after_another(size, generator):
     exchange(peers, [[100 if to == 0 else 0 for to in range(size)]] * size, 16, generator)  # full
 
 
-def test_longer_than_a_program_and_the_end_of_counting(generator):
+def test_several_programs_and_counter_overflow(generator):
     peers = group(2, 64 + 4 * 20_000, generator)
     start = 2**31 - 3
     for p in peers:
         p.call = start
-    for r, p in enumerate(peers):  # as if all earlier calls were taken
+    for r, p in enumerate(peers):  # as if all earlier calls had been taken
         own = p.base[p.offsets[r] :]
         own[: 2 * p.size] = start
     for _ in range(5):
         exchange(peers, [[1200, 7], [3, 1201]], 64, generator)
-    assert peers[0].call == wrapped(start + 5) < 0
+    assert peers[0].call == wrap_int32(start + 5) < 0
 
 
-def test_two_calls_under_way(generator):
+def test_two_pending_calls(generator):
     peers, counts = group(3, 64 + 6 * 200, generator), [[1, 2, 3], [0, 4, 1], [2, 0, 5]]
     rows = [[rows_of(counts[r], 32, generator) for r in range(3)] for _ in range(2)]
     calls = [[p.put(rows[i][r], counts[r]) for r, p in enumerate(peers)] for i in range(2)]
@@ -87,7 +87,7 @@ def test_two_calls_under_way(generator):
             compare.assert_bitwise(out, want)
 
 
-def test_a_silent_rank_is_named_and_nothing_is_written(generator):
+def test_silent_rank_is_named(generator):
     peers = group(3, 64 + 6 * 200, generator)
     counts = [2, 2, 2]
     for rank in (0, 1):
@@ -95,14 +95,14 @@ def test_a_silent_rank_is_named_and_nothing_is_written(generator):
     out = torch.full((6, 16), 77, dtype=torch.uint8, device=generator.device)
     peers[0].take(out, counts, 1)
     assert peers[0].silent() == [2]
-    assert (out[4:] == 77).all()  # not what lay about in the buffer
-    # It gives up for good: its peers are not told that their rows were taken, and hear no more.
+    assert (out[4:] == 77).all()  # not the garbage of the region
+    # Rank 0 sends nothing more: it does not set `taken`, and its next put sets no `ready`.
     assert peers[1].base[peers[1].offsets[1] + 3] == 0
     assert peers[0].put(rows_of(counts, 16, generator), counts) == 2
     assert peers[1].base[peers[1].offsets[1]] == 1
 
 
-def test_a_third_call_waits_until_the_first_was_taken(generator):
+def test_third_call_waits_for_the_first(generator):
     peers, counts = group(2, 64 + 4 * 200, generator), [1, 1]
     for _ in range(2):
         for p in peers:
@@ -110,13 +110,13 @@ def test_a_third_call_waits_until_the_first_was_taken(generator):
     before = peers[0].base.clone()
     peers[0].put(rows_of(counts, 16, generator), counts)
     assert peers[0].silent() == [0, 1]
-    assert torch.equal(peers[0].base, before)  # the rows of the first call still lie there
+    assert torch.equal(peers[0].base, before)  # the rows of the first call are intact
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", list(ARCHS))
 def test_compiles(target):
-    """Ahead of time, without spills; whole 16-byte accesses, flags at system scope."""
+    """No spills, 16-byte accesses, flags at system scope."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}"}
     env.pop("TRITON_INTERPRET", None)
     script = Path(__file__).with_name("compile_peer_memory.py")
@@ -126,23 +126,24 @@ def test_compiles(target):
     )
     assert done.returncode == 0, done.stderr
     records = json.loads(done.stdout.splitlines()[-1])
-    names = {"wait_kernel", "copy_kernel", "signal_kernel"}
+    names = {f"peer_memory_{role}_kernel" for role in ("wait", "copy", "signal")}
     assert {record["kernel"] for record in records} == names
     for record in records:
         assert record["spill_bytes"] == 0 and record["registers"] <= 64, record
         if record["ptx"] is None:
             continue
-        if record["kernel"] == "copy_kernel":
+        if record["kernel"] == "peer_memory_copy_kernel":
             assert "st.global.v4" in record["ptx"] and "ld.global.v4" in record["ptx"]
         else:
-            order = "acquire" if record["kernel"] == "wait_kernel" else "release"
+            waits = record["kernel"] == "peer_memory_wait_kernel"
+            order = "acquire" if waits else "release"
             assert f"atom.global.sys.{order}" in record["ptx"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_on_one_gpu(world, monkeypatch):
-    """The checks of expert parallelism, on ranks that share this GPU."""
+    """The checks of expert parallelism on ranks that use the same GPU."""
     from tests.experts import parallel_checks
 
     monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")

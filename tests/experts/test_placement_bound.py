@@ -1,4 +1,4 @@
-"""gpu_loads and placement_bound: against every placement there is, in small cases."""
+"""gpu_loads and placement_bound: against all placements, in small cases."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def placements(E: int, R: int, num_groups: int, num_nodes: int, num_gpus: int):
             yield slots
 
 
-CASES = [
-    (3, (6, 1, 1, 3)),  # 2 slots a GPU
-    (4, (6, 1, 1, 2)),  # 3 slots
-    (4, (6, 2, 2, 2)),  # a group a node
-    (4, (6, 4, 2, 2)),  # two groups a node
-    (4, (6, 4, 2, 6)),  # one slot a GPU
-]
+CASES = {  # E, (num_replicas, num_groups, num_nodes, num_gpus)
+    "2_slots_per_gpu": (3, (6, 1, 1, 3)),
+    "3_slots_per_gpu": (4, (6, 1, 1, 2)),
+    "1_group_per_node": (4, (6, 2, 2, 2)),
+    "2_groups_per_node": (4, (6, 4, 2, 2)),
+    "1_slot_per_gpu": (4, (6, 4, 2, 6)),
+}
 
 
-@pytest.mark.parametrize(("E", "cluster"), CASES)
-def test_bound_and_search_against_all_placements(E, cluster, seed):
+@pytest.mark.parametrize(("E", "cluster"), CASES.values(), ids=CASES)
+def test_bound_and_search_by_enumeration(E, cluster, seed):
     generator = torch.Generator().manual_seed(seed)
     load = torch.rand(50, E, generator=generator, dtype=torch.float64) ** 2
     every = torch.tensor(list(placements(E, *cluster)))  # [n, R]
     rows = (row.expand(len(every), E) for row in load)
     best = torch.stack([deepkern.gpu_loads(r, every, cluster[3]).amax(1).min() for r in rows])
     found = deepkern.rebalance_experts(load, *cluster)[0]
-    held = deepkern.gpu_loads(load, found, cluster[3]).amax(1)
+    largest = deepkern.gpu_loads(load, found, cluster[3]).amax(1)
     assert (deepkern.placement_bound(load, *cluster) <= best * (1 + 1e-12)).all()
-    assert (held >= best * (1 - 1e-12)).all()
-    assert (held / best).mean() < 1.06
-    if cluster[0] == cluster[3]:  # a slot a GPU: to count as EPLB does is the best there is
-        torch.testing.assert_close(held, best, rtol=1e-12, atol=0)
+    assert (largest >= best * (1 - 1e-12)).all()
+    assert (largest / best).mean() < 1.06
+    if cluster[0] == cluster[3]:  # one slot per GPU: the greedy counts of EPLB are optimal
+        torch.testing.assert_close(largest, best, rtol=1e-12, atol=0)
 
 
 def test_gpu_loads():
@@ -66,10 +66,10 @@ def test_gpu_loads():
             deepkern.gpu_loads(*wrong)
 
 
-def test_bound_by_hand():
+def test_bound_of_worked_examples():
     # Mean 4; the expert of 12 has at most 3 replicas (R - E + 1): 4; one GPU a node, 2 nodes.
     assert deepkern.placement_bound(torch.tensor([[12, 2, 1, 1]]), 6, 1, 1, 2).item() == 8
     assert deepkern.placement_bound(torch.tensor([[12, 2, 1, 1]]), 6, 1, 1, 6).item() == 4
-    # A group to a node: the node of 14 has two GPUs. Two groups to a node: 12 with 1 beside it.
+    # One group per node: the node of 14 has two GPUs. Two groups per node: 12 is paired with 1.
     assert deepkern.placement_bound(torch.tensor([[12, 2, 1, 1]]), 12, 2, 2, 4).item() == 7
     assert deepkern.placement_bound(torch.tensor([[12, 2, 1, 1]]), 12, 4, 2, 4).item() == 6.5

@@ -1,4 +1,4 @@
-"""plan_moves: the fewest moves by trying all exchanges, and a list of moves that does the job."""
+"""plan_moves: as few moves as any permutation of GPUs needs, and moves that give the placement."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def gpus_of(slots: list[int], num_gpus: int) -> list[Counter]:
     return [Counter(slots[g * size : (g + 1) * size]) for g in range(num_gpus)]
 
 
-def exchanges(num_gpus: int, num_nodes: int):
-    """All orders of GPUs that keep nodes whole."""
+def permutations(num_gpus: int, num_nodes: int):
+    """All permutations of GPUs that keep nodes whole."""
     size = num_gpus // num_nodes
     for nodes in itertools.permutations(range(num_nodes)):
         for inner in itertools.product(itertools.permutations(range(size)), repeat=num_nodes):
@@ -33,20 +33,19 @@ def fewest(old: list[int], new: list[int], num_gpus: int, num_nodes: int) -> int
     before, after = gpus_of(old, num_gpus), gpus_of(new, num_gpus)
     return min(
         sum((after[g] - before[to]).total() for g, to in enumerate(order))
-        for order in exchanges(num_gpus, num_nodes)
+        for order in permutations(num_gpus, num_nodes)
     )
 
 
-CASES = [
-    # E, (num_replicas, num_groups, num_nodes, num_gpus), nodes that are kept whole
-    (10, (15, 1, 1, 5), 1),
-    (8, (16, 4, 2, 4), 2),
-    (12, (24, 6, 3, 6), 3),
-    (7, (12, 3, 2, 6), 1),  # groups that fit no nodes: all GPUs are alike
-]
+CASES = {  # E, (num_replicas, num_groups, num_nodes, num_gpus), nodes that are kept whole
+    "one_node": (10, (15, 1, 1, 5), 1),
+    "two_nodes": (8, (16, 4, 2, 4), 2),
+    "three_nodes": (12, (24, 6, 3, 6), 3),
+    "groups_do_not_divide": (7, (12, 3, 2, 6), 1),  # all GPUs are interchangeable
+}
 
 
-@pytest.mark.parametrize(("E", "cluster", "whole"), CASES)
+@pytest.mark.parametrize(("E", "cluster", "whole"), CASES.values(), ids=CASES)
 def test_fewest_moves(E, cluster, whole, seed):
     R, num_groups, num_nodes, num_gpus = cluster
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +64,7 @@ def test_fewest_moves(E, cluster, whole, seed):
 
 
 def assert_same_placement(got, new, num_gpus: int, nodes: int) -> None:
-    """The same nodes, each of the same GPUs, in any order."""
+    """The same nodes of the same GPUs, in any order."""
 
     def shape(row):
         gpus = [sorted(gpu.elements()) for gpu in gpus_of(row, num_gpus)]
@@ -76,7 +75,7 @@ def assert_same_placement(got, new, num_gpus: int, nodes: int) -> None:
 
 
 def applied(old: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
-    """What the slots hold once all moves are done."""
+    """The placement after all moves."""
     layer, to, source, expert = moves.T
     assert torch.equal(old[layer, source], expert)
     result = old.clone()
@@ -96,17 +95,17 @@ def assert_near_sources(old, moves, num_gpus: int, num_nodes: int) -> None:
                 break
 
 
-def test_nothing_moves_between_equal_placements(seed):
+def test_no_moves_between_equal_placements(seed):
     load = torch.rand(3, 256, generator=torch.Generator().manual_seed(seed))
     old = deepkern.rebalance_experts(load, 288, 8, 4, 32)[0]
-    # The same GPUs in another order within nodes, the nodes too, and slots reversed.
+    # Permuted nodes, permuted GPUs within nodes, and reversed slots.
     other = old.view(3, 4, 8, 9)[:, [2, 0, 3, 1]][:, :, torch.randperm(8)].flip(3).reshape(3, 288)
     phy2log, *_, moves = deepkern.plan_moves(old, other, 32, 4, 8)
     assert len(moves) == 0 and torch.equal(phy2log, old)
 
 
-def test_sources_are_spread():
-    """Ten GPUs want an expert that two have: five from each."""
+def test_sources_are_balanced():
+    """Ten GPUs need an expert that two GPUs have: each sends it five times."""
     old = torch.tensor([[0, 0] + list(range(1, 11))])
     new = torch.tensor([[0] * 2 + [0] * 10])
     moves = deepkern.plan_moves(old, new, 12)[3]
@@ -114,7 +113,7 @@ def test_sources_are_spread():
 
 
 @pytest.mark.parametrize("threads", [2, 7])
-def test_same_bits_with_any_number_of_threads(threads, seed):
+def test_same_bits_for_any_num_threads(threads, seed):
     generator = torch.Generator().manual_seed(seed)
     old, new = (torch.rand(9, 288, generator=generator).argsort(1).numpy() for _ in range(2))
     first = native.host().plan_moves(old, new, 288, 1, 1, 32, threads=1)

@@ -1,4 +1,4 @@
-"""rebalance_experts: every placement is valid, none worse than EPLB's, the same bits every time."""
+"""rebalance_experts: valid, never worse than EPLB, deterministic. LoadStatistics: its input."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from deepkern.runtime import native
 needs_host = pytest.mark.skipif(
     native.load("_host")[1] is not None, reason=str(native.load("_host")[1])
 )
-# (num_replicas, num_groups, num_nodes, num_gpus) for 256 experts: DeepSeek's prefill and decode.
+# (num_replicas, num_groups, num_nodes, num_gpus) for 256 experts.
 CASES = [(288, 8, 4, 32), (320, 8, 8, 64), (288, 8, 18, 144)]
+CASE_IDS = ["prefill_32_gpus", "decode_64_gpus", "decode_144_gpus"]
 
 
-def fullest(load, phy2log, cluster) -> torch.Tensor:
+def largest_load(load, phy2log, cluster) -> torch.Tensor:
     return deepkern.gpu_loads(load, phy2log, cluster[3]).amax(1)
 
 
 def assert_valid(got, E: int, cluster) -> None:
-    """By loops over the lists: what makes a placement one."""
+    """Checks the definition of a placement by loops over lists."""
     phy2log, log2phy, logcnt = got
     R, num_groups, num_nodes, num_gpus = cluster
     assert [x.dtype for x in got] == [torch.int64] * 3 and phy2log.shape[1] == R
     for slots, inverse, counts in zip(*(x.tolist() for x in got), strict=True):
         assert sorted(set(slots)) == list(range(E)) and len(counts) == E
         for e in range(E):
-            mine = [slot for slot, expert in enumerate(slots) if expert == e]
-            assert counts[e] == len(mine)
-            assert inverse[e] == mine + [-1] * (log2phy.shape[2] - len(mine))
+            own = [slot for slot, expert in enumerate(slots) if expert == e]
+            assert counts[e] == len(own)
+            assert inverse[e] == own + [-1] * (log2phy.shape[2] - len(own))
         if num_groups % num_nodes == 0:
             size, node = E // num_groups, R // num_nodes
             homes = {(e // size, slot // node) for slot, e in enumerate(slots)}
@@ -43,7 +44,7 @@ def assert_valid(got, E: int, cluster) -> None:
 
 @st.composite
 def clusters(draw):
-    """(E, cluster), with groups that fit the nodes and groups that do not."""
+    """(E, cluster): num_nodes divides num_groups in some and not in others."""
     num_nodes, gpus = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     num_groups = num_nodes * draw(st.integers(1, 4)) if draw(st.booleans()) else 5
     E = num_groups * draw(st.integers(1, 3))
@@ -65,10 +66,10 @@ def test_valid_and_never_worse(data):
     assert_valid(got, E, cluster)
     eplb = reference.rebalance_experts(load, *cluster)
     assert_valid(eplb, E, cluster)
-    held = fullest(load, got[0], cluster)
-    # The sums are rounded in another order, and that is all.
-    assert (held <= fullest(load, eplb[0], cluster) * (1 + 1e-12)).all()
-    assert (held >= deepkern.placement_bound(load, *cluster) * (1 - 1e-12)).all()
+    largest = largest_load(load, got[0], cluster)
+    # 1e-12 for the order of sums.
+    assert (largest <= largest_load(load, eplb[0], cluster) * (1 + 1e-12)).all()
+    assert (largest >= deepkern.placement_bound(load, *cluster) * (1 - 1e-12)).all()
 
 
 LOADS = {
@@ -82,7 +83,7 @@ LOADS = {
 
 @needs_host
 @pytest.mark.parametrize("shape", LOADS)
-@pytest.mark.parametrize("cluster", CASES)
+@pytest.mark.parametrize("cluster", CASES, ids=CASE_IDS)
 def test_deepseek_clusters(cluster, shape, seed):
     u = torch.rand(6, 256, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     load = LOADS[shape](u)
@@ -90,26 +91,26 @@ def test_deepseek_clusters(cluster, shape, seed):
         f(load, *cluster) for f in (deepkern.rebalance_experts, reference.rebalance_experts)
     )
     assert_valid(got, 256, cluster)
-    ours, theirs = fullest(load, got[0], cluster), fullest(load, eplb[0], cluster)
+    ours, theirs = largest_load(load, got[0], cluster), largest_load(load, eplb[0], cluster)
     assert (ours <= theirs * (1 + 1e-12)).all()
-    if cluster[1] % cluster[2] == 0:  # where GPUs have several slots, EPLB leaves room
+    if cluster[1] % cluster[2] == 0:  # with several slots per GPU, EPLB is not optimal
         assert ours.mean() < theirs.mean()
-        if shape != "zipf":  # one expert is more than a node can spread; the bound is not sharp
+        if shape != "zipf":  # one expert exceeds a node; the bound is not sharp
             assert (ours <= deepkern.placement_bound(load, *cluster) * 1.02).all()
 
 
 @needs_host
-def test_pairs_are_packed_as_well_as_they_can_be():
-    """Two slots a GPU and nothing to replicate: the largest beside the smallest, and so on."""
+def test_pairs_are_packed_optimally():
+    """Two slots per GPU and no spare replicas: the largest goes with the smallest, and so on."""
     load = torch.rand(5, 64, dtype=torch.float64)
     ordered = load.sort(1).values
     best = (ordered + ordered.flip(1)).amax(1)
     got = deepkern.rebalance_experts(load, 64, 1, 1, 32)
-    torch.testing.assert_close(fullest(load, got[0], (64, 1, 1, 32)), best, rtol=1e-12, atol=0)
+    torch.testing.assert_close(largest_load(load, got[0], (64, 1, 1, 32)), best, rtol=1e-12, atol=0)
 
 
 def test_example_of_deepseek():
-    """From the readme of https://github.com/deepseek-ai/EPLB: its placement, GPU by GPU."""
+    """The placement in the readme of https://github.com/deepseek-ai/EPLB, GPU by GPU."""
     load = torch.tensor(
         [
             [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
@@ -123,15 +124,15 @@ def test_example_of_deepseek():
     got = reference.rebalance_experts(load, 16, 4, 2, 8)[0]
 
     def gpus(row):
-        # Two experts of equal share may change places: compare what GPUs hold.
+        # Two experts of equal load may be exchanged: compare the experts of each GPU.
         return sorted(sorted(row[i : i + 2]) for i in range(0, 16, 2))
 
     assert [gpus(row) for row in got.tolist()] == [gpus(row) for row in want]
 
 
 @needs_host
-@pytest.mark.parametrize("cluster", CASES)
-def test_same_bits_with_any_number_of_threads(cluster, seed):
+@pytest.mark.parametrize("cluster", CASES, ids=CASE_IDS)
+def test_same_bits_for_any_num_threads(cluster, seed):
     load = np.random.default_rng(seed).random((40, 256)) ** 3
     host = native.host()
     first = host.rebalance_experts(load, *cluster, threads=1)
@@ -144,15 +145,16 @@ def test_same_bits_with_any_number_of_threads(cluster, seed):
 @pytest.mark.parametrize(
     ("E", "cluster"),
     [
-        (8, (8, 1, 1, 8)),  # E = R = GPUs
-        (8, (8, 4, 2, 4)),  # nothing to replicate
-        (5, (12, 5, 3, 12)),  # a slot a GPU, groups that fit no nodes
-        (1, (6, 1, 1, 3)),  # one expert, everywhere
+        (8, (8, 1, 1, 8)),
+        (8, (8, 4, 2, 4)),
+        (5, (12, 5, 3, 12)),
+        (1, (6, 1, 1, 3)),
         (6, (6, 6, 6, 6)),
-        (12, (24, 12, 2, 4)),  # six groups to a node
+        (12, (24, 12, 2, 4)),
     ],
+    ids=["1_slot_per_gpu", "no_spares", "groups_do_not_divide", "1_expert", "6_nodes", "6_groups"],
 )
-def test_edges(E, cluster):
+def test_edge_cases(E, cluster):
     one_hot = torch.zeros(E)
     one_hot[E // 2] = 1
     load = torch.stack(
@@ -165,7 +167,7 @@ def test_edges(E, cluster):
 
 
 @needs_host
-def test_a_power_of_two_changes_nothing(seed):
+def test_scaled_by_a_power_of_two(seed):
     load = torch.rand(3, 256, generator=torch.Generator().manual_seed(seed)).double()
     want = deepkern.rebalance_experts(load, *CASES[0])[0]
     for factor in (2.0**1000, 2.0**-900):
@@ -238,3 +240,40 @@ def test_errors_name_the_argument(wrong, named, error):
     message = str(caught.value)
     assert message.startswith(f"rebalance_experts: {named}: expected "), message
     assert ", got " in message
+
+
+# LoadStatistics
+
+
+def test_decay_by_layer(device):
+    statistics = deepkern.LoadStatistics(2, 3, half_life=2, device=device)
+    one, two = torch.tensor([4, 0, 8], device=device), torch.tensor([0, 2, 0], device=device)
+    statistics.update(0, one.int())
+    for _ in range(2):
+        statistics.update(0, two)
+    want = torch.tensor([[2.0, 2 + 2 * 0.5**0.5, 4.0], [0, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(statistics.load.cpu(), want, rtol=1e-12, atol=0)
+    statistics.update(1, one.float())
+    assert statistics.load[1].tolist() == [4, 0, 8]
+
+
+def test_plan_follows_the_load():
+    """The expert with the most recent load gets the spare replicas."""
+    statistics = deepkern.LoadStatistics(1, 8, half_life=10)
+    for step in range(200):
+        tokens = torch.full((8,), 10)
+        tokens[2 if step < 100 else 5] = 1000
+        statistics.update(0, tokens)
+    logcnt = deepkern.rebalance_experts(statistics.load, 12, 1, 1, 4)[2]
+    assert logcnt[0].argmax() == 5 and logcnt[0, 5] >= 4 and logcnt[0, 2] == 1
+
+
+def test_errors_of_load_statistics():
+    statistics = deepkern.LoadStatistics(2, 3, half_life=2)
+    for wrong, named in (
+        (lambda: deepkern.LoadStatistics(2, 3, half_life=0), "half_life"),
+        (lambda: statistics.update(2, torch.ones(3)), "layer"),
+        (lambda: statistics.update(0, torch.ones(4)), "tokens_per_expert"),
+    ):
+        with pytest.raises(ValueError, match=f"^LoadStatistics: {named}: expected .*, got "):
+            wrong()

@@ -1,4 +1,4 @@
-"""route_topk: against transformers' gates, a Python loop, float64 autograd; ties, groups, NaN."""
+"""route_topk: against transformers, a Python loop and float64 autograd; ties, groups, NaN."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ NEVER = float("-inf")
 
 
 def distinct(generator: torch.Generator, T: int, E: int) -> torch.Tensor:
-    """Logits of which no two in a row are equal, far enough apart for their scores not to be."""
+    """Logits that differ enough within a row for their scores to differ."""
     device = generator.device
     order = torch.rand(T, E, generator=generator, device=device).argsort(1)
     return (order - E / 2) * (12 / E)
 
 
 def by_index(weights: torch.Tensor, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the order of the indices, to compare without regard to order."""
+    """Both sorted by index, to compare without regard to order."""
     idx, order = idx.sort(1)
     return weights.gather(1, order), idx
 
 
-# transformers' gates, from logits that these themselves computed.
+# Against transformers' gates, on the logits that they compute.
 
 
 def gate(version: str, generator: torch.Generator, **config):
@@ -102,7 +102,7 @@ PRESETS = {
         },
     ),
     "deepseek-v2-lite": ("v2", {"n_routed_experts": 64, "num_experts_per_tok": 6}),
-    # transformers' defaults are V3's, and V4's.
+    # The defaults of transformers are those of V3 and V4.
     "deepseek-v3": ("v3", {"num_experts_per_tok": 8}),
     "deepseek-v4": ("v4", {"num_experts_per_tok": 6}),
 }  # fmt: skip
@@ -110,7 +110,7 @@ PRESETS = {
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_presets(backend, name, generator):
-    """Each model's gate in transformers at the model's size; bitwise as the reference."""
+    """Against the gate of each model in transformers, at the size of the model."""
     version, config = PRESETS[name]
     logits, weights, idx, bias = gate(version, generator, **config)
     got = deepkern.route_topk(logits, bias, **deepkern.ROUTING[name])
@@ -137,9 +137,13 @@ def test_any_number_of_experts(backend, E, score, generator):
     torch.testing.assert_close(weights.sum(1), torch.ones(6, device=idx.device), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("num_groups", "topk_groups"), [(1, 1), (4, 2), (6, 1), (12, 5)])
+@pytest.mark.parametrize(
+    ("num_groups", "topk_groups"),
+    [(1, 1), (4, 2), (6, 1), (12, 5)],
+    ids=["1_of_1", "2_of_4", "1_of_6", "5_of_12"],
+)
 def test_against_a_loop(backend, num_groups, topk_groups, generator):
-    """Chooses as Python's sort does; many equal logits, so ties matter."""
+    """Against Python's sort, with many ties."""
     T, E, topk = 30, 24, 2
     logits = torch.randint(-6, 6, (T, E), generator=generator, device=generator.device).float()
     _, idx = deepkern.route_topk(
@@ -160,14 +164,14 @@ def test_order_is_descending_and_stable(backend, generator):
 
 
 @pytest.mark.parametrize("num_groups", [1, 4])
-def test_equal_scores_go_to_the_lowest_indices(backend, num_groups, device):
+def test_ties_go_to_the_lowest_index(backend, num_groups, device):
     logits = torch.full((3, 40), 0.7, device=device)
     weights, idx = deepkern.route_topk(logits, topk=8, num_groups=num_groups)
     assert idx.tolist() == [list(range(8))] * 3
     assert (weights == 0.125).all()
 
 
-def test_groups_by_their_two_best_or_by_their_best(backend, device):
+def test_group_score_top2_and_max(backend, device):
     logits = torch.tensor([[3.0, -3.0, -3.0, 1.0, 1.0, -3.0]], device=device)
     one = {"topk": 1, "num_groups": 2, "topk_groups": 1}
     assert deepkern.route_topk(logits, **one)[1].item() == 3  # 0.73 + 0.73 > 0.95 + 0.05
@@ -180,19 +184,19 @@ def test_groups_of_one_expert(backend, generator):
     assert torch.equal(idx, logits.topk(2).indices)
 
 
-def test_experts_of_other_groups_never_come(backend, device):
-    """All biased scores are negative: a mask of 0.0 instead of -inf would prefer the masked."""
+def test_dropped_groups_are_never_chosen(backend, device):
+    """All biased scores are negative: a mask of 0.0 instead of -inf would choose masked experts."""
     logits = torch.zeros(1, 8, device=device)
     bias = torch.tensor([-9.0, -9, -5, -5, -9, -9, -9, -9], device=device)
     _, idx = deepkern.route_topk(logits, bias, topk=2, num_groups=4)
     assert idx.tolist() == [[2, 3]]
-    bias[2] = NEVER  # and even -inf in the group comes before anything outside of it
+    bias[2] = NEVER  # -inf in the kept group ranks before all other groups
     bias[3] = 100.0
     _, idx = deepkern.route_topk(logits, bias, topk=2, num_groups=4, group_score="max")
     assert idx.tolist() == [[3, 2]]
 
 
-def test_bias_chooses_but_does_not_weigh(backend, device):
+def test_bias_is_not_in_the_weights(backend, device):
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], device=device)
     bias = torch.tensor([0.0, 0.0, 0.0, 10.0], device=device)
     weights, idx = deepkern.route_topk(logits, bias, topk=2, normalize=False, scale=3.0)
@@ -219,13 +223,13 @@ def test_nan_and_inf_stay_in_their_row(backend, score, bad, generator):
         compare.assert_bitwise(a[[0, 1, 3]], b[[0, 1, 3]])
 
 
-def test_rows_of_nothing_but_nan(backend, device):
+def test_rows_of_nan(backend, device):
     logits = torch.full((2, 10), torch.nan, device=device)
     weights, idx = deepkern.route_topk(logits, topk=3, num_groups=5, topk_groups=2)
     assert idx.tolist() == [[0, 1, 2]] * 2 and weights.isnan().all()
 
 
-def test_debug_names_the_row(backend, generator, monkeypatch):
+def test_debug_check(backend, generator, monkeypatch):
     monkeypatch.setenv("DEEPKERN_DEBUG", "1")
     logits = distinct(generator, 9, 8)
     deepkern.route_topk(logits, torch.zeros(8, device=logits.device), topk=2)
@@ -250,7 +254,7 @@ def test_strided_rows_and_other_dtypes(backend, generator):
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-def test_rows_do_not_see_each_other(backend, score, generator):
+def test_row_bits_independent_of_T(backend, score, generator):
     args = ops.inputs("route_topk", generator, T=21, E=48, topk=6, score=score)
     weights, idx = deepkern.route_topk(*args)
     for row in (0, 8, 20):
@@ -260,7 +264,7 @@ def test_rows_do_not_see_each_other(backend, score, generator):
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrtsoftplus"])
-def test_experts_may_be_renumbered(backend, score, generator):
+def test_permuted_experts(backend, score, generator):
     logits = distinct(generator, 9, 30)
     order = torch.randperm(30, generator=generator, device=generator.device)
     weights, idx = deepkern.route_topk(logits, topk=5, score=score)
@@ -299,7 +303,7 @@ def test_gradient(backend, score, normalize, generator):
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrtsoftplus"])
-def test_gradient_at_the_ends_of_the_range(backend, score, device):
+def test_gradient_of_extreme_logits(backend, score, device):
     logits = torch.tensor([[-150.0, -150.0, -150.0], [90.0, 0.0, -90.0]], device=device)
     idx = torch.tensor([[0, 1], [0, 2]], device=device)
     grad = torch.tensor([[1.0, -1.0], [1.0, 2.0]], device=device)
@@ -316,7 +320,7 @@ def test_gradient_of_hostile_indices(backend, device):
     assert got.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0.25]]
 
 
-# What it refuses
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -333,7 +337,7 @@ def test_gradient_of_hostile_indices(backend, device):
         ("topk", {"topk": 4, "num_groups": 4}),
     ],
 )
-def test_wrong_rules(backend, argument, wrong, device):
+def test_bad_arguments(backend, argument, wrong, device):
     with pytest.raises(ValueError, match=f"^route_topk: {argument}: expected .* got "):
         deepkern.route_topk(torch.zeros(2, 12, device=device), **{"topk": 2, **wrong})
 

@@ -1,4 +1,4 @@
-"""The scores' own exp and log1p: the same bits in the kernel and in PyTorch, and near float64."""
+"""score.py: the same bits in kernels and in PyTorch, near float64."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def apply(x_ptr, y_ptr, N, NAME: tl.constexpr, BLOCK: tl.constexpr):
 def apply_to_rows(x_ptr, y_ptr, pairs_ptr, N: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, N)[None, :]
     x = tl.load(x_ptr + row * N + column)
-    largest, total = score.softmax_sums(x)
-    y = score.scores(x, largest, total, "softmax")
+    row_max, row_sum = score.softmax_stats(x)
+    y = score.scores(x, row_max, row_sum, "softmax")
     tl.store(y_ptr + row * N + column, y)
     tl.store(pairs_ptr + row + tl.zeros((1,), tl.int32), sum_pairwise(y))
 
 
 def ulps(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest distance to float64 values, in units in the last place of float32."""
+    """The largest distance from float64 values, in units in the last place of float32."""
     size = want.float().abs()
     unit = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
     return ((got.double() - want).abs() / unit.double()).max().item()
@@ -53,7 +53,7 @@ def arguments(name: str, generator: torch.Generator, count: int) -> torch.Tensor
     special = torch.tensor(SPECIAL, device=device)
     if name == "exp":
         return torch.cat([special, -torch.rand(count, generator=generator, device=device) * 110])
-    if name == "log1p":  # of all magnitudes
+    if name == "log1p":  # all magnitudes
         exponent = torch.rand(count, generator=generator, device=device) * -140
         return torch.cat([special[:2].abs(), torch.tensor([1.0], device=device), exponent.exp2()])
     x = torch.randn(count, generator=generator, device=device) * 20
@@ -69,7 +69,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_kernel_and_reference_have_the_same_bits(name, generator):
+def test_kernel_bits_equal_reference(name, generator):
     x = arguments(name, generator, 60_000)
     got = torch.empty_like(x)
     apply[(triton.cdiv(len(x), 16384),)](
@@ -78,14 +78,14 @@ def test_kernel_and_reference_have_the_same_bits(name, generator):
     compare.assert_bitwise(got, getattr(reference, name)(x), name)
 
 
-# Seen: 0.97, 1.92, 2.40, 1.81. (torch.sigmoid on a CPU 2.46, sqrt(softplus) 1.44.)
+# Measured: 0.97, 1.92, 2.40, 1.81. (torch.sigmoid on a CPU 2.46, sqrt(softplus) 1.44.)
 @pytest.mark.parametrize(
     ("name", "bound"), [("exp", 1.1), ("log1p", 2.1), ("sigmoid", 2.6), ("sqrtsoftplus", 2.1)]
 )
 def test_near_float64(name, bound, generator):
     x = arguments(name, generator, 1_000_000)
     x = x[x.isfinite()]
-    if name == "sqrtsoftplus":  # below, exp(x) is subnormal and has fewer digits
+    if name == "sqrtsoftplus":  # for smaller x, exp(x) is subnormal and less precise
         x = x[x > -87]
     assert ulps(getattr(reference, name)(x), EXACT[name](x.double())) <= bound
 
@@ -112,7 +112,7 @@ def test_softmax_and_sum_in_rows(generator):
     torch.testing.assert_close(pairs[good], torch.ones(3, device=x.device), rtol=1e-6, atol=0)
 
 
-def test_softmax_does_not_depend_on_the_order_of_experts(generator):
+def test_softmax_of_permuted_experts(generator):
     x = torch.randn(4, 256, generator=generator, device=generator.device) * 4
     order = torch.randperm(256, generator=generator, device=generator.device)
     compare.assert_bitwise(reference.softmax(x)[:, order], reference.softmax(x[:, order]))

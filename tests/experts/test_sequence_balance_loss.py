@@ -1,4 +1,4 @@
-"""sequence_balance_loss: the report's equations one by one, the model's loss, float64 gradients."""
+"""sequence_balance_loss: the report's equations, the model's loss, gradients in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def equations(logits, topk_idx, score, alpha) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("score", list(SCORES))
-@pytest.mark.parametrize(("B", "S", "E", "topk"), [(2, 7, 5, 2), (1, 70, 3, 3), (3, 33, 12, 1)])
+@pytest.mark.parametrize(
+    ("B", "S", "E", "topk"),
+    [(2, 7, 5, 2), (1, 70, 3, 3), (3, 33, 12, 1)],
+    ids=["one_chunk", "three_chunks", "three_sequences"],
+)
 def test_equations(backend, score, B, S, E, topk, generator):
     logits, idx, *rule = ops.inputs(
         "sequence_balance_loss", generator, B=B, S=S, E=E, topk=topk, score=score, none=0.2
@@ -48,22 +52,22 @@ def test_equations(backend, score, B, S, E, topk, generator):
 
 
 @pytest.mark.parametrize("score", list(SCORES))
-def test_gradient_by_differences(score, generator):
-    """The gradient against differences of the equations, which know nothing of it."""
+def test_gradient_by_finite_differences(score, generator):
+    """The gradient against central differences of the equations."""
     logits, idx, *rule = ops.inputs(
         "sequence_balance_loss", generator, B=2, S=3, E=4, topk=2, score=score
     )
     x, step = logits.requires_grad_(), 1e-5
     (got,) = torch.autograd.grad(deepkern.sequence_balance_loss(x, idx, *rule), x)
     for at in ((0, 0, 0), (1, 2, 3), (0, 1, 2)):
-        moved = torch.zeros_like(x, dtype=torch.float64)
-        moved[at] = step
-        up, down = (equations(x.detach().double() + d, idx, *rule) for d in (moved, -moved))
+        delta = torch.zeros_like(x, dtype=torch.float64)
+        delta[at] = step
+        up, down = (equations(x.detach().double() + d, idx, *rule) for d in (delta, -delta))
         assert got[at].item() == pytest.approx((up - down).item() / (2 * step), rel=1e-3, abs=1e-9)
 
 
-def test_as_the_model_trains(backend, generator):
-    """model/plain.py, whose loss is without alpha."""
+def test_equals_the_loss_of_the_model(backend, generator):
+    """model/plain.py, whose loss has no alpha."""
     logits, idx, *_ = ops.inputs("sequence_balance_loss", generator, B=2, S=40, E=16, topk=3)
     order = torch.rand(2, 40, 16, generator=generator, device=logits.device).argsort(2)
     idx = order[..., :3].contiguous()
@@ -79,7 +83,7 @@ def test_even_load_costs_alpha(backend, device):
     assert loss.item() == pytest.approx(0.25)
 
 
-def test_sequences_do_not_see_each_other(backend, generator):
+def test_sequences_are_independent(backend, generator):
     logits, idx, *rule = ops.inputs("sequence_balance_loss", generator, B=3, S=20, E=6, topk=2)
     losses = [
         deepkern.sequence_balance_loss(logits[b, None], idx[b, None], *rule) for b in range(3)
@@ -88,13 +92,13 @@ def test_sequences_do_not_see_each_other(backend, generator):
     assert together.item() == pytest.approx(sum(loss.item() for loss in losses) / 3)
 
 
-def test_hostile_indices_count_for_nothing(backend, generator):
+def test_hostile_indices_are_ignored(backend, generator):
     logits, idx, *rule = ops.inputs(
         "sequence_balance_loss", generator, B=1, S=4, E=5, topk=2, none=0.0
     )
     idx[0, :, 1] = torch.tensor([-1, 5, 2**63 - 1, -(2**63)], device=idx.device)
     loss = deepkern.sequence_balance_loss(logits, idx, *rule)
-    # Half of the places are empty, and topk counts them all.
+    # Half of the slots are invalid, and the factor 1 / topk counts all slots.
     alone = deepkern.sequence_balance_loss(logits, idx[..., :1].contiguous(), *rule)
     assert loss.item() == pytest.approx(alone.item() / 2)
 
@@ -108,7 +112,7 @@ def test_strided_logits_and_int32(backend, generator):
 
 
 @pytest.mark.parametrize("order", ["reverse", "random:3"])
-def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
+def test_any_order_of_programs(order, generator, monkeypatch):
     args = ops.inputs("sequence_balance_loss", generator, B=3, S=70, E=6, topk=2)
     with deepkern.backend("triton"):
         want = deepkern.sequence_balance_loss(*args)
@@ -116,7 +120,7 @@ def test_order_of_programs_does_not_matter(order, generator, monkeypatch):
         compare.assert_bitwise(deepkern.sequence_balance_loss(*args), want)
 
 
-def test_wrong_score(backend, device):
+def test_bad_score(backend, device):
     with pytest.raises(ValueError, match="sequence_balance_loss: score: expected 'sigmoid' or"):
         deepkern.sequence_balance_loss(
             torch.zeros(1, 1, 2, device=device), torch.zeros(1, 1, 1, device=device).long(), "relu"

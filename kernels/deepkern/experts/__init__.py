@@ -1,1 +1,1 @@
-"""Mixture of experts: routing tokens to experts, and their way there and back."""
+"""Mixture of experts: routing, dispatch, combine, expert parallelism, load balancing."""

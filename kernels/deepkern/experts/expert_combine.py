@@ -1,14 +1,19 @@
-"""Combine: a token's rows back from its experts, weighted and summed.
+"""Combine: gathers each token's rows from its experts and sums them with weights.
 
     out[t] = Σ_j topk_weights[t, j] · y[handle[t, j]]  (+ shared[t])
 
-in fp32, slot after slot and the shared expert last, with one rounding at the end, so that a token's
-bits depend on nothing but its own rows. Cut: a program takes TOKENS tokens by BLOCK_K columns, and
-loads up to SLOTS rows of each before it waits for one. (topk + 1) rows are moved for a token, at
-the speed of memory.
+The sum is in fp32, in the order of the slots, with the shared expert last and one rounding at the
+end. A token's bits depend on its own rows only.
 
-The backward pass goes the other way: a program takes one slot of TOKENS tokens, writes w · grad to
-the slot's rows of y's gradient and sums <grad, y>. The other programs clear the rows of no slot.
+Parallelization: one program sums TOKENS tokens x BLOCK_K columns. It loads up to SLOTS rows of a
+token before it uses the first.
+
+Limit: memory bandwidth, (topk + 1) rows per token.
+
+Backward: one program processes one slot of TOKENS tokens. It writes w · grad to the slot's rows of
+grad_y and reduces <grad, y>. Further programs clear the rows that no slot names.
+
+Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2, defines the layer.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ from torch import Tensor
 from ..arithmetic import cdiv
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .rows import BLOCK_K, TOKENS, ZERO_ROWS, check_assignments, slots_in_flight, zero_rows
+from .checks import check_assignments, check_indices
+from .rows import BLOCK_K, TOKENS, ZERO_ROWS, slots_in_flight, zero_rows
 
 
 @op(
@@ -33,27 +39,31 @@ from .rows import BLOCK_K, TOKENS, ZERO_ROWS, check_assignments, slots_in_flight
 def expert_combine(
     y: Tensor, topk_weights: Tensor, handle: Tensor, shared: Tensor | None = None
 ) -> Tensor:
-    """Sums each token's rows of `y` with its weights.
+    """Sums the rows of `y` that belong to each token, with its weights.
+
+        out = deepkern.expert_combine(y, topk_weights, handle)
 
     Args:
-        y: bf16, fp16 or fp32 [rows, K], what the experts made of `expert_dispatch`'s rows.
+        y: bf16, fp16 or fp32 [rows, K], the experts' outputs for the rows of `expert_dispatch`.
         topk_weights: real [T, topk]; rows may be strided.
-        handle: int32 [T, topk] from `expert_dispatch`. A row outside [0, rows) (-1 by convention)
-            contributes nothing, whatever its weight is.
-        shared: real [T, K], what the shared expert made of the tokens, added in fp32 before the
-            one rounding; rows may be strided.
+        handle: int32 [T, topk] from `expert_dispatch`. Rows outside [0, rows) (use -1) are
+            ignored, whatever their weights are.
+        shared: real [T, K], the output of the shared expert, added in fp32 before the rounding;
+            rows may be strided.
 
     Returns:
         [T, K] in the dtype of `y`; 0, or `shared`, for a token without rows.
 
-    The gradient goes to `y`, `topk_weights` and `shared`. That of `y` takes each row to be named at
-    most once, as in `expert_dispatch`'s handles: of several slots that name a row one counts, the
-    last. DEEPKERN_DEBUG=1 raises for a row outside [-1, rows) and, going back, for one named twice.
+    The gradient goes to `y`, `topk_weights` and `shared`. That of `y` requires that each row is
+    named at most once, as in the handles of `expert_dispatch`: if several slots name one row, the
+    last slot counts. DEEPKERN_DEBUG=1 raises for a row outside [-1, rows) and, in the backward
+    pass, for a row named twice.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument violates the rules above.
     """
     check_assignments("expert_combine", "handle", handle)
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return y.new_empty((handle.shape[0], y.shape[1]))
 
 
@@ -68,7 +78,10 @@ def _launch_triton(
 def sum_rows(
     y: Tensor, weights: Tensor | None, handle: Tensor, out: Tensor, shared: Tensor | None = None
 ) -> Tensor:
-    """Writes Σ_j weights[t, j] · y[handle[t, j]] + shared[t]; without weights they are 1."""
+    """Writes Σ_j weights[t, j] · y[handle[t, j]] + shared[t] to `out` and returns it.
+
+    All weights are 1 if `weights` is None.
+    """
     (T, topk), (rows, K) = handle.shape, y.shape
     if out.numel() == 0:
         return out
@@ -84,43 +97,50 @@ def sum_rows(
 @expert_combine.op.register_debug_check
 def check_contents(y: Tensor, topk_weights: Tensor, handle: Tensor, *_) -> None:
     """For DEEPKERN_DEBUG=1: every entry of the handle is a row or -1."""
-    _check_rows("expert_combine", handle, y.shape[0])
-
-
-def _check_rows(name: str, handle: Tensor, rows: int) -> None:
-    wrong = ((handle < -1) | (handle >= rows)).nonzero().tolist()
-    got = f"{handle[tuple(wrong[0])].item()} at {tuple(wrong[0])}" if wrong else None
-    check_that(name, "handle", not wrong, f"values in [-1, {rows})", got)
+    check_indices("expert_combine", "handle", handle, y.shape[0])
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def expert_combine_kernel(
-    y_ptr, weights_ptr, handle_ptr, shared_ptr, out_ptr, T, topk, rows, K,
-    y_row, weights_row, handle_row, shared_row,
-    TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
+    y_ptr,  # real [rows, K]
+    weights_ptr,  # real [T, topk], or None for weights of 1
+    handle_ptr,  # int32 [T, topk], the row of each slot
+    shared_ptr,  # real [T, K], or None
+    out_ptr,  # real [T, K], contiguous
+    T,  # tokens
+    topk,
+    rows,  # of y; other values in the handle are ignored
+    K,  # columns
+    y_stride,  # elements between rows of y, as the strides below
+    weights_stride,
+    handle_stride,
+    shared_stride,
+    TOKENS: tl.constexpr,  # tokens per program
+    BLOCK_K: tl.constexpr,  # columns per program
+    SLOTS: tl.constexpr,  # slots unrolled
+):
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-    inside = (token < T) & (column < K)
+    out_mask = (token < T) & (column < K)
     sum = tl.zeros((TOKENS, BLOCK_K), tl.float32)
     for first in range(0, topk, SLOTS):
         for j in tl.static_range(SLOTS):
             slot = first + j
-            has_slot = (token < T) & (slot < topk)
-            row = tl.load(handle_ptr + token * handle_row + slot, mask=has_slot, other=-1)
-            there = (row >= 0) & (row < rows)  # [TOKENS, 1]
-            y_tile = y_ptr + row.to(tl.int64) * y_row + column
-            y = tl.load(y_tile, mask=inside & there, other=0.0).to(tl.float32)
+            slot_mask = (token < T) & (slot < topk)
+            row = tl.load(handle_ptr + token * handle_stride + slot, mask=slot_mask, other=-1)
+            row_mask = (row >= 0) & (row < rows)  # [TOKENS, 1]
+            y_tile = y_ptr + row.to(tl.int64) * y_stride + column
+            y = tl.load(y_tile, mask=out_mask & row_mask, other=0.0).to(tl.float32)
             if weights_ptr is None:
                 sum += y
             else:
-                w = tl.load(weights_ptr + token * weights_row + slot, mask=there, other=0.0)
+                w = tl.load(weights_ptr + token * weights_stride + slot, mask=row_mask, other=0.0)
                 w = tl.broadcast_to(w.to(tl.float32), (TOKENS, BLOCK_K))
                 sum = tl.fma(w, y, sum)
     if shared_ptr is not None:
-        shared = tl.load(shared_ptr + token * shared_row + column, mask=inside, other=0.0)
+        shared = tl.load(shared_ptr + token * shared_stride + column, mask=out_mask, other=0.0)
         sum += shared.to(tl.float32)
-    tl.store(out_ptr + token * K + column, sum.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + token * K + column, sum.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 @op(
@@ -134,27 +154,33 @@ def expert_combine_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `expert_combine` with respect to `y` and `topk_weights`.
 
+        grad_y, grad_weights = deepkern.expert_combine_backward(grad, y, topk_weights, handle)
+
     Args:
         grad: real [T, K], of the output.
         y, topk_weights, handle: as in the forward pass; each row named at most once.
 
     Returns:
-        grad_y: [rows, K] in the dtype of `y`: topk_weights[t, j] · grad[t] in the row that
-            handle[t, j] names, 0 in rows that none does.
-        grad_weights: fp32 [T, topk]: <grad[t], y[handle[t, j]]>, 0 where there is no row.
+        grad_y: [rows, K] in the dtype of `y`: topk_weights[t, j] · grad[t] in row handle[t, j],
+            0 in the rows that no slot names.
+        grad_weights: fp32 [T, topk]: <grad[t], y[handle[t, j]]>, 0 for slots without a row.
+
+    Raises:
+        TypeError, ValueError: an argument violates the rules above.
     """
     check_assignments("expert_combine_backward", "handle", handle)
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return y.new_empty(y.shape), y.new_empty(handle.shape, dtype=torch.float32)
 
 
 @expert_combine_backward.op.register_debug_check
 def check_contents_backward(grad: Tensor, y: Tensor, topk_weights: Tensor, handle: Tensor) -> None:
-    """For DEEPKERN_DEBUG=1: so, and no row is named twice."""
-    _check_rows("expert_combine_backward", handle, y.shape[0])
-    named, times = handle[handle >= 0].unique(return_counts=True)
-    twice = named[times > 1].tolist()
-    expected = "each row named at most once"
-    check_that("expert_combine_backward", "handle", not twice, expected, f"rows {twice[:8]} again")
+    """For DEEPKERN_DEBUG=1: every entry of the handle is a row or -1, and no row is named twice."""
+    check_indices("expert_combine_backward", "handle", handle, y.shape[0])
+    rows, counts = handle[handle >= 0].unique(return_counts=True)
+    repeated = rows[counts > 1].tolist()
+    check_that("expert_combine_backward", "handle", not repeated, "each row named at most once",
+               f"rows {repeated[:8]} again")  # fmt: skip
 
 
 @expert_combine_backward.op.register_launcher("triton")
@@ -163,60 +189,83 @@ def _launch_backward_triton(
 ) -> tuple[Tensor, Tensor]:
     grad_y, grad_weights = expert_combine_backward.op.allocate(grad, y, topk_weights, handle)
     (T, topk), (rows, K) = handle.shape, y.shape
-    owner = torch.full((rows,), -1, dtype=torch.int32, device=y.device)  # the slot that names a row
+    owner = torch.full((rows,), -1, dtype=torch.int32, device=y.device)
     if handle.numel() and rows:
-        own_kernel[(cdiv(T * topk, 1024),)](
+        expert_combine_backward_owner_kernel[(cdiv(T * topk, 1024),)](
             handle, owner, T * topk, topk, rows, handle.stride(0), BLOCK=1024
-        )  # fmt: skip
-    slots = cdiv(T, TOKENS) * topk
-    programs = slots + cdiv(rows, ZERO_ROWS)
+        )
+    slot_programs = cdiv(T, TOKENS) * topk
+    programs = slot_programs + cdiv(rows, ZERO_ROWS)
     if programs:
         expert_combine_backward_kernel[(programs,)](
-            grad, y, topk_weights, handle, owner, grad_y, grad_weights, T, topk, rows, K, slots,
-            grad.stride(0), y.stride(0), topk_weights.stride(0), handle.stride(0),
+            grad, y, topk_weights, handle, owner, grad_y, grad_weights, T, topk, rows, K,
+            slot_programs, grad.stride(0), y.stride(0), topk_weights.stride(0), handle.stride(0),
             TOKENS=TOKENS, BLOCK_K=BLOCK_K, ZERO_ROWS=ZERO_ROWS, num_warps=8,
         )  # fmt: skip
     return grad_y, grad_weights
 
 
 @triton.jit(do_not_specialize=["count", "rows"])
-def own_kernel(handle_ptr, owner_ptr, count, topk, rows, handle_row, BLOCK: tl.constexpr):
-    """owner[row] = the last of the slots that name it; a maximum does not ask in which order."""
+def expert_combine_backward_owner_kernel(
+    handle_ptr,  # int32 [T, topk], the row of each slot
+    owner_ptr,  # int32 [rows], -1 at first: the last slot t * topk + j that names each row
+    count,  # T * topk
+    topk,
+    rows,
+    handle_stride,  # elements between rows of the handle
+    BLOCK: tl.constexpr,  # slots per program
+):
+    # The atomic maximum gives the same result in any order of the programs.
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    handle_tile = handle_ptr + (i // topk).to(tl.int64) * handle_row + i % topk
+    handle_tile = handle_ptr + (i // topk).to(tl.int64) * handle_stride + i % topk
     row = tl.load(handle_tile, mask=i < count, other=-1)
-    there = (row >= 0) & (row < rows)
-    tl.atomic_max(owner_ptr + row, i, mask=there, sem="relaxed")
+    tl.atomic_max(owner_ptr + row, i, mask=(row >= 0) & (row < rows), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["T", "rows", "slots"])
+@triton.jit(do_not_specialize=["T", "rows", "slot_programs"])
 def expert_combine_backward_kernel(
-    grad_ptr, y_ptr, weights_ptr, handle_ptr, owner_ptr, grad_y_ptr, grad_weights_ptr,
-    T, topk, rows, K, slots, grad_row, y_row, weights_row, handle_row,
-    TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, ZERO_ROWS: tl.constexpr,
-):  # fmt: skip
-    """The first `slots` programs take one slot of TOKENS tokens each, the others clear rows."""
+    grad_ptr,  # real [T, K], of the output
+    y_ptr,  # real [rows, K]
+    weights_ptr,  # real [T, topk]
+    handle_ptr,  # int32 [T, topk], the row of each slot
+    owner_ptr,  # int32 [rows], the slot t * topk + j that writes each row, -1 for none
+    grad_y_ptr,  # real [rows, K], contiguous, written
+    grad_weights_ptr,  # fp32 [T, topk], contiguous, written
+    T,  # tokens
+    topk,
+    rows,
+    K,  # columns
+    slot_programs,  # programs that process one slot of TOKENS tokens; the others clear rows
+    grad_stride,  # elements between rows of grad, as the strides below
+    y_stride,
+    weights_stride,
+    handle_stride,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # columns per step
+    ZERO_ROWS: tl.constexpr,  # rows per clearing program
+):
     column = tl.arange(0, BLOCK_K)
-    if tl.program_id(0) >= slots:
-        first = (tl.program_id(0) - slots) * ZERO_ROWS
+    if tl.program_id(0) >= slot_programs:
+        first = (tl.program_id(0) - slot_programs) * ZERO_ROWS
         for start in range(0, K, BLOCK_K):
             zero_rows(grad_y_ptr, owner_ptr, rows, K, first, start + column, ZERO_ROWS, BLOCK_K)
     else:
-        # The slots of a token run side by side, so that its gradient is read from memory once.
+        # Programs of the same tokens are adjacent: they read the gradient from memory once.
         slot = tl.program_id(0) % topk
         token = (tl.program_id(0) // topk * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
-        row = tl.load(handle_ptr + token * handle_row + slot, mask=token < T, other=-1)
-        there = (row >= 0) & (row < rows)  # [TOKENS, 1]
-        owner = tl.load(owner_ptr + row, mask=there, other=-1)
-        owns = there & (owner == token * topk + slot)
-        w = tl.load(weights_ptr + token * weights_row + slot, mask=there, other=0.0).to(tl.float32)
+        row = tl.load(handle_ptr + token * handle_stride + slot, mask=token < T, other=-1)
+        row_mask = (row >= 0) & (row < rows)  # [TOKENS, 1]
+        owner = tl.load(owner_ptr + row, mask=row_mask, other=-1)
+        owns = row_mask & (owner == token * topk + slot)
+        w = tl.load(weights_ptr + token * weights_stride + slot, mask=row_mask, other=0.0)
+        w = w.to(tl.float32)
         row = row.to(tl.int64)
         dot = tl.zeros((TOKENS, BLOCK_K), tl.float32)
         for start in range(0, K, BLOCK_K):
             k = (start + column)[None, :]
-            inside = there & (k < K)
-            grad = tl.load(grad_ptr + token * grad_row + k, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(y_ptr + row * y_row + k, mask=inside, other=0.0).to(tl.float32)
+            mask = row_mask & (k < K)
+            grad = tl.load(grad_ptr + token * grad_stride + k, mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + row * y_stride + k, mask=mask, other=0.0).to(tl.float32)
             dot = tl.fma(grad, y, dot)
             grad_y = (w * grad).to(grad_y_ptr.dtype.element_ty)
             tl.store(grad_y_ptr + row * K + k, grad_y, mask=owns & (k < K))

@@ -1,12 +1,14 @@
-"""How many of the tokens go to each expert.
+"""The number of tokens that go to each expert.
 
     load[e] = #{(t, j): topk_idx[t, j] = e}
 
-Cut: the first two launches of dispatch (`placement.py`): histograms of 256 assignments, then their
-sums. Without atomics; 4 or 8 bytes an assignment, and launching is what takes the time.
+Parallelization: the first two launches of dispatch (`rows.py`): one program per histogram of 256
+assignments, then one per 16 experts for the sums over histograms. No atomics.
 
-Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2, on which the selection bias
-is steered; DeepSeek's EPLB places experts by it.
+Limit: launch latency. 4 or 8 bytes are read per assignment.
+
+Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2, which updates the routing
+bias from this load; DeepSeek's EPLB places experts by it.
 """
 
 from __future__ import annotations
@@ -16,26 +18,29 @@ from torch import Tensor
 
 from ..runtime.contract import check_that
 from ..runtime.op import op
-from .placement import count
-from .rows import check_assignments
+from .checks import check_assignments
+from .rows import count_assignments
 
 
 @op(topk_idx="int64|int32 [T, topk]")
 def expert_load(topk_idx: Tensor, num_experts: int) -> Tensor:
     """Counts the assignments to each expert.
 
+        load = deepkern.expert_load(topk_idx, num_experts=256)
+
     Args:
-        topk_idx: int64 or int32 [T, topk]; whatever is not in [0, num_experts) is no expert.
+        topk_idx: int64 or int32 [T, topk]; indices outside [0, num_experts) are ignored.
         num_experts: E.
 
     Returns:
-        int32 [E]. (`expert_dispatch` returns the same, where tokens are dispatched anyway.)
+        int32 [E]. `expert_dispatch` returns the same tensor as `tokens_per_expert`.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument violates the rules above.
     """
     check_that("expert_load", "num_experts", num_experts >= 1, "at least 1", num_experts)
     check_assignments("expert_load", "topk_idx", topk_idx)
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return topk_idx.new_empty(num_experts, dtype=torch.int32)
 
 
@@ -44,5 +49,5 @@ def _launch_triton(topk_idx: Tensor, num_experts: int) -> Tensor:
     load = expert_load.op.allocate(topk_idx, num_experts)
     if topk_idx.numel() == 0:
         return load.zero_()
-    count(topk_idx, load)
+    count_assignments(topk_idx, load)
     return load

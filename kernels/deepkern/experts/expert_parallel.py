@@ -1,20 +1,21 @@
-"""Expert parallelism: the experts of a layer live on several ranks, and tokens travel to them.
+"""Expert parallelism: the experts of a layer are distributed over ranks; tokens are sent to them.
 
     rows, scale, group_index, counts, handle = ep.dispatch(x, topk_idx, topk_weights, x_scale)
     y = ...                                      # this rank's experts, over rows sorted by expert
     out = ep.combine(y, handle)                  # [T, K], weighted and summed
 
-Cut: a token's row goes to each rank that has experts of it, once (links.py); `expert_dispatch`
-sorts the rows that came by expert. On the way back a rank weights and sums the rows of a token it
-has (`expert_combine`) and returns one row, and those of all ranks are summed in fp32 in the order
-of the ranks. With nodes there are two such hops: to the rank of the same place in each node that
-has experts of the token, and from there within the node; a token crosses between two nodes once.
+Parallelization: a token's row is sent once to each rank that owns experts of it (links.py), and
+`expert_dispatch` sorts the received rows by expert. In combine, a rank weights and sums its
+rows of a token (`expert_combine`) and returns one row; the rows of all ranks are summed in fp32 in
+rank order. With nodes there are two such hops: to the rank with the same local rank on each node
+that owns experts of the token, and from there within the node. A token crosses between two nodes
+once.
 
-What limits the speed is the wire: K bytes of FP8, or 2·K of bf16, and 8·topk bytes of indices and
-weights, for each rank a token goes to. A sparse exchange has to know how much comes: each dispatch
-waits on the host for the row counts of all ranks, in one exchange.
+Limit: the interconnect. For each rank that a token goes to, K bytes of FP8 or 2·K of bf16 are sent,
+and 8·topk bytes of indices and weights. Receive sizes depend on the data: each dispatch waits on
+the host for the row counts of all ranks, in one exchange.
 
-Sources: the DeepSeek-V3 report (arXiv 2412.19437), section 3.2; DeepEP's interface.
+Source: the DeepSeek-V3 report (arXiv 2412.19437), section 3.2; DeepEP's interface.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..runtime.contract import Contract, check_that
+from .checks import check_divisors, check_indices, check_ints, check_type
 from .exchange import Exchange
 from .expert_combine import expert_combine
-from .expert_dispatch import check_contents, expert_dispatch
+from .expert_dispatch import expert_dispatch
 from .links import Hop, Link, Return, start_return
 from .peer_memory import connect
 
-TIMEOUT = 300.0  # seconds, where the group's own is longer
+MAX_TIMEOUT = 300.0  # seconds, the default if the group's own timeout is longer
 
 DISPATCH = Contract(
     "ExpertParallel.dispatch",
-    optional=("topk_weights", "x_scale"),
+    optional=("x_scale",),
     x="real|fp8 [T, K]",
     topk_idx="int64|int32 [T, topk]",
     topk_weights="real [T, topk] strided",
@@ -51,54 +53,58 @@ COMBINE = Contract("ExpertParallel.combine", y="real [rows, K]")
 
 @dataclass(frozen=True)
 class DispatchHandle:
-    """What `combine` needs to know of a `dispatch`."""
+    """The state of a `dispatch` that `combine` needs."""
 
     owner: ExpertParallel
     links: tuple[Link, ...]
-    rows: Tensor  # int32 [tokens that came, topk], the row of each, -1 for none here
-    weights: Tensor  # fp32 [tokens that came, topk]
-    num_rows: int  # of the dispatched rows
+    rows: Tensor  # int32 [received tokens, topk], the row of each slot, -1 for none on this rank
+    weights: Tensor  # fp32 [received tokens, topk]
+    num_rows: int  # rows that `dispatch` returned
 
 
 class Pending:
-    """The outcome of a call that is under way; `wait()` completes the call and returns it."""
+    """A call in progress; `wait()` completes it and returns its result."""
 
     def __init__(self, finish: Callable):
-        self._finish, self._outcome = finish, None
+        self._finish, self._result = finish, None
 
     def wait(self):
         if self._finish is not None:
             finish, self._finish = self._finish, None
-            self._outcome = finish()
-        return self._outcome
+            self._result = finish()
+        return self._result
 
 
 class ExpertParallel:
     """Dispatch and combine over the ranks of a torch.distributed group, gloo or NCCL.
 
-    All ranks make it with the same arguments and then call it in step, ranks without tokens too
-    (T = 0). Rank r owns the experts `local_experts`: E / size each, in order, the first E % size
-    ranks one more.
+        ep = deepkern.ExpertParallel(None, num_experts=256, ranks_per_node=8)
+        rows, scale, group_index, counts, handle = ep.dispatch(x, topk_idx, topk_weights, x_scale)
+        out = ep.combine(experts(rows, scale, group_index), handle)
+
+    All ranks construct it with the same arguments and then make the same calls in the same order,
+    also ranks without tokens (T = 0). Rank r owns the experts `local_experts`: E / size
+    consecutive experts, one more on the first E % size ranks.
 
     Args:
         group: the ranks: a process group, a DeviceMesh of one dimension, or one of two, (nodes,
             ranks per node). None is the group of all ranks.
         num_experts: E.
-        ranks_per_node: the ranks of a group lie so many to a node, in order. Tokens then go in two
-            hops, and cross between two nodes once. All ranks of the group must make the object at
-            the same time. A DeviceMesh of two dimensions says so itself.
-        timeout: seconds that a call may wait for other ranks; by default as long as the group
-            itself would, at most 300.
-        peer_buffer: bytes of memory on this GPU, the same on all ranks, into which the others write
-            their rows themselves, in place of an all_to_all: for ranks that share NVLink or one GPU
-            (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1). Of two hops, the one within the node goes
-            through it. A rank may send another one 1 / (2 · ranks) of it at a time. At most two
-            calls may be under way, and each waits on the host for its rows.
+        ranks_per_node: consecutive ranks of the group on one node. Tokens then go in two hops, and
+            cross between two nodes once. All ranks of the group must construct the object at the
+            same time. Not allowed with a DeviceMesh, whose second dimension states it.
+        timeout: seconds that a call may wait for other ranks; by default the timeout of the group,
+            at most 300.
+        peer_buffer: bytes of memory on this GPU, equal on all ranks, to which the other ranks write
+            their rows in place of an all_to_all: for ranks that share NVLink or one GPU
+            (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1). With two hops, the hop within the node
+            uses it. A rank can send 1 / (2 · ranks) of it to another rank at a time. At most two
+            calls may be pending, and each waits on the host for its rows.
 
     Raises:
-        ValueError, TypeError: an argument is not as above.
+        TypeError, ValueError: an argument violates the rules above.
         ExpertParallelError: from `dispatch`, `combine` and their gradients: another rank did not
-            answer in time, has ended, or is at another call or was given something else; the
+            answer in time, has ended, or made another call or the call with other arguments. The
             message names the group and those ranks. The object cannot be used afterwards.
     """
 
@@ -111,6 +117,7 @@ class ExpertParallel:
         peer_buffer: int = 0,
     ):
         name = "ExpertParallel"
+        check_ints(name, num_experts=num_experts, peer_buffer=peer_buffer)
         check_that(name, "num_experts", num_experts >= 1, "at least 1", num_experts)
         check_that(name, "timeout", timeout is None or timeout > 0, "more than 0", timeout)
         groups, shape, position = _groups(name, group, ranks_per_node, timeout)
@@ -121,18 +128,18 @@ class ExpertParallel:
             exchanges[-1].memory = connect(groups[-1], peer_buffer, exchanges[-1].timeout)
         size = shape[0] * shape[1]
         rank = position[0] * shape[1] + position[1]
-        share, more = divmod(num_experts, size)
-        start = [r * share + min(r, more) for r in range(size + 1)]
+        per_rank, remainder = divmod(num_experts, size)
+        start = [r * per_rank + min(r, remainder) for r in range(size + 1)]
         self.num_experts, self.size, self.rank = num_experts, size, rank
         self.local_experts = range(start[rank], start[rank + 1])
         owner = torch.repeat_interleave(
             torch.arange(size, dtype=torch.int32), torch.tensor(start).diff()
         )
         targets = [owner] if len(exchanges) == 1 else [owner // shape[1], owner % shape[1]]
-        self._hops = [Hop(e, target) for e, target in zip(exchanges, targets, strict=True)]
+        self.hops = [Hop(e, target) for e, target in zip(exchanges, targets, strict=True)]
 
     def __repr__(self) -> str:
-        hops = " then ".join(str(hop.exchange) for hop in self._hops)
+        hops = " then ".join(str(hop.exchange) for hop in self.hops)
         return f"ExpertParallel({hops}, num_experts={self.num_experts})"
 
     def dispatch(
@@ -144,53 +151,55 @@ class ExpertParallel:
         alignment: int = 1,
         async_op: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, DispatchHandle] | Pending:
-        """Sends tokens to the ranks of their experts; returns those that came here, by expert.
+        """Sends tokens to the ranks of their experts; returns the received ones by expert.
 
         Args:
-            x: bf16, fp16, fp32 or float8_e4m3fn [T, K]; T differs between ranks, K does not.
-            topk_idx: int64 or int32 [T, topk], experts of all ranks. Whatever is not in
-                [0, num_experts) is no expert. An expert may come twice.
-            topk_weights: real [T, topk]; they travel along, for `combine`.
+            x: bf16, fp16, fp32 or float8_e4m3fn [T, K]; T may differ between ranks, K may not.
+            topk_idx: int64 or int32 [T, topk], experts of all ranks. Indices outside
+                [0, num_experts) are ignored. Duplicates are allowed.
+            topk_weights: real [T, topk]; sent along with the tokens, for `combine`.
             x_scale: fp32 [T, ceil(K / 128)], any strides: the scales of an FP8 `x`.
-            alignment: the rows of each expert start at a multiple of this.
-            async_op: return at once, with the rows of the first hop under way, a `Pending` whose
-                `wait()` returns the tuple. Calls are waited for in the order they were made.
+            alignment: each expert's first row is a multiple of it.
+            async_op: start the first hop and return a `Pending`, whose `wait()` returns the tuple.
+                Wait for calls in the order in which they were made.
 
         Returns:
-            x: [rows, K] in the dtype of `x`, sorted by expert, within an expert by (rank it came
-                from, token, slot), as `expert_dispatch` would give them for all tokens together;
-                after two hops by (place in the node, node, token, slot).
+            x: [rows, K] in the dtype of `x`, sorted by expert, within an expert by (source rank,
+                token, slot), as `expert_dispatch` sorts the tokens of all ranks; with two hops by
+                (local rank of the source, node, token, slot).
             scale: fp32 [rows, ceil(K / 128)], or None without `x_scale`.
-            group_index: int32 [rows], the expert of each row, counted from `local_experts`; -1 and
-                zeros in x and scale for rows that alignment adds.
+            group_index: int32 [rows], the expert of each row minus `local_experts.start`; -1 for
+                rows that alignment adds, whose x and scale are 0.
             tokens_per_expert: int32 [len(local_experts)].
             handle: for `combine`.
 
-        The gradients go to a real `x` and to `topk_weights`, by an exchange the other way. All
-        ranks must then run their backward pass, those without tokens too.
+        The gradients go to a real `x` and to `topk_weights`, by an exchange in the other direction.
+        All ranks must then run their backward pass, also ranks without tokens.
+
+        Raises:
+            TypeError, ValueError: an argument violates the rules above.
+            ExpertParallelError: another rank is missing or out of step.
         """
         name = "ExpertParallel.dispatch"
-        for argument, tensor in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights)):
-            if tensor is None:
-                raise TypeError(f"{name}: {argument}: expected a Tensor, got None")
         DISPATCH.check(
             {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights, "x_scale": x_scale}
         )
+        check_ints(name, alignment=alignment)
         check_that(name, "alignment", alignment >= 1, "at least 1", alignment)
         self._check_device(name, "x", x)
         if os.environ.get("DEEPKERN_DEBUG") == "1":
-            check_contents(x, topk_idx, self.num_experts)
+            check_indices(name, "topk_idx", topk_idx, self.num_experts)
         valid = (topk_idx >= 0) & (topk_idx < self.num_experts)
         idx = torch.where(valid, topk_idx, -1).int()
         weights = topk_weights.float()
-        sending = self._hops[0].send(x, weights, idx, x_scale)
+        sending = self.hops[0].send(x, weights, idx, x_scale)
 
         def finish():
             tokens, links = sending.wait(), [sending.link]
-            for hop in self._hops[1:]:
-                further = hop.send(*tokens)
-                tokens = further.wait()
-                links.append(further.link)
+            for hop in self.hops[1:]:
+                sending_on = hop.send(*tokens)
+                tokens = sending_on.wait()
+                links.append(sending_on.link)
             return self._sort(*tokens, alignment, links)
 
         return Pending(finish) if async_op else finish()
@@ -201,20 +210,25 @@ class ExpertParallel:
         """Weights and sums the experts' rows of each token, on the rank it came from.
 
         Args:
-            y: bf16, fp16 or fp32 [rows, K], what the experts made of `dispatch`'s rows. K may be
-                another than that of `x`, but the same on all ranks.
-            handle: from `dispatch`; it may be used again.
+            y: bf16, fp16 or fp32 [rows, K], the experts' outputs for the rows of `dispatch`. K may
+                differ from that of `x`, but not between ranks.
+            handle: from `dispatch`; it may be used several times.
             async_op: as for `dispatch`.
 
         Returns:
-            [T, K] in the dtype of `y`, which is also what travels: each rank sums its own rows of a
-            token in fp32 in the order of the slots and rounds, the sums of the ranks are added in
-            fp32 in the order of the ranks and rounded again. 0 for a token without experts.
+            [T, K] in the dtype of `y`; 0 for a token without experts. Each rank sums its own rows
+            of a token in fp32 in the order of the slots and rounds to that dtype, in which the sum
+            is sent; the sums of the ranks are added in fp32 in rank order and rounded again.
+
+        Raises:
+            TypeError, ValueError: an argument violates the rules above.
+            ExpertParallelError: another rank is missing or out of step.
         """
         name = "ExpertParallel.combine"
-        if not isinstance(handle, DispatchHandle) or handle.owner is not self:
-            raise TypeError(f"{name}: handle: expected one that this object's dispatch returned, "
-                            f"got {type(handle).__name__}")  # fmt: skip
+        expected = "a DispatchHandle of this object"
+        check_type(name, "handle", handle, (DispatchHandle,), expected)
+        if handle.owner is not self:
+            raise TypeError(f"{name}: handle: expected {expected}, got one of {handle.owner}")
         COMBINE.check({"y": y})
         rows = f"the dispatch's {handle.num_rows} rows"
         check_that(name, "y", y.shape[0] == handle.num_rows, rows, y.shape[0])
@@ -227,35 +241,40 @@ class ExpertParallel:
 
         def finish():
             out = Return.apply(z, link, transfer)
-            for before in reversed(links):
-                out = Return.apply(out, before, start_return(before, out))
+            for earlier in reversed(links):
+                out = Return.apply(out, earlier, start_return(earlier, out))
             return out
 
         return Pending(finish) if async_op else finish()
 
     def _sort(
-        self, x: Tensor, weights: Tensor, idx: Tensor, scale: Tensor | None, alignment: int,
+        self,
+        x: Tensor,
+        weights: Tensor,
+        idx: Tensor,
+        scale: Tensor | None,
+        alignment: int,
         links: list[Link],
-    ):  # fmt: skip
-        """The tokens that came, by expert."""
+    ):
+        """Sorts the received tokens by expert: the result of `dispatch`."""
         E = len(self.local_experts)
-        here = torch.where(idx < 0, -1, idx - self.local_experts.start)
+        local_idx = torch.where(idx < 0, -1, idx - self.local_experts.start)
         x, scale, group_index, counts, rows = expert_dispatch(
-            x, here, max(E, 1), scale, alignment, num_assigned=links[-1].assigned
+            x, local_idx, max(E, 1), scale, alignment, num_assigned=links[-1].assigned
         )
         handle = DispatchHandle(self, tuple(links), rows, weights, x.shape[0])
         return x, scale, group_index, counts[:E], handle
 
     def _check_device(self, name: str, argument: str, tensor: Tensor) -> None:
         try:
-            self._hops[0].exchange.group._get_backend(tensor.device)
+            self.hops[0].exchange.group._get_backend(tensor.device)
         except RuntimeError:
-            expected = f"a tensor on a device that {self._hops[0].exchange} serves"
+            expected = f"a tensor on a device that {self.hops[0].exchange} serves"
             check_that(name, argument, False, expected, tensor.device)
 
 
 def _groups(name: str, group, ranks_per_node: int | None, timeout: float | None):
-    """The groups of the hops, (nodes, ranks per node), and this rank's place in them."""
+    """The groups of the hops, (nodes, ranks per node), and this rank's (node, local rank)."""
     if isinstance(group, DeviceMesh):
         check_that(name, "group", group.ndim <= 2, "a mesh of 1 or 2 dimensions", group)
         check_that(
@@ -272,22 +291,23 @@ def _groups(name: str, group, ranks_per_node: int | None, timeout: float | None)
     size, rank = group.size(), group.rank()
     if ranks_per_node is None:
         return [group], (1, size), (0, rank)
-    fits = ranks_per_node >= 1 and size % ranks_per_node == 0
-    check_that(name, "ranks_per_node", fits, f"a divisor of {size}", ranks_per_node)
+    check_ints(name, ranks_per_node=ranks_per_node)
+    check_divisors(name, ("ranks_per_node", ranks_per_node, size))
     nodes = size // ranks_per_node
     ranks = torch.tensor(dist.get_process_group_ranks(group)).view(nodes, ranks_per_node)
-    node, place = divmod(rank, ranks_per_node)
+    node, local_rank = divmod(rank, ranks_per_node)
     limit = limit_of(group) if timeout is None else timedelta(seconds=timeout)
     groups = [
-        dist.new_group(members.tolist(), limit, use_local_synchronization=True, group_desc=what)
-        for members, what in (
-            (ranks[:, place], f"place {place} of each node"), (ranks[node], f"node {node}"),
+        dist.new_group(members.tolist(), limit, use_local_synchronization=True, group_desc=text)
+        for members, text in (
+            (ranks[:, local_rank], f"local rank {local_rank} of each node"),
+            (ranks[node], f"node {node}"),
         )
-    ]  # fmt: skip
-    return groups, (nodes, ranks_per_node), (node, place)
+    ]
+    return groups, (nodes, ranks_per_node), (node, local_rank)
 
 
 def limit_of(group: dist.ProcessGroup) -> timedelta:
-    """How long a call may wait: as the group says, but at most TIMEOUT."""
+    """The time that a call may wait: the timeout of the group, at most MAX_TIMEOUT."""
     options = group._get_backend(group._device_types[0]).options
-    return min(options._timeout, timedelta(seconds=TIMEOUT))
+    return min(options._timeout, timedelta(seconds=MAX_TIMEOUT))

@@ -1,16 +1,19 @@
-"""The expert layer with weights that are trained: forward and all gradients in FP8.
+"""The MoE layer with weights that are trained: forward and all gradients in FP8.
 
     out        = moe_forward(x, ..., cast(w13), cast(w2))
     grad_x     as moe_forward's                              1x128 · 128x128
     grad_w13   = cast(grad_gate_up)ᵀ · cast(x)               128x1 · 128x1, along an expert's rows
     grad_w2    = cast(grad)ᵀ · cast(weight · h)              128x1 · 128x1, along an expert's rows
 
-Not an op but a composition of the public ones, as `fp8_linear` is for one matrix; gradients are
-cast 2^48 times as large, as there. Of what the layer computes, gate_up is kept in FP8 and SwiGLU
-recomputed; x, which is kept as it came, is dispatched again.
+A composition of public ops, as `fp8_linear` is for one matrix; gradients are scaled by 2^48 before
+the cast, as there. Of the intermediate values only gate_up is saved, in FP8, and SwiGLU is
+recomputed; x is saved as given and dispatched again.
 
-Cut: the products over an expert's rows read whole blocks where these begin at a multiple of 16, so
-rows are dispatched with that alignment: at most 15 rows of zeros for an expert.
+Parallelization: that of the ops. The GEMMs along an expert's rows load whole blocks where the first
+row is a multiple of 16, so rows are dispatched with that alignment: at most 15 rows of zeros per
+expert.
+
+Limit: the tensor cores, in the six GEMMs of a training step.
 
 Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.
 """
@@ -32,9 +35,9 @@ from ..quant.swiglu_cast import swiglu_cast_backward
 from ..runtime.contract import Contract, check_that
 from .expert_combine import expert_combine
 from .expert_dispatch import expert_dispatch, expert_dispatch_backward
-from .moe_forward import moe_forward, step_by_step
+from .moe_forward import forward_with_gate_up, moe_forward
 
-ALIGNMENT = 16
+ALIGNMENT = 16  # rows
 CONTRACT = Contract(
     "fp8_experts",
     x="real [T, K]",
@@ -48,29 +51,31 @@ CONTRACT = Contract(
 def fp8_experts(
     x: Tensor, topk_weights: Tensor, topk_idx: Tensor, w13: Tensor, w2: Tensor
 ) -> Tensor:
-    """`moe_forward` with real weights, cast in every call, which get gradients.
+    """Computes `moe_forward` with real weights, which are cast in every call and get gradients.
+
+        out = deepkern.fp8_experts(x, topk_weights, topk_idx, w13, w2)
+        out.sum().backward()                                        # fills w13.grad and w2.grad
 
     Args:
         x: bf16, fp16 or fp32 [T, K]; rows may be strided.
         topk_weights: real [T, topk]; rows may be strided.
-        topk_idx: int64 or int32 [T, topk]; whatever is not in [0, E) is no expert.
-        w13: real [E, 2I, K], the gates' rows, then those of the values they let through.
-        w2: real [E, K, I].
+        topk_idx: int64 or int32 [T, topk]; indices outside [0, E) are ignored.
+        w13: real [E, 2I, K], the gate projection (I rows), then the up projection.
+        w2: real [E, K, I], the down projection.
 
     Returns:
-        [T, K] in the dtype of `x`, the bits of `moe_forward` on `cast_per_block` of the weights.
+        [T, K] in the dtype of `x`, with the bits of `moe_forward` on `cast_per_block` of the
+        weights.
 
     Gradients go to `x`, `topk_weights`, `w13` and `w2`, each in its dtype; those of the weights are
-    summed in fp32. `x` is kept for them, and gate_up in FP8. There is no second derivative.
+    summed in fp32. `x` is saved for them, and gate_up in FP8. There is no second derivative.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument violates the rules above.
     """
-    given = {"x": x, "topk_weights": topk_weights, "topk_idx": topk_idx, "w13": w13, "w2": w2}
-    for name, tensor in given.items():  # the contract takes None for left out
-        if tensor is None:
-            raise TypeError(f"fp8_experts: {name}: expected a Tensor, got None")
-    CONTRACT.check(given)
+    CONTRACT.check(
+        {"x": x, "topk_weights": topk_weights, "topk_idx": topk_idx, "w13": w13, "w2": w2}
+    )
     expected = f"2I = {2 * w2.shape[2]} rows, [gate, up] for w2's I = {w2.shape[2]}"
     check_that("fp8_experts", "w13", w13.shape[1] == 2 * w2.shape[2], expected, tuple(w13.shape))
     if torch.is_grad_enabled():
@@ -82,7 +87,7 @@ class FP8ExpertsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, topk_weights, topk_idx, w13, w2):
         w = *cast_per_block(w13), *cast_per_block(w2)
-        out, *gate_up = step_by_step(x, topk_weights, topk_idx, *w, ALIGNMENT)
+        out, *gate_up = forward_with_gate_up(x, topk_weights, topk_idx, *w, ALIGNMENT)
         ctx.save_for_backward(x, topk_weights, topk_idx, *gate_up, *w)
         ctx.dtypes = w13.dtype, w2.dtype
         return out
@@ -96,10 +101,12 @@ class FP8ExpertsFunction(torch.autograd.Function):
         multiply = m_grouped_fp8_gemm_nt_contiguous
 
         lifted = (grad.to(wide) * LIFT).contiguous()
-        grad, _, group_index, counts, handle = to_experts(lifted, topk_idx, w13)
-        weights = of_slots(topk_weights, topk_idx, w13)
+        grad, _, group_index, counts, handle = dispatch_aligned(lifted, topk_idx, w13)
+        weights = scatter_to_rows(topk_weights, topk_idx, w13)
         grad_h = multiply(*cast_per_token(grad), w2.mT, w2_scale.mT, group_index, wide)
-        grad_gate_up, h, of_row = swiglu_cast_backward(grad_h, gate_up, gate_up_scale, weights)
+        grad_gate_up, h, grad_row_weights = swiglu_cast_backward(
+            grad_h, gate_up, gate_up_scale, weights
+        )
 
         grad_x = grad_weights = grad_w13 = grad_w2 = None
         if ctx.needs_input_grad[0]:
@@ -107,31 +114,40 @@ class FP8ExpertsFunction(torch.autograd.Function):
             y = multiply(q, scale / LIFT, w13.mT, w13_scale.mT, group_index, wide)
             grad_x = expert_dispatch_backward(y, handle).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            slots = handle.view(-1, 1)
-            ones = torch.ones_like(slots, dtype=torch.float32)
-            grad_weights = (expert_combine(of_row[:, None], ones, slots) / LIFT).view(handle.shape)
+            grad_weights = gather_from_rows(grad_row_weights, handle) / LIFT
             grad_weights = grad_weights.to(topk_weights.dtype)
         padded = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         offsets = F.pad(padded.cumsum(0, dtype=torch.int32), (1, 0))  # [E + 1]
         if ctx.needs_input_grad[3]:
-            x_rows = to_experts(x, topk_idx, w13)[0]
-            grad_w13 = outer(grad_gate_up, x_rows, offsets).to(ctx.dtypes[0])
+            x_rows = dispatch_aligned(x, topk_idx, w13)[0]
+            grad_w13 = weight_gradient(grad_gate_up, x_rows, offsets).to(ctx.dtypes[0])
         if ctx.needs_input_grad[4]:
-            grad_w2 = outer(grad, h, offsets).to(ctx.dtypes[1])
+            grad_w2 = weight_gradient(grad, h, offsets).to(ctx.dtypes[1])
         return grad_x, grad_weights, None, grad_w13, grad_w2
 
 
-def to_experts(x: Tensor, topk_idx: Tensor, w13: Tensor) -> tuple:
+def dispatch_aligned(x: Tensor, topk_idx: Tensor, w13: Tensor) -> tuple:
     return expert_dispatch(x, topk_idx, len(w13), None, ALIGNMENT)
 
 
-def of_slots(values: Tensor, topk_idx: Tensor, w13: Tensor) -> Tensor:
-    """values [T, topk] in the rows of their assignments, fp32 [rows]: each slot is a token here."""
-    return to_experts(values.float().reshape(-1, 1), topk_idx.reshape(-1, 1), w13)[0][:, 0]
+def scatter_to_rows(values: Tensor, topk_idx: Tensor, w13: Tensor) -> Tensor:
+    """values [T, topk] -> fp32 [rows], by a dispatch in which each slot is a token."""
+    slots = values.float().reshape(-1, 1), topk_idx.reshape(-1, 1)
+    return dispatch_aligned(*slots, w13)[0][:, 0]
 
 
-def outer(lifted: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """liftedᵀ · x / LIFT over the rows of each expert: fp32 [E, columns of lifted, of x]."""
+def gather_from_rows(values: Tensor, handle: Tensor) -> Tensor:
+    """values fp32 [rows] -> [T, topk], by a combine in which each slot is a token."""
+    slots = handle.view(-1, 1)
+    ones = torch.ones_like(slots, dtype=torch.float32)
+    return expert_combine(values[:, None], ones, slots).view(handle.shape)
+
+
+def weight_gradient(lifted: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """liftedᵀ · x / LIFT over the rows of each expert, fp32 [E, N, K].
+
+    lifted: [rows, N], gradients times LIFT; x: [rows, K]; offsets: int32 [E + 1], first rows.
+    """
     a, a_scale = cast_per_channel(lifted, "fp32", offsets, True)
     b, b_scale = cast_per_channel(x, "fp32", offsets, True)
     return k_grouped_fp8_gemm_nt(a, a_scale / LIFT, b, b_scale, offsets)

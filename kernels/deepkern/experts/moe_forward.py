@@ -1,26 +1,27 @@
-"""The expert layer in one op: rows to their experts, two FP8 products with SwiGLU between, back.
+"""The MoE layer in one op: dispatch, FP8 gate/up GEMM, SwiGLU, FP8 down GEMM, weighted combine.
 
     a[row], a_scale = cast_per_token(x[t])                              row = handle[t, j]
     gate_up[row]    = a[row] · w13[e]ᵀ                                  e = topk_idx[t, j]
     h[row], h_scale = cast_per_token(silu(gate) * up)
     out[t]          = Σ_j topk_weights[t, j] · (h[row] · w2[e]ᵀ)
 
-The weights come last, in fp32: before the cast of h they would be rounded with it. gate_up and the
-last products are rounded to the dtype of x, everything is summed in fp32.
+The weights are applied last, in fp32: applied earlier, they would be rounded in the cast of h.
+gate_up and the outputs of the down GEMM are rounded to the dtype of x. All sums are in fp32.
 
-Cut: eight launches, none of which waits for the host. `placement.py` sorts the assignments and says
-where each expert's rows lie; dispatch's copy casts a token once and writes its rows; the products
-go through the tiles of each expert's rows (`matmul/m_grouped.py`), so that experts without rows
-and rows without an expert cost nothing; combine sums in the order of the slots. With few rows for
-an expert, as in decoding, tiles are narrow and B is the left operand; with many, wide. The
-choice is by shapes alone, and all tiles give a row the same bits (`runtime/tiles.py`).
+Parallelization: eight launches, none of which waits for the host. Three sort the assignments and
+find each expert's row range (`rows.py`). Dispatch's copy casts each token once and writes its rows.
+The grouped GEMMs loop over the tiles of each expert's rows (`matmul/m_grouped.py`), so experts
+without rows and rows without an expert cost nothing. Combine sums in the order of the slots. With
+few rows per expert, as in decoding, tiles are narrow and B is the left operand; with many rows they
+are wide. The choice depends on shapes alone, and all tiles give a row the same bits
+(`runtime/tiles.py`).
 
-Decoding is limited by reading the weights of the experts that have rows, a large batch by the
-tensor cores.
+Limit: in decoding, reading the weights of the experts that have rows; in large batches, the tensor
+cores.
 
-Backward: the same steps the other way, with gradients cast to FP8 as `fp8_linear` does, 2^48 times
-as large (see there). The row's weight is applied to the gradient behind w2, where its own gradient
-is <gradient · w2, h>: neither h · w2ᵀ nor h is kept, only gate_up, in FP8.
+Backward: the same steps in reverse, with gradients cast to FP8 as in `fp8_linear`, scaled by 2^48
+(reason there). The row's weight is applied to the gradient after w2; the weight's own gradient is
+<gradient · w2, h>. So neither h · w2ᵀ nor h is saved, only gate_up, in FP8.
 
     g[row]       = grad[t] · w2[e]                                      without the weight
     grad_weights = <g[row], silu(gate) * up>
@@ -45,11 +46,10 @@ from ..quant.swiglu_cast import launch_swiglu_cast_backward as write_backward
 from ..quant.swiglu_cast import swiglu_cast
 from ..runtime.contract import check_that
 from ..runtime.op import op
+from .checks import check_assignments, check_indices
 from .expert_combine import expert_combine, sum_rows
-from .expert_dispatch import check_contents as check_indices
 from .expert_dispatch import expert_dispatch
-from .layer import Rows, tile_of_rows
-from .rows import check_assignments
+from .layer import ExpertRows, choose_gemm_tile
 
 WEIGHTS = {
     "w13": "fp8 [E, J, K] strided",
@@ -69,43 +69,49 @@ def moe_forward(
     w2: Tensor,
     w2_scale: Tensor,
 ) -> Tensor:
-    """Sends each token through its experts, gated MLPs in FP8, and sums what they make of it.
+    """Computes the MoE layer: dispatch, FP8 gate/up GEMM, SwiGLU, FP8 down GEMM, weighted combine.
+
+        w13, w13_scale = deepkern.cast_per_block(w13_bf16)                # [E, 2I, K]
+        w2, w2_scale = deepkern.cast_per_block(w2_bf16)                   # [E, K, I]
+        out = deepkern.moe_forward(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale)
 
     Args:
-        x: bf16, fp16 or fp32 [T, K]; rows may be strided. Cast to FP8 once, a scale per 1x128.
-        topk_weights: real [T, topk]; rows may be strided. Applied in fp32 to the experts' results.
-        topk_idx: int64 or int32 [T, topk]; whatever is not in [0, E) is no expert (-1 by
-            convention). An expert may come twice.
-        w13: float8_e4m3fn [E, 2I, K], the gates' rows, then those of the values they let through.
+        x: bf16, fp16 or fp32 [T, K]; rows may be strided. Cast to FP8 with one scale per 1x128.
+        topk_weights: real [T, topk]; rows may be strided. Applied in fp32 to the experts' outputs.
+        topk_idx: int64 or int32 [T, topk]; indices outside [0, E) are ignored (use -1).
+            Duplicates are allowed.
+        w13: float8_e4m3fn [E, 2I, K], the gate projection (I rows), then the up projection.
         w13_scale: fp32 [E, ceil(2I / 128), ceil(K / 128)], one per 128x128, counted over all 2I
             rows; or [E, 2I, ceil(K / 128)], one per 1x128.
-        w2: float8_e4m3fn [E, K, I].
+        w2: float8_e4m3fn [E, K, I], the down projection.
         w2_scale: fp32 [E, ceil(K / 128), ceil(I / 128)], or [E, K, ceil(I / 128)].
 
     Returns:
         [T, K] in the dtype of `x`; 0 for a token without experts.
 
-    Gate and up, and the experts' results, are rounded to the dtype of `x`; silu(gate) * up is cast
-    to FP8 from fp32, a scale per 1x128. Any strides of weights and scales are taken, but FP8 that
-    the target cannot read as it lies (K or I no multiple of 16) is copied in every call.
+    gate_up and the experts' outputs are rounded to the dtype of `x`; silu(gate) * up is cast to FP8
+    from fp32, with one scale per 1x128. Weights and scales may have any strides. FP8 weights whose
+    layout the target cannot read (K or I not a multiple of 16) are copied in every call.
 
-    Memory beside arguments and result, with R = T * topk and s bytes a value of `x`:
+    Memory in addition to arguments and result, with R = T * topk and s bytes per value of `x`:
     R * (8 + max(K + 4 ceil(K/128) + 2 I s, 2 I s + I + 4 ceil(I/128), I + 4 ceil(I/128) + K s))
-    + 8 E bytes: 16.5 KB an assignment in DeepSeek-V3.
+    + 8 E bytes: 16.5 KB per assignment in DeepSeek-V3.
 
-    The gradient goes to `x` and `topk_weights`, and wants scales per 128x128; see
+    The gradient goes to `x` and `topk_weights` and requires scales per 128x128, see
     `moe_forward_backward`. DEEPKERN_DEBUG=1 raises for an index outside [-1, E).
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument violates the rules above.
     """
     name = "moe_forward"
     check_weights(name, w13, w13_scale, w2, w2_scale)
     check_assignments(name, "topk_idx", topk_idx)
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return x.new_empty(x.shape)
 
 
 def check_weights(name: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> None:
+    """The rules of w13 and w2 that the contract cannot state."""
     E, rows, I = *w13.shape[:2], w2.shape[2]
     check_that(name, "w13", E >= 1, "at least 1 expert", E)
     expected = f"2I = {2 * I} rows, [gate, up] for w2's I = {I}"
@@ -117,7 +123,7 @@ def check_weights(name: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scal
 @moe_forward.op.register_debug_check
 def check_contents(x: Tensor, topk_weights: Tensor, topk_idx: Tensor, w13: Tensor, *_) -> None:
     """For DEEPKERN_DEBUG=1: every index is an expert or -1."""
-    check_indices(x, topk_idx, len(w13), name="moe_forward")
+    check_indices("moe_forward", "topk_idx", topk_idx, len(w13))
 
 
 @moe_forward.op.register_launcher("triton")
@@ -128,10 +134,10 @@ def _launch_triton(
     out = moe_forward.op.allocate(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale)
     if topk_idx.numel() == 0 or w13.numel() == 0:
         return out.zero_()
-    rows = Rows.of(topk_idx, len(w13))
-    a = rows.cast(x)
+    rows = ExpertRows.from_indices(topk_idx, len(w13))
+    a = rows.dispatch(x)
     gate_up = rows.multiply(*a, w13, w13_scale, x.dtype)
-    del a  # what is read no more is free for what follows
+    del a  # before h is allocated: lowers peak memory
     h = rows.activate(gate_up)
     del gate_up
     y = rows.multiply(*h, w2, w2_scale, x.dtype)
@@ -143,7 +149,7 @@ def _launch_cpu(
     x: Tensor, topk_weights: Tensor, topk_idx: Tensor,
     w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Expert by expert, with the native cast and product: on a CPU, counts may be looked at."""
+    """Loops over the experts, with the native cast and GEMM: on a CPU, reading counts is free."""
     out = moe_forward.op.allocate(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale)
     if topk_idx.numel() == 0 or w13.numel() == 0:
         return out.zero_()
@@ -162,13 +168,20 @@ def _launch_cpu(
 
 
 @moe_forward.op.register_tile
-def choose_tile(x: Tensor, topk_weights: Tensor, topk_idx: Tensor, w13: Tensor, w13_scale: Tensor,
-         w2: Tensor, w2_scale: Tensor) -> str:  # fmt: skip
-    """The tiles of the two products that a launch with these arguments takes."""
+def choose_tile(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_idx: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+) -> str:
+    """The tiles of the two GEMMs of a launch with these arguments."""
     rows = topk_idx.numel()
     a, h = (w.new_empty((rows, w.shape[2]), device="meta") for w in (w13, w2))
-    tiles = [tile_of_rows(a, w13, w13_scale), tile_of_rows(h, w2, w2_scale)]
-    return "; ".join(f"{name} {t}" for name, t in zip(("w13", "w2"), tiles, strict=True))
+    w13_tile, w2_tile = choose_gemm_tile(a, w13, w13_scale), choose_gemm_tile(h, w2, w2_scale)
+    return f"w13 {w13_tile}; w2 {w2_tile}"
 
 
 @op(
@@ -192,11 +205,15 @@ def moe_forward_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `moe_forward` with respect to `x` and `topk_weights`.
 
+        grad_x, grad_weights = deepkern.moe_forward_backward(
+            grad, topk_weights, topk_idx, *deepkern.cast_per_token(gate_up), w13, w13_scale,
+            w2, w2_scale)
+
     Args:
         grad: bf16, fp16 or fp32 [T, K], of the output.
         topk_weights, topk_idx, w13, w2: as in the forward pass.
-        gate_up: float8_e4m3fn [T * topk, 2I], the gates and values of each row in the order of
-            `expert_dispatch`, as `cast_per_token` makes it.
+        gate_up: float8_e4m3fn [T * topk, 2I], the gates and ups of each row in the order of
+            `expert_dispatch`, cast by `cast_per_token`.
         gate_up_scale: fp32 [T * topk, ceil(2I / 128)].
         w13_scale, w2_scale: as in the forward pass, one per 128x128.
 
@@ -204,24 +221,25 @@ def moe_forward_backward(
         grad_x: [T, K] in the dtype of `grad`.
         grad_weights: fp32 [T, topk]; 0 where there is no expert.
 
-    `grad` is cast per token for the product with w2, the gradient of gate_up for that with w13,
-    both 2^48 times as large (`fp8_linear` says why). Between products, values are bf16, or fp32 if
-    `grad` is. The products take w13 and w2 with rows along the other dimension: where the target
-    reads FP8 one way only (sm_89 and later), each is copied once, which takes as much memory.
+    `grad` is cast per token for the GEMM with w2, and the gradient of gate_up for the GEMM with
+    w13, both scaled by 2^48 (reason in `fp8_linear`). Between GEMMs, values are bf16, or fp32 if
+    `grad` is fp32. The GEMMs read w13 and w2 transposed. Targets that read FP8 in one order only
+    (sm_89 and later) copy each weight once, which takes as much memory as the weight.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument violates the rules above.
     """
     name = "moe_forward_backward"
     check_weights(name, w13, w13_scale, w2, w2_scale)
     check_blocks(name, w13, w13_scale, w2, w2_scale)
     rows = check_assignments(name, "topk_idx", topk_idx)
     check_that(name, "gate_up", len(gate_up) == rows, f"{rows} rows", tuple(gate_up.shape))
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return grad.new_empty(grad.shape), grad.new_empty(topk_idx.shape, dtype=torch.float32)
 
 
 def check_blocks(name: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> None:
-    """Scales turn with their matrix only if they are one per 128x128."""
+    """Scales can be transposed with their matrix only if they are one per 128x128."""
     for argument, w, scale in (("w13_scale", w13, w13_scale), ("w2_scale", w2, w2_scale)):
         blocks = -(-w.shape[1] // 128)
         expected = f"one per 128x128 for a gradient, so {blocks} rows"
@@ -238,17 +256,17 @@ def _launch_backward_triton(
     )
     if topk_idx.numel() == 0 or w13.numel() == 0:
         return grad_x.zero_(), grad_weights.zero_()
-    rows = Rows.of(topk_idx, len(w13))
+    rows = ExpertRows.from_indices(topk_idx, len(w13))
     wide = torch.float32 if grad.dtype == torch.float32 else torch.bfloat16
-    a = rows.cast((grad.float() if grad.dtype == torch.float16 else grad) * LIFT)
+    a = rows.dispatch((grad.float() if grad.dtype == torch.float16 else grad) * LIFT)
     grad_h = rows.multiply(*a, w2.mT, w2_scale.mT, wide)
     del a
     grad_gate_up = torch.empty_like(gate_up, dtype=wide)
-    weights = rows.spread(topk_weights)
-    of_row = torch.empty_like(weights)
-    outputs = grad_gate_up, None, of_row
+    weights = rows.scatter_to_rows(topk_weights)
+    grad_row_weights = torch.empty_like(weights)
+    outputs = grad_gate_up, None, grad_row_weights
     write_backward(grad_h, gate_up, gate_up_scale, weights, None, outputs, rows.group_index)
-    rows.collect(of_row, grad_weights, 1 / LIFT)
+    rows.gather_from_rows(grad_row_weights, grad_weights, 1 / LIFT)
     del grad_h
     q, scale = cast_per_token.op.launcher("triton")(grad_gate_up, "fp32", "row")
     del grad_gate_up
@@ -256,12 +274,20 @@ def _launch_backward_triton(
     return sum_rows(y, None, rows.handle, grad_x), grad_weights
 
 
-def step_by_step(
-    x: Tensor, topk_weights: Tensor, topk_idx: Tensor,
-    w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, alignment: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The layer op by op, the same bits as in one, for what a gradient needs of it: (out, gate_up
-    in FP8, its scale), gate_up in the order of `expert_dispatch` with this alignment."""
+def forward_with_gate_up(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_idx: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    alignment: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`moe_forward` op by op, with the same bits: (out, gate_up in FP8, its scale).
+
+    gate_up is in the order of `expert_dispatch` with this alignment; the backward pass needs it.
+    """
     multiply = m_grouped_fp8_gemm_nt_contiguous.op.overload
     q, scale, group_index, _, handle = expert_dispatch.op.overload(
         x, topk_idx, len(w13), None, alignment, "fp32"
@@ -279,9 +305,9 @@ class MoeForward(torch.autograd.Function):
         args = x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
             return moe_forward.op.overload(*args)
-        moe_forward.op.allocate(*args)  # its checks
+        moe_forward.op.allocate(*args)  # for its checks
         check_blocks("moe_forward", *args[3:])
-        out, *gate_up = step_by_step(*args)
+        out, *gate_up = forward_with_gate_up(*args)
         ctx.save_for_backward(topk_weights, topk_idx, *gate_up, *args[3:])
         return out
 

@@ -1,16 +1,17 @@
-"""Routing: which experts a token goes to, and with what weight.
+"""Routing: chooses each token's experts, and their weights.
 
     s[t, e] = sigmoid(logits[t, e]), or softmax over e, or sqrt(softplus(logits[t, e]))
     idx[t]  = the topk experts with the largest s + bias, among the topk_groups best groups
     weights[t, j] = scale · s[t, idx[t, j]] / Σ_i s[t, idx[t, i]]        (or without the quotient)
 
-Cut: a program takes ROWS tokens, each with all experts in registers. An expert's biased score and
-its index are packed into one int64 key, so that keys are distinct, the larger is the better, equal
-scores go to the lower index, and a maximum needs no tie-break; topk maxima are taken one after
-the other (for E = 256 and topk = 8 fewer steps than sorting). What is read is 4 bytes a logit; the
-time goes into the scores and the maxima.
+Parallelization: one program processes ROWS tokens, each with all experts in registers. The biased
+score and the index of an expert are packed into one int64 key. Keys are distinct, a larger key is
+better, equal scores go to the lower index, and a maximum needs no tie-break. topk maxima are taken
+one after the other (fewer steps than a sort for E = 256 and topk = 8).
 
-Scores are computed by experts/score.py, whose bits are the same everywhere.
+Limit: the arithmetic of scores and maxima. 4 bytes are read per logit.
+
+`score.py` computes the scores, with the same bits on every machine.
 
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.2.2; DeepSeek-V3 (arXiv 2412.19437), section
 2.1.2, and the released inference code, which adds 1e-20 to the sum of the weights.
@@ -26,11 +27,9 @@ from torch import Tensor
 from ..arithmetic import cdiv, next_power_of_2, sum_pairwise
 from ..runtime.contract import check_choice, check_that
 from ..runtime.op import op
-from .score import scores, sigmoid, softmax_sums
+from .score import SCORES, TILE, pointwise_gradient, row_stats, scores
 
-SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
-TILE = 1024  # logits a program holds
-# How the DeepSeek models route: `route_topk(logits, bias, **ROUTING["deepseek-v3"])`.
+# The routing of the DeepSeek models: `route_topk(logits, bias, **ROUTING["deepseek-v3"])`.
 ROUTING = {
     "deepseek-v2": {
         "score": "softmax", "topk": 6, "num_groups": 8, "topk_groups": 3, "group_score": "max",
@@ -56,30 +55,32 @@ def route_topk(
 ) -> tuple[Tensor, Tensor]:
     """Chooses `topk` experts for each token from the router's logits.
 
+        weights, idx = deepkern.route_topk(logits, bias, **deepkern.ROUTING["deepseek-v3"])
+
     Args:
         logits: bf16, fp16 or fp32 [T, E]; rows may be strided. Scores are computed in fp32.
-        bias: real [E], added to the scores for the choice only, not in the weights.
-        topk: experts per token, at most those in `topk_groups` groups.
-        num_groups: into how many runs of neighbours the experts are divided; divides E.
-        topk_groups: from how many groups, the best ones, a token's experts come.
+        bias: real [E], added to the scores for the choice, not for the weights.
+        topk: experts per token, at most the experts of `topk_groups` groups.
+        num_groups: groups of E / num_groups consecutive experts; divides E.
+        topk_groups: groups, the best ones, from which a token's experts are chosen.
         score: "sigmoid", "softmax" or "sqrtsoftplus".
-        group_score: what ranks a group: "top2", the sum of its two best biased scores (of its one
-            if it has but one), or "max", its best.
-        normalize: whether a token's weights are divided by their sum (+ 1e-20).
+        group_score: the rank of a group: "top2", the sum of its two best biased scores (of one
+            score in groups of one expert), or "max", its best biased score.
+        normalize: divide a token's weights by their sum (+ 1e-20).
         scale: multiplies the weights.
 
     Returns:
         weights: fp32 [T, topk].
-        idx: int64 [T, topk], distinct, the largest biased score first; equal scores in the order of
-            their indices, groups likewise.
+        idx: int64 [T, topk], distinct, in descending order of the biased score. Equal scores are
+            in ascending order of the index, and so are equal groups.
 
     `deepkern.ROUTING` has the arguments of the DeepSeek models by name.
 
-    A NaN biased score ranks as -inf does, and the token's weights are NaN. DEEPKERN_DEBUG=1 raises.
-    The gradient goes through the weights; the choice and `bias` have none.
+    A NaN biased score ranks as -inf, and the token's weights are NaN. DEEPKERN_DEBUG=1 raises.
+    The gradient goes through the weights; the choice and `bias` have no gradient.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument violates the rules above.
     """
     E, name = logits.shape[1], "route_topk"
     check_choice(name, "score", score, SCORES)
@@ -92,6 +93,7 @@ def route_topk(
     expected = f"1 to {available}, the experts in {topk_groups} of {num_groups} groups"
     check_that(name, "topk", 1 <= topk <= available, expected, topk)
     shape = (logits.shape[0], topk)
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 
@@ -113,7 +115,7 @@ def _launch_triton(
     T, E = logits.shape
     if T == 0:
         return weights, idx
-    if topk_groups == num_groups:  # every group is kept
+    if topk_groups == num_groups:  # no group is dropped
         num_groups = topk_groups = 1
     GROUPS, SIZE = next_power_of_2(num_groups), next_power_of_2(E // num_groups)
     ROWS = max(1, TILE // (GROUPS * SIZE))
@@ -121,14 +123,14 @@ def _launch_triton(
         logits, bias, weights, idx, T, E, logits.stride(0), scale, topk_groups, topk,
         SCORE=score, TOP2=group_score == "top2" and num_groups < E, NORMALIZE=normalize,
         NUM_GROUPS=num_groups, GROUPS=GROUPS, SIZE=SIZE, SLOT_LEVELS=(topk - 1).bit_length(),
-        ROWS=ROWS, num_warps=warps(ROWS * GROUPS * SIZE), enable_fp_fusion=False,
+        ROWS=ROWS, num_warps=num_warps(ROWS * GROUPS * SIZE), enable_fp_fusion=False,
     )  # fmt: skip
     return weights, idx
 
 
-def warps(values: int) -> int:
-    """Warps for a program that holds this many logits: 8 to 32 for each thread."""
-    return min(16, max(4, values // 1024))
+def num_warps(logits: int) -> int:
+    """Warps of a program with this many logits: 8 to 32 logits per thread."""
+    return min(16, max(4, logits // 1024))
 
 
 @route_topk.op.register_debug_check
@@ -144,79 +146,92 @@ def check_contents(logits: Tensor, bias: Tensor | None, *_) -> None:
 
 @triton.jit(do_not_specialize=["T"])
 def route_topk_kernel(
-    logits_ptr, bias_ptr, weights_ptr, idx_ptr, T, E, logits_row, scale, topk_groups, topk,
-    SCORE: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    SLOT_LEVELS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,  # real [T, E]
+    bias_ptr,  # real [E], or None
+    weights_ptr,  # fp32 [T, topk], written
+    idx_ptr,  # int64 [T, topk], written
+    T,  # tokens
+    E,  # experts
+    logits_stride,  # elements between rows of logits
+    scale,  # fp32, multiplies the weights
+    topk_groups,
+    topk,
+    SCORE: tl.constexpr,
+    TOP2: tl.constexpr,  # rank groups by their two best scores, otherwise by the best
+    NORMALIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,  # NUM_GROUPS, rounded up to a power of two
+    SIZE: tl.constexpr,  # experts per group, rounded up to a power of two
+    SLOT_LEVELS: tl.constexpr,  # ceil(log2(topk))
+    ROWS: tl.constexpr,  # tokens per program
+):
     SLOTS: tl.constexpr = 1 << SLOT_LEVELS
-    LOWEST: tl.constexpr = -0x7FFFFFFFFFFFFFFF  # below every score's key
+    LOWEST: tl.constexpr = -0x7FFFFFFFFFFFFFFF  # less than every score's key
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    logits_tile = logits_ptr + row[:, None] * logits_row
-    # A group takes SIZE columns, of which the first E / NUM_GROUPS are experts.
+    logits_tile = logits_ptr + row[:, None] * logits_stride
+    # A group has SIZE columns, of which the first E / NUM_GROUPS are experts.
     column = tl.arange(0, GROUPS * SIZE)
     size = E // NUM_GROUPS
     expert = column // SIZE * size + column % SIZE
     is_expert = (column % SIZE < size) & (column // SIZE < NUM_GROUPS)
-    inside = (row < T)[:, None] & is_expert[None, :]
+    mask = (row < T)[:, None] & is_expert[None, :]
 
-    x = tl.load(logits_tile + expert[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-    largest, total = 0.0, 0.0
-    if SCORE == "softmax":
-        largest, total = softmax_sums(x)  # [ROWS, 1]
-    biased = scores(x, largest, total, SCORE)  # [ROWS, GROUPS * SIZE]
+    x = tl.load(logits_tile + expert[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    row_max, row_sum = row_stats(x, SCORE)  # [ROWS, 1]
+    biased = scores(x, row_max, row_sum, SCORE)  # [ROWS, GROUPS * SIZE]
     if bias_ptr is not None:
         biased += tl.load(bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)[None, :]
-    has_nan = tl.max(((biased != biased) & inside).to(tl.int32), 1, keep_dims=True) != 0
+    has_nan = tl.max(((biased != biased) & mask).to(tl.int32), 1, keep_dims=True) != 0
     key = tl.where(is_expert[None, :], pack(biased, expert[None, :]), LOWEST)
 
     if NUM_GROUPS > 1:
         key = tl.reshape(key, (ROWS, GROUPS, SIZE))
-        first = tl.max(key, 2)  # [ROWS, GROUPS]
-        of_group = unpack_score(first)
+        best = tl.max(key, 2)  # [ROWS, GROUPS]
+        group_score = unpack_score(best)
         if TOP2:
-            others = tl.where(key == first[:, :, None], LOWEST, key)
-            of_group += unpack_score(tl.max(others, 2))
+            others = tl.where(key == best[:, :, None], LOWEST, key)
+            group_score += unpack_score(tl.max(others, 2))
         group = tl.arange(0, GROUPS)[None, :]
-        group_key = tl.where(group < NUM_GROUPS, pack(of_group, group), LOWEST)
-        kept = tl.zeros((ROWS, GROUPS), tl.int1)
+        group_key = tl.where(group < NUM_GROUPS, pack(group_score, group), LOWEST)
+        is_kept = tl.zeros((ROWS, GROUPS), tl.int1)
         for _ in range(topk_groups):
-            hit = group_key == tl.max(group_key, 1, keep_dims=True)
-            kept |= hit
-            group_key = tl.where(hit, LOWEST, group_key)
-        key = tl.where(kept[:, :, None], key, LOWEST)
+            is_best = group_key == tl.max(group_key, 1, keep_dims=True)
+            is_kept |= is_best
+            group_key = tl.where(is_best, LOWEST, group_key)
+        key = tl.where(is_kept[:, :, None], key, LOWEST)
         key = tl.reshape(key, (ROWS, GROUPS * SIZE))
 
     slot = tl.arange(0, SLOTS)[None, :]
     chosen = tl.zeros((ROWS, SLOTS), tl.int32)
     for j in range(topk):
-        best = tl.max(key, 1, keep_dims=True)
-        chosen = tl.where(slot == j, unpack_index(best), chosen)
-        key = tl.where(key == best, LOWEST, key)
+        largest = tl.max(key, 1, keep_dims=True)
+        chosen = tl.where(slot == j, unpack_index(largest), chosen)
+        key = tl.where(key == largest, LOWEST, key)
 
-    # The chosen scores again, without the bias: cheaper than to look for them in the tile.
-    inside = (row < T)[:, None] & (slot < topk)
-    x = tl.load(logits_tile + chosen, mask=inside, other=0.0).to(tl.float32)
-    weight = scores(x, largest, total, SCORE)  # [ROWS, SLOTS]
+    # Recompute the chosen scores without the bias: cheaper than to select them from the tile.
+    mask = (row < T)[:, None] & (slot < topk)
+    x = tl.load(logits_tile + chosen, mask=mask, other=0.0).to(tl.float32)
+    weight = scores(x, row_max, row_sum, SCORE)  # [ROWS, SLOTS]
     if NORMALIZE:
         sum = sum_pairwise(tl.where(slot < topk, weight, 0.0))  # [ROWS]
         weight = tl.div_rn(weight, (sum + 1e-20)[:, None])
     weight = tl.where(has_nan, float("nan"), weight * scale)
     out = row[:, None] * topk + slot
-    tl.store(weights_ptr + out, weight, mask=inside)
-    tl.store(idx_ptr + out, chosen.to(tl.int64), mask=inside)
+    tl.store(weights_ptr + out, weight, mask=mask)
+    tl.store(idx_ptr + out, chosen.to(tl.int64), mask=mask)
 
 
 @triton.jit
 def pack(score, index):
-    """An int64 that orders as the scores do, NaN as -inf, and the lower index before the higher."""
+    """int64 keys in the order of the scores, NaN as -inf, and the lower index first."""
     score = tl.where(score == score, score, float("-inf"))  # never -0, as scores are not
-    return (in_order(score.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (0x7FFFFFFF - index)
+    bits = flip_negative(score.to(tl.int32, bitcast=True))
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index)
 
 
 @triton.jit
 def unpack_score(key):
-    return in_order((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+    return flip_negative((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -225,8 +240,8 @@ def unpack_index(key):
 
 
 @triton.jit
-def in_order(bits):
-    """The bits of floats to integers that order as they do; its own inverse."""
+def flip_negative(bits):
+    """Maps the bits of floats to int32 in the same order; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -239,17 +254,23 @@ def route_topk_backward(
     normalize: bool = True,
     scale: float = 1.0,
 ) -> Tensor:
-    """The gradient of `route_topk`'s weights with respect to its logits, [T, E] in their dtype.
+    """The gradient of `route_topk`'s weights with respect to its logits.
+
+        grad_logits = deepkern.route_topk_backward(grad_weights, logits, idx, "sigmoid", True, 2.5)
 
     Args:
         grad_weights: real [T, topk].
         logits, score, normalize, scale: as in the forward pass.
-        idx: int64 [T, topk] from the forward pass; an index outside [0, E) counts as none.
+        idx: int64 [T, topk] from the forward pass; indices outside [0, E) are ignored.
+
+    Returns:
+        [T, E] in the dtype of `logits`.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument violates the rules above.
     """
     check_choice("route_topk_backward", "score", score, SCORES)
+    # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return logits.new_empty(logits.shape)
 
 
@@ -269,50 +290,59 @@ def _launch_backward_triton(
         grad_weights, logits, idx, grad_logits, T, E, idx.shape[1],
         grad_weights.stride(0), logits.stride(0), idx.stride(0), scale,
         SCORE=score, NORMALIZE=normalize, EXPERTS=EXPERTS, ROWS=ROWS,
-        num_warps=warps(ROWS * EXPERTS),
+        num_warps=num_warps(ROWS * EXPERTS),
     )  # fmt: skip
     return grad_logits
 
 
 @triton.jit(do_not_specialize=["T"])
 def route_topk_backward_kernel(
-    grad_weights_ptr, logits_ptr, idx_ptr, grad_logits_ptr, T, E, topk,
-    grad_row, logits_row, idx_row, scale,
-    SCORE: tl.constexpr, NORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    grad_weights_ptr,  # real [T, topk]
+    logits_ptr,  # real [T, E]
+    idx_ptr,  # int64 [T, topk]
+    grad_logits_ptr,  # real [T, E], contiguous, written
+    T,  # tokens
+    E,  # experts
+    topk,
+    grad_stride,  # elements between rows of grad_weights, as the strides below
+    logits_stride,
+    idx_stride,
+    scale,  # fp32, multiplied the weights
+    SCORE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,  # E, rounded up to a power of two
+    ROWS: tl.constexpr,  # tokens per program
+):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row_mask = row < T
     expert = tl.arange(0, EXPERTS)[None, :]
-    inside = (row < T)[:, None] & (expert < E)
-    x = tl.load(logits_ptr + row[:, None] * logits_row + expert, mask=inside, other=float("-inf"))
-    x = x.to(tl.float32)  # [ROWS, EXPERTS]
+    mask = row_mask[:, None] & (expert < E)
+    x_tile = logits_ptr + row[:, None] * logits_stride + expert
+    x = tl.load(x_tile, mask=mask, other=float("-inf")).to(tl.float32)  # [ROWS, EXPERTS]
 
-    # The gradient and the number of choices of each expert, dense.
+    # The gradient of each expert's weight, and the number of slots that chose it.
     grad = tl.zeros((ROWS, EXPERTS), tl.float32)
     count = tl.zeros((ROWS, EXPERTS), tl.float32)
     for j in range(topk):
-        chosen = tl.load(idx_ptr + row * idx_row + j, mask=row < T, other=-1)  # [ROWS]
-        grad_j = tl.load(grad_weights_ptr + row * grad_row + j, mask=row < T, other=0.0)
-        hit = inside & (chosen[:, None] == expert)
-        grad += tl.where(hit, grad_j.to(tl.float32)[:, None], 0.0)
-        count += hit.to(tl.float32)
+        chosen = tl.load(idx_ptr + row * idx_stride + j, mask=row_mask, other=-1)  # [ROWS]
+        grad_j = tl.load(grad_weights_ptr + row * grad_stride + j, mask=row_mask, other=0.0)
+        is_chosen = mask & (chosen[:, None] == expert)
+        grad += tl.where(is_chosen, grad_j.to(tl.float32)[:, None], 0.0)
+        count += is_chosen.to(tl.float32)
     grad *= scale
 
-    largest, total = 0.0, 0.0
-    if SCORE == "softmax":
-        largest, total = softmax_sums(x)
-    s = scores(x, largest, total, SCORE)
+    row_max, row_sum = row_stats(x, SCORE)
+    s = scores(x, row_max, row_sum, SCORE)
     if NORMALIZE:  # w = scale · c / (Σ c + 1e-20) for the chosen scores c
         sum = tl.sum(tl.where(count > 0, count * s, 0.0), 1, keep_dims=True) + 1e-20
         mean = tl.sum(tl.where(count > 0, grad * s, 0.0), 1, keep_dims=True) / sum
         grad = tl.where(count > 0, (grad - count * mean) / sum, 0.0)
     if SCORE == "softmax":
         grad = s * (grad - tl.sum(tl.where(count > 0, grad * s, 0.0), 1, keep_dims=True))
-    elif SCORE == "sigmoid":
-        grad *= s * sigmoid(-x)
     else:
-        grad = tl.where(s > 0.0, grad * sigmoid(x) / (2.0 * s), 0.0)
+        grad = pointwise_gradient(grad, x, s, SCORE)
     out = grad_logits_ptr + row[:, None] * E + expert
-    tl.store(out, grad.to(grad_logits_ptr.dtype.element_ty), mask=inside)
+    tl.store(out, grad.to(grad_logits_ptr.dtype.element_ty), mask=mask)
 
 
 @route_topk.op.register_autograd

@@ -1,4 +1,4 @@
-"""Routing, dispatch and combine, in plain PyTorch; placement is a file of its own."""
+"""Routing, dispatch, combine and the MoE layer in plain PyTorch; see placement.py for EPLB."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-# Scores. The kernels' formulas (experts/score.py) operation for operation, each rounded to float32.
+# Scores: the formulas of experts/score.py, operation for operation, each rounded to float32.
 
 
 def log1p(u: Tensor) -> Tensor:
@@ -45,16 +45,16 @@ def log1p(u: Tensor) -> Tensor:
 
 def sqrtsoftplus(x: Tensor) -> Tensor:
     softplus = torch.where(x > 0, x, 0.0) + log1p(exp(-x.abs()))
-    # torch.sqrt on a CPU is not always rounded to nearest in float32; by way of float64 it is.
+    # torch.sqrt on a CPU does not always round to nearest in float32; through float64 it does.
     return softplus.double().sqrt().float()
 
 
 def softmax(x: Tensor) -> Tensor:
-    """Along the last dimension; the denominator is exact, in units of 2^-40."""
+    """Over the last dimension; the denominator is exact, in units of 2^-40."""
     e = exp(x - x.amax(-1, keepdim=True))
     units = (e.nan_to_num() * 2.0**40).to(torch.int64)
-    total = units.sum(-1, keepdim=True).float() * 2.0**-40
-    return e / torch.where(e.isnan().any(-1, keepdim=True), torch.nan, total)
+    row_sum = units.sum(-1, keepdim=True).float() * 2.0**-40
+    return e / torch.where(e.isnan().any(-1, keepdim=True), torch.nan, row_sum)
 
 
 SCORES = {"sigmoid": sigmoid, "softmax": softmax, "sqrtsoftplus": sqrtsoftplus}
@@ -63,6 +63,15 @@ EXACT_SCORES = {  # in float64
     "softmax": lambda x: x.softmax(-1),
     "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
 }
+
+
+def score_gradient(grad: Tensor, x: Tensor, s: Tensor, score: str) -> Tensor:
+    """The gradient of logits `x` [..., E], given that of their scores `s`."""
+    if score == "softmax":
+        return s * (grad - (grad * s).sum(-1, keepdim=True))
+    if score == "sigmoid":
+        return grad * s * torch.sigmoid(-x)
+    return torch.where(s > 0, grad * torch.sigmoid(x) / (2 * s), 0.0)
 
 
 def route_topk(
@@ -78,17 +87,18 @@ def route_topk(
 ) -> tuple[Tensor, Tensor]:
     s = SCORES[score](logits.float())  # [T, E]
     biased = s if bias is None else s + bias.float()
-    invalid = biased.isnan()
-    choice = torch.where(invalid, -torch.inf, biased)
+    is_nan = biased.isnan()
+    choice = torch.where(is_nan, -torch.inf, biased)
 
     groups = choice.unflatten(1, (num_groups, -1))  # [T, G, E/G]
     best = 2 if group_score == "top2" and groups.shape[2] > 1 else 1
-    of_group = groups.topk(best, 2).values.sum(2).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    masked = torch.ones_like(of_group, dtype=torch.bool)  # [T, G]
-    masked.scatter_(1, descending(of_group)[:, :topk_groups], False)
+    group_scores = groups.topk(best, 2).values.sum(2)  # [T, G]
+    group_scores = group_scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    masked = torch.ones_like(group_scores, dtype=torch.bool)  # [T, G]
+    masked.scatter_(1, descending(group_scores)[:, :topk_groups], False)
     masked = masked.repeat_interleave(groups.shape[2], 1)  # [T, E]
 
-    # Best first; a masked expert comes after all others, even after those at -inf.
+    # Best first. Masked experts come last, also after experts with a score of -inf.
     order = descending(choice)
     last = masked.gather(1, order).int().sort(dim=1, stable=True).indices
     idx = order.gather(1, last)[:, :topk].contiguous()
@@ -96,11 +106,11 @@ def route_topk(
     weights = s.gather(1, idx)
     if normalize:
         weights = weights / (sum_pairs(weights) + 1e-20)
-    return torch.where(invalid.any(1, keepdim=True), torch.nan, weights * scale), idx
+    return torch.where(is_nan.any(1, keepdim=True), torch.nan, weights * scale), idx
 
 
 def descending(x: Tensor) -> Tensor:
-    """The order of each row from large to small, equal values in the order of their indices."""
+    """Indices that sort each row in descending order; equal values keep their order."""
     return x.sort(dim=1, descending=True, stable=True).indices
 
 
@@ -120,17 +130,11 @@ def route_topk_backward(
     grad = torch.where(valid, grad_weights.double(), 0.0) * scale
     if normalize:
         chosen = torch.where(valid, s.gather(1, expert), 0.0)
-        total = chosen.sum(1, keepdim=True) + 1e-20
-        mean = (grad * chosen).sum(1, keepdim=True) / total
-        grad = torch.where(valid, (grad - mean) / total, 0.0)
+        chosen_sum = chosen.sum(1, keepdim=True) + 1e-20
+        mean = (grad * chosen).sum(1, keepdim=True) / chosen_sum
+        grad = torch.where(valid, (grad - mean) / chosen_sum, 0.0)
     grad_s = torch.zeros_like(x).scatter_add_(1, expert, grad)  # [T, E]
-    if score == "softmax":
-        grad_x = s * (grad_s - (grad_s * s).sum(1, keepdim=True))
-    elif score == "sigmoid":
-        grad_x = grad_s * s * torch.sigmoid(-x)
-    else:
-        grad_x = torch.where(s > 0, grad_s * torch.sigmoid(x) / (2 * s), 0.0)
-    return grad_x.to(logits.dtype)
+    return score_gradient(grad_s, x, s, score).to(logits.dtype)
 
 
 def expert_dispatch(
@@ -146,7 +150,7 @@ def expert_dispatch(
         x, x_scale = cast_per_token(x, cast)
     (T, topk), E = topk_idx.shape, num_experts
     flat = topk_idx.reshape(-1).long()
-    expert = torch.where((flat >= 0) & (flat < E), flat, E)  # E: to none
+    expert = torch.where((flat >= 0) & (flat < E), flat, E)  # E means none
     counts = expert.bincount(minlength=E + 1)[:E]
     padded = -(-counts // alignment) * alignment
     start = padded.cumsum(0) - padded  # the first row of each expert
@@ -184,7 +188,7 @@ def expert_combine(
     if shared is not None:
         out += shared
     for j in range(topk):
-        valid, row = inside(handle[:, j], y.shape[0])
+        valid, row = valid_rows(handle[:, j], y.shape[0])
         out[valid] += topk_weights[valid, j, None].double() * y[row].double()
     return out.to(y.dtype)
 
@@ -195,19 +199,19 @@ def expert_combine_backward(
     grad_y = torch.zeros(y.shape, dtype=torch.float64, device=y.device)
     grad_weights = torch.zeros(handle.shape, dtype=torch.float64, device=y.device)
     for j in range(handle.shape[1]):
-        valid, row = inside(handle[:, j], y.shape[0])
+        valid, row = valid_rows(handle[:, j], y.shape[0])
         grad_y.index_add_(0, row, topk_weights[valid, j, None].double() * grad[valid].double())
         grad_weights[valid, j] = (grad[valid].double() * y[row].double()).sum(1)
     return grad_y.to(y.dtype), grad_weights.float()
 
 
-def inside(row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Which entries of `row` name one of `rows` rows, and those entries."""
+def valid_rows(row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The mask of the entries of `row` in [0, rows), and these entries."""
     valid = (row >= 0) & (row < rows)
     return valid, row[valid].long()
 
 
-LIFT = 2.0**48  # gradients are cast so much larger, above the least scale
+LIFT = 2.0**48  # factor of gradients before a cast, so that scales do not underflow
 
 
 def moe_forward(
@@ -219,7 +223,7 @@ def moe_forward(
     w2: Tensor,
     w2_scale: Tensor,
 ) -> Tensor:
-    # Rounded where the op rounds: both products to the dtype of x.
+    # Rounds where the op rounds: the outputs of both GEMMs to the dtype of x.
     multiply = m_grouped_fp8_gemm_nt_contiguous
     q, scale, group_index, _, handle = expert_dispatch(x, topk_idx, len(w13), cast="fp32")
     gate_up = multiply(q, scale, w13, w13_scale, group_index, x.dtype)
@@ -244,13 +248,13 @@ def moe_forward_backward(
     q, scale, group_index, _, handle = expert_dispatch(
         grad.float() * LIFT, topk_idx, len(w13), cast="fp32"
     )
-    grad_h = multiply(q, scale, w2.mT, w2_scale.mT, group_index, wide)  # before the weight
-    valid, row = inside(handle, len(q))
+    grad_h = multiply(q, scale, w2.mT, w2_scale.mT, group_index, wide)  # without the weight
+    valid, row = valid_rows(handle, len(q))
     weights = torch.zeros(len(q), device=q.device)
     weights[row] = topk_weights[valid].float()
-    _, _, of_row = swiglu_cast_backward(grad_h, gate_up, gate_up_scale, weights)
+    _, _, grad_row_weights = swiglu_cast_backward(grad_h, gate_up, gate_up_scale, weights)
     grad_weights = torch.zeros(handle.shape, device=q.device)
-    grad_weights[valid] = of_row[row] / LIFT
+    grad_weights[valid] = grad_row_weights[row] / LIFT
     grad_gate_up = swiglu_gradient(grad_h, gate_up, gate_up_scale, weights).to(wide)
     q, scale = cast_per_token(grad_gate_up)
     y = multiply(q, scale / LIFT, w13.mT, w13_scale.mT, group_index, wide)
@@ -260,8 +264,10 @@ def moe_forward_backward(
 def swiglu_gradient(
     grad: Tensor, gate_up: Tensor, gate_up_scale: Tensor, weights: Tensor
 ) -> Tensor:
-    """`swiglu_cast_backward`'s gradient in fp32, operation for operation as the kernel has it: it
-    is cast to FP8 next, and a sum in float64 may lie on the other side of a rounding."""
+    """The gradient of `swiglu_cast_backward` in fp32, operation for operation as in the kernel.
+
+    It is cast to FP8 next, and a value in float64 could round to another code.
+    """
     gate, up = cast_back(gate_up, gate_up_scale, (1, 128), torch.float32).chunk(2, 1)
     grad, s = grad.float() * weights[:, None], sigmoid(gate)
     return torch.cat((grad * up * (s * (gate * (1.0 - s) + 1.0)), grad * (gate * s)), 1)
@@ -284,11 +290,11 @@ def sequence_balance_loss(
         return logits.new_zeros((), dtype=torch.float32)
     s = EXACT_SCORES[score](logits.double())
     P = (s / s.sum(2, keepdim=True)).mean(1)
-    return (alpha * (chosen_share(topk_idx, logits.shape[2]) * P).sum(1).mean()).float()
+    return (alpha * (expert_fraction(topk_idx, logits.shape[2]) * P).sum(1).mean()).float()
 
 
-def chosen_share(topk_idx: Tensor, E: int) -> Tensor:
-    """f [B, E]: how often each expert is chosen in a sequence, times E / (topk · S)."""
+def expert_fraction(topk_idx: Tensor, E: int) -> Tensor:
+    """f [B, E]: the assignments of a sequence to each expert, times E / (topk · S)."""
     _, S, topk = topk_idx.shape
     valid = (topk_idx >= 0) & (topk_idx < E)
     chosen = F.one_hot(topk_idx.where(valid, E).long(), E + 1)[..., :E]  # [B, S, topk, E]
@@ -303,13 +309,8 @@ def sequence_balance_loss_backward(
     B, S, E = logits.shape
     x = logits.double()
     s = EXACT_SCORES[score](x)
-    total = s.sum(2, keepdim=True)
-    grad_share = grad.double() * alpha / (B * S) * chosen_share(topk_idx, E)[:, None]  # [B, 1, E]
-    grad_s = (grad_share - (grad_share * s).sum(2, keepdim=True) / total) / total
-    if score == "softmax":
-        grad_x = s * (grad_s - (grad_s * s).sum(2, keepdim=True))
-    elif score == "sigmoid":
-        grad_x = grad_s * s * torch.sigmoid(-x)
-    else:
-        grad_x = torch.where(s > 0, grad_s * torch.sigmoid(x) / (2 * s), 0.0)
-    return grad_x.to(logits.dtype)
+    s_sum = s.sum(2, keepdim=True)
+    fraction = expert_fraction(topk_idx, E)[:, None]  # [B, 1, E]
+    grad_normalized = grad.double() * alpha / (B * S) * fraction
+    grad_s = (grad_normalized - (grad_normalized * s).sum(2, keepdim=True) / s_sum) / s_sum
+    return score_gradient(grad_s, x, s, score).to(logits.dtype)
