@@ -142,10 +142,10 @@ void Fp8GemmRows::widen(int64_t first_block, int64_t last_block) {
     for (int64_t m = 0; m < rows_; ++m) {
       uint8_t codes[kBlock] = {};
       const bool inside = first_ + m < last_;
-      if (inside) std::memcpy(codes, a.codes + (first_ + m) * a.row + j * kBlock, count);
+      if (inside) std::memcpy(codes, a.codes + (first_ + m) * a.row_stride + j * kBlock, count);
       isa_.widen(codes, operands_.as<char>() + (j * rows_ + m) * kBlock * isa_.operand_size);
       scales_.as<float>()[j * rows_ + m] =
-          inside ? a.scale[(first_ + m) * a.scale_row + j * a.scale_block] : 0.0f;
+          inside ? a.scale[(first_ + m) * a.scale_row_stride + j * a.scale_block_stride] : 0.0f;
     }
   }
 }
@@ -156,12 +156,12 @@ void Fp8GemmRows::multiply(int64_t first_strip, int64_t last_strip) const {
   std::vector<float> b_scale(blocks_ * kStrip + kRoom);
   const uint8_t* rows[kStrip];
   const Strip strip{operands_.as<void>(), scales_.as<float>(), rows_,   tile_rows_,      rows,
-                    b.row,                b_scale.data(),      gemm_.K, sums.as<float>()};
+                    b.row_stride,         b_scale.data(),      gemm_.K, sums.as<float>()};
   for (int64_t i = first_strip; i < last_strip; ++i) {
     for (int64_t n = 0; n < kStrip; ++n) {
       // Past the last column its row of B stands in; what comes of it is not stored.
       const int64_t row = std::min(i * kStrip + n, b.rows - 1);
-      rows[n] = b.codes + row * b.row;
+      rows[n] = b.codes + row * b.row_stride;
     }
     spread_b_scale(i * kStrip, b_scale.data());
     isa_.multiply(strip);
@@ -173,13 +173,14 @@ void Fp8GemmRows::multiply(int64_t first_strip, int64_t last_strip) const {
 void Fp8GemmRows::spread_b_scale(int64_t first_column, float* scale) const {
   const Fp8Matrix& b = gemm_.b;
   for (int64_t j = 0; j < blocks_; ++j, scale += kStrip) {
-    const float* from = b.scale + j * b.scale_block;
-    if (b.scale_rows % kStrip == 0) {
-      std::fill_n(scale, kStrip, from[first_column / b.scale_rows * b.scale_row]);
+    const float* from = b.scale + j * b.scale_block_stride;
+    if (b.rows_per_scale % kStrip == 0) {
+      std::fill_n(scale, kStrip, from[first_column / b.rows_per_scale * b.scale_row_stride]);
       continue;
     }
     for (int64_t n = 0; n < kStrip; ++n) {
-      scale[n] = from[std::min(first_column + n, b.rows - 1) / b.scale_rows * b.scale_row];
+      const int64_t row = std::min(first_column + n, b.rows - 1);
+      scale[n] = from[row / b.rows_per_scale * b.scale_row_stride];
     }
   }
 }
@@ -196,7 +197,7 @@ void Fp8GemmRows::finish(const float* sums, int64_t first_column) const {
       std::memcpy(row + n, tiles + n * tile_rows_, tile_columns * sizeof(float));
     }
     if (gemm_.c != nullptr) {
-      const int64_t from = (first_ + m) * gemm_.c_row + first_column;
+      const int64_t from = (first_ + m) * gemm_.c_row_stride + first_column;
       switch (gemm_.c_type) {
         case Real::bf16: add_c<Real::bf16>(gemm_.c, from, row, columns); break;
         case Real::fp16: add_c<Real::fp16>(gemm_.c, from, row, columns); break;
