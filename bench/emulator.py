@@ -1,4 +1,4 @@
-"""csrc/sm90 compiled for this machine: its kernels run in csrc/emulator, its ops on CPU tensors."""
+"""Compiles csrc/sm90 for this machine: kernels run in csrc/emulator, ops run on CPU tensors."""
 
 from __future__ import annotations
 
@@ -28,29 +28,34 @@ LIBRARY = "deepkern_emulated"
 
 
 def compiler() -> str | None:
-    """The C++ compiler, if there is one."""
+    """The C++ compiler, or None."""
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
 def sources() -> dict[str, str]:
-    """The emulator and the kernels, name below csrc/ -> text."""
+    """The sources of the emulator and the kernels: path below csrc/ -> text."""
     paths = [p for p in (CSRC / "emulator").rglob("*") if p.is_file()]
     paths += [p for p in (CSRC / "sm90").iterdir() if p.suffix == ".cuh"]
-    paths += [CSRC / "sm90" / f"{name}.h" for name in ("choose", "fp8_gemm_tiles", "mla_arguments")]
+    paths += [CSRC / "sm90" / f"{name}.h" for name in ("choose", "fp8_gemm_tiles", "launch")]
+    paths += [CSRC / "fp8_gemm.h"]
     found = {str(p.relative_to(CSRC)): p.read_text() for p in sorted(paths)}
     return {name: text for name, text in found.items() if not name.startswith("emulator/cuda/")}
 
 
-def build(sources: dict[str, str]) -> ctypes.CDLL:
-    """A library of `sources`, name below csrc/ -> text, compiled once for each content."""
-    parts = [compile_one(name, sources) for name in sources if name.endswith(".cpp")]
+def build(sources: dict[str, str], *flags: str) -> ctypes.CDLL:
+    """Compiles `sources` (path below csrc/ -> text) to a library, once for each content.
+
+    `flags` are compiler flags for the kernels. The emulator itself is compiled without them.
+    """
+    names = [name for name in sources if name.endswith(".cpp")]
+    parts = [compile_one(n, sources, *(() if of_machine(n) else flags)) for n in names]
     return ctypes.CDLL(str(link(parts)))
 
 
 def compile_one(name: str, sources: dict[str, str], *flags: str) -> Path:
-    # The machine itself knows no kernel, so a changed kernel does not compile it anew.
-    seen = [h for h in sorted(sources) if not h.endswith(".cpp")]
-    headers = [sources[h] for h in seen if of_machine(h) or not of_machine(name)]
+    # The emulator includes no kernel, so a changed kernel does not recompile it.
+    included = [h for h in sorted(sources) if not h.endswith(".cpp")]
+    headers = [sources[h] for h in included if of_machine(h) or not of_machine(name)]
     content = "\0".join([compiler(), *FLAGS, *flags, name, sources[name], *headers])
     done = BUILD / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.o"
     if not done.exists():
@@ -64,7 +69,7 @@ def compile_one(name: str, sources: dict[str, str], *flags: str) -> Path:
 
 
 def of_machine(name: str) -> bool:
-    """Whether a source belongs to the emulated machine, and not to what runs on it."""
+    """Whether a source belongs to the emulator, not to a kernel that runs on it."""
     return name.startswith("emulator/") and name.count("/") == 1
 
 
@@ -77,7 +82,7 @@ def link(parts: list[Path], *flags: str) -> Path:
 
 
 def run(command: list[str], output: Path) -> None:
-    """Runs a compiler; `output` is whole or not there, whoever else compiles it."""
+    """Runs a compiler. Replaces `output` atomically, so other builds see no partial file."""
     BUILD.mkdir(parents=True, exist_ok=True)
     fresh = output.with_suffix(f".{os.getpid()}")
     got = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, timeout=300)
@@ -99,20 +104,20 @@ def ops() -> ctypes.CDLL:
     parts = [compile_one(n, whole, *flags) for n in names]
     parts += [compile_one(n, whole) for n in whole if of_machine(n) and n.endswith(".cpp")]
     library = link(parts, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10")
-    native.missing_reason()  # loads deepkern_native, where the schemas stand
+    native.missing_reason()  # loads deepkern_native, which defines the schemas
     schemas = torch.library.Library(LIBRARY, "DEF")
     for name in served():
         schema = str(getattr(torch.ops.deepkern_native, name).default._schema)
         schemas.define(schema.split("::", 1)[1])
     torch.ops.load_library(str(library))
     loaded = ctypes.CDLL(str(library))
-    loaded.schemas = schemas  # they last as long as somebody holds them
+    loaded.schemas = schemas  # the definitions live as long as this object
     return loaded
 
 
 @functools.cache
 def served() -> list[str]:
-    """The ops that csrc/sm90 serves."""
+    """The ops that csrc/sm90 implements."""
     text = (CSRC / "sm90" / "ops.cpp").read_text()
     return [line.split('"')[1] for line in text.splitlines() if line.startswith('  m.impl("')]
 
@@ -121,9 +126,9 @@ def served() -> list[str]:
 def cuda_backend(
     seed: int = 0, order: str = "random", multiprocessors: int = 132, launches: bool = True
 ) -> Iterator[None]:
-    """Forces backend `cuda`, which inside takes CPU tensors and runs its kernels in the emulator.
+    """Forces backend `cuda` to accept CPU tensors and to run its kernels in the emulator.
 
-    Without `launches` nothing is run: what is left is the host's side of a call.
+    With `launches=False` no kernel runs, only the host code of a call.
     """
     ops().emulate_how(ctypes.c_uint64(seed), ORDERS[order], multiprocessors, int(launches))
     on_gpu = backends.unsupported_on_device

@@ -1,13 +1,14 @@
-// Tensors of torch's stable ABI as arguments of native code.
+// Converts arguments of torch's stable ABI for the native ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cpu/real.h"
+#include "fp8_gemm.h"
 
 namespace deepkern {
 
+// `dtype` as a Real; an error that names the op and the argument for any other dtype.
 inline Real real_type(const char* op, const char* argument, torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
   if (dtype == ScalarType::BFloat16) return Real::bf16;

@@ -149,7 +149,7 @@ Fp8Gemm fp8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
   STD_TORCH_CHECK(N <= 1 || c->stride(1) == 1,
                   "fp8_gemm_nt: c: expected stride 1 in the last dimension, got ", c->stride(1));
   gemm.c = c->const_data_ptr();
-  gemm.c_row = c->stride(0);
+  gemm.c_row_stride = c->stride(0);
   gemm.c_type = real_type("fp8_gemm_nt", "c", c->scalar_type());
   return gemm;
 }

@@ -147,10 +147,10 @@ void Fp8GemmRows::widen(int64_t first_block, int64_t last_block) {
     for (int64_t m = 0; m < rows_; ++m) {
       uint8_t codes[kBlock] = {};
       const bool valid = first_ + m < last_;  // else padding
-      if (valid) std::memcpy(codes, a.codes + (first_ + m) * a.row + j * kBlock, count);
+      if (valid) std::memcpy(codes, a.codes + (first_ + m) * a.row_stride + j * kBlock, count);
       isa_.widen(codes, operands_.as<char>() + (j * rows_ + m) * kBlock * isa_.operand_size);
       scales_.as<float>()[j * rows_ + m] =
-          valid ? a.scale[(first_ + m) * a.scale_row + j * a.scale_block] : 0.0f;
+          valid ? a.scale[(first_ + m) * a.scale_row_stride + j * a.scale_block_stride] : 0.0f;
     }
   }
 }
@@ -161,12 +161,12 @@ void Fp8GemmRows::multiply(int64_t first_strip, int64_t last_strip) const {
   std::vector<float> b_scale(blocks_ * STRIP_COLUMNS + SCALE_PADDING);
   const uint8_t* rows[STRIP_COLUMNS];
   const Strip strip{operands_.as<void>(), scales_.as<float>(), rows_,   tile_rows_,      rows,
-                    b.row,                b_scale.data(),      gemm_.K, sums.as<float>()};
+                    b.row_stride,         b_scale.data(),      gemm_.K, sums.as<float>()};
   for (int64_t i = first_strip; i < last_strip; ++i) {
     for (int64_t n = 0; n < STRIP_COLUMNS; ++n) {
       // Columns past the last one use the last row of B; store_strip() does not store them.
       const int64_t row = std::min(i * STRIP_COLUMNS + n, b.rows - 1);
-      rows[n] = b.codes + row * b.row;
+      rows[n] = b.codes + row * b.row_stride;
     }
     expand_b_scale(i * STRIP_COLUMNS, b_scale.data());
     isa_.multiply(strip);
@@ -178,13 +178,13 @@ void Fp8GemmRows::multiply(int64_t first_strip, int64_t last_strip) const {
 void Fp8GemmRows::expand_b_scale(int64_t first_column, float* scale) const {
   const Fp8Matrix& b = gemm_.b;
   for (int64_t j = 0; j < blocks_; ++j, scale += STRIP_COLUMNS) {
-    const float* block_scale = b.scale + j * b.scale_block;
-    if (b.scale_rows % STRIP_COLUMNS == 0) {
-      std::fill_n(scale, STRIP_COLUMNS, block_scale[first_column / b.scale_rows * b.scale_row]);
+    const float* block_scale = b.scale + j * b.scale_block_stride;
+    if (b.rows_per_scale % STRIP_COLUMNS == 0) {
+      std::fill_n(scale, STRIP_COLUMNS, block_scale[first_column / b.rows_per_scale * b.scale_row_stride]);
       continue;
     }
     for (int64_t n = 0; n < STRIP_COLUMNS; ++n) {
-      scale[n] = block_scale[std::min(first_column + n, b.rows - 1) / b.scale_rows * b.scale_row];
+      scale[n] = block_scale[std::min(first_column + n, b.rows - 1) / b.rows_per_scale * b.scale_row_stride];
     }
   }
 }
@@ -201,7 +201,7 @@ void Fp8GemmRows::store_strip(const float* sums, int64_t first_column) const {
       std::memcpy(row + n, tiles + n * tile_rows_, tile_columns * sizeof(float));
     }
     if (gemm_.c != nullptr) {
-      const int64_t offset = (first_ + m) * gemm_.c_row + first_column;
+      const int64_t offset = (first_ + m) * gemm_.c_row_stride + first_column;
       switch (gemm_.c_type) {
         case Real::bf16: add_c<Real::bf16>(gemm_.c, offset, row, columns); break;
         case Real::fp16: add_c<Real::fp16>(gemm_.c, offset, row, columns); break;

@@ -7,32 +7,15 @@
 #include <memory>
 #include <new>
 
+#include "../fp8_gemm.h"
 #include "real.h"
 
 namespace deepkern {
 
-constexpr int64_t kBlock = 128;  // values of K to a scale
+constexpr int64_t kBlock = BLOCK;
 constexpr int64_t STRIP_COLUMNS = 32;  // columns of D that one task computes; divides kBlock
 
 inline int64_t blocks_of_k(int64_t K) { return (K + kBlock - 1) / kBlock; }
-
-// e4m3 codes [rows, K]; the scale of row r and block j of K is scale[r / scale_rows * scale_row +
-// j * scale_block].
-struct Fp8Matrix {
-  const uint8_t* codes;
-  int64_t rows, row;  // `row`: bytes from a row to the next
-  const float* scale;
-  int64_t scale_rows, scale_row, scale_block;
-};
-
-struct Fp8Gemm {
-  Fp8Matrix a, b;
-  int64_t K;
-  const void* c;  // or null
-  int64_t c_row;
-  Real c_type, out_type;
-  void* out;  // [a.rows, b.rows], contiguous
-};
 
 // An uninitialized buffer, aligned to 64 bytes.
 class AlignedBuffer {

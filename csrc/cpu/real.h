@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../fp8_gemm.h"
+
 #define DEEPKERN_INLINE inline __attribute__((always_inline))
 
 namespace deepkern {
-
-enum class Real { bf16, fp16, fp32 };
 
 constexpr int32_t INFINITY_BITS = 0x7F800000;
 

@@ -1,27 +1,28 @@
-// FP8 matrix products with block scales on Hopper, in all forms of kernels/deepkern/matmul:
+// FP8 matrix products with block scales on Hopper, in all variants of kernels/deepkern/matmul:
 //
 //     d[m, n] = Σ_j a_scale[m, j] · b_scale[n / 128 or n, j] · Σ_{k in block j} a[m, k] · b[n, k]
 //
-// Cut: as many blocks as fit on the GPU each go through tiles of D (schedule.cuh). One warp of a
-// block only loads: 64·GROUPS rows of the left operand and N of the right one by TMA, 128 of K at a
-// time, through a ring of STAGES buffers. GROUPS warpgroups multiply, 64 rows each. A buffer goes
-// round between two barriers:
+// Parallelization: a persistent kernel. Each resident block loops over tiles of D (schedule.cuh). A
+// block has one producer warpgroup and WARPGROUPS consumer warpgroups. One thread of the producer
+// loads 64·WARPGROUPS rows of the left MMA operand (lhs) and N rows of the right one (rhs) by TMA,
+// 128 values of K per stage of a ring with STAGES buffers. Each consumer warpgroup multiplies 64
+// lhs rows. A full and an empty barrier per stage s synchronize them:
 //
-//     loader       wait empty[s] -> announce bytes, TMA -> full[s]
-//     warpgroup    wait full[s] -> 4 WGMMA -> empty[s] -> sum = fma(product, scales, sum)
+//     producer     wait empty[s] -> announce bytes, issue TMA -> full[s]
+//     consumer     wait full[s] -> 4 WGMMA -> arrive empty[s] -> sum = fma(product, scales, sum)
 //
-// WGMMA keeps some 14 bits of an FP8 sum, hence the float32 sum beside it ("promotion"). While one
-// warpgroup promotes, the other's WGMMAs run. A is the left operand, but few rows of it are the
-// right one (SWAPPED), which may be narrow. Where a row of the right operand has a scale of its own
-// a second warp brings those along. With CLUSTER = 2, two blocks one below the other share a tile
-// of B: each loads half of it and sends it to both, which halves what L2 has to give.
+// WGMMA keeps about 14 bits of an FP8 sum, so each K block's product is promoted to a float32 sum.
+// While one consumer promotes, the other one's WGMMAs run. The lhs is A. For small M it is B
+// (SWAPPED), because the rhs may be narrow. If each rhs row has its own scale, a second producer
+// warp loads these scales. With CLUSTER = 2, two blocks with neighbouring tile rows share a tile of
+// B: each loads half of it and multicasts it to both, which halves the reads from L2.
 //
-// Where N makes few tiles, the sum over K is cut into `splits` runs (choose.h), which are summed for
-// themselves and then added in order. For few rows a cluster of `splits` blocks shares a tile, a run
-// to a block: each leaves its sums in its shared memory, and after a barrier each adds up some rows
-// of all of them (fp8_gemm_store.cuh). For many rows a block sums one run after the other.
+// Split-K: where N gives few tiles, K is split in `num_splits` ranges (choose.h), whose partial
+// sums are added in a fixed order. For small M a cluster of `num_splits` blocks computes a tile,
+// one split per block. The blocks exchange partial sums through smem (fp8_gemm_store.cuh). For
+// large M a block computes one split after the other.
 //
-// Large products are bound by the tensor cores, those of few rows by reading B.
+// Limit: large products are limited by the tensor cores, products with small M by reading B.
 //
 // Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2; DeepGEMM.
 #pragma once
@@ -30,224 +31,278 @@
 
 namespace sm90 {
 
-// The scales of one row of an operand, from the tile's first block on.
-SM90_DEVICE const float* scale_row(const Scales& s, int group, int row, int rows) {
-  return s.data + group * s.group + static_cast<int64_t>(row / rows) * s.row;
+// The scales [K blocks] of one row of an operand.
+SM90_DEVICE const float* scales_of_row(const Scales& s, int group, int row, int rows_per_scale) {
+  return s.data + group * s.group_stride +
+         static_cast<int64_t>(row / rows_per_scale) * s.row_stride;
 }
 
-// The loading thread.
+// Producer thread: loads both operands of all tiles.
 template <class Tile>
-SM90_DEVICE void load_tiles(const TensorMap* a, const TensorMap* b, char* memory,
-                            typename Tile::Tiles tiles) {
-  Buffers<Tile> ring(memory);
+SM90_DEVICE void load_operands(const TensorMap* a, const TensorMap* b, char* smem,
+                               typename Tile::Tiles tiles) {
+  OperandRing<Tile> ring(smem);
   const int rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
-  const int half = Tile::N / Tile::CLUSTER;
-  Work w;
+  const int half = Tile::N / Tile::CLUSTER;  // rows of B that this block loads
+  TileWork w;
   while (tiles.next(w)) {
     const int a_row = tiles.a_row(w) + rank * Tile::M, b_row = tiles.b_row(w);
-    for (int k = 0; k < w.length; k += Tile::K) {
+    for (int k = 0; k < w.k_length; k += Tile::K) {
+      // Wait for consumer release.
       ring.wait_empty();
-      Barrier* full = &ring.full[ring.stage];
-      barrier_arrive_expect(full, Tile::STAGE_BYTES);
+      Barrier* full = &ring.full_barrier[ring.stage];
+      uint32_t bytes = Tile::STAGE_BYTES;
+      WHEN_PLANTED(announces_too_few_bytes, bytes = Tile::LHS_BYTES);
+      WHEN_PLANTED(announces_too_many_bytes, bytes += 16);
+      barrier_arrive_expect(full, bytes);
+      // Issue TMA.
       if (Tile::SWAPPED) {
-        tma_load(ring.left(), b, full, w.k + k, b_row);
-        tma_load(ring.right(), a, full, w.k + k, a_row);
+        tma_load(ring.lhs(), b, full, w.k + k, b_row);
+        tma_load(ring.rhs(), a, full, w.k + k, a_row);
       } else if (Tile::CLUSTER == 1) {
-        tma_load(ring.left(), a, full, w.k + k, a_row);
-        tma_load(ring.right(), b, full, w.k + k, b_row);
+        tma_load(ring.lhs(), a, full, w.k + k, a_row);
+        tma_load(ring.rhs(), b, full, w.k + k, b_row);
       } else {
-        tma_load(ring.left(), a, full, w.k + k, a_row);
-        tma_load_multicast(ring.right() + rank * half * Tile::K, b, full, w.k + k,
-                           b_row + rank * half, (1 << Tile::CLUSTER) - 1);
+        tma_load(ring.lhs(), a, full, w.k + k, a_row);
+        const int first = PLANT(multicasts_to_the_same_half, 0, rank * half);
+        tma_load_multicast(ring.rhs() + first * Tile::K, b, full, w.k + k, b_row + rank * half,
+                           (1 << Tile::CLUSTER) - 1);
       }
-      ring.next();
+      ring.advance();
     }
   }
 }
 
-// The warp that brings the scales of the right operand's rows.
+// Producer warp for scales: loads one scale per rhs row and stage.
 template <class Tile>
-SM90_DEVICE void load_scales(const GemmArguments& p, char* memory, typename Tile::Tiles tiles) {
-  Buffers<Tile> ring(memory);
-  const Scales& scales = Tile::SWAPPED ? p.a_scale : p.b_scale;
-  Work w;
+SM90_DEVICE void load_rhs_scales(const GemmArguments& p, char* smem, typename Tile::Tiles tiles) {
+  OperandRing<Tile> ring(smem);
+  const Scales& scales =
+      PLANT(scales_of_wrong_operand, p.b_scale, Tile::SWAPPED ? p.a_scale : p.b_scale);
+  TileWork w;
   while (tiles.next(w)) {
-    const int first = Tile::SWAPPED ? w.row : w.column, last = Tile::SWAPPED ? p.M : p.N;
-    for (int j = 0; j * Tile::K < w.length; ++j) {
+    const int first = Tile::SWAPPED ? w.row : w.column, end = Tile::SWAPPED ? p.M : p.N;
+    for (int j = 0; j * Tile::K < w.k_length; ++j) {
       ring.wait_empty();
       for (int i = lane_index(); i < Tile::N; i += 32) {
         const int row = first + i;
-        const float* at = scale_row(scales, w.group, row < last ? row : 0, 1);
-        store_shared(ring.scales() + 4 * i, load_global(at + (w.scale_block + j) * scales.block));
+        const float* from = scales_of_row(scales, w.group, row < end ? row : 0, 1);
+        store_shared(ring.rhs_scales() + 4 * i,
+                     load_global(from + (w.scale_block + j) * scales.block_stride));
       }
-      barrier_arrive(&ring.full[ring.stage]);
-      ring.next();
+      barrier_arrive(&ring.full_barrier[ring.stage]);
+      ring.advance();
     }
   }
 }
 
-// Zeros where a buffer's rows reach beyond `length` values of K, into another group. Both operands:
-// 0 times another group's NaN would be NaN.
+// Clears both operands of a stage from value `length` of K on, where the next group starts. Both,
+// because 0 times NaN is NaN.
 template <class Tile>
-SM90_DEVICE void clear_tail(char* memory, int length) {
-  const int threads = 128 * Tile::GROUPS;
+SM90_DEVICE void clear_k_tail(char* stage, int length) {
+  const int threads = 128 * Tile::WARPGROUPS;
   for (int i = thread_index(); i < (Tile::M + Tile::N) * 8; i += threads) {
     const int row = i / 8, chunk = i % 8;
-    char* place = memory + row * 128 + (chunk ^ (row % 8)) * 16;
+    char* to = stage + row * 128 + (chunk ^ (row % 8)) * 16;  // 128-byte swizzle
     for (int byte = 0; byte < 16; ++byte) {
-      if (chunk * 16 + byte >= length) store_shared(place + byte, uint8_t{0});
+      if (chunk * 16 + byte >= length) store_shared(to + byte, uint8_t{0});
     }
   }
-  fence_async_proxy();
-  named_barrier_sync(1 + Tile::GROUPS, threads);
+  UNLESS_PLANTED(no_fence_after_k_tail, fence_async_proxy());
+  named_barrier_sync(1 + Tile::WARPGROUPS, threads);
 }
 
-// The products of one tile, promoted: over `length` values of K, whose scales begin at `first`.
-// Thread t's rows are `row` and `row` + 8 of the left operand.
+// Consumer release: each warp arrives on the stage's empty barrier, in all blocks of the cluster.
 template <class Tile>
-SM90_DEVICE void multiply(float (&sum)[Tile::N / 2], Buffers<Tile>& ring, const GemmArguments& p,
-                          const Work& w, int row, int first, int length) {
-  const int group = thread_index() / 128, last = Tile::SWAPPED ? p.N : p.M;
-  const Scales& left = Tile::SWAPPED ? p.b_scale : p.a_scale;
-  const Scales& right = Tile::SWAPPED ? p.a_scale : p.b_scale;
-  const float* above = scale_row(left, w.group, row < last ? row : 0, Tile::LEFT_ROWS);
-  const float* below = scale_row(left, w.group, row + 8 < last ? row + 8 : 0, Tile::LEFT_ROWS);
-  const float* beside = scale_row(right, w.group, w.column, Tile::RIGHT_ROWS);
-  above += first * left.block, below += first * left.block, beside += first * right.block;
+SM90_DEVICE void release_stage(OperandRing<Tile>& ring) {
+  Barrier* empty = &ring.empty_barrier[ring.stage];
+  if (Tile::RHS_ROWS_PER_SCALE == 1) {
+    UNLESS_PLANTED(no_warp_sync_after_scales, warp_sync());  // all lanes have read their scales
+  }
+  if (Tile::CLUSTER == 1) {
+    if (lane_index() == 0) barrier_arrive(empty);
+  } else if (lane_index() < PLANT(neighbour_not_released, 1, Tile::CLUSTER)) {
+    barrier_arrive_at(empty, lane_index());
+  }
+}
+
+// Mainloop: sum = the scaled products of one tile over `k_length` values of K, whose first scale is
+// that of K block `scale_block`. A thread's sums are those of lhs rows `row` and `row` + 8.
+template <class Tile>
+SM90_DEVICE void multiply(float (&sum)[Tile::N / 2], OperandRing<Tile>& ring,
+                          const GemmArguments& p, const TileWork& w, int row, int scale_block,
+                          int k_length) {
+  constexpr bool RHS_SCALE_PER_ROW = Tile::RHS_ROWS_PER_SCALE == 1;
+  const int warpgroup = thread_index() / 128, end = Tile::SWAPPED ? p.N : p.M;
+  const Scales& lhs = Tile::SWAPPED ? p.b_scale : p.a_scale;
+  const Scales& rhs = Tile::SWAPPED ? p.a_scale : p.b_scale;
+  const float* scales_0 =
+      scales_of_row(lhs, w.group, row < end ? row : 0, Tile::LHS_ROWS_PER_SCALE);
+  const int row_8 = PLANT(reads_scales_past_last_row, row + 8, row + 8 < end ? row + 8 : 0);
+  const float* scales_8 = scales_of_row(lhs, w.group, row_8, Tile::LHS_ROWS_PER_SCALE);
+  const float* scales_rhs = scales_of_row(rhs, w.group, w.column, Tile::RHS_ROWS_PER_SCALE);
+  scales_0 += scale_block * lhs.block_stride, scales_8 += scale_block * lhs.block_stride;
+  scales_rhs += scale_block * rhs.block_stride;
   for (int i = 0; i < Tile::N / 2; ++i) sum[i] = 0.0f;
-  for (int j = 0; j * Tile::K < length; ++j) {
-    // Asked for before the wait, so that they come while it lasts.
-    float upper = load_global(above), lower = load_global(below);
-    above += left.block, below += left.block;
-    if (Tile::RIGHT_ROWS == 128) {
-      const float scale = load_global(beside);
-      beside += right.block;
-      upper *= scale, lower *= scale;
+  for (int j = 0; j * Tile::K < k_length; ++j) {
+    // Load the scales before the wait, to hide their latency.
+    float scale_row_0 = load_global(scales_0), scale_row_8 = load_global(scales_8);
+    scales_0 += lhs.block_stride, scales_8 += lhs.block_stride;
+    if (!RHS_SCALE_PER_ROW) {
+      const float scale_rhs = load_global(scales_rhs);
+      scales_rhs += rhs.block_stride;
+      scale_row_0 *= scale_rhs, scale_row_8 *= scale_rhs;
     }
+    // Wait for the operands.
     float product[Tile::N / 2];
     ring.wait_full();
-    if (Tile::FORM == Form::k_grouped && length - j * Tile::K < Tile::K) {
-      clear_tail<Tile>(ring.left(), length - j * Tile::K);
+    if (Tile::VARIANT == GemmVariant::k_grouped && k_length - j * Tile::K < Tile::K) {
+      UNLESS_PLANTED(no_clearing_of_k_tail,
+                     clear_k_tail<Tile>(ring.lhs(), k_length - j * Tile::K));
     }
-    wgmma_fence();
+    // Issue four WGMMAs of 32 values of K each.
+    UNLESS_PLANTED(no_wgmma_fence, wgmma_fence());
     for (int step = 0; step < 4; ++step) {
-      const char* rows = ring.left() + group * 64 * Tile::K;
-      wgmma_e4m3<Tile::N>(product, matrix_descriptor(rows + step * 32, 0, 1024),
-                          matrix_descriptor(ring.right() + step * 32, 0, 1024), step > 0);
+      const char* lhs_rows = ring.lhs() + warpgroup * 64 * Tile::K;
+      WHEN_PLANTED(reads_past_smem, lhs_rows = ring.smem + Tile::SMEM_BYTES / 16 * 16);
+      const uint32_t lhs_stride = PLANT(wrong_descriptor_stride, 512, 1024);
+      wgmma_e4m3<Tile::N>(product, matrix_descriptor(lhs_rows + step * 32, 0, lhs_stride),
+                          matrix_descriptor(ring.rhs() + step * 32, 0, 1024),
+                          PLANT(accumulates_in_first_wgmma, true, step > 0));
     }
-    wgmma_commit();
-    float scales[Tile::RIGHT_ROWS == 1 ? Tile::N / 4 : 1];
-    if (Tile::RIGHT_ROWS == 1) {
+    UNLESS_PLANTED(no_wgmma_commit, wgmma_commit());
+    float rhs_scales[RHS_SCALE_PER_ROW ? Tile::N / 4 : 1];
+    if (RHS_SCALE_PER_ROW) {
       for (int i = 0; i < Tile::N / 4; ++i) {
         const int column = i / 2 * 8 + lane_index() % 4 * 2 + i % 2;
-        scales[i] = load_shared<float>(ring.scales() + 4 * column);
+        rhs_scales[i] = load_shared<float>(ring.rhs_scales() + 4 * column);
       }
     }
-    wgmma_wait<0>();
-    Barrier* empty = &ring.empty[ring.stage];
-    if (Tile::RIGHT_ROWS == 1) warp_sync();  // all lanes have their scales
-    if (Tile::CLUSTER == 1) {
-      if (lane_index() == 0) barrier_arrive(empty);
-    } else if (lane_index() < Tile::CLUSTER) {
-      barrier_arrive_at(empty, lane_index());
-    }
+    WHEN_PLANTED(releases_before_wgmma_wait, release_stage<Tile>(ring));
+    UNLESS_PLANTED(no_wgmma_wait, wgmma_wait<PLANT(wgmma_wait_leaves_one, 1, 0)>());
+    UNLESS_PLANTED(releases_before_wgmma_wait, release_stage<Tile>(ring));
+    // Promote the product of this K block to the float32 sum.
     for (int i = 0; i < Tile::N / 2; ++i) {
-      float scale = i / 2 % 2 ? lower : upper;
-      if (Tile::RIGHT_ROWS == 1) scale *= scales[i / 4 * 2 + i % 2];
+      float scale = i / 2 % 2 ? scale_row_8 : scale_row_0;
+      if (RHS_SCALE_PER_ROW) scale *= rhs_scales[i / 4 * 2 + i % 2];
       sum[i] = fused_multiply_add(product[i], scale, sum[i]);
     }
-    ring.next();
+    ring.advance();
   }
 }
 
-// A warpgroup's part of all tiles.
+// Consumer warpgroup: mainloop and epilogue of all tiles.
 template <class Tile>
-SM90_DEVICE void multiply_tiles(const TensorMap* out, const GemmArguments& p, char* memory,
+SM90_DEVICE void multiply_tiles(const TensorMap* out, const GemmArguments& p, char* smem,
                                 typename Tile::Tiles tiles) {
-  Buffers<Tile> ring(memory);
-  Ring<1> shared(memory + Tile::SHARE_BARRIERS);
-  const int group = thread_index() / 128, rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
-  const int inside = group * 64 + thread_index() % 128 / 32 * 16 + lane_index() / 4;
-  char* ordered = memory + Tile::ORDERED + (Tile::SWAPPED ? 0 : group * 64 * Tile::N * 4);
-  const int runs = Tile::IN_TURN ? p.splits : 1;
-  Work w;
+  OperandRing<Tile> ring(smem);
+  Ring<1> partials_ring(smem + Tile::PARTIALS_BARRIERS);
+  const int warpgroup = thread_index() / 128, rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
+  const int thread_row = warpgroup * 64 + thread_index() % 128 / 32 * 16 + lane_index() / 4;
+  char* staging = smem + Tile::STAGING + (Tile::SWAPPED ? 0 : warpgroup * 64 * Tile::N * 4);
+  const int serial_splits = Tile::SERIAL_SPLIT_K ? p.num_splits : 1;
+  TileWork w;
   while (tiles.next(w)) {
     float sum[Tile::N / 2];
-    const int first = (Tile::SWAPPED ? w.column : w.row) + rank * Tile::M;
-    for (int r = 0; r < runs; ++r) {
-      const int block = Tile::IN_TURN ? r * p.run : 0;
-      const int length = Tile::IN_TURN ? clamp(w.length - block * Tile::K, 0, p.run * Tile::K)
-                                       : w.length;
-      multiply<Tile>(sum, ring, p, w, first + inside, w.scale_block + block, length);
-      if (runs > 1) add_run<Tile::N>(sum, ordered, r == 0, r == runs - 1);
+    const int first_row = (Tile::SWAPPED ? w.column : w.row) + rank * Tile::M;
+    for (int s = 0; s < serial_splits; ++s) {
+      const int block = Tile::SERIAL_SPLIT_K ? s * p.blocks_per_split : 0;
+      const int k_left = w.k_length - block * Tile::K;
+      const int k_length =
+          Tile::SERIAL_SPLIT_K
+              ? PLANT(serial_splits_overlap, k_left,
+                      clamp(k_left, 0, p.blocks_per_split * Tile::K))
+              : w.k_length;
+      const int scale_block = w.scale_block + PLANT(serial_split_with_first_scales, 0, block);
+      multiply<Tile>(sum, ring, p, w, first_row + thread_row, scale_block, k_length);
+      if (serial_splits > 1) {
+        accumulate_split<Tile::N>(sum, staging, s == 0, s == serial_splits - 1);
+      }
     }
     if (Tile::SWAPPED) {
-      store_swapped<Tile>(sum, shared, ordered, p, w, tiles, inside);
+      store_swapped<Tile>(sum, partials_ring, staging, p, w, tiles, thread_row);
     } else {
-      store<Tile>(sum, out, p, w, tiles, ordered, first + group * 64);
+      store_tile<Tile>(sum, out, p, w, tiles, staging, first_row + warpgroup * 64);
     }
   }
+  // The block's smem must stay valid until other blocks and TMA have read it.
   if (Tile::SWAPPED) {
-    shared.wait_empty();  // the others may still read this block's shares
+    UNLESS_PLANTED(exits_before_partials_are_read, partials_ring.wait_empty());
   } else if (thread_index() % 128 == 0) {
-    tma_store_wait_read<0>();
+    UNLESS_PLANTED(exits_before_tma_has_read, tma_store_wait_read<0>());
   }
-  warp_sync();  // whole warps come to the cluster's barrier
+  warp_sync();  // the cluster barrier expects converged warps
 }
 
 template <class Tile>
-SM90_KERNEL(Tile::THREADS, Tile::RESIDENT)
-void fp8_gemm(SM90_PARAMETER TensorMap a, SM90_PARAMETER TensorMap b,
-              SM90_PARAMETER TensorMap out, SM90_PARAMETER GemmArguments p) {
-  char* memory = shared_memory();
-  Buffers<Tile> ring(memory);
-  const int warp = warp_index(), loader = 4 * Tile::GROUPS;
-  const int cluster = Tile::SPREAD ? p.splits : Tile::CLUSTER;
-  if (warp == loader && elect_one()) {
+SM90_KERNEL(Tile::THREADS, Tile::RESIDENT_BLOCKS)
+void fp8_gemm(SM90_PARAMETER TensorMap a,    // e4m3 [rows of A, K], boxes of 128 bytes
+              SM90_PARAMETER TensorMap b,    // e4m3 [rows of B, K], boxes of 128 bytes
+              SM90_PARAMETER TensorMap out,  // D, boxes [64, 128 bytes], if p.store_by_tma
+              SM90_PARAMETER GemmArguments p) {
+  char* smem = shared_memory();
+  OperandRing<Tile> ring(smem);
+  const int warp = warp_index(), producer_warp = 4 * Tile::WARPGROUPS;
+  const int cluster = Tile::CLUSTER_SPLIT_K ? p.num_splits : Tile::CLUSTER;
+  // Prologue: prefetch tensor maps, initialize barriers.
+  if (warp == producer_warp && elect_one()) {
     prefetch(&a);
     prefetch(&b);
-    ring.init(Tile::LOADS, 4 * Tile::GROUPS * Tile::CLUSTER);  // each warp that reads
-    const int sharing = 4 * Tile::GROUPS * cluster;
-    if (Tile::SWAPPED) Ring<1>(memory + Tile::SHARE_BARRIERS).init(sharing, sharing);
-    barrier_init_fence();
+    int empty_arrivals = 4 * Tile::WARPGROUPS * Tile::CLUSTER;  // one per consumer warp
+    WHEN_PLANTED(expects_one_release_less, empty_arrivals -= 1);
+    WHEN_PLANTED(no_wait_for_neighbour, empty_arrivals = 4 * Tile::WARPGROUPS);
+    ring.init(Tile::FULL_ARRIVALS, empty_arrivals);
+    const int partials_arrivals =
+        4 * Tile::WARPGROUPS * PLANT(partials_expect_one_block, 1, cluster);
+    if (Tile::SWAPPED) {
+      Ring<1>(smem + Tile::PARTIALS_BARRIERS).init(partials_arrivals, partials_arrivals);
+    }
+    UNLESS_PLANTED(no_barrier_init_fence, barrier_init_fence());
   }
   if (Tile::CLUSTER > 1) {
     cluster_sync();
   } else {
     block_sync();
   }
-  if (Tile::SPREAD) cluster_arrive();  // is waited for before blocks talk; loading needs no other
+  // Blocks access each other's smem after the matching cluster_wait. Loads need no wait.
+  if (Tile::CLUSTER_SPLIT_K) UNLESS_PLANTED(no_cluster_arrive, cluster_arrive());
 
   typename Tile::Tiles tiles(p, block_index() / cluster, block_count() / cluster);
-  if (Tile::SPREAD) tiles.take_run(cluster_rank());
-  // A thread may have 168 of the registers at first; one warpgroup alone has enough of them.
-  if (warp >= loader) {
-    if (Tile::GROUPS > 1) registers_decrease<40>();
-    if (warp == loader && elect_one()) load_tiles<Tile>(&a, &b, memory, tiles);
-    if (warp == loader + 1 && Tile::RIGHT_ROWS == 1) load_scales<Tile>(p, memory, tiles);
+  if (Tile::CLUSTER_SPLIT_K) tiles.select_split(cluster_rank());
+  // Threads start with up to 168 registers. One consumer warpgroup needs no more than that; two do.
+  if (warp >= producer_warp) {
+    // Producer warpgroup.
+    if (Tile::WARPGROUPS > 1) registers_decrease<PLANT(producer_keeps_registers, 96, 40)>();
+    if (warp == producer_warp && elect_one()) load_operands<Tile>(&a, &b, smem, tiles);
+    if (warp == producer_warp + 1 && Tile::RHS_ROWS_PER_SCALE == 1) {
+      load_rhs_scales<Tile>(p, smem, tiles);
+    }
     warp_sync();
-    if (Tile::SPREAD) cluster_wait();
+    if (Tile::CLUSTER_SPLIT_K) UNLESS_PLANTED(no_cluster_wait, cluster_wait());
   } else {
-    if (Tile::GROUPS > 1) registers_increase<232>();
-    if (Tile::SPREAD) cluster_wait();
-    multiply_tiles<Tile>(&out, p, memory, tiles);
+    // Consumer warpgroups.
+    if (Tile::WARPGROUPS > 1) registers_increase<PLANT(requests_too_many_registers, 264, 232)>();
+    if (Tile::CLUSTER_SPLIT_K) UNLESS_PLANTED(no_cluster_wait, cluster_wait());
+    multiply_tiles<Tile>(&out, p, smem, tiles);
   }
-  // A block's barriers and buffers must be there until the other has sent its last.
-  if (Tile::CLUSTER > 1) cluster_sync();
+  // The smem of a block must stay valid until its neighbour has sent its last data.
+  if (Tile::CLUSTER > 1) UNLESS_PLANTED(exits_before_neighbour, cluster_sync());
 }
 
-// Where the rows of each group lie: sizes[g] their first, sizes[groups + g] the one after the last,
-// set to more than all rows and to 0 before. Rows of no group are cleared. A warp takes a row.
+// Pre-pass of contiguous products: finds the row range of each group and clears rows that belong to
+// no group. Parallelization: one warp per row.
 SM90_KERNEL(128, 1)
-void find_groups(const int* group_index, int* sizes, char* out, int M, int groups,
-                        int64_t row_bytes) {
+void find_group_bounds(const int* group_index,  // [M]
+                       int* group_bounds,       // [2 * groups]: first rows (initially > M), ends
+                       char* out,               // D: [M, row_bytes]
+                       int M, int groups, int64_t row_bytes) {
   const int warps = block_count() * 4;
   for (int m = block_index() * 4 + warp_index(); m < M; m += warps) {
     const int g = load_global(group_index + m);
     if (g >= 0 && g < groups) {
       if (lane_index() == 0) {
-        atomic_min(sizes + g, m);
-        atomic_max(sizes + groups + g, m + 1);
+        atomic_min(group_bounds + g, m);
+        atomic_max(group_bounds + groups + g, m + 1);
       }
       continue;
     }

@@ -1,4 +1,4 @@
-// What a tile of fp8_gemm.cuh is, and where its buffers lie in shared memory.
+// A tile of fp8_gemm.cuh: its sizes and its layout in smem.
 #pragma once
 
 #include "ring.cuh"
@@ -6,50 +6,67 @@
 
 namespace sm90 {
 
-constexpr int MOST_SPLITS = 8;  // blocks of a cluster that every GPU takes
-// Shared memory of a multiprocessor, of a block, and what CUDA adds to each block.
-constexpr uint32_t SHARED_OF_ALL = 233472, SHARED_OF_BLOCK = 232448, SHARED_BESIDE = 1024;
+using deepkern::MAX_SPLITS;
 
-// LEFT_ROWS, RIGHT_ROWS: how many rows of an operand share a scale, 1 or 128.
-template <Form FORM_, int GROUPS_, int N_, int STAGES_, int CLUSTER_, bool SWAPPED_, int B_ROWS>
+// Bytes of smem of an SM, of a block, and that CUDA reserves for each block.
+constexpr uint32_t SMEM_PER_SM = 233472, SMEM_PER_BLOCK = 232448, SMEM_RESERVED = 1024;
+
+// lhs and rhs are the left and right operand of the MMA: A and B, or B and A if SWAPPED.
+// B_ROWS: rows of B per scale, 1 or 128.
+template <GemmVariant VARIANT_, int WARPGROUPS_, int N_, int STAGES_, int CLUSTER_, bool SWAPPED_,
+          int B_ROWS>
 struct GemmTile {
-  static constexpr Form FORM = FORM_;
-  static constexpr int GROUPS = GROUPS_, M = 64 * GROUPS, N = N_, K = 128, STAGES = STAGES_;
-  static constexpr int CLUSTER = CLUSTER_;
+  static constexpr GemmVariant VARIANT = VARIANT_;
+  static constexpr int WARPGROUPS = WARPGROUPS_;  // consumer warpgroups, 64 lhs rows each
+  static constexpr int M = 64 * WARPGROUPS;       // lhs rows
+  static constexpr int N = N_;                    // rhs rows
+  static constexpr int K = 128;                   // values per stage
+  static constexpr int STAGES = STAGES_;
+  static constexpr int CLUSTER = CLUSTER_;        // blocks that share a tile of B by multicast
   static constexpr bool SWAPPED = SWAPPED_;
-  // Where K is cut into runs, this tile has a cluster of blocks, each with a run of its own; or each
-  // block sums all runs, one after the other.
-  static constexpr bool SPREAD = FORM == Form::dense && SWAPPED;
-  static constexpr bool IN_TURN = FORM == Form::dense && !SWAPPED;
-  static constexpr int LEFT_ROWS = SWAPPED ? B_ROWS : 1, RIGHT_ROWS = SWAPPED ? 1 : B_ROWS;
-  static constexpr int THREADS = 128 * (GROUPS + 1);
-  static constexpr int RESIDENT = GROUPS == 1 ? 2 : 1;  // blocks that a multiprocessor holds
-  static constexpr uint32_t LEFT_BYTES = M * K, STAGE_BYTES = LEFT_BYTES + N * K;
-  // Where a tile of D is put in order.
-  static constexpr uint32_t ORDERED = STAGES * STAGE_BYTES, ORDERED_BYTES = M * N * 4;
-  static constexpr uint32_t SCALES = ORDERED + ORDERED_BYTES;
-  static constexpr uint32_t SCALE_BYTES = RIGHT_ROWS == 1 ? N * 4 : 0;  // of a stage
+  // Split-K: either each block of a cluster sums one split, or a block sums all splits in turn.
+  static constexpr bool CLUSTER_SPLIT_K = VARIANT == GemmVariant::dense && SWAPPED;
+  static constexpr bool SERIAL_SPLIT_K = VARIANT == GemmVariant::dense && !SWAPPED;
+  static constexpr int LHS_ROWS_PER_SCALE = SWAPPED ? B_ROWS : 1;
+  static constexpr int RHS_ROWS_PER_SCALE = SWAPPED ? 1 : B_ROWS;
+  static constexpr int THREADS = 128 * (WARPGROUPS + 1);
+  static constexpr int RESIDENT_BLOCKS = WARPGROUPS == 1 ? 2 : 1;  // per SM
+  static constexpr uint32_t LHS_BYTES = M * K, STAGE_BYTES = LHS_BYTES + N * K;
+
+  // Layout of smem, offsets in bytes: the ring's operands, the epilogue's staging buffer for a tile
+  // of D, the ring's rhs scales, barriers.
+  static constexpr uint32_t STAGING = STAGES * STAGE_BYTES, STAGING_BYTES = M * N * 4;
+  static constexpr uint32_t SCALES = STAGING + STAGING_BYTES;
+  static constexpr uint32_t SCALE_BYTES = RHS_ROWS_PER_SCALE == 1 ? N * 4 : 0;  // of a stage
   static constexpr uint32_t BARRIERS = SCALES + STAGES * SCALE_BYTES;
-  static constexpr uint32_t SHARE_BARRIERS = BARRIERS + Ring<STAGES>::BYTES;
-  static constexpr uint32_t SHARED_BYTES = SHARE_BARRIERS + (SWAPPED ? Ring<1>::BYTES : 0);
-  static constexpr int LOADS = 1 + (RIGHT_ROWS == 1 ? 32 : 0);  // arrivals that fill a buffer
-  using Tiles = Schedule<FORM, (SWAPPED ? N : M) * CLUSTER, SWAPPED ? M : N>;
-  static_assert(RIGHT_ROWS == 1 || 128 % N == 0, "a tile has one scale of its right operand");
-  static_assert(CLUSTER == 1 || (FORM == Form::dense && !SWAPPED && RIGHT_ROWS == 128));
-  static_assert(SHARED_BYTES <= SHARED_OF_BLOCK);
-  static_assert(RESIDENT * (SHARED_BYTES + SHARED_BESIDE) <= SHARED_OF_ALL);
+  static constexpr uint32_t PARTIALS_BARRIERS = BARRIERS + Ring<STAGES>::BYTES;
+  static constexpr uint32_t SMEM_BYTES = PARTIALS_BARRIERS + (SWAPPED ? Ring<1>::BYTES : 0);
+
+  // Arrivals on a full barrier: the TMA thread, and each lane of the warp that loads scales.
+  static constexpr int FULL_ARRIVALS =
+      1 + (RHS_ROWS_PER_SCALE == 1 ? PLANT(no_wait_for_scales, 0, 32) : 0);
+  using Tiles = Schedule<VARIANT, (SWAPPED ? N : M) * CLUSTER, SWAPPED ? M : N>;
+  static_assert(RHS_ROWS_PER_SCALE == 1 || 128 % N == 0, "all rhs rows of a tile share one scale");
+  static_assert(CLUSTER == 1 ||
+                    (VARIANT == GemmVariant::dense && !SWAPPED && RHS_ROWS_PER_SCALE == 128),
+                "multicast supports dense products with 128x128 scales of B only");
+  static_assert(SMEM_BYTES <= SMEM_PER_BLOCK, "a tile fits in the smem of a block");
+  static_assert(RESIDENT_BLOCKS * (SMEM_BYTES + SMEM_RESERVED) <= SMEM_PER_SM,
+                "the resident blocks fit in the smem of an SM");
 };
 
-// What all warps know: the ring and its buffers.
+// The operand ring: barriers and buffers of the current stage.
 template <class Tile>
-struct Buffers : Ring<Tile::STAGES> {
-  char* memory;
+struct OperandRing : Ring<Tile::STAGES> {
+  char* smem;
 
-  SM90_DEVICE explicit Buffers(char* shared)
-      : Ring<Tile::STAGES>(shared + Tile::BARRIERS), memory(shared) {}
-  SM90_DEVICE char* left() { return memory + this->stage * Tile::STAGE_BYTES; }
-  SM90_DEVICE char* right() { return left() + Tile::LEFT_BYTES; }
-  SM90_DEVICE char* scales() { return memory + Tile::SCALES + this->stage * Tile::SCALE_BYTES; }
+  SM90_DEVICE explicit OperandRing(char* smem_base)
+      : Ring<Tile::STAGES>(smem_base + Tile::BARRIERS), smem(smem_base) {}
+  SM90_DEVICE char* lhs() { return smem + this->stage * Tile::STAGE_BYTES; }  // [M, K] e4m3
+  SM90_DEVICE char* rhs() { return lhs() + Tile::LHS_BYTES; }                 // [N, K] e4m3
+  SM90_DEVICE char* rhs_scales() {                                            // [N] float
+    return smem + Tile::SCALES + this->stage * Tile::SCALE_BYTES;
+  }
 };
 
 }  // namespace sm90

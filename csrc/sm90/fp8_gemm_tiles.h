@@ -1,6 +1,7 @@
-// The tiles of fp8_gemm.cuh that are compiled, for GPUs and for the emulator:
-// TILE(form, warpgroups of 64 left rows, right rows, buffers, blocks to a cluster, whether A is the
-// right operand, rows of B that share a scale). Of two that are estimated alike, the first is taken.
+// The compiled tiles of fp8_gemm.cuh, for GPUs and for the emulator:
+// TILE(variant, consumer warpgroups of 64 lhs rows, rhs rows, stages, thread blocks per cluster,
+// swapped (A is the rhs), rows of B per scale). The fields are those of Sm90Tile (choose.h). Among
+// tiles with equal estimates the first is chosen.
 TILE(dense, 2, 16, 10, 1, true, 128)
 TILE(dense, 1, 16, 10, 1, true, 128)
 TILE(dense, 2, 64, 8, 1, true, 128)

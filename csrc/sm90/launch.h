@@ -1,31 +1,79 @@
-// The host's side of csrc/sm90/*.cu, without CUDA's headers.
+// Host interface of csrc/sm90/*.cu: arguments and launchers, without CUDA headers.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
-#include "../cpu/fp8_gemm_nt.h"
+#include "../fp8_gemm.h"
 #include "choose.h"
-#include "mla_arguments.h"
 
 namespace deepkern {
 
-// A product in any of its forms. `gemm` has the matrices of all groups one under another, K > 0,
-// and no empty `out`; codes' rows start at multiples of 16 bytes.
-struct Fp8Product {
-  GemmForm form;
+// A product of any variant, with K > 0 and a non-empty `gemm.out`. The matrices of `gemm` contain
+// all groups, one after the other. Rows of codes start at multiples of 16 bytes.
+struct Fp8GemmProblem {
+  GemmVariant variant;
   Fp8Gemm gemm;
-  int64_t M, N, groups;                    // M: rows of A, of each group if masked
-  int64_t a_scale_group, b_scale_group;    // strides
-  int64_t scale_blocks;                    // columns of the scales
-  const int* sizes;                        // by form: group_index, masked_m or group_offsets
-  int* lie;                                // contiguous: room for 2 * groups
+  int64_t M, N, groups;                                // M: rows of A; of each group if masked
+  int64_t a_scale_group_stride, b_scale_group_stride;  // floats
+  int64_t scale_blocks;                                // columns of the scales
+  // By variant: group_index [M], masked_m [groups] or group_offsets [groups + 1].
+  const int* group_sizes;
+  int* group_bounds;  // contiguous: scratch memory [2 * groups]
 };
 
-// Launches it on the current device, which is a Hopper GPU; what went wrong, or "".
-std::string launch_fp8_product(const Fp8Product& product, void* stream);
+// Arguments of mla_decode. Strides are in elements.
+struct MlaArguments {
+  const void* q;      // bf16 [batch, Sq, H, 576]
+  const void* cache;  // [num_pages, page_size, 576] bf16, or 656 bytes per token in the FP8 format
+  const int* block_table;    // [batch, max_tokens / page_size], page numbers
+  const int* cache_seqlens;  // [batch], tokens
+  void* out;                 // bf16 [batch, Sq, H, 512]
+  float* lse;                // [batch, H, Sq], natural logarithm
+  float* partial_out;        // [batch, num_splits, Sq * H, 512], results of the splits
+  float* partial_lse;        // [batch, num_splits, Sq * H], base 2
+  int64_t q_batch_stride, q_query_stride, q_head_stride, table_row_stride;
+  int64_t page_stride, token_stride;  // of the cache
+  float softmax_scale_log2;           // softmax_scale · log2(e)
+  int batch, Sq, H;
+  int max_tokens;  // of a sequence: pages of block_table · page_size
+  int num_pages, page_size;
+  int row_tiles;          // tiles of 64 rows (query, head) per sequence
+  int num_splits;         // splits per sequence in the grid
+  int min_split_tokens;   // of a split
+  int max_splits;         // per sequence
+  bool causal;
+  bool by_tma;            // TMA can load the cache: see plan_mla_splits
+  bool fp8;               // FP8 cache format
+  int64_t tma_page_rows;  // by_tma: rows of the tensor map from one page to the next
+
+  int64_t tma_rows() const { return (num_pages - 1) * tma_page_rows + page_size; }
+};
+
+// Sets the fields of the parallelization. Splits depend on Sq · H alone, so neither the batch nor
+// the width of the block table changes the bits of a result. The Triton kernel uses the same rule.
+inline void plan_mla_splits(MlaArguments& p) {
+  p.row_tiles = static_cast<int>((int64_t{p.Sq} * p.H + 63) / 64);
+  int power = 1;
+  while (power < p.row_tiles) power *= 2;
+  p.max_splits = power == 1 ? 64 : power < 16 ? 128 / power : 8;
+  p.min_split_tokens = int64_t{p.Sq} * p.H <= 32 ? 512 : 1024;
+  const int splits =
+      p.max_tokens / p.min_split_tokens + (p.max_tokens % p.min_split_tokens > 0);
+  p.num_splits = splits < 1 ? 1 : splits < p.max_splits ? splits : p.max_splits;
+  if (p.page_size < 1) p.page_size = 1;  // no token is read, but page_size is a divisor
+  // TMA needs pages of a multiple of 64 tokens and one stride between all tokens of the cache.
+  p.tma_page_rows = p.token_stride > 0 ? p.page_stride / p.token_stride : 0;
+  p.by_tma = !p.fp8 && p.num_pages > 0 && p.page_size % 64 == 0 && p.token_stride >= 576 &&
+             p.page_stride % p.token_stride == 0 && p.tma_page_rows >= p.page_size &&
+             p.tma_rows() < INT32_MAX - 64;
+}
+
+// Launch on the current device, which must be a Hopper GPU. Return an error message, or "".
+std::string launch_fp8_gemm(const Fp8GemmProblem& problem, void* stream);
 std::string launch_mla_decode(MlaArguments arguments, void* stream);
 
-// Of the device's work as torch has it now; false if this torch has no CUDA.
+// Sets `stream` to torch's current stream of the device; false if torch has no CUDA.
 bool current_stream(int device, void** stream);
 
 }  // namespace deepkern

@@ -1,11 +1,10 @@
-// Launches mla_decode.cuh: the tensor map, the attributes, the combination of splits behind it.
+// Launches mla_decode.cuh: encodes the tensor map, sets launch attributes, combines the splits.
 #include "mla_decode.cuh"
 
 #include <cuda_runtime.h>
 
 #include <atomic>
 
-#include "launch.h"
 #include "tensor_map.h"
 
 namespace deepkern {
@@ -13,47 +12,47 @@ namespace deepkern {
 using sm90::MlaTile;
 
 std::string launch_mla_decode(MlaArguments p, void* stream) {
-  const auto queue = static_cast<cudaStream_t>(stream);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   CUtensorMap map{};
   if (p.by_tma) {
     if (encoder() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
-    if (!encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, p.cache, p.map_rows(), MlaTile::WIDTH,
-                p.slot * 2, 2, MlaTile::TOKENS)) {
+    if (!encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, p.cache, p.tma_rows(), MlaTile::WIDTH,
+                p.token_stride * 2, 2, MlaTile::TOKENS)) {
       return "cuTensorMapEncodeTiled refused the cache";
     }
   }
-  static std::atomic<uint64_t> prepared{0};  // a bit for each device
+  static std::atomic<uint64_t> prepared{0};  // whether the smem limit is set: one bit per device
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if ((prepared.load() & bit) == 0) {
     for (const auto kernel : {sm90::mla_decode<false>, sm90::mla_decode<true>}) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(MlaTile::SHARED_BYTES));
+                                   static_cast<int>(MlaTile::SMEM_BYTES));
       if (error != cudaSuccess) return cudaGetErrorString(error);
     }
     prepared.fetch_or(bit);
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.batch * p.tiles * p.splits));
+  config.gridDim = dim3(static_cast<unsigned>(p.batch * p.row_tiles * p.num_splits));
   config.blockDim = dim3(MlaTile::THREADS);
-  config.dynamicSmemBytes = MlaTile::SHARED_BYTES;
-  config.stream = queue;
+  config.dynamicSmemBytes = MlaTile::SMEM_BYTES;
+  config.stream = cuda_stream;
   const auto kernel = p.fp8 ? sm90::mla_decode<true> : sm90::mla_decode<false>;
   error = cudaLaunchKernelEx(&config, kernel, map, p);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  if (p.splits == 1) return "";
+  if (p.num_splits == 1) return "";
 
-  // It comes up while the last blocks still run, and waits for their results.
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  // mla_combine may start while the last blocks still run; it waits for their results.
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   config = {};
   config.gridDim = dim3(static_cast<unsigned>(p.batch * ((p.Sq * p.H + 3) / 4)));
   config.blockDim = dim3(128);
-  config.stream = queue;
-  config.attrs = &early;
+  config.stream = cuda_stream;
+  config.attrs = &attribute;
   config.numAttrs = 1;
   error = cudaLaunchKernelEx(&config, sm90::mla_combine, p);
   return error == cudaSuccess ? "" : cudaGetErrorString(error);

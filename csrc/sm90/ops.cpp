@@ -1,7 +1,6 @@
-// The `cuda` backend: the FP8 products and mla_decode on CUDA tensors. Compiled where nvcc compiled
-// the kernels.
+// The `cuda` backend: FP8 GEMMs and mla_decode on CUDA tensors. Compiled only with nvcc's kernels.
 //
-// The Python ops have checked their arguments; what is checked here is what the kernels cannot do.
+// The Python ops have checked their arguments. This file checks the limits of the kernels.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,7 +14,8 @@
 #include "../arguments.h"
 #include "launch.h"
 
-// The hash of this folder's files, by which runtime/evidence.py knows what a GPU has proven.
+// The hash of this folder's files. runtime/evidence.py compares it with the kernels verified on a
+// GPU.
 extern "C" __attribute__((visibility("default"))) const char* deepkern_sm90_sources() {
   return DEEPKERN_SM90_SOURCES;
 }
@@ -33,76 +33,78 @@ void* stream_of(const char* op, const Tensor& x) {
   return stream;
 }
 
-// x [.., rows, K] as one matrix, whose rows start at multiples of 16 bytes and do not overlap, as
-// TMA wants them: a view, or a copy.
+// x [.., rows, K] as one matrix for TMA, whose rows must start at multiples of 16 bytes and not
+// overlap: a view, or a copy.
 Tensor for_tma(const Tensor& x) {
   const int64_t K = x.size(x.dim() - 1), rows = K ? x.numel() / K : 0;
   const Tensor flat = x.dim() == 2 ? x : torch::stable::reshape(x, {rows, K});
   const bool aligned = reinterpret_cast<uintptr_t>(flat.const_data_ptr()) % 16 == 0;
-  const bool by_row = K <= 1 || flat.stride(1) == 1;
-  const bool apart = rows <= 1 || (flat.stride(0) % 16 == 0 && flat.stride(0) >= K);
-  if (aligned && by_row && apart) return flat;
+  const bool unit_stride = K <= 1 || flat.stride(1) == 1;
+  const bool disjoint = rows <= 1 || (flat.stride(0) % 16 == 0 && flat.stride(0) >= K);
+  if (aligned && unit_stride && disjoint) return flat;
   Tensor wide = torch::stable::new_empty(flat, {rows, (K + 15) / 16 * 16});
   Tensor copy = torch::stable::narrow(wide, 1, 0, K);
   return torch::stable::copy_(copy, flat);
 }
 
-Fp8Matrix matrix(const Tensor& x, const Tensor& scale, int64_t scale_rows) {
+Fp8Matrix matrix(const Tensor& x, const Tensor& scale, int64_t rows_per_scale) {
   const int64_t d = scale.dim();
   return {static_cast<const uint8_t*>(x.const_data_ptr()),
           x.size(0),
           x.stride(0),
           static_cast<const float*>(scale.const_data_ptr()),
-          scale_rows,
+          rows_per_scale,
           scale.stride(d - 2),
           scale.stride(d - 1)};
 }
 
-// A product before its sizes, its addend and its result are put in.
-struct Product {
-  Tensor a, b;  // as the kernels read them
-  Fp8Product x{};
+// A call of an FP8 GEMM op. The constructor fills in the operands; the callers add the group sizes
+// and C.
+struct GemmCall {
+  Tensor a, b;  // the inputs, or copies for TMA
+  Fp8GemmProblem problem{};
 
-  Product(const char* op, GemmForm form, const Tensor& a_codes, const Tensor& a_scale,
+  GemmCall(const char* op, GemmVariant variant, const Tensor& a_codes, const Tensor& a_scale,
           const Tensor& b_codes, const Tensor& b_scale, int64_t groups)
       : a(for_tma(a_codes)), b(for_tma(b_codes)) {
-    x.form = form;
-    x.groups = groups;
-    x.M = a_codes.size(a_codes.dim() - 2);
-    x.N = b_codes.size(b_codes.dim() - 2);
-    x.gemm.K = a_codes.size(a_codes.dim() - 1);
-    const bool per_row = b_scale.size(b_scale.dim() - 2) == x.N && x.N > 1;
-    x.gemm.a = matrix(a, a_scale, 1);
-    x.gemm.b = matrix(b, b_scale, per_row || form == GemmForm::k_grouped ? 1 : kBlock);
-    x.a_scale_group = a_scale.dim() == 3 ? a_scale.stride(0) : 0;
-    x.b_scale_group = b_scale.dim() == 3 ? b_scale.stride(0) : 0;
-    x.scale_blocks = a_scale.size(a_scale.dim() - 1);
-    const int64_t largest = std::max({x.gemm.a.rows, x.gemm.b.rows, x.gemm.K, groups * x.M});
+    problem.variant = variant;
+    problem.groups = groups;
+    problem.M = a_codes.size(a_codes.dim() - 2);
+    problem.N = b_codes.size(b_codes.dim() - 2);
+    problem.gemm.K = a_codes.size(a_codes.dim() - 1);
+    const bool per_row = b_scale.size(b_scale.dim() - 2) == problem.N && problem.N > 1;
+    problem.gemm.a = matrix(a, a_scale, 1);
+    problem.gemm.b = matrix(b, b_scale, per_row || variant == GemmVariant::k_grouped ? 1 : BLOCK);
+    problem.a_scale_group_stride = a_scale.dim() == 3 ? a_scale.stride(0) : 0;
+    problem.b_scale_group_stride = b_scale.dim() == 3 ? b_scale.stride(0) : 0;
+    problem.scale_blocks = a_scale.size(a_scale.dim() - 1);
+    const Fp8Gemm& gemm = problem.gemm;
+    const int64_t largest = std::max({gemm.a.rows, gemm.b.rows, gemm.K, groups * problem.M});
     STD_TORCH_CHECK(largest < INT32_MAX - 65536, op, ": a, b: expected, on backend cuda, fewer "
                     "than 2^31 - 65536 rows and values of K, got ", largest);
   }
 
-  void add(const char* op, const std::optional<Tensor>& c) {
+  void add_c(const char* op, const std::optional<Tensor>& c) {
     if (!c.has_value()) return;
-    x.gemm.c = c->const_data_ptr();
-    x.gemm.c_row = c->stride(c->dim() - 2);
-    x.gemm.c_type = real_type(op, "c", c->scalar_type());
+    problem.gemm.c = c->const_data_ptr();
+    problem.gemm.c_row_stride = c->stride(c->dim() - 2);
+    problem.gemm.c_type = real_type(op, "c", c->scalar_type());
   }
 
   Tensor run(const char* op, Tensor out, ScalarType dtype) {
-    x.gemm.out = out.mutable_data_ptr();
-    x.gemm.out_type = real_type(op, "out_dtype", dtype);
-    const std::string wrong = launch_fp8_product(x, stream_of(op, a));
-    STD_TORCH_CHECK(wrong.empty(), op, ": backend cuda: ", wrong);
+    problem.gemm.out = out.mutable_data_ptr();
+    problem.gemm.out_type = real_type(op, "out_dtype", dtype);
+    const std::string error = launch_fp8_gemm(problem, stream_of(op, a));
+    STD_TORCH_CHECK(error.empty(), op, ": backend cuda: ", error);
     return out;
   }
 };
 
-const int* data(const Tensor& sizes) { return static_cast<const int*>(sizes.const_data_ptr()); }
+const int* int_data(const Tensor& x) { return static_cast<const int*>(x.const_data_ptr()); }
 
-// What a product over K = 0 is: c, or zeros.
-Tensor nothing_summed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
-                      ScalarType dtype, const std::optional<Tensor>& c) {
+// The result of a product with K = 0: c, or zeros.
+Tensor empty_product(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                     ScalarType dtype, const std::optional<Tensor>& c) {
   Tensor out = torch::stable::new_zeros(like, shape, dtype);
   return c.has_value() ? torch::stable::copy_(out, *c) : out;
 }
@@ -111,57 +113,57 @@ Tensor fp8_gemm_nt(const Tensor& a, const Tensor& a_scale, const Tensor& b, cons
                    ScalarType out_dtype, const std::optional<Tensor>& c) {
   const char* op = "fp8_gemm_nt";
   const int64_t M = a.size(0), N = b.size(0), K = a.size(1);
-  if (K == 0) return nothing_summed(a, {M, N}, out_dtype, c);
+  if (K == 0) return empty_product(a, {M, N}, out_dtype, c);
   Tensor out = torch::stable::new_empty(a, {M, N}, out_dtype);
   if (M * N == 0) return out;
-  Product product(op, GemmForm::dense, a, a_scale, b, b_scale, 1);
-  product.add(op, c);
-  return product.run(op, out, out_dtype);
+  GemmCall call(op, GemmVariant::dense, a, a_scale, b, b_scale, 1);
+  call.add_c(op, c);
+  return call.run(op, out, out_dtype);
 }
 
 Tensor contiguous(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
                   const Tensor& group_index, ScalarType out_dtype) {
   const char* op = "m_grouped_fp8_gemm_nt_contiguous";
   const int64_t M = a.size(0), N = b.size(1), G = b.size(0);
-  if (a.size(1) == 0 || G == 0) return nothing_summed(a, {M, N}, out_dtype, std::nullopt);
+  if (a.size(1) == 0 || G == 0) return empty_product(a, {M, N}, out_dtype, std::nullopt);
   Tensor out = torch::stable::new_empty(a, {M, N}, out_dtype);
   if (M * N == 0) return out;
-  Product product(op, GemmForm::contiguous, a, a_scale, b, b_scale, G);
-  Tensor lie = torch::stable::new_empty(a, {2 * G}, ScalarType::Int);
-  product.x.lie = static_cast<int*>(lie.mutable_data_ptr());
-  product.x.sizes = data(group_index);
-  return product.run(op, out, out_dtype);
+  GemmCall call(op, GemmVariant::contiguous, a, a_scale, b, b_scale, G);
+  Tensor group_bounds = torch::stable::new_empty(a, {2 * G}, ScalarType::Int);
+  call.problem.group_bounds = static_cast<int*>(group_bounds.mutable_data_ptr());
+  call.problem.group_sizes = int_data(group_index);
+  return call.run(op, out, out_dtype);
 }
 
 Tensor masked(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
               const Tensor& masked_m, ScalarType out_dtype, std::optional<int64_t> /*expected_m*/) {
   const char* op = "m_grouped_fp8_gemm_nt_masked";
   const int64_t G = a.size(0), M = a.size(1), N = b.size(1);
-  if (a.size(2) == 0) return nothing_summed(a, {G, M, N}, out_dtype, std::nullopt);
+  if (a.size(2) == 0) return empty_product(a, {G, M, N}, out_dtype, std::nullopt);
   Tensor out = torch::stable::new_empty(a, {G, M, N}, out_dtype);
   if (G * M * N == 0) return out;
-  Product product(op, GemmForm::masked, a, a_scale, b, b_scale, G);
-  product.x.sizes = data(masked_m);
-  return product.run(op, out, out_dtype);
+  GemmCall call(op, GemmVariant::masked, a, a_scale, b, b_scale, G);
+  call.problem.group_sizes = int_data(masked_m);
+  return call.run(op, out, out_dtype);
 }
 
 Tensor k_grouped(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
                  const Tensor& group_offsets, const std::optional<Tensor>& c) {
   const char* op = "k_grouped_fp8_gemm_nt";
   const int64_t M = a.size(0), N = b.size(0), G = group_offsets.size(0) - 1;
-  if (a.size(1) == 0 || G < 1) return nothing_summed(a, {G, M, N}, ScalarType::Float, c);
+  if (a.size(1) == 0 || G < 1) return empty_product(a, {G, M, N}, ScalarType::Float, c);
   Tensor out = torch::stable::new_empty(a, {G, M, N}, ScalarType::Float);
   if (M * N == 0) return out;
-  Product product(op, GemmForm::k_grouped, a, a_scale, b, b_scale, G);
-  // The kernel steps from group to group of c as rows follow each other; one row has any stride.
+  GemmCall call(op, GemmVariant::k_grouped, a, a_scale, b, b_scale, G);
+  // The kernel reads c as [G * M, N] with one row stride.
   const Tensor addend = c.has_value() ? torch::stable::contiguous(*c) : a;
-  if (c.has_value()) product.add(op, addend);
-  product.x.gemm.c_row = N;
-  product.x.sizes = data(group_offsets);
-  return product.run(op, out, ScalarType::Float);
+  if (c.has_value()) call.add_c(op, addend);
+  call.problem.gemm.c_row_stride = N;
+  call.problem.group_sizes = int_data(group_offsets);
+  return call.run(op, out, ScalarType::Float);
 }
 
-// Whether rows start at multiples of 16 bytes.
+// Whether all rows start at multiples of 16 bytes and have unit stride.
 bool rows_are_aligned(const Tensor& x) {
   if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16) return false;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) {
@@ -176,7 +178,8 @@ Tensor with_aligned_rows(const Tensor& x) {
   return torch::stable::copy_(copy, x);
 }
 
-constexpr int64_t MLA_WIDTH = 576, MLA_VALUES = 512, MLA_FP8_WIDTH = 512 + 4 * 4 + 64 * 2;
+constexpr int64_t MLA_WIDTH = 576, MLA_V_DIM = 512;         // values
+constexpr int64_t MLA_FP8_WIDTH = 512 + 4 * 4 + 64 * 2;  // bytes
 
 void check_mla(const Tensor& q, const Tensor& cache, const Tensor& table, int64_t v_head_dim) {
   const auto is = [](const Tensor& x, ScalarType dtype, int64_t width) {
@@ -190,7 +193,7 @@ void check_mla(const Tensor& q, const Tensor& cache, const Tensor& table, int64_
                   "mla_decode: cache: expected, on backend cuda, bfloat16 of width 576 or uint8 of "
                   "656, got ", torch::headeronly::toString(cache.scalar_type()), " of width ",
                   cache.size(3));
-  STD_TORCH_CHECK(v_head_dim == MLA_VALUES,
+  STD_TORCH_CHECK(v_head_dim == MLA_V_DIM,
                   "mla_decode: v_head_dim: expected, on backend cuda, 512, got ", v_head_dim);
   STD_TORCH_CHECK(rows_are_aligned(cache),
                   "mla_decode: cache: expected, on backend cuda, tokens that start at multiples of "
@@ -198,7 +201,8 @@ void check_mla(const Tensor& q, const Tensor& cache, const Tensor& table, int64_
   const int64_t capacity = table.size(1) * cache.size(1);
   const int64_t largest = std::max({capacity, cache.size(0), q.size(1) * q.size(2)});
   STD_TORCH_CHECK(largest < INT32_MAX - 65536, "mla_decode: q, cache, block_table: expected, on "
-                  "backend cuda, fewer than 2^31 - 65536 queries, blocks and tokens, got ", largest);
+                  "backend cuda, fewer than 2^31 - 65536 queries, blocks and tokens, got ",
+                  largest);
 }
 
 std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache,
@@ -206,39 +210,41 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache
                                       double softmax_scale, bool causal, int64_t v_head_dim) {
   check_mla(queries, cache, table, v_head_dim);
   const int64_t B = queries.size(0), Sq = queries.size(1), H = queries.size(2), rows = Sq * H;
-  Tensor out = torch::stable::new_empty(queries, {B, Sq, H, MLA_VALUES});
+  Tensor out = torch::stable::new_empty(queries, {B, Sq, H, MLA_V_DIM});
   Tensor lse = torch::stable::new_empty(queries, {B, H, Sq}, ScalarType::Float);
   if (B * rows == 0) return {out, lse};
   const Tensor q = with_aligned_rows(queries);
 
   MlaArguments p{};
   p.q = q.const_data_ptr(), p.cache = cache.const_data_ptr();
-  p.table = data(table), p.lengths = data(lengths);
+  p.block_table = int_data(table), p.cache_seqlens = int_data(lengths);
   p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.q_batch = q.stride(0), p.q_query = q.stride(1), p.q_head = q.stride(2);
-  p.table_row = table.stride(0), p.block = cache.stride(0), p.slot = cache.stride(1);
-  p.score_scale = static_cast<float>(softmax_scale * 1.4426950408889634);
+  p.q_batch_stride = q.stride(0), p.q_query_stride = q.stride(1), p.q_head_stride = q.stride(2);
+  p.table_row_stride = table.stride(0);
+  p.page_stride = cache.stride(0), p.token_stride = cache.stride(1);
+  p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);
   p.batch = static_cast<int>(B), p.Sq = static_cast<int>(Sq), p.H = static_cast<int>(H);
-  p.blocks = static_cast<int>(cache.size(0)), p.page = static_cast<int>(cache.size(1));
-  p.capacity = static_cast<int>(table.size(1) * cache.size(1));
+  p.num_pages = static_cast<int>(cache.size(0)), p.page_size = static_cast<int>(cache.size(1));
+  p.max_tokens = static_cast<int>(table.size(1) * cache.size(1));
   p.causal = causal;
   p.fp8 = cache.scalar_type() == ScalarType::Byte;
-  cut_mla(p);
-  STD_TORCH_CHECK(B * p.tiles * p.splits < INT32_MAX && B * rows < INT32_MAX,
+  plan_mla_splits(p);
+  STD_TORCH_CHECK(B * p.row_tiles * p.num_splits < INT32_MAX && B * rows < INT32_MAX,
                   "mla_decode: q: expected, on backend cuda, fewer than 2^31 rows, got ", B * rows);
-  Tensor partial, partial_lse;
-  if (p.splits > 1) {
-    partial = torch::stable::new_empty(q, {B, p.splits, rows, MLA_VALUES}, ScalarType::Float);
-    partial_lse = torch::stable::new_empty(q, {B, p.splits, rows}, ScalarType::Float);
-    p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  Tensor partial_out, partial_lse;
+  if (p.num_splits > 1) {
+    partial_out =
+        torch::stable::new_empty(q, {B, p.num_splits, rows, MLA_V_DIM}, ScalarType::Float);
+    partial_lse = torch::stable::new_empty(q, {B, p.num_splits, rows}, ScalarType::Float);
+    p.partial_out = static_cast<float*>(partial_out.mutable_data_ptr());
     p.partial_lse = static_cast<float*>(partial_lse.mutable_data_ptr());
   }
-  const std::string wrong = launch_mla_decode(p, stream_of("mla_decode", q));
-  STD_TORCH_CHECK(wrong.empty(), "mla_decode: backend cuda: ", wrong);
+  const std::string error = launch_mla_decode(p, stream_of("mla_decode", q));
+  STD_TORCH_CHECK(error.empty(), "mla_decode: backend cuda: ", error);
   return {out, lse};
 }
 
-// Tests register the same functions for CPU tensors, where kernels run in the emulator.
+// Tests register the same functions for CPU tensors and run the kernels in the emulator.
 #ifndef DEEPKERN_SM90_LIBRARY
 #define DEEPKERN_SM90_LIBRARY deepkern_native
 #define DEEPKERN_SM90_DEVICE CUDA

@@ -1,10 +1,30 @@
-// What the kernels of this folder do that C++ has no words for: all inline PTX of the project.
+// Device primitives; all inline PTX of the project is in this file.
 //
-// A kernel is compiled twice: by nvcc for sm_90a, with the functions below, and by any C++ compiler
-// against csrc/emulator/primitives.h, which has the same functions for a machine without a GPU. So
-// kernels use nothing of CUDA but what stands here. Meanings are those of the PTX ISA 9.0, chapters
-// 9.7.9 (copies), 9.7.13 (barriers) and 9.7.15 (WGMMA).
+// Every kernel compiles in two ways: with nvcc for sm_90a, which uses the functions below, and with
+// any C++ compiler against csrc/emulator/primitives.h, which implements the same functions for a
+// machine without a GPU. Kernels therefore use no CUDA feature directly. The semantics are those of
+// the PTX ISA 9.0, chapters 9.7.9 (copies), 9.7.13 (barriers) and 9.7.15 (WGMMA).
 #pragma once
+
+// Hooks for planted bugs. The tests compile a kernel with -DPLANT_<name> and expect the emulator or
+// a comparison with the reference to find the bug (tests/hopper/test_planted_bugs.py). Without such
+// a flag each hook expands to the correct code alone, so the machine code is unchanged.
+// Parenthesize an operand of a larger expression: the macros add no parentheses.
+//
+//     UNLESS_PLANTED(name, code)   the bug omits `code`
+//     WHEN_PLANTED(name, code)     the bug adds `code`, which has no comma outside parentheses
+//     PLANT(name, wrong, right)    the bug replaces `right` with `wrong`
+#define UNLESS_PLANTED(name, ...) PLANT(name, , __VA_ARGS__)
+#define WHEN_PLANTED(name, code) PLANT(name, code, )
+#define PLANT(name, wrong, ...) PLANTING_IF(PLANT_##name)(wrong, __VA_ARGS__)
+// PLANTING_IF(flag) is PLANTING_WRONG if `flag` is defined as 1, else PLANTING_RIGHT.
+#define PLANTING_IF(flag) PLANTING_PASTE(flag)
+#define PLANTING_PASTE(flag) PLANTING_CHOOSE(PLANTING_ARGUMENT_##flag)
+#define PLANTING_ARGUMENT_1 ~,
+#define PLANTING_CHOOSE(argument) PLANTING_SECOND(argument PLANTING_WRONG, PLANTING_RIGHT, )
+#define PLANTING_SECOND(first, second, ...) second
+#define PLANTING_WRONG(wrong, ...) wrong
+#define PLANTING_RIGHT(wrong, ...) __VA_ARGS__
 
 #if !defined(__CUDACC__)
 #include "../emulator/primitives.h"
@@ -26,7 +46,7 @@ using TensorMap = CUtensorMap;
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
-// An mbarrier: a phase ends when all arrivals and all announced bytes have come.
+// An mbarrier. A phase completes when all expected arrivals and all announced bytes have arrived.
 struct Barrier {
   uint64_t word;
 };
@@ -43,25 +63,25 @@ SM90_DEVICE uint32_t pack(bf16 low, bf16 high) {
 SM90_DEVICE uint32_t pack(fp16 low, fp16 high) {
   return __half_as_ushort(low) | uint32_t{__half_as_ushort(high)} << 16;
 }
-// The halves of a packed pair.
+// The two halves of a packed pair.
 SM90_DEVICE bf16 low_bf16(uint32_t pair) { return __ushort_as_bfloat16(pair & 0xffff); }
 SM90_DEVICE bf16 high_bf16(uint32_t pair) { return __ushort_as_bfloat16(pair >> 16); }
 SM90_DEVICE fp16 low_fp16(uint32_t pair) { return __ushort_as_half(pair & 0xffff); }
 SM90_DEVICE fp16 high_fp16(uint32_t pair) { return __ushort_as_half(pair >> 16); }
-// Two e4m3 codes as packed bf16, exactly.
+// Two e4m3 codes to packed bf16. Exact.
 SM90_DEVICE uint32_t e4m3_to_bf16(uint16_t codes) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
   return pack(to_bf16(to_float(low_fp16(halves))), to_bf16(to_float(high_fp16(halves))));
 }
-// Products of packed bf16, rounded.
+// Products of packed bf16, rounded to nearest even.
 SM90_DEVICE uint32_t multiply_bf16(uint32_t x, uint32_t y) {
   uint32_t product;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
   return product;
 }
 
-// Who and where. A warp's index is broadcast, so that the compiler knows it to be uniform.
+// Indices. warp_index() is broadcast from lane 0, so that the compiler treats it as warp-uniform.
 SM90_DEVICE int thread_index() { return threadIdx.x; }
 SM90_DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 SM90_DEVICE int lane_index() { return threadIdx.x % 32; }
@@ -73,7 +93,7 @@ SM90_DEVICE int cluster_rank() {
   return rank;
 }
 
-// True in one lane of the warp, the same one at every call.
+// True in exactly one lane of the warp, the same lane in every call.
 SM90_DEVICE bool elect_one() {
   uint32_t chosen;
   asm volatile(
@@ -82,7 +102,7 @@ SM90_DEVICE bool elect_one() {
   return chosen;
 }
 
-// The block's dynamic shared memory, from a multiple of 1024 on as the 128-byte swizzle needs.
+// The block's dynamic smem, 1024-byte aligned as the 128-byte swizzle requires.
 SM90_DEVICE char* shared_memory() {
   extern __shared__ __align__(1024) char memory[];
   return memory;
@@ -99,7 +119,7 @@ SM90_DEVICE T load_shared(const void* p) {
   return *static_cast<const T*>(p);
 }
 
-// 16 bytes that move together.
+// 16 bytes loaded or stored as one access.
 struct __align__(16) Chunk {
   union {
     uint16_t half[8];
@@ -107,28 +127,30 @@ struct __align__(16) Chunk {
   };
 };
 
-// Two that stand together.
+// Two floats loaded or stored as one 8-byte access.
 struct alignas(8) FloatPair {
   float low, high;
 };
 
-// Four floats that move together; and those at the place of `p`, a multiple of 16, in the shared
-// memory of block `rank` of the cluster, which must have begun and not have ended.
+// Four floats loaded or stored as one 16-byte access.
 struct __align__(16) Floats {
   float value[4];
 };
+// Loads from the smem of block `rank` of the cluster, at the same offset as `p` (16-byte aligned)
+// in this block. Block `rank` must have started and must not have exited.
 SM90_DEVICE Floats load_shared_at(const void* p, int rank) {
   Floats x;
   asm volatile(
-      "{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %4, %5;\n"
-      " ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %4, %5;\n"
+      " ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
       : "=f"(x.value[0]), "=f"(x.value[1]), "=f"(x.value[2]), "=f"(x.value[3])
       : "r"(shared_address(p)), "r"(rank));
   return x;
 }
 
-// Four 8x8 matrices of 16-bit values: lane l holds of each the values at row l / 4, columns
-// 2 (l % 4) and the next, and says where row l % 8 of matrix l / 8 goes.
+// Stores four 8x8 matrices of 16-bit values. Lane l holds row l / 4, columns 2 (l % 4) and
+// 2 (l % 4) + 1 of each matrix in a, b, c and d. Lane l passes the address of row l % 8 of matrix
+// l / 8.
 SM90_DEVICE void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                    shared_address(row)),
@@ -136,8 +158,8 @@ SM90_DEVICE void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, 
                : "memory");
 }
 
-// What this thread wrote to shared memory is seen by TMA and WGMMA that follow (after a barrier:
-// by those of other threads).
+// Makes this thread's smem writes visible to later TMA and WGMMA operations. A barrier afterwards
+// extends that to operations that other threads issue.
 SM90_DEVICE void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -147,7 +169,7 @@ SM90_DEVICE void barrier_init(Barrier* barrier, int count) {
                "r"(count)
                : "memory");
 }
-// Barriers that this thread initialised are seen by TMA and by the cluster's other blocks.
+// Makes this thread's barrier_init calls visible to TMA and to the other blocks of the cluster.
 SM90_DEVICE void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -155,23 +177,23 @@ SM90_DEVICE void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
-// Arrives at the barrier of the same place in block `rank` of the cluster.
+// Arrives at the barrier at the same smem offset in block `rank` of the cluster.
 SM90_DEVICE void barrier_arrive_at(Barrier* barrier, int rank) {
   asm volatile(
-      "{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(
+      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
+      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
           shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
-// Arrives, and announces `bytes` that copies will bring.
+// Arrives and announces `bytes` that asynchronous copies will write.
 SM90_DEVICE void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                    shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
-// Waits for the end of the phase of this parity: phases count from 0.
+// Waits until the phase of this parity completes. Phases count from 0.
 SM90_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n .reg .pred done;\n again:\n"
@@ -203,8 +225,8 @@ SM90_DEVICE void cluster_sync() {
 SM90_DEVICE void prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// The box at (row, column) of the matrix to shared memory, zeros where it reaches beyond; `barrier`
-// gets the bytes of the whole box.
+// Copies the box at (row, column) of the matrix to smem, with zeros outside the matrix. The copy
+// completes the bytes of the whole box on `barrier`.
 SM90_DEVICE void tma_load(void* to, const TensorMap* map, Barrier* barrier, int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -212,8 +234,8 @@ SM90_DEVICE void tma_load(void* to, const TensorMap* map, Barrier* barrier, int 
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
       : "memory");
 }
-// The same to the same place in each block of the cluster that `ranks` has a bit for, whose barrier
-// of the same place gets the bytes.
+// The same copy to the same smem offset in each block of the cluster whose bit is set in `ranks`.
+// It completes the bytes on the barrier at the same offset in each of these blocks.
 SM90_DEVICE void tma_load_multicast(void* to, const TensorMap* map, Barrier* barrier, int column,
                                     int row, uint16_t ranks) {
   asm volatile(
@@ -222,7 +244,7 @@ SM90_DEVICE void tma_load_multicast(void* to, const TensorMap* map, Barrier* bar
       "l"(map), "r"(shared_address(barrier)), "h"(ranks), "r"(column), "r"(row)
       : "memory");
 }
-// `bytes` that stand together: a multiple of 16, from and to multiples of 16.
+// Copies contiguous `bytes`, a multiple of 16, between 16-byte aligned addresses.
 SM90_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
@@ -230,7 +252,7 @@ SM90_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* 
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
-// A box of shared memory to (row, column) of the matrix; what reaches beyond is left out.
+// Copies a box of smem to (row, column) of the matrix. Elements outside the matrix are dropped.
 SM90_DEVICE void tma_store(const TensorMap* map, const void* from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
                    map),
@@ -238,54 +260,54 @@ SM90_DEVICE void tma_store(const TensorMap* map, const void* from, int column, i
                : "memory");
 }
 SM90_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until all but the last LEFT groups of this thread's stores have read shared memory.
-template <int LEFT>
+// Waits until at most PENDING of this thread's last store groups still read smem.
+template <int PENDING>
 SM90_DEVICE void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
-template <int LEFT>
+template <int PENDING>
 SM90_DEVICE void tma_store_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(LEFT) : "memory");
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// A tile of 128-byte rows with the 128-byte swizzle. By row (values of one row stand together):
-// `stride_bytes` from 8 rows to the next 8, `leading_bytes` unused. Else: `leading_bytes` from 64
-// rows to the next 64, `stride_bytes` from 8 values of K to the next 8.
+// Descriptor of a tile of 128-byte rows with the 128-byte swizzle. K-major tiles: `stride_bytes` is
+// the distance between groups of 8 rows, `leading_bytes` is unused. MN-major tiles: `leading_bytes`
+// is the distance between groups of 64 rows, `stride_bytes` between groups of 8 values of K.
 SM90_DEVICE uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes,
                                        uint32_t stride_bytes) {
   const uint64_t start = shared_address(tile) >> 4 & 0x3fff;
   return start | uint64_t{leading_bytes >> 4} << 16 | uint64_t{stride_bytes >> 4} << 32 |
          uint64_t{1} << 62;
 }
-// Registers that the program wrote are seen by the WGMMAs that follow.
+// Makes earlier register writes visible to the WGMMAs that follow.
 SM90_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 SM90_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until all but the last LEFT groups are done.
-template <int LEFT>
+// Waits until at most PENDING WGMMA groups are in flight.
+template <int PENDING>
 SM90_DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// d[64, N] (+)= a[64, K] · b[N, K]ᵀ by a warpgroup, K = 32 for e4m3 and 16 for bf16, `a` and `b`
-// by descriptor, or `a` in registers as accumulators lie, in pairs. Thread t holds in d[i] row
-// 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
+// d[64, N] (+)= a[64, K] · b[N, K]ᵀ by a warpgroup, with K = 32 for e4m3 and 16 for bf16. `a` and
+// `b` are descriptors, or `a` is in registers as packed pairs in the accumulator layout. In thread
+// t, d[i] is row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
 template <int N>
 struct Wgmma;
 template <int N>
 SM90_DEVICE void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   Wgmma<N>::e4m3(d, a, b, accumulate);
 }
-template <int N, bool A_BY_ROW = true, bool B_BY_ROW = true>
+template <int N, bool A_K_MAJOR = true, bool B_K_MAJOR = true>
 SM90_DEVICE void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  Wgmma<N>::template bf16<A_BY_ROW, B_BY_ROW>(d, a, b, accumulate);
+  Wgmma<N>::template bf16<A_K_MAJOR, B_K_MAJOR>(d, a, b, accumulate);
 }
-template <int N, bool B_BY_ROW = true>
+template <int N, bool B_K_MAJOR = true>
 SM90_DEVICE void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
                             bool accumulate) {
-  Wgmma<N>::template bf16<B_BY_ROW>(d, a, b, accumulate);
+  Wgmma<N>::template bf16<B_K_MAJOR>(d, a, b, accumulate);
 }
 
-// An operand of PTX goes by its number: those of d come first, then the ones given here.
+// PTX operands are numbered: first the elements of d, then the operands P0 to P6.
 #define SM90_VALUES(i)                                                                            \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),     \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -299,16 +321,16 @@ SM90_DEVICE void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t 
                    : __VA_ARGS__                                                                  \
                    : "l"(a), "l"(b), "r"(int{accumulate}));                                       \
     }                                                                                             \
-    template <bool A_BY_ROW, bool B_BY_ROW>                                                       \
+    template <bool A_K_MAJOR, bool B_K_MAJOR>                                                       \
     static SM90_DEVICE void bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {    \
       asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #P2 ", 0;\n"                            \
                    " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES            \
                    "}, %" #P0 ", %" #P1 ", p, 1, 1, %" #P3 ", %" #P4 ";\n}"                       \
                    : __VA_ARGS__                                                                  \
-                   : "l"(a), "l"(b), "r"(int{accumulate}), "n"(int{!A_BY_ROW}),                   \
-                     "n"(int{!B_BY_ROW}));                                                        \
+                   : "l"(a), "l"(b), "r"(int{accumulate}), "n"(int{!A_K_MAJOR}),                   \
+                     "n"(int{!B_K_MAJOR}));                                                        \
     }                                                                                             \
-    template <bool B_BY_ROW>                                                                      \
+    template <bool B_K_MAJOR>                                                                      \
     static SM90_DEVICE void bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,           \
                                  bool accumulate) {                                               \
       asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #P5 ", 0;\n"                            \
@@ -316,7 +338,7 @@ SM90_DEVICE void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t 
                    "}, {%" #P0 ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4 ", p, 1, 1, %" #P6 ";\n}" \
                    : __VA_ARGS__                                                                  \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}),    \
-                     "n"(int{!B_BY_ROW}));                                                        \
+                     "n"(int{!B_K_MAJOR}));                                                        \
     }                                                                                             \
   };
 #define SM90_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -363,7 +385,8 @@ SM90_WGMMA(256, SM90_NAMES_128, 128, 129, 130, 131, 132, 133, 134, SM90_VALUES_1
 #undef SM90_WGMMA
 #undef SM90_VALUES
 
-// Registers of this warpgroup's threads from now on; more are waited for.
+// Sets the register count of this warpgroup's threads. registers_increase waits until the registers
+// are available.
 template <int COUNT>
 SM90_DEVICE void registers_decrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -376,12 +399,14 @@ SM90_DEVICE void registers_increase() {
 SM90_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 SM90_DEVICE int shuffle_from(int x, int lane) { return __shfl_sync(~0u, x, lane); }
 
-// Programmatic dependent launch: until the grid before has written; and let the next grid start.
+// Programmatic dependent launch: wait for the writes of the previous grid; allow the next grid to
+// start.
 SM90_DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 SM90_DEVICE void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;"); }
 
-// Global memory, at multiples of what is moved. load_global is for what nobody writes while the grid
-// runs; load_written for what an earlier grid, waited for, or this block may have written.
+// Global memory accesses, aligned to their size. load_global is for data that nobody writes while
+// the grid runs. load_written is for data that an earlier grid (after grid_dependency_wait) or this
+// block may have written.
 template <class T>
 SM90_DEVICE T load_global(const T* p) {
   return __ldg(p);
@@ -390,16 +415,16 @@ SM90_DEVICE Chunk load_global(const Chunk* p) {
   const uint4 words = __ldg(reinterpret_cast<const uint4*>(p));
   return *reinterpret_cast<const Chunk*>(&words);
 }
-// What is read once, or zeros without reading if it is not there. It is asked for here, whatever
-// the compiler thinks of it.
-SM90_DEVICE Chunk load_streamed(const Chunk* p, bool there) {
+// Loads data that is read once, or returns zeros without a load if `valid` is false. The volatile
+// asm keeps the compiler from moving the load.
+SM90_DEVICE Chunk load_streamed(const Chunk* p, bool valid) {
   Chunk chunk;
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.b32 p, %5, 0;\n"
       " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 %2, 0;\n mov.b32 %3, 0;\n"
       " @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
       : "=&r"(chunk.word[0]), "=&r"(chunk.word[1]), "=&r"(chunk.word[2]), "=&r"(chunk.word[3])
-      : "l"(p), "r"(int{there}));
+      : "l"(p), "r"(int{valid}));
   return chunk;
 }
 template <class T>
@@ -413,13 +438,13 @@ SM90_DEVICE void store_global(T* p, T value) {
 SM90_DEVICE void atomic_min(int* p, int x) { atomicMin(p, x); }
 SM90_DEVICE void atomic_max(int* p, int x) { atomicMax(p, x); }
 SM90_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-// Quotients to 2 units in the last place.
+// a / b with an error of at most 2 ulp.
 SM90_DEVICE float divide(float a, float b) {
   float quotient;
   asm("div.full.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
   return quotient;
 }
-// 2^x as the special function unit has it, to 2 units in the last place; and log2, rounded well.
+// 2^x from the special function unit, with an error of at most 2 ulp; and an accurate log2.
 SM90_DEVICE float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

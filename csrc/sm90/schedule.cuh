@@ -1,123 +1,142 @@
-// Which tile of D a block computes next, for each form of the product. Everything that depends on
-// group sizes is read here, on the device; whatever they are, no tile lies outside the matrices.
+// Persistent tile scheduler: which tile of D a thread block computes next, for each GEMM variant.
+// Group sizes are read on the device and clamped, so no tile is outside the matrices for any input.
 #pragma once
 
+#include "../fp8_gemm.h"
+#include "choose.h"
 #include "primitives.cuh"
 
 namespace sm90 {
 
-enum class Form { dense, contiguous, masked, k_grouped };
-enum class Type { bf16, fp16, fp32 };
+using deepkern::GemmVariant;
+using deepkern::Real;
 
 struct Scales {
-  const float* data;
-  int64_t group, row, block;  // strides; a row is one row of the matrix, or 128
+  const float* data;     // [groups, rows / rows per scale, K blocks]
+  int64_t group_stride;  // strides in floats
+  int64_t row_stride;
+  int64_t block_stride;
 };
 
 struct GemmArguments {
   Scales a_scale, b_scale;
-  const void* c;  // added to D, or null: as D lies, but for the stride of its rows
-  void* out;      // D, contiguous: [M, N], or [groups, M, N] if masked or k-grouped
-  int64_t c_row;
-  // contiguous: [2 * groups], each group's first row, then the row after its last.
-  // masked: [groups], rows in use. k-grouped: [groups + 1], where the groups begin along K.
-  const int* sizes;
-  const int* group_index;  // contiguous: the group of each row
-  int M, N, K, groups;     // M: rows of A, of each group if masked
+  const void* c;         // shape of D, of c_type; added to D; or null
+  void* out;             // D, contiguous: [M, N], or [groups, M, N] if masked or k_grouped
+  int64_t c_row_stride;  // elements
+  // contiguous: [2 * groups], the first row of each group, then the row after its last.
+  // masked: [groups], valid rows. k_grouped: [groups + 1], where each group starts along K.
+  const int* group_bounds;
+  const int* group_index;  // contiguous: [M], the group of each row
+  int M, N, K, groups;     // M: rows of A; of each group if masked
   int scale_blocks;        // columns of the scales
-  int splits, run;         // K is cut into so many runs, of so many blocks of 128 each
-  int band;                // rows of tiles that neighbours in time share
-  Type c_type, out_type;
-  bool aligned;       // rows of D are multiples of 16 bytes
+  int num_splits;          // of K
+  int blocks_per_split;    // K blocks of 128
+  int group_m;             // tile rows per L2 swizzle group
+  Real c_type, out_type;
+  bool rows_aligned;  // rows of D start at multiples of 16 bytes
   bool store_by_tma;  // there is a tensor map of D
 };
 
-struct Work {
-  int group, row, column;  // first row of A (or of its group's part) and column of D
-  int valid, end;          // rows below `valid` are products, those up to `end` zeros
-  int k, length;           // the part of K that is summed
-  int scale_block;         // where its scales begin
+struct TileWork {
+  int group;
+  int row, column;  // of the tile's first value of D; `row` in the group if masked or k_grouped
+  int valid_end;    // rows below it are products
+  int row_end;      // rows from valid_end to row_end are zeros
+  int k, k_length;  // first value of K and number of values to sum
+  int scale_block;  // K block of the first scale
 };
 
 SM90_DEVICE int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
-// Tile t of a matrix of rows x columns tiles, in bands of `band` rows: neighbours in time share
-// rows of A and B in L2.
-SM90_DEVICE void place(Work& w, int t, int rows, int columns, int band) {
-  const int first = t / (band * columns) * band;
-  const int height = rows - first < band ? rows - first : band;
-  const int inside = t % (band * columns);
-  w.row = first + inside % height;
-  w.column = inside / height;
+// Sets row and column of tile t, in tiles. Consecutive tiles go down `group_m` tile rows before the
+// next tile column, so that blocks that run at the same time share rows of A and B in L2.
+SM90_DEVICE void swizzle_tile(TileWork& w, int t, int tile_rows, int tile_columns, int group_m) {
+  const int first_row = t / (group_m * tile_columns) * group_m;
+  const int height = tile_rows - first_row < group_m ? tile_rows - first_row : group_m;
+  const int in_group = t % (group_m * tile_columns);
+  w.row = first_row + in_group % height;
+  w.column = in_group / height;
 }
 
-// ROWS x COLUMNS of D to a tile.
-template <Form FORM, int ROWS, int COLUMNS>
+// ROWS x COLUMNS: the size of a tile of D.
+template <GemmVariant VARIANT, int ROWS, int COLUMNS>
 struct Schedule {
   const GemmArguments& p;
-  int at, step;                // this block's next tile, and how far from one to the next
-  int group = 0, passed = 0;   // the group walked to, and the tiles of those before
-  int k = 0, scale_block = 0;  // where the group's values of K and their scales begin
-  int length;                  // so many of them
+  int next_tile, tile_step;      // this block's next tile, and the distance to the one after it
+  int group = 0;                 // the current group
+  int tiles_before = 0;          // tiles in earlier groups
+  int k = 0, scale_block = 0;    // first value of K and first scale of the group or K split
+  int k_length;                  // values of K in the group or K split
 
-  SM90_DEVICE Schedule(const GemmArguments& arguments, int first, int stride)
-      : p(arguments), at(first), step(stride), length(arguments.K) {}
+  SM90_DEVICE Schedule(const GemmArguments& arguments, int first_tile, int step)
+      : p(arguments), next_tile(first_tile), tile_step(step), k_length(arguments.K) {}
 
-  // Only run `r` of K from now on: nothing of it, maybe.
-  SM90_DEVICE void take_run(int r) {
-    k = r * p.run * 128, scale_block = r * p.run;
-    length = clamp(p.K - k, 0, p.run * 128);
+  // Restricts all tiles to K split `split`, which may be empty.
+  SM90_DEVICE void select_split(int split) {
+    k = split * p.blocks_per_split * PLANT(split_starts_early, 64, 128);
+    scale_block = PLANT(split_with_other_scales, 0, split * p.blocks_per_split);
+    k_length = PLANT(split_ends_late, p.K - k, clamp(p.K - k, 0, p.blocks_per_split * 128));
   }
 
-  // The next tile, or false.
-  SM90_DEVICE bool next(Work& w) {
-    const int columns = (p.N + COLUMNS - 1) / COLUMNS;
+  // Sets `w` to the block's next tile; false if there is none.
+  SM90_DEVICE bool next(TileWork& w) {
+    const int tile_columns = (p.N + COLUMNS - 1) / COLUMNS;
     for (; group < p.groups; ++group) {
       int first = 0, end = p.M;
-      if (FORM == Form::contiguous) {
-        first = clamp(load_global(p.sizes + group), 0, p.M);
-        end = clamp(load_global(p.sizes + p.groups + group), first, p.M);
+      if (VARIANT == GemmVariant::contiguous) {
+        first = clamp(load_global(p.group_bounds + group), 0, p.M);
+        end = clamp(load_global(p.group_bounds + p.groups + group), first, p.M);
       }
-      const int rows = (end - first + ROWS - 1) / ROWS, tiles = rows * columns;
-      if (FORM == Form::k_grouped) {
-        k = clamp(load_global(p.sizes + group), k, p.K);  // offsets ascend
-        length = clamp(load_global(p.sizes + group + 1), k, p.K) - k;
+      const int tile_rows = (end - first + ROWS - 1) / ROWS, tiles = tile_rows * tile_columns;
+      if (VARIANT == GemmVariant::k_grouped) {
+        k = clamp(load_global(p.group_bounds + group), k, p.K);  // offsets do not decrease
+        k_length = clamp(load_global(p.group_bounds + group + 1), k, p.K) - k;
       }
-      if (at - passed < tiles) {
-        place(w, at - passed, rows, columns, p.band);
+      if (next_tile - tiles_before < tiles) {
+        swizzle_tile(w, next_tile - tiles_before, tile_rows, tile_columns, p.group_m);
         w.group = group;
         w.row = first + w.row * ROWS;
         w.column *= COLUMNS;
-        w.end = w.valid = end;
-        if (FORM == Form::masked) w.valid = clamp(load_global(p.sizes + group), 0, p.M);
+        w.row_end = w.valid_end = end;
+        if (VARIANT == GemmVariant::masked) {
+          w.valid_end = clamp(load_global(p.group_bounds + group), 0, p.M);
+        }
         w.k = k;
-        const int scaled = (p.scale_blocks - scale_block) * 128;  // values that have scales
-        w.length = w.row < w.valid ? clamp(length, 0, scaled > 0 ? scaled : 0) : 0;
+        const int scaled = (p.scale_blocks - scale_block) * 128;  // values of K that have scales
+        w.k_length = w.row < w.valid_end ? clamp(k_length, 0, scaled > 0 ? scaled : 0) : 0;
         w.scale_block = scale_block;
-        at += step;
+        next_tile += tile_step;
         return true;
       }
-      passed += tiles;
-      if (FORM == Form::k_grouped) scale_block += (length + 127) / 128;
+      tiles_before += tiles;
+      if (VARIANT == GemmVariant::k_grouped) {
+        UNLESS_PLANTED(scales_of_previous_group, scale_block += (k_length + 127) / 128);
+      }
     }
     return false;
   }
 
-  // Where the tile's rows of A begin in memory, those of B, and those of D.
-  SM90_DEVICE int a_row(const Work& w) const {
-    return FORM == Form::masked ? w.group * p.M + w.row : w.row;
+  // The first row of the tile in the matrix of A, of B, and row `row` in the matrix of D.
+  SM90_DEVICE int a_row(const TileWork& w) const {
+    return VARIANT == GemmVariant::masked ? w.group * p.M + w.row : w.row;
   }
-  SM90_DEVICE int b_row(const Work& w) const {
-    return FORM == Form::contiguous || FORM == Form::masked ? w.group * p.N + w.column : w.column;
+  SM90_DEVICE int b_row(const TileWork& w) const {
+    const bool b_per_group =
+        VARIANT == GemmVariant::contiguous || VARIANT == GemmVariant::masked;
+    return PLANT(b_of_first_group, w.column,
+                 b_per_group ? w.group * p.N + w.column : w.column);
   }
-  SM90_DEVICE int64_t out_row(const Work& w, int row) const {
-    const int64_t group = FORM == Form::masked || FORM == Form::k_grouped ? w.group : 0;
-    return group * p.M + row;
+  SM90_DEVICE int64_t out_row(const TileWork& w, int row) const {
+    const bool d_per_group = VARIANT == GemmVariant::masked || VARIANT == GemmVariant::k_grouped;
+    const int64_t matrix = d_per_group ? w.group : 0;
+    return matrix * p.M + row;
   }
-  // Whether row `row` of A is stored with this tile.
-  SM90_DEVICE bool owns(const Work& w, int row) const {
-    if (row >= w.end) return false;
-    return FORM != Form::contiguous || load_global(p.group_index + row) == w.group;
+  // Whether this tile stores row `row` of D. Ranges of contiguous groups may overlap in bad input.
+  SM90_DEVICE bool owns(const TileWork& w, int row) const {
+    if (PLANT(stores_past_last_row, row > w.row_end, row >= w.row_end)) return false;
+    return VARIANT != GemmVariant::contiguous ||
+           PLANT(stores_rows_of_other_groups, true,
+                 load_global(p.group_index + row) == w.group);
   }
 };
 

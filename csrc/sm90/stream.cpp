@@ -1,6 +1,6 @@
-// Which CUDA stream is current, as torch's CUDA build says. That is looked up by name in what
-// `import torch` has loaded, not linked: one file serves builds of torch with CUDA and without, and
-// where it was built does not matter.
+// Torch's current CUDA stream. The function is looked up at run time in the libraries that
+// `import torch` has loaded, so the package links to no CUDA library and one build works with torch
+// builds with and without CUDA.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -10,11 +10,11 @@
 namespace deepkern {
 
 bool current_stream(int device, void** stream) {
-  using Find = int32_t (*)(int32_t device, void** stream);
+  using GetStream = int32_t (*)(int32_t device, void** stream);
   static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  static void* const found =
+  static void* const function =
       library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-  return found && reinterpret_cast<Find>(found)(device, stream) == 0;
+  return function && reinterpret_cast<GetStream>(function)(device, stream) == 0;
 }
 
 }  // namespace deepkern

@@ -1,4 +1,4 @@
-// Tensor maps, made by the CUDA driver.
+// Encodes tensor maps with the CUDA driver.
 #pragma once
 
 #include <cudaTypedefs.h>
@@ -8,19 +8,21 @@
 
 namespace deepkern {
 
-// cuTensorMapEncodeTiled of whatever driver is there: the package links to none.
+// The driver's cuTensorMapEncodeTiled, or null. Looked up at run time; the package does not link to
+// the driver.
 inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
-  static void* const found = [] {
+  static void* const address = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
                                      &result);
     return result == cudaDriverEntryPointSuccess ? function : nullptr;
   }();
-  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(address);
 }
 
-// Boxes of 128 bytes by `box_rows`, swizzled.
+// Encodes a matrix [rows, columns] for boxes [box_rows, 128 bytes] with the 128-byte swizzle; false
+// if the driver rejects it.
 inline bool encode(CUtensorMap* map, CUtensorMapDataType type, const void* base, int64_t rows,
                    int64_t columns, int64_t row_bytes, int element_bytes, int box_rows) {
   const cuuint64_t shape[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};

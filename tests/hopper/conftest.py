@@ -1,4 +1,4 @@
-"""csrc/sm90 compiled for this machine against csrc/emulator, and its kernels as functions."""
+"""Compiles csrc/sm90 against csrc/emulator and wraps its kernels as Python functions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from bench.emulator import CSRC, ORDERS, build, compiler, sources
 
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # sm90::Type
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # deepkern::Real
 
 
 class Tile(NamedTuple):
     """A row of csrc/sm90/fp8_gemm_tiles.h."""
 
-    form: str
-    groups: int
+    variant: str
+    warpgroups: int
     columns: int
     stages: int
     cluster: int
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     b_rows: int
 
     def __str__(self) -> str:
-        words = [f"{self.form} {64 * self.groups}x{self.columns}"]
+        words = [f"{self.variant} {64 * self.warpgroups}x{self.columns}"]
         words += ["pairs"] * (self.cluster > 1) + ["swapped"] * self.swapped
         return " ".join([*words, f"scale per {self.b_rows}"])
 
@@ -47,7 +47,8 @@ class Scales(ctypes.Structure):
     """sm90::Scales."""
 
     _fields_ = [("data", ctypes.c_void_p),
-                *((name, ctypes.c_int64) for name in ("group", "row", "block"))]  # fmt: skip
+                *((name, ctypes.c_int64)
+                  for name in ("group_stride", "row_stride", "block_stride"))]  # fmt: skip
 
     @classmethod
     def of(cls, scale: Tensor) -> Scales:
@@ -61,17 +62,26 @@ class GemmArguments(ctypes.Structure):
 
     _fields_ = [
         ("a_scale", Scales), ("b_scale", Scales), ("c", ctypes.c_void_p), ("out", ctypes.c_void_p),
-        ("c_row", ctypes.c_int64), ("sizes", ctypes.c_void_p), ("group_index", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("M", "N", "K", "groups", "scale_blocks", "splits",
-                                            "run", "band", "c_type", "out_type")),
-        ("aligned", ctypes.c_bool), ("store_by_tma", ctypes.c_bool),
+        ("c_row_stride", ctypes.c_int64), ("group_bounds", ctypes.c_void_p),
+        ("group_index", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "groups", "scale_blocks",
+                                            "num_splits", "blocks_per_split", "group_m", "c_type",
+                                            "out_type")),
+        ("rows_aligned", ctypes.c_bool), ("store_by_tma", ctypes.c_bool),
     ]  # fmt: skip
 
 
 @contextlib.contextmanager
-def planted(sources: dict[str, str]) -> Iterator[ctypes.CDLL]:
-    """A library of sources with a bug in them, as many of which may be loaded as there are bugs."""
-    library = build(sources)
+def planted(bug: str, kernel: str, changed: dict[str, str] | None = None) -> Iterator[ctypes.CDLL]:
+    """A library with emulator/kernels/`kernel`.cpp alone, compiled with a planted bug.
+
+    `bug` is the name of a hook in csrc/sm90, `changed` replaces sources. At the end the library's
+    stacks are freed, so a test may load one library per bug.
+    """
+    kept = f"emulator/kernels/{kernel}.cpp"
+    used = {path: text for path, text in sources().items()
+            if path == kept or not path.startswith("emulator/kernels/")}  # fmt: skip
+    library = build(used | (changed or {}), f"-DPLANT_{bug}")
     yield library
     library.emulate_free_stacks()
 
@@ -84,26 +94,26 @@ class Allocation(ctypes.Structure):
 
 
 def pieces(x: Tensor) -> list[tuple[int, int]]:
-    """Where the elements of `x` lie, and nothing between them: addresses and bytes."""
-    run, starts, size = 1, [0], x.element_size()
+    """The memory of the elements of `x`, without the gaps between them: (address, bytes)."""
+    length, starts, size = 1, [0], x.element_size()
     for stride, n in sorted(zip(x.stride(), x.shape, strict=True)):
-        if n > 1 and stride > run:
+        if n > 1 and stride > length:
             starts = [start + i * stride for start in starts for i in range(n)]
         elif n > 1 and stride > 0:
-            run += (n - 1) * stride
-    return [(x.data_ptr() + start * size, run * size) for start in starts if x.numel()]
+            length += (n - 1) * stride
+    return [(x.data_ptr() + start * size, length * size) for start in starts if x.numel()]
 
 
 @contextlib.contextmanager
 def only(
     library: ctypes.CDLL, read: dict[str, Tensor | None], write: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Inside, kernels may touch these tensors and nothing else."""
+    """Inside the context kernels may access only these tensors."""
     allowed = [Allocation(name.encode(), begin, count, tensors is write)
                for tensors in (write, read) for name, x in tensors.items() if x is not None
                for begin, count in pieces(x)]  # fmt: skip
     failed = library.emulate_memory((Allocation * len(allowed))(*allowed), len(allowed))
-    assert not failed, f"tensors lie over each other: {sorted([*read, *write])}"
+    assert not failed, f"tensors overlap: {sorted([*read, *write])}"
     try:
         yield
     finally:
@@ -111,12 +121,12 @@ def only(
 
 
 class EmulatorFailure(AssertionError):
-    """What the emulator found a kernel doing."""
+    """An error that the emulator found in a kernel."""
 
 
 @dataclass
 class Run:
-    """How the emulator runs a kernel."""
+    """How the emulator runs a GEMM kernel."""
 
     tile: Tile = TILES[0]
     seed: int = 0
@@ -124,24 +134,23 @@ class Run:
     blocks: int = 4
     accumulator_bits: int = 0
     by_tma: bool | None = None
-    splits: int = 1  # of K
+    splits: int = 1  # number of splits of K
     out: Tensor | None = None
 
 
 def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
-    """The FP8 products as `library` has them: `gemm(a, a_scale, b, b_scale, ..., tile=TILES[0])`.
+    """The FP8 GEMMs of `library`: `gemm(a, a_scale, b, b_scale, ..., tile=TILES[0])`.
 
-    The form of the tile says what the fifth argument is: nothing, group_index, masked_m or
-    group_offsets.
+    The fifth argument depends on the tile's variant: None, group_index, masked_m or group_offsets.
     """
 
     def gemm(a, a_scale, b, b_scale, sizes=None, out_dtype=torch.bfloat16, c=None, **how) -> Tensor:
         run = Run(**how)
-        form, G = run.tile.form, b.shape[0] if b.dim() == 3 else 1
+        variant, G = run.tile.variant, b.shape[0] if b.dim() == 3 else 1
         (M, K), N = a.shape[-2:], b.shape[-2]
-        if form == "k_grouped":
+        if variant == "k_grouped":
             G, out_dtype = len(sizes) - 1, torch.float32
-        shape = (G, M, N) if form in ("masked", "k_grouped") else (M, N)
+        shape = (G, M, N) if variant in ("masked", "k_grouped") else (M, N)
         out = torch.full(shape, torch.nan, dtype=out_dtype) if run.out is None else run.out
         aligned = N * out.element_size() % 16 == 0
         blocks = -(-K // 128)
@@ -158,8 +167,8 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
         matrices = []
         for x in (a, b):
             rows = x.flatten(0, -2)
-            place = ctypes.c_void_p(rows.data_ptr())
-            matrices += [place, ctypes.c_int64(len(rows)), ctypes.c_int64(rows.stride(0))]
+            address = ctypes.c_void_p(rows.data_ptr())
+            matrices += [address, ctypes.c_int64(len(rows)), ctypes.c_int64(rows.stride(0))]
         with only(library, read, {"out": out}):
             failed = library.emulate_fp8_gemm(
                 *matrices, ctypes.byref(p), TILES.index(run.tile), run.blocks,
@@ -181,31 +190,32 @@ def needs_a_compiler() -> None:
 
 @pytest.fixture(scope="session")
 def emulated() -> Callable[..., Tensor]:
-    """The FP8 products of csrc/sm90, run in the emulator."""
+    """The FP8 GEMMs of csrc/sm90, run in the emulator."""
     return gemm_of(build(sources()))
 
 
 class MlaArguments(ctypes.Structure):
-    """MlaArguments of csrc/sm90/mla_arguments.h."""
+    """deepkern::MlaArguments of csrc/sm90/launch.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "cache", "table", "lengths", "out", "lse",
-                                               "partial", "partial_lse")),
-        *((name, ctypes.c_int64) for name in ("q_batch", "q_query", "q_head", "table_row", "block",
-                                              "slot")),
-        ("score_scale", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("batch", "Sq", "H", "capacity", "blocks", "page",
-                                            "tiles", "splits", "min_split",
-                                            "max_splits")),
+        *((name, ctypes.c_void_p) for name in ("q", "cache", "block_table", "cache_seqlens",
+                                               "out", "lse", "partial_out", "partial_lse")),
+        *((name, ctypes.c_int64) for name in (
+            "q_batch_stride", "q_query_stride", "q_head_stride", "table_row_stride", "page_stride",
+            "token_stride")),
+        ("softmax_scale_log2", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("batch", "Sq", "H", "max_tokens", "num_pages",
+                                            "page_size", "row_tiles", "num_splits",
+                                            "min_split_tokens", "max_splits")),
         *((name, ctypes.c_bool) for name in ("causal", "by_tma", "fp8")),
-        ("page_rows", ctypes.c_int64),
+        ("tma_page_rows", ctypes.c_int64),
     ]  # fmt: skip
 
 
 def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
-    """mla_decode as `library` has it: the op's arguments, then how to run it.
+    """The mla_decode of `library`: the op's arguments, then how to run it.
 
-    `by_tma=False` gathers all pages; by default what the launcher decides.
+    `by_tma=False` gathers all pages. By default the launcher decides.
     """
 
     def mla(q, cache, table, lengths, scale, causal=True, v_head_dim=512, *,
@@ -223,11 +233,11 @@ def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
         )  # fmt: skip
         library.emulate_cut_mla(ctypes.byref(p))
         p.by_tma &= by_tma
-        partial = torch.full((B, p.splits, Sq * H, 512), torch.nan)
-        partial_lse = torch.full((B, p.splits, Sq * H), torch.nan)
-        p.partial, p.partial_lse = partial.data_ptr(), partial_lse.data_ptr()
+        partial_out = torch.full((B, p.num_splits, Sq * H, 512), torch.nan)
+        partial_lse = torch.full((B, p.num_splits, Sq * H), torch.nan)
+        p.partial_out, p.partial_lse = partial_out.data_ptr(), partial_lse.data_ptr()
         read = {"q": q, "cache": cache, "table": table, "lengths": lengths}
-        write = {"out": out, "lse": lse, "partial": partial, "partial_lse": partial_lse}
+        write = {"out": out, "lse": lse, "partial_out": partial_out, "partial_lse": partial_lse}
         message = ctypes.create_string_buffer(4096)
         with only(library, read, write):
             failed = library.emulate_mla_decode(

@@ -1,4 +1,4 @@
-"""csrc/sm90/fp8_gemm.cuh in the emulator, in all forms and tiles, against float64."""
+"""csrc/sm90/fp8_gemm.cuh in the emulator, all variants and tiles, against float64."""
 
 from __future__ import annotations
 
@@ -21,25 +21,30 @@ OPS = {
     "k_grouped": "k_grouped_fp8_gemm_nt",
 }
 SHAPES = ((1, 8, 128), (3, 200, 400), (127, 72, 128), (129, 128, 144), (257, 130, 256), (64, 1, 16))
-DENSE = [t for t in TILES if t.form == "dense"]
+DENSE = [t for t in TILES if t.variant == "dense"]
 WHOLE = next(t for t in DENSE if not t.swapped and t.cluster == 1)
+# C of k_grouped products is float32.
+C_CASES = [
+    *((t, dtype) for t in DENSE for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+    *((t, torch.float32) for t in TILES if t.variant == "k_grouped"),
+]
 every_tile = pytest.mark.parametrize("tile", TILES, ids=str)
 
 
 def operands(tile: Tile, generator, M, N, K, G=3) -> tuple:
-    """The arguments of the tile's op up to `out_dtype`; K is a multiple of 16, as for TMA."""
+    """The arguments of the tile's op up to `out_dtype`. K is a multiple of 16, as TMA requires."""
     size = {"M": M, "N": N, "K": K}
-    if tile.form != "dense":
+    if tile.variant != "dense":
         size["G"] = G
-    if tile.form != "k_grouped":
+    if tile.variant != "k_grouped":
         size["b_rows"] = tile.b_rows
-    args = ops.inputs(OPS[tile.form], generator, **size)
-    return args[:4] if tile.form == "dense" else args[:5]
+    args = ops.inputs(OPS[tile.variant], generator, **size)
+    return args[:4] if tile.variant == "dense" else args[:5]
 
 
 def reference(tile: Tile, args: tuple, out_dtype=torch.bfloat16, c=None) -> torch.Tensor:
-    op = getattr(deepkern.reference, OPS[tile.form])
-    more = {"dense": (out_dtype, c), "k_grouped": (c,)}.get(tile.form, (out_dtype,))
+    op = getattr(deepkern.reference, OPS[tile.variant])
+    more = {"dense": (out_dtype, c), "k_grouped": (c,)}.get(tile.variant, (out_dtype,))
     return op(*args, *more)
 
 
@@ -55,7 +60,7 @@ def check(emulated, tile, args, out_dtype=torch.bfloat16, c=None, **how) -> torc
 
 
 @every_tile
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}x{0[2]}".format)
 def test_ragged_shapes(emulated, tile, shape, generator):
     args = operands(tile, generator, *shape)
     for out_dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -65,22 +70,19 @@ def test_ragged_shapes(emulated, tile, shape, generator):
 @every_tile
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_any_schedule_gives_the_same_bits(emulated, tile, order, seeds, generator):
-    """Seeds in random order; the two extremes have an order of threads to draw, too."""
-    args = operands(tile, generator, 140, 136, 384 if tile.form == "dense" else 256, G=2)
+def test_same_bits_for_any_schedule(emulated, tile, order, seeds, generator):
+    """Many seeds of the random order; the other orders draw the order of threads only."""
+    args = operands(tile, generator, 140, 136, 384 if tile.variant == "dense" else 256, G=2)
     first = check(emulated, tile, args, order=order, seed=0)
     for seed in range(1, seeds if order == "random" else 5):
         got = run(emulated, tile, args, order=order, seed=seed)
         compare.assert_bitwise(got, first, f"seed {seed}")
 
 
-@pytest.mark.parametrize("tile", [t for t in TILES if t.form in ("dense", "k_grouped")], ids=str)
-@pytest.mark.parametrize("c_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("tile", "c_dtype"), C_CASES, ids=str)
 def test_adds_c(emulated, tile, c_dtype, generator):
-    if tile.form == "k_grouped" and c_dtype != torch.float32:
-        c_dtype = torch.float32
     args = operands(tile, generator, 70, 100, 256)
-    shape = (3, 70, 100) if tile.form == "k_grouped" else (70, 100)
+    shape = (3, 70, 100) if tile.variant == "k_grouped" else (70, 100)
     c = torch.randn(shape, generator=generator).to(c_dtype)
     check(emulated, tile, args, torch.float32, c)
 
@@ -95,9 +97,9 @@ def test_scales(emulated, scale_format, scale_layout, generator):
 
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("b_rows", [128, 1])
-def test_every_tile_gives_a_row_the_same_bits(emulated, b_rows, splits, generator):
-    """Large, small and swapped tiles, all rows or one, one block at work or many."""
-    dense = [t for t in TILES if t.form == "dense" and t.b_rows == b_rows]
+def test_row_bits_independent_of_tile(emulated, b_rows, splits, generator):
+    """Large, small and swapped tiles; all rows or one row; one block or many."""
+    dense = [t for t in TILES if t.variant == "dense" and t.b_rows == b_rows]
     a, a_scale, b, b_scale = operands(dense[0], generator, 150, 72, 128 + 128 * splits)
     whole = run(emulated, dense[0], (a, a_scale, b, b_scale), torch.float32, splits=splits)
     for tile in dense:
@@ -113,8 +115,8 @@ def test_every_tile_gives_a_row_the_same_bits(emulated, b_rows, splits, generato
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_every_tile_gives_zero_the_same_sign(emulated, splits):
-    """Negative products so small that they are rounded to -0, which 0 + -0 is not."""
+def test_sign_of_zero_independent_of_tile(emulated, splits):
+    """Negative products that round to -0. 0 + -0 would be +0."""
     a, b = torch.zeros(3, 256), torch.zeros(16, 256)
     a[:, ::128], b[:, ::128] = 2**-9, -(2**-9)
     a, b = a.to(FP8), b.to(FP8)
@@ -127,7 +129,7 @@ def test_every_tile_gives_zero_the_same_sign(emulated, splits):
 @pytest.mark.parametrize("tile", DENSE, ids=str)
 @pytest.mark.parametrize(("splits", "K"), [(2, 144), (4, 1040), (8, 640), (8, 1152)])
 def test_splits_of_k(emulated, tile, splits, K, generator):
-    """Runs that are uneven, and empty ones; rows of D at any address, and with an addend."""
+    """Uneven and empty splits; unaligned rows of D; with and without C."""
     for M, N, dtype in ((3, 264, torch.bfloat16), (70, 131, torch.float16), (17, 8, torch.float32)):
         c = torch.randn(M, N, generator=generator).to(dtype) if M == 70 else None
         args = operands(tile, generator, M, N, K)
@@ -137,8 +139,8 @@ def test_splits_of_k(emulated, tile, splits, K, generator):
 @pytest.mark.parametrize("tile", [t for t in DENSE if t.columns < 128], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_any_schedule_of_splits_gives_the_same_bits(emulated, tile, order, seeds, generator):
-    """A cluster goes on from tile to tile, while its blocks are at different ones."""
+def test_same_bits_for_any_schedule_of_splits(emulated, tile, order, seeds, generator):
+    """Blocks of a cluster work on different tiles at the same time."""
     args = operands(tile, generator, 17, 264, 640)
     how = {"splits": 4, "blocks": 4 if tile.swapped else 1, "order": order}
     first = check(emulated, tile, args, seed=0, **how)
@@ -146,29 +148,29 @@ def test_any_schedule_of_splits_gives_the_same_bits(emulated, tile, order, seeds
         compare.assert_bitwise(run(emulated, tile, args, seed=seed, **how), first, f"seed {seed}")
 
 
-def test_the_number_of_splits_and_the_tile():
-    """By N and K alone; a cluster has at most 8 blocks, no run fewer than four blocks of K."""
+def test_choice_of_splits_and_tile():
+    """N and K alone give the splits: at most 8, of at least four K blocks."""
     library = build(sources())
-    known = {(4096, 4096): 4, (4097, 4096): 1, (2048, 2048): 4, (2049, 2048): 4,
+    want = {(4096, 4096): 4, (4097, 4096): 1, (2048, 2048): 4, (2049, 2048): 4,
              (2112, 7168): 4, (576, 7168): 8, (1, 1 << 20): 8, (1, 1023): 2, (1, 9): 1}  # fmt: skip
-    for shape, want in known.items():
-        assert library.chosen_splits(*map(c_int64, shape)) == want, shape
+    for shape, splits in want.items():
+        assert library.chosen_splits(*map(c_int64, shape)) == splits, shape
     for M in (1, 16):
         tile = TILES[library.chosen_tile(*map(c_int64, (M, 4096, 4096, 128)))]
         assert tile.swapped and tile.columns == 16
     assert not TILES[library.chosen_tile(*map(c_int64, (4096, 4096, 4096, 128)))].swapped
 
 
-def test_scales_per_row_that_repeat_give_the_bits_of_scales_per_block(emulated, generator):
+def test_repeated_row_scales_match_block_scales(emulated, generator):
     per_block = WHOLE
-    per_row = next(t for t in TILES if t.form == "dense" and t.b_rows == 1 and not t.swapped)
+    per_row = next(t for t in TILES if t.variant == "dense" and t.b_rows == 1 and not t.swapped)
     a, a_scale, b, b_scale = operands(per_block, generator, 70, 136, 256)
     repeated = b_scale.repeat_interleave(128, 0)[:136].contiguous()
     first = run(emulated, per_block, (a, a_scale, b, b_scale))
     compare.assert_bitwise(run(emulated, per_row, (a, a_scale, b, repeated)), first)
 
 
-def test_both_ways_to_store_agree(emulated, generator):
+def test_tma_and_direct_stores_agree(emulated, generator):
     args = operands(WHOLE, generator, 70, 72, 128)
     for dtype in (torch.bfloat16, torch.float32):
         stored = [run(emulated, WHOLE, args, dtype, by_tma=by_tma) for by_tma in (True, False)]
@@ -182,17 +184,17 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("tile", [t for t in TILES if t.form in HOSTILE], ids=str)
+@pytest.mark.parametrize("tile", [t for t in TILES if t.variant in HOSTILE], ids=str)
 def test_hostile_sizes(emulated, tile, generator):
-    """What the oracle takes them for, and no access outside: the emulator would say so."""
+    """Results match the oracle. The emulator reports any access outside the tensors."""
     args = operands(tile, generator, 72, 136, 256)
-    for sizes in HOSTILE[tile.form]:
+    for sizes in HOSTILE[tile.variant]:
         broken = *args[:4], torch.tensor(sizes, dtype=torch.int32)
         check(emulated, tile, broken)
 
 
-def test_a_groups_nan_stays_in_its_group(emulated, generator):
-    tile = next(t for t in TILES if t.form == "k_grouped")
+def test_nan_stays_in_its_group(emulated, generator):
+    tile = next(t for t in TILES if t.variant == "k_grouped")
     a, a_scale, b, b_scale, _ = operands(tile, generator, 40, 40, 256, G=2)
     offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
     for x in (a, b):
@@ -201,8 +203,8 @@ def test_a_groups_nan_stays_in_its_group(emulated, generator):
     assert got[0].isfinite().all() and got[1, 3].isnan().all()
 
 
-def test_promotion_outweighs_a_short_accumulator(emulated, generator):
-    """With 14 bits kept of a sum within WGMMA the result is still close: the rest is float32."""
+def test_promotion_with_a_14_bit_accumulator(emulated, generator):
+    """WGMMA keeps 14 bits of a sum; promotion to float32 keeps the error below 1e-6."""
     tile = next(t for t in DENSE if t.columns == 64 and not t.swapped)
     args = operands(tile, generator, 64, 64, 2048)
     want = reference(tile, args, torch.float32)

@@ -1,4 +1,4 @@
-"""csrc/sm90/mla_decode.cuh in the emulator against float64: both caches, any lengths and pages."""
+"""csrc/sm90/mla_decode.cuh in the emulator against float64, with bf16 and FP8 caches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deepkern.testing.caches import ABSENT
 
 LENGTHS = (0, 1, 63, 64, 65, 130)
 CACHES = {"bf16": {}, "fp8": {"cache_dtype": torch.uint8}}
-# A weight of 1 times its ratio (csrc/sm90/mla_load.cuh) is half a unit from the next bf16.
+# The ratio of this scale (csrc/sm90/mla_load.cuh) has the largest error in bf16: half an ulp.
 WORST_SCALE = (0.890625 + 2**-9) * 1.125 * 2**-6
 caches = pytest.mark.parametrize("kind", CACHES.values(), ids=CACHES)
 
@@ -37,7 +37,7 @@ def assert_same(got: tuple, want: tuple, label: str = "result") -> None:
 @pytest.mark.parametrize("Sq", [1, 2, 4])
 @pytest.mark.parametrize("H", [1, 3, 16, 64, pytest.param(128, marks=pytest.mark.slow)])
 def test_heads_and_queries(emulated_mla, H, Sq, kind, generator):
-    """Every length, half of a tile's rows or several tiles, causal and not."""
+    """All lengths; from a part of a row tile to several; causal and not."""
     for causal in (True, False):
         args = operands(generator, lengths=LENGTHS, Sq=Sq, H=H, causal=causal, **kind)
         check(emulated_mla, args, seed=generator.seed())
@@ -46,7 +46,7 @@ def test_heads_and_queries(emulated_mla, H, Sq, kind, generator):
 @caches
 @pytest.mark.parametrize("page", [1, 16, 53, 64, 128])
 def test_pages_and_splits(emulated_mla, page, kind, generator):
-    """700 tokens are two splits, 1100 three, and one split has no sums to add."""
+    """700 tokens are two splits, 1100 three. A single split is not combined."""
     args = operands(generator, lengths=(700, *LENGTHS, 1100, 512), Sq=2, H=3, page=page, **kind)
     got = check(emulated_mla, args)
     assert_same(emulated_mla(*args, by_tma=False), got)
@@ -54,20 +54,20 @@ def test_pages_and_splits(emulated_mla, page, kind, generator):
 
 @caches
 def test_splits_of_many_rows(emulated_mla, kind, generator):
-    """Splits of more than 32 rows are 1024 tokens long."""
+    """With more than 32 rows a split has 1024 tokens."""
     check(emulated_mla, operands(generator, lengths=(1100, 1024), H=80, **kind))
 
 
 @caches
 @pytest.mark.slow
-def test_more_tokens_than_64_splits_of_512_hold(emulated_mla, kind, generator):
+def test_more_than_64_splits_of_512_tokens(emulated_mla, kind, generator):
     check(emulated_mla, operands(generator, lengths=(33000, 32768), H=2, **kind))
 
 
 @caches
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_any_schedule_gives_the_same_bits(emulated_mla, order, seeds, kind, generator):
+def test_same_bits_for_any_schedule(emulated_mla, order, seeds, kind, generator):
     args = operands(generator, lengths=(200, 530), Sq=2, H=3, **kind)
     first = check(emulated_mla, args, order=order, seed=0)
     for seed in range(1, seeds if order == "random" else 5):
@@ -76,7 +76,7 @@ def test_any_schedule_gives_the_same_bits(emulated_mla, order, seeds, kind, gene
 
 
 @caches
-def test_bits_do_not_depend_on_the_batch_the_table_or_the_rows(emulated_mla, kind, generator):
+def test_bits_independent_of_batch_table_and_rows(emulated_mla, kind, generator):
     q, cache, table, lengths, *rest = operands(
         generator, lengths=(1100, 130, 65), Sq=2, H=40, **kind
     )
@@ -87,7 +87,7 @@ def test_bits_do_not_depend_on_the_batch_the_table_or_the_rows(emulated_mla, kin
         wide[:, : table.shape[1]] = table[one]
         got = emulated_mla(q[one], cache, wide, lengths[one], *rest)
         assert_same(got, (out[one], lse[one]), f"sequence {i}")
-    # A part of the heads, in other rows of a tile.
+    # A subset of the heads, in other rows of a row tile.
     few = emulated_mla(q[:, :, 7:24], cache, table, lengths, *rest)
     assert_same(few, (out[:, :, 7:24], lse[:, 7:24]))
 
@@ -95,7 +95,7 @@ def test_bits_do_not_depend_on_the_batch_the_table_or_the_rows(emulated_mla, kin
 @caches
 @pytest.mark.parametrize("page", [16, 64])
 def test_hostile_tables_and_lengths(emulated_mla, page, kind, generator):
-    """Pages that do not exist are absent, lengths are clamped, and NaN stays where it is."""
+    """Missing pages are masked, lengths are clamped, NaN in unused pages does not spread."""
     q, cache, table, lengths, *rest = operands(
         generator, lengths=(200, 200, 200, 200, 200), Sq=2, H=3, page=page, **kind
     )
@@ -108,18 +108,18 @@ def test_hostile_tables_and_lengths(emulated_mla, page, kind, generator):
     assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
     for hostile in ([-1, -(2**31), 0, 1, 200], [2, 3, 64, 65, 199]):
         check(emulated_mla, (*args[:3], torch.tensor(hostile, dtype=torch.int32), *rest))
-    nothing = cache == 0xFF if kind else cache.isnan()
-    filled = cache.masked_fill(nothing, 0)
+    poison = cache == 0xFF if kind else cache.isnan()
+    filled = cache.masked_fill(poison, 0)
     most = torch.full((5,), 2**31 - 1, dtype=torch.int32)
     check(emulated_mla, (q, filled, table, most, *rest))
 
 
 @caches
 def test_strides_and_no_tokens(emulated_mla, kind, generator):
-    """Heads and queries may lie in any order; a table of no pages, a cache of no blocks."""
+    """Any order of heads and queries; a table without pages, a cache without pages."""
     q, cache, table, lengths, *rest = operands(generator, lengths=(70, 9), Sq=2, H=5, **kind)
-    turned = q.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    got = check(emulated_mla, (turned, cache, table, lengths, *rest))
+    permuted = q.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    got = check(emulated_mla, (permuted, cache, table, lengths, *rest))
     assert_same(got, emulated_mla(q, cache, table, lengths, *rest))
     for no_cache, no_table in ((cache, table[:, :0]), (cache[:0], table)):
         out, lse = emulated_mla(q, no_cache, no_table, lengths, *rest)
@@ -128,7 +128,7 @@ def test_strides_and_no_tokens(emulated_mla, kind, generator):
 
 @caches
 def test_scores_of_any_size(emulated_mla, kind, generator):
-    """One token that outweighs all others, and scores far below zero."""
+    """One token with almost all the weight; scores far below zero."""
     q, cache, table, lengths, _, *rest = operands(generator, lengths=(130, 65), H=3, **kind)
     for scale in (0.0, -3.0, 20.0):
         check(emulated_mla, (q, cache, table, lengths, scale, *rest))
@@ -139,12 +139,12 @@ def test_scores_of_any_size(emulated_mla, kind, generator):
 
 
 def scales_of(cache: torch.Tensor) -> torch.Tensor:
-    """The scales of an FP8 cache, a view."""
+    """A view of the scales of an FP8 cache."""
     return cache[..., 512:528].view(torch.float32)
 
 
 def test_scales_of_any_size(emulated_mla, generator):
-    """Zero, subnormal, huge and negative ones, and the largest codes."""
+    """Zero, subnormal, huge and negative scales; the largest codes."""
     kind = CACHES["fp8"]
     q, cache, table, lengths, *rest = operands(generator, lengths=(130, 65), Sq=2, H=3, **kind)
     used = ~(cache == 0xFF).all(-1, keepdim=True)
@@ -158,9 +158,9 @@ def test_scales_of_any_size(emulated_mla, generator):
 
 
 @pytest.mark.parametrize("at", [0, 300, 511, 512, 524, 600])
-def test_nan_is_seen_where_its_token_is(emulated_mla, at, generator):
-    """In a code, a scale or a RoPE value. Of a token that a query does not see, as the oracle has
-    it: the columns that it spoils, not the others."""
+def test_nan_reaches_only_its_token(emulated_mla, at, generator):
+    """NaN in a code, a scale or a RoPE value. If a query masks the token, the result matches the
+    oracle: NaN in the columns of that NaN only."""
     kind = CACHES["fp8"]
     q, cache, table, lengths, *rest = operands(
         generator, lengths=(130, 65), Sq=2, H=3, page=64, **kind
@@ -176,7 +176,7 @@ def test_nan_is_seen_where_its_token_is(emulated_mla, at, generator):
         assert not out.isnan().any()
 
 
-def test_rounding_to_bf16_cancels_where_one_token_is_seen(emulated_mla, generator):
+def test_rounding_of_p_cancels_for_one_token(emulated_mla, generator):
     q, cache, table, lengths, *rest = operands(generator, lengths=(1,) * 4, H=3, **CACHES["fp8"])
     scales_of(cache)[table[:, 0], 0] = WORST_SCALE
     args = q, cache, table, lengths, *rest
@@ -187,7 +187,7 @@ def test_rounding_to_bf16_cancels_where_one_token_is_seen(emulated_mla, generato
 @pytest.mark.parametrize("length", [1, 3, 150])
 @caches
 def test_no_worse_than_twice_plain_pytorch(emulated_mla, length, kind, generator):
-    """Plain PyTorch: softmax in fp32, the rest in bf16, an FP8 cache dequantised to that before."""
+    """Plain PyTorch: softmax in fp32, the rest in bf16, an FP8 cache dequantized to bf16."""
     args = operands(generator, lengths=(length,), H=8, **kind)
     q, cache, table, _, scale, *_ = args
     tokens = torch.cat([cache[i] for i in table[0]])[:length, 0]
@@ -201,8 +201,8 @@ def test_no_worse_than_twice_plain_pytorch(emulated_mla, length, kind, generator
     assert compare.diff(got, exact) <= 2 * compare.diff(plain, exact) + 1e-6
 
 
-def test_what_the_kernel_declines(generator):
-    """What else there is goes to Triton, and `explain` says why."""
+def test_unsupported_arguments(generator):
+    """Other arguments use the Triton kernel; the reason is what `explain` prints."""
     declines = deepkern.OPS["mla_decode"].declines["cuda"]
     for kind in CACHES.values():
         q, cache, *rest = operands(generator, lengths=(9,), **kind)

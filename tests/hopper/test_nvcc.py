@@ -1,4 +1,4 @@
-"""csrc/sm90 compiled by nvcc, where there is one: registers, spills and instructions."""
+"""Registers, spills and instructions of csrc/sm90 compiled with nvcc."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bench.emulator import ROOT
 
 from .conftest import TILES, Tile
 
-FORMS = ("dense", "contiguous", "masked", "k_grouped")  # sm90::Form
+VARIANTS = ("dense", "contiguous", "masked", "k_grouped")  # deepkern::GemmVariant
 NVCC = shutil.which("nvcc")
-# Of a thread at launch, where warpgroups raise theirs later: with fewer, there would not be enough
-# to raise them to, and setmaxnreg would wait for ever.
+# Registers per thread at launch of kernels that raise them later. With fewer, setmaxnreg.inc would
+# wait forever.
 RAISED = 168
 
 
@@ -28,24 +28,23 @@ def run(*command: str) -> str:
 
 
 def tile_of(name: str) -> Tile | None:
-    """The tile that a mangled kernel's name is about, if it is about one."""
-    found = re.search(r"4FormE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)ELi(\d+)E", name)
+    """The tile in the mangled name of a GEMM kernel, or None for other kernels."""
+    found = re.search(r"11GemmVariantE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)ELi(\d+)E", name)
     if not found:
         return None
-    form, groups, columns, stages, cluster, swapped, b_rows = map(int, found.groups())
-    return Tile(FORMS[form], groups, columns, stages, cluster, bool(swapped), b_rows)
+    variant, warpgroups, columns, stages, cluster, swapped, b_rows = map(int, found.groups())
+    return Tile(VARIANTS[variant], warpgroups, columns, stages, cluster, bool(swapped), b_rows)
 
 
 def compile(name: str, folder: Path) -> tuple[Path, str]:
-    """The machine code of csrc/sm90/`name`.cu, and what ptxas says of it."""
+    """The machine code of csrc/sm90/`name`.cu, and the output of ptxas."""
     if NVCC is None:
-        pytest.skip("no nvcc on PATH: csrc/sm90 is not compiled for a GPU here")
+        pytest.skip("no nvcc on PATH")
     cubin = folder / f"{name}.cubin"
     source = ROOT / "csrc" / "sm90" / f"{name}.cu"
     target = ("-gencode", "arch=compute_90a,code=sm_90a")
     flags = (*target, "-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "-cubin")
-    said = run(NVCC, *flags, "-o", str(cubin), str(source))
-    return cubin, said
+    return cubin, run(NVCC, *flags, "-o", str(cubin), str(source))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def compiled(tmp_path_factory) -> tuple[Path, str]:
 
 
 def functions(cubin: Path) -> list[str]:
-    """The machine code of each function, its name first."""
+    """The machine code of each function, after its name."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -64,17 +63,17 @@ def functions(cubin: Path) -> list[str]:
 @pytest.mark.slow
 def test_registers_and_spills(compiled):
     parts = compiled[1].split("Compiling entry function '")[1:]
-    seen = set()
+    tiles = set()
     for part in parts:
         tile = tile_of(part.splitlines()[0])
-        seen.add(tile)
+        tiles.add(tile)
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", part))
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         assert spilled == 0, f"{tile} spills {spilled} bytes"
-        raised = tile is not None and tile.groups == 2
+        raised = tile is not None and tile.warpgroups == 2
         fits = registers == RAISED if raised else registers <= (128 if tile else 32)
         assert fits, f"{tile}: {registers}"
-    assert seen == {*TILES, None}
+    assert tiles == {*TILES, None}
 
 
 @pytest.mark.slow
@@ -85,17 +84,17 @@ def test_instructions(compiled):
         assert not counts["STL"] and not counts["LDL"], f"{tile}: {counts}"
         if tile:
             assert counts["QGMMA"] == 4 and counts["UTMALDG"], f"{tile}: {counts}"
-            assert bool(counts["UTMASTG"]) == (not tile.swapped and tile.form != "contiguous")
+            assert bool(counts["UTMASTG"]) == (not tile.swapped and tile.variant != "contiguous")
             assert (".MULTICAST" in part) == (tile.cluster > 1), f"{tile}: {counts}"
-            # Other blocks' shares, 16 bytes a lane of each of eight: all in flight together.
-            spread = tile.form == "dense" and tile.swapped
-            assert len(re.findall(r"\bLD\.E\.128 ", part)) == 8 * spread, tile
+            # Cluster split-K: eight loads of 16 bytes per lane from the other blocks.
+            cluster_split_k = tile.variant == "dense" and tile.swapped
+            assert len(re.findall(r"\bLD\.E\.128 ", part)) == 8 * cluster_split_k, tile
 
 
-# Registers at launch, and instructions. WGMMAs of each warpgroup's loop: 36 of 16 values of q and
-# key, 4 of 16 tokens for either tile (FP8: two blocks of columns; of a tile that was given in a
-# loop), and those of a last tile alone. Nine columns by TMA; FP8 tokens are asked for at four
-# places, by six loads each. Of out, 16 columns a store.
+# Registers at launch, and counts of instructions. WGMMAs in the loop of each warpgroup: 36 for Q·Kᵀ
+# (16 values each), 4 for P·V of each of two tiles (16 tokens each; FP8: 8, and 2 in a loop for the
+# received P), and those of a last even tile. TMA loads: nine column blocks. FP8 fetches: four
+# places with six loads. Stores of out: 16 columns each.
 MLA_KERNELS = {
     "mla_decodeILb0E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9, "STSM": 32}),
     "mla_decodeILb1E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 24, "STSM": 32}),
@@ -105,10 +104,10 @@ MLA_KERNELS = {
 
 @pytest.mark.slow
 def test_mla_decode(tmp_path):
-    """Registers and instructions; WGMMAs follow each other without waits that ptxas put between."""
-    cubin, said = compile("mla_decode", tmp_path)
-    assert "serialized" not in said, said
-    parts = said.split("Compiling entry function '")[1:]
+    """Registers and instructions. ptxas must not serialize the WGMMAs."""
+    cubin, output = compile("mla_decode", tmp_path)
+    assert "serialized" not in output, output
+    parts = output.split("Compiling entry function '")[1:]
     assert len(parts) == len(MLA_KERNELS)
     for part in parts:
         name = mla_kernel(part)
@@ -124,13 +123,13 @@ def test_mla_decode(tmp_path):
 
 
 def mla_kernel(part: str) -> str:
-    """Which of MLA_KERNELS a part that begins with a mangled name is about."""
+    """The key in MLA_KERNELS of the function whose mangled name starts `part`."""
     return next(name for name in MLA_KERNELS if name in part.splitlines()[0])
 
 
 @pytest.mark.slow
-def test_mla_decode_asks_for_fp8_tokens_before_it_waits(tmp_path):
-    """In the loader's loop no token is asked for only once its buffer is free."""
+def test_mla_decode_prefetches_fp8_tokens(tmp_path):
+    """The producer's loads of FP8 tokens come before its wait for the buffer."""
     part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb1E" in p[:200])
     loader = part.split("USETMAXREG.DEALLOC")[1]
     first_load = re.search(r"LDG\.E\.NA", loader).start()
@@ -139,9 +138,9 @@ def test_mla_decode_asks_for_fp8_tokens_before_it_waits(tmp_path):
 
 
 @pytest.mark.slow
-def test_mla_decode_makes_weights_while_products_run(tmp_path):
-    """The seesaw: between a P · V and the wait for it stand the exponentials of the other tile."""
+def test_mla_decode_overlaps_softmax_with_wgmma(tmp_path):
+    """The exponentials of the odd tile come between P·V of the even tile and the wait for it."""
     part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb0E" in p[:200])
-    waited_for = [p for p in part.split("WARPGROUP.DEPBAR") if "HGMMA.64x256" in p]
-    meanwhile = [p[p.index("HGMMA.64x256") :].count("MUFU.EX2") for p in waited_for]
-    assert max(meanwhile) >= 32, meanwhile
+    overlapped = [p for p in part.split("WARPGROUP.DEPBAR") if "HGMMA.64x256" in p]
+    exponentials = [p[p.index("HGMMA.64x256") :].count("MUFU.EX2") for p in overlapped]
+    assert max(exponentials) >= 32, exponentials

@@ -39,7 +39,7 @@ def test_against_the_oracle(shape, dtype, generator):
     a, a_scale, b, b_scale = operands(generator, *shape)[:4]
     got = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, dtype)
     want = deepkern.reference.fp8_gemm_nt(a, a_scale, b, b_scale, dtype)
-    # The tensor core keeps some 14 bits of a sum: docs/matmul.md, Accumulation.
+    # The tensor core keeps about 14 bits of a sum: docs/matmul.md, Accumulation.
     compare.assert_close(got, want, dtype=torch.bfloat16)
 
 
@@ -51,7 +51,7 @@ def test_adds_c(generator):
     compare.assert_close(got, want, dtype=torch.bfloat16)
 
 
-def test_the_same_bits_a_hundred_times_and_for_a_row_alone(generator):
+def test_same_bits_in_every_run_and_row_subset(generator):
     a, a_scale, b, b_scale = operands(generator, 500, 2112, 7168)[:4]
     first = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale)
     for _ in range(100):
@@ -99,7 +99,7 @@ def test_groups(op, shape, generator):
 @pytest.mark.parametrize("op", GROUPED)
 @pytest.mark.parametrize("value", [-(2**31), -1, 3, 2**31 - 1])
 def test_hostile_sizes(op, value, generator):
-    """compute-sanitizer sees no access outside; the values are the oracle's."""
+    """Results match the oracle. Run with compute-sanitizer to check the accesses."""
     args = list(deepkern.OPS[op].positional(ops.inputs(op, generator, M=70, N=96, K=256, G=3)))
     args[4] = args[4].clone()
     args[4][::2] = value
@@ -132,7 +132,7 @@ def test_decode(Sq, H, page, kind, generator):
 
 @caches
 @pytest.mark.parametrize("page", [64, 53])
-def test_decode_of_many_sequences_gives_each_its_own_bits(page, kind, generator):
+def test_decode_bits_independent_of_batch(page, kind, generator):
     lengths = torch.randint(0, 9000, (64,), generator=torch.Generator().manual_seed(3)).tolist()
     q, cache, table, seqlens, *rest = decode_operands(
         generator, lengths=lengths, H=128, page=page, **kind
@@ -151,7 +151,7 @@ def test_decode_of_many_sequences_gives_each_its_own_bits(page, kind, generator)
 
 @caches
 def test_decode_in_a_graph_with_other_lengths(kind, generator):
-    """A graph follows the lengths that stand there when it runs."""
+    """A graph uses the lengths in memory when it runs."""
     q, cache, table, seqlens, *rest = decode_operands(
         generator, lengths=(3000, 700, 64), H=16, **kind
     )
@@ -179,8 +179,8 @@ def test_decode_with_hostile_contents(value, kind, generator):
     check_decode((q, cache, table, seqlens, *rest))
 
 
-def test_decode_of_an_fp8_cache_with_scales_of_any_size(generator):
-    """As in the emulator: what a GPU makes of subnormal numbers is seen here."""
+def test_decode_of_fp8_cache_with_any_scales(generator):
+    """The same as in the emulator, with the GPU's arithmetic on subnormal numbers."""
     q, cache, *rest = decode_operands(
         generator, lengths=(130, 65), Sq=2, H=3, cache_dtype=torch.uint8
     )
@@ -193,7 +193,7 @@ def test_decode_of_an_fp8_cache_with_scales_of_any_size(generator):
         check_decode((q, cache.masked_fill(~used, 0xFF), *rest))
 
 
-def test_decode_declines_what_it_does_not_serve(generator):
+def test_decode_unsupported_arguments(generator):
     few = decode_operands(generator, lengths=(9,), cache_dtype=torch.uint8)
     odd = torch.nn.functional.pad(few[1], (0, 8))[..., :656]  # tokens 664 bytes apart
     cases = [(few[0], odd, *few[2:])]

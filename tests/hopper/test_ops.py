@@ -1,7 +1,7 @@
-"""The `cuda` backend as a whole on CPU tensors: ops.cpp, launchers, kernels in the emulator.
+"""The whole `cuda` backend on CPU tensors: ops.cpp, launchers, kernels in the emulator.
 
-What runs here is all that runs on a GPU but the driver: checks, copies for TMA, the choice of tile,
-tensor maps, launch configuration, kernel. The stand-in for CUDA refuses what the driver would.
+This runs everything except the driver: checks, copies for TMA, tile choice, tensor maps, launch
+configuration, kernels. The emulated CUDA runtime rejects what the driver would reject.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ FP8 = torch.float8_e4m3fn
 SIZES = [(1, 8, 128, 1), (40, 100, 257, 3), (200, 136, 256, 5), (3, 9, 100, 9)]  # M, N, K, G
 
 
-def usual(name: str, generator) -> tuple:
-    """All arguments of an op at a size of no special kind."""
+def typical_args(name: str, generator) -> tuple:
+    """All arguments of an op, at a typical size."""
     size = {"M": 20, "N": 40, "K": 160} | ({"G": 3} if name in GROUPED else {})
     if name == "mla_decode":
         size = {"lengths": (70,), "H": 3}
@@ -29,7 +29,7 @@ def usual(name: str, generator) -> tuple:
 
 
 def check(name: str, args, **how) -> torch.Tensor | tuple:
-    """The op's result, held to the oracle."""
+    """The op's result, after a comparison with the reference."""
     args = deepkern.OPS[name].positional(args)
     with cuda_backend(**how):
         got = getattr(deepkern, name)(*args)
@@ -45,25 +45,25 @@ def test_small_sizes(name, generator):
         with cuda_backend():
             try:
                 getattr(deepkern, name)(*args)
-            except deepkern.BackendError as declined:
-                assert "it takes" in str(declined)
+            except deepkern.BackendError as unsupported:
+                assert "it takes" in str(unsupported)
                 continue
         check(name, args, seed=generator.initial_seed())
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_runs_the_kernel(name, generator):
-    """With launches switched off nothing is computed: no other backend steps in."""
-    args = usual(name, generator)
+    """Without launches nothing is computed: there is no fallback to another backend."""
+    args = typical_args(name, generator)
     with cuda_backend(launches=False), pytest.raises(compare.Mismatch):
         got = getattr(deepkern, name)(*args)
         compare.assert_matches(name, got, getattr(deepkern.reference, name)(*args))
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_compiles_and_has_the_schema_of_the_package(name, generator):
+def test_compiles_with_the_package_schema(name, generator):
     emulator.ops()
-    args = usual(name, generator)
+    args = typical_args(name, generator)
     fake = torch.ops.deepkern_emulated
     schemas = [getattr(ops, name).default._schema for ops in (fake, torch.ops.deepkern_native)]
     assert str(schemas[0]).split("::")[1] == str(schemas[1]).split("::")[1]
@@ -77,8 +77,8 @@ def test_compiles_and_has_the_schema_of_the_package(name, generator):
     ("N", "K"), [(0, 128), (7, 0), (5, 1), (40, 100), (129, 257), (264, 384), (72, 1100)]
 )
 def test_any_shape(M, N, K, generator):
-    """K that no TMA row fits is copied; tiles change with M, a row's bits do not: nor where K is
-    long enough to be cut into runs."""
+    """Operands with K not a multiple of 16 are copied. The tile depends on M, the bits of a row do
+    not, with and without split-K."""
     a, a_scale, b, b_scale = ops.inputs("fp8_gemm_nt", generator, M=M, N=N, K=K)[:4]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         whole = check("fp8_gemm_nt", (a, a_scale, b, b_scale, dtype))
@@ -91,19 +91,19 @@ def test_any_shape(M, N, K, generator):
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 78, 132])
 @pytest.mark.parametrize("M", [5, 200])
-def test_any_number_of_multiprocessors_gives_the_same_bits(M, multiprocessors, generator):
+def test_bits_independent_of_number_of_sms(M, multiprocessors, generator):
     args = ops.inputs("fp8_gemm_nt", generator, M=M, N=300, K=1024)
     compare.assert_bitwise(check("fp8_gemm_nt", args, multiprocessors=multiprocessors),
                            check("fp8_gemm_nt", args))  # fmt: skip
 
 
 def test_any_layout(generator):
-    """Transposed and sliced operands, codes that start anywhere, scales in any order."""
+    """Transposed and sliced operands, unaligned codes, scales with any strides."""
     a, a_scale, b, b_scale = ops.inputs("fp8_gemm_nt", generator, M=33, N=50, K=144)[:4]
     want = check("fp8_gemm_nt", (a, a_scale, b, b_scale))
 
     def inside(x, left, right):
-        """x as a part of a wider tensor of NaN."""
+        """x as a slice of a wider tensor of NaN."""
         wide = torch.full((x.shape[0], left + x.shape[1] + right), 0x7F, dtype=torch.uint8)
         wide = wide.view(FP8)
         wide[:, left : left + x.shape[1]] = x
@@ -118,15 +118,15 @@ def test_any_layout(generator):
 
 
 def test_rows_that_overlap(generator):
-    """One row many times, and rows that begin within each other: no tensor map has such strides."""
+    """Stride 0, and rows that overlap: a tensor map does not support such strides."""
     a, a_scale, b, b_scale = ops.inputs("fp8_gemm_nt", generator, M=5, N=40, K=160)[:4]
     check("fp8_gemm_nt", (a[:1].expand(5, -1), a_scale, b, b_scale))
     overlapping = a.flatten().as_strided((5, 160), (16, 1))
     check("fp8_gemm_nt", (overlapping, a_scale, b, b_scale))
 
 
-def test_addends_of_one_row(generator):
-    """torch calls a tensor contiguous whatever the stride of a dimension of length 1."""
+def test_c_with_one_row(generator):
+    """torch ignores the stride of a dimension of length 1 in is_contiguous()."""
     args = ops.inputs("k_grouped_fp8_gemm_nt", generator, M=1, N=40, K=160, G=3)[:5]
     c = torch.randn(1, 3, 40, generator=generator).transpose(0, 1)
     assert c.is_contiguous() and c.stride(1) == 120
@@ -149,8 +149,8 @@ def test_decode(page, Sq, H, kind, generator):
 
 
 @pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}], ids=["bf16", "fp8"])
-def test_decode_over_pages_of_no_tokens(kind, generator):
-    """There is nothing to attend to, whatever the table and the lengths say."""
+def test_decode_with_empty_pages(kind, generator):
+    """No token is attended to, for any table and lengths."""
     q, cache, *rest = deepkern.OPS["mla_decode"].positional(
         ops.inputs("mla_decode", generator, lengths=(70, 9), H=3, page=64, **kind)
     )
@@ -159,23 +159,23 @@ def test_decode_over_pages_of_no_tokens(kind, generator):
 
 
 def test_decode_of_strided_arguments(generator):
-    """Rows of q that start anywhere are copied; caches and tables are read as they lie."""
+    """Unaligned rows of q are copied; strided caches and tables are read in place."""
     q, cache, table, lengths, *rest = deepkern.OPS["mla_decode"].positional(
         ops.inputs("mla_decode", generator, lengths=(70, 200), H=5, page=64)
     )
     want = check("mla_decode", (q, cache, table, lengths, *rest))
     odd = torch.full((*q.shape[:-1], q.shape[-1] + 3), torch.nan, dtype=q.dtype)[..., 1:-2]
     odd.copy_(q)
-    far = torch.full((2 * len(cache), *cache.shape[1:]), torch.nan, dtype=cache.dtype)[::2]
-    far.copy_(cache)
+    strided = torch.full((2 * len(cache), *cache.shape[1:]), torch.nan, dtype=cache.dtype)[::2]
+    strided.copy_(cache)
     for queries in (odd, q.transpose(1, 2).contiguous().transpose(1, 2)):
-        got = check("mla_decode", (queries, far, table, lengths, *rest))
+        got = check("mla_decode", (queries, strided, table, lengths, *rest))
         for mine, other in zip(got, want, strict=True):
             compare.assert_bitwise(mine, other)
 
 
-def test_what_cuda_refuses_is_an_error(generator):
-    library, args = emulator.ops(), usual("fp8_gemm_nt", generator)
+def test_cuda_error_is_raised(generator):
+    library, args = emulator.ops(), typical_args("fp8_gemm_nt", generator)
     library.emulate_refusal(1)
     try:
         with (

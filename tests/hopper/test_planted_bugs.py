@@ -1,7 +1,7 @@
-"""Every bug planted in a kernel is caught by the emulator or spoils the result.
+"""Every bug planted in an FP8 GEMM kernel is found by the emulator or changes the result.
 
-A bug is a change of one place of the kernel's source. Each is looked for with many schedules, as a
-kernel's own tests do.
+A hook in csrc/sm90 (UNLESS_PLANTED, WHEN_PLANTED, PLANT) plants a bug when the kernel is compiled
+with -DPLANT_<hook>. The search runs the kernel with many schedules, like the kernel's own tests.
 """
 
 from __future__ import annotations
@@ -11,176 +11,108 @@ import re
 import pytest
 import torch
 
-from bench.emulator import sources
+from bench.emulator import CSRC
 from deepkern.testing import compare
 
 from .conftest import TILES, EmulatorFailure, Tile, gemm_of, planted
 from .test_fp8_gemm import operands, reference, run
 
-FILES = tuple(f"sm90/{name}.cuh" for name in (
-    "fp8_gemm", "fp8_gemm_store", "fp8_gemm_tile", "ring", "schedule"))  # fmt: skip
-
 TILES_FILE = "sm90/fp8_gemm_tiles.h"
 
 
-def first(form: str, **what) -> Tile:
-    """The first compiled tile of that form with these properties."""
-    fits = (t for t in TILES if t.form == form)
-    return next(t for t in fits if all(getattr(t, k) == v for k, v in what.items()))
+def first(variant: str, **properties) -> Tile:
+    """The first compiled tile of that variant with these properties."""
+    tiles = (t for t in TILES if t.variant == variant)
+    return next(t for t in tiles if all(getattr(t, k) == v for k, v in properties.items()))
 
 
 WHOLE, PAIRS = first("dense", swapped=False, cluster=1), first("dense", cluster=2)
 SCALED, SWAPPED = first("dense", b_rows=1, swapped=False), first("dense", swapped=True)
 CONTIGUOUS, MASKED, K_GROUPED = first("contiguous"), first("masked"), first("k_grouped")
-SPREAD, IN_TURN = first("dense", columns=16), WHOLE  # where K is cut into runs
+CLUSTER_SPLIT_K, SERIAL_SPLIT_K = first("dense", columns=16), WHOLE
 WRONG = "wrong result"
-SOMEHOW = "."  # a race: which of its consequences shows first is chance
-WAIT_FULL, WAIT_EMPTY = (
-    "barrier_wait(&full[stage], round);",
-    "barrier_wait(&empty[stage], round ^ 1);",
-)
-EMPTY = """    Barrier* empty = &ring.empty[ring.stage];
-    if (Tile::RIGHT_ROWS == 1) warp_sync();  // all lanes have their scales
-    if (Tile::CLUSTER == 1) {
-      if (lane_index() == 0) barrier_arrive(empty);
-"""
-WAIT_AND_RELEASE, RELEASE_AND_WAIT = "    wgmma_wait<0>();\n" + EMPTY, EMPTY + "wgmma_wait<0>();\n"
-# What is planted: (tile, what stands in the source, what in its place, how it is found out).
+ANY = "."  # a race: the schedule decides which error comes first
+# Hook -> (tile to run, regular expression of the expected error).
 BUGS = {
-    "no wait for a free buffer": (WHOLE, WAIT_EMPTY, "", SOMEHOW),
-    "no wait for the data": (WHOLE, WAIT_FULL, "", SOMEHOW),
-    "loader waits for the wrong parity": (
-        WHOLE, WAIT_EMPTY, "barrier_wait(&empty[stage], round);",
-        "deadlock.*lanes wait for barrier"),
-    "reader waits for the wrong parity": (
-        WHOLE, WAIT_FULL, "barrier_wait(&full[stage], round ^ 1);", SOMEHOW),
-    "no wait for WGMMA": (WHOLE, "wgmma_wait<0>();", "", SOMEHOW),
-    "waits for all WGMMAs but the last": (WHOLE, "wgmma_wait<0>();", "wgmma_wait<1>();", SOMEHOW),
-    "buffer handed on before it was read": (WHOLE, WAIT_AND_RELEASE, RELEASE_AND_WAIT, SOMEHOW),
-    "no commit": (WHOLE, "    wgmma_commit();\n", "", SOMEHOW),
-    "no fence before WGMMA": (WHOLE, "    wgmma_fence();\n", "", "no wgmma_fence"),
-    "accumulates what it should begin": (WHOLE, "step > 0);", "true);", SOMEHOW),
-    "wrong descriptor": (WHOLE, "(rows + step * 32, 0, 1024)", "(rows + step * 32, 0, 512)", WRONG),
-    "reads beyond shared memory": (
-        WHOLE, "ring.left() + group * 64 * Tile::K",
-        "ring.memory + Tile::SHARED_BYTES / 16 * 16", "not in the"),
-    "fewer bytes announced": (
-        WHOLE, "(full, Tile::STAGE_BYTES)", "(full, Tile::LEFT_BYTES)", SOMEHOW),
-    "more bytes announced": (
-        WHOLE, "(full, Tile::STAGE_BYTES)", "(full, Tile::STAGE_BYTES + 16)", "deadlock"),
-    "no fence between threads' stores and TMA": (
-        WHOLE, "  fence_async_proxy();\n  named_barrier_sync(1 + group, 128);\n",
-        "  named_barrier_sync(1 + group, 128);\n", "no fence_async_proxy followed"),
-    "TMA stores what others still write": (
-        WHOLE, "  fence_async_proxy();\n  named_barrier_sync(1 + group, 128);\n",
-        "  fence_async_proxy();\n", SOMEHOW),
-    "next tile written while TMA reads": (
-        WHOLE, "  if (storing) tma_store_wait_read<0>();\n", "", SOMEHOW),
-    "block ends while TMA reads": (
-        WHOLE, "thread_index() % 128 == 0) {\n    tma_store_wait_read<0>();", "false) {",
-        "ends while a TMA store"),
-    "both groups at one barrier": (
-        WHOLE, "named_barrier_sync(1 + group, 128)", "named_barrier_sync(1, 128)", SOMEHOW),
-    "one group less at a barrier": (
-        WHOLE, "named_barrier_sync(1 + group, 128)", "named_barrier_sync(1 + group, 256)",
-        "deadlock"),
-    "barriers not fenced": (WHOLE, "    barrier_init_fence();\n", "", "no barrier_init_fence"),
-    "too many registers": (
-        WHOLE, "registers_decrease<40>", "registers_decrease<96>", "deadlock.*registers"),
-    "registers that nobody has": (
-        WHOLE, "registers_increase<232>", "registers_increase<264>", "setmaxnreg"),
-    "one arrival too few expected": (
-        WHOLE, "4 * Tile::GROUPS * Tile::CLUSTER)", "4 * Tile::GROUPS * Tile::CLUSTER - 1)",
-        SOMEHOW),
-    "neighbour's buffers not waited for": (
-        PAIRS, "4 * Tile::GROUPS * Tile::CLUSTER)", "4 * Tile::GROUPS)", SOMEHOW),
-    "neighbour not told": (PAIRS, "lane_index() < Tile::CLUSTER", "lane_index() < 1", "deadlock"),
-    "half of B twice": (PAIRS, "ring.right() + rank * half * Tile::K", "ring.right()", SOMEHOW),
-    "block ends before its neighbour": (
-        PAIRS, "  if (Tile::CLUSTER > 1) cluster_sync();\n}", "}", "block that has ended"),
-    "stores beyond its rows": (
-        WHOLE, "if (row >= w.end) return false;", "if (row > w.end) return false;",
-        "beyond|out of bounds"),
-    "scales not waited for": (SCALED, "(RIGHT_ROWS == 1 ? 32 : 0)", "0", SOMEHOW),
-    "buffer handed on before its scales were read": (
-        SCALED, "if (Tile::RIGHT_ROWS == 1) warp_sync();", "", SOMEHOW),
-    "scales of the wrong operand": (
-        SWAPPED, "Tile::SWAPPED ? p.a_scale : p.b_scale;\n  Work w;",
-        "p.b_scale;\n  Work w;", "wrong result|out of bounds"),
-    "scales past the last row": (
-        WHOLE, "row + 8 < last ? row + 8 : 0, Tile::LEFT_ROWS", "row + 8, Tile::LEFT_ROWS",
-        "out of bounds"),
-    "another group's rows": (
-        CONTIGUOUS, "load_global(p.group_index + row) == w.group", "true", WRONG),
-    "another group's weights": (
-        CONTIGUOUS, "w.group * p.N + w.column : w.column", "w.column : w.column", WRONG),
-    "rows not in use": (MASKED, "if (m >= w.valid) sum[i] = 0.0f;", "", WRONG),
-    "another group's values of K": (
-        K_GROUPED, "Tile::FORM == Form::k_grouped && length", "false && length", WRONG),
-    "cleared after the fence": (
-        K_GROUPED, "  fence_async_proxy();\n  named_barrier_sync(1 + Tile::GROUPS, threads);",
-        "  named_barrier_sync(1 + Tile::GROUPS, threads);", "no fence_async_proxy followed"),
-    "scales of the group before": (K_GROUPED, "scale_block += (length + 127) / 128", "", WRONG),
-}  # fmt: skip
-
-# The same in what is done where K is cut into runs.
+    # Barriers of the operand ring.
+    "no_wait_empty": (WHOLE, ANY),
+    "no_wait_full": (WHOLE, ANY),
+    "wait_empty_wrong_parity": (WHOLE, "deadlock.*lanes wait for barrier"),
+    "wait_full_wrong_parity": (WHOLE, ANY),
+    "announces_too_few_bytes": (WHOLE, ANY),
+    "announces_too_many_bytes": (WHOLE, "deadlock"),
+    "expects_one_release_less": (WHOLE, ANY),
+    "no_barrier_init_fence": (WHOLE, "no barrier_init_fence"),
+    "no_wait_for_scales": (SCALED, ANY),
+    "no_warp_sync_after_scales": (SCALED, ANY),
+    # Clusters.
+    "no_wait_for_neighbour": (PAIRS, ANY),
+    "neighbour_not_released": (PAIRS, "deadlock"),
+    "multicasts_to_the_same_half": (PAIRS, ANY),
+    "exits_before_neighbour": (PAIRS, "block that has ended"),
+    # WGMMA.
+    "no_wgmma_wait": (WHOLE, ANY),
+    "wgmma_wait_leaves_one": (WHOLE, ANY),
+    "releases_before_wgmma_wait": (WHOLE, ANY),
+    "no_wgmma_commit": (WHOLE, ANY),
+    "no_wgmma_fence": (WHOLE, "no wgmma_fence"),
+    "accumulates_in_first_wgmma": (WHOLE, ANY),
+    "wrong_descriptor_stride": (WHOLE, WRONG),
+    "reads_past_smem": (WHOLE, "not in the"),
+    # Registers.
+    "producer_keeps_registers": (WHOLE, "deadlock.*registers"),
+    "requests_too_many_registers": (WHOLE, "setmaxnreg"),
+    # Epilogue.
+    "no_fence_before_tma_store": (WHOLE, "no fence_async_proxy followed"),
+    "no_barrier_before_tma_store": (WHOLE, ANY),
+    "no_tma_wait_before_staging": (WHOLE, ANY),
+    "exits_before_tma_has_read": (WHOLE, "ends while a TMA store"),
+    "warpgroups_share_a_barrier": (WHOLE, ANY),
+    "barrier_expects_two_warpgroups": (WHOLE, "deadlock"),
+    "stores_past_last_row": (WHOLE, "out of bounds|beyond"),
+    # Scales and groups.
+    "scales_of_wrong_operand": (SWAPPED, "wrong result|out of bounds|beyond"),
+    "reads_scales_past_last_row": (WHOLE, "out of bounds|lie beyond it"),
+    "stores_rows_of_other_groups": (CONTIGUOUS, WRONG),
+    "b_of_first_group": (CONTIGUOUS, WRONG),
+    "stores_invalid_rows": (MASKED, WRONG),
+    "no_clearing_of_k_tail": (K_GROUPED, WRONG),
+    "no_fence_after_k_tail": (K_GROUPED, "no fence_async_proxy followed"),
+    "scales_of_previous_group": (K_GROUPED, WRONG),
+}
+# The same for split-K.
 SPLIT_BUGS = {
-    "shares read before they are there": (SPREAD, "  shared.wait_full();\n", "", SOMEHOW),
-    "one block not told of shares": (
-        SPREAD, "if (lane_index() < splits) barrier_arrive_at(shared.full, lane_index());",
-        "if (lane_index() < splits - 1) barrier_arrive_at(shared.full, lane_index());", "deadlock"),
-    "told before all lanes have written": (
-        SPREAD, "  warp_sync();\n  if (lane_index() < splits) barrier_arrive_at(shared.full",
-        "  if (lane_index() < splits) barrier_arrive_at(shared.full", SOMEHOW),
-    "told before all lanes have read": (
-        SPREAD, "  warp_sync();\n  if (lane_index() < splits) barrier_arrive_at(shared.empty",
-        "  if (lane_index() < splits) barrier_arrive_at(shared.empty", SOMEHOW),
-    "shares overwritten while they are read": (
-        SPREAD, "  shared.wait_empty();  // all blocks have read the tile before\n", "", SOMEHOW),
-    "block ends while its shares are read": (
-        SPREAD, "    shared.wait_empty();  // the others may still read this block's shares\n", "",
-        "that has ended"),
-    "barriers of shares for one block": (
-        SPREAD, "const int sharing = 4 * Tile::GROUPS * cluster;",
-        "const int sharing = 4 * Tile::GROUPS;", SOMEHOW),
-    "no barrier of the cluster before its blocks talk": (
-        SPREAD, "cluster_arrive();  // is waited for", "(void)0;  // is not", "cluster_wait: no"),
-    "no wait for it": (
-        SPREAD, "    if (Tile::SPREAD) cluster_wait();\n", "", "waited for no barrier"),
-    "shares added in another order": (
-        SPREAD, "load_shared_at(place, r)", "load_shared_at(place, splits - 1 - r)", WRONG),
-    "a rank that there is not": (
-        SPREAD, "load_shared_at(place, r)", "load_shared_at(place, r + 1)", "no block of rank"),
-    "one share for all": (
-        SPREAD, "load_shared_at(place, r)", "load_shared_at(place, cluster_rank())", WRONG),
-    "rows that no rank stores": (
-        SPREAD, "m = rank + splits * warp_index()", "m = splits * warp_index()", WRONG),
-    "a run begins early": (SPREAD, "k = r * p.run * 128,", "k = r * p.run * 64,", WRONG),
-    "a run ends late": (SPREAD, "clamp(p.K - k, 0, p.run * 128)", "p.K - k", WRONG),
-    "a run with another's scales": (
-        SPREAD, "scale_block = r * p.run;", "scale_block = 0;", WRONG),
-    "runs in turn with the first one's scales": (
-        IN_TURN, "w.scale_block + block, length", "w.scale_block, length", WRONG),
-    "runs in turn that overlap": (
-        IN_TURN, "clamp(w.length - block * Tile::K, 0, p.run * Tile::K)",
-        "w.length - block * Tile::K", SOMEHOW),
-    "a total that holds the tile before": (
-        IN_TURN, "if (!is_first) sum[i + j] += total.value[j];",
-        "sum[i + j] += load_shared<Floats>(place).value[j];", WRONG),
-    "a run forgotten": (IN_TURN, "if (!is_last) store_shared(place, total);", "", WRONG),
-    "totals where TMA still reads": (
-        IN_TURN, "    if (thread == 0) tma_store_wait_read<0>();\n", "", SOMEHOW),
-    "totals before TMA's wait is over for all": (
-        IN_TURN, "    named_barrier_sync(1 + thread_index() / 128, 128);\n", "", SOMEHOW),
-}  # fmt: skip
+    "no_wait_for_partials": (CLUSTER_SPLIT_K, ANY),
+    "one_block_not_notified": (CLUSTER_SPLIT_K, "deadlock"),
+    "no_warp_sync_after_partials": (CLUSTER_SPLIT_K, ANY),
+    "no_warp_sync_after_reduction": (CLUSTER_SPLIT_K, ANY),
+    "no_wait_before_partials": (CLUSTER_SPLIT_K, ANY),
+    "exits_before_partials_are_read": (CLUSTER_SPLIT_K, "that has ended"),
+    "partials_expect_one_block": (CLUSTER_SPLIT_K, ANY),
+    "no_cluster_arrive": (CLUSTER_SPLIT_K, "cluster_wait: no"),
+    "no_cluster_wait": (CLUSTER_SPLIT_K, "waited for no barrier"),
+    "adds_splits_in_reverse": (CLUSTER_SPLIT_K, WRONG),
+    "reads_a_missing_rank": (CLUSTER_SPLIT_K, "no block of rank"),
+    "adds_one_split_only": (CLUSTER_SPLIT_K, WRONG),
+    "all_ranks_store_same_rows": (CLUSTER_SPLIT_K, WRONG),
+    "split_starts_early": (CLUSTER_SPLIT_K, WRONG),
+    "split_ends_late": (CLUSTER_SPLIT_K, WRONG),
+    "split_with_other_scales": (CLUSTER_SPLIT_K, WRONG),
+    "serial_split_with_first_scales": (SERIAL_SPLIT_K, WRONG),
+    "serial_splits_overlap": (SERIAL_SPLIT_K, ANY),
+    "adds_totals_of_previous_tile": (SERIAL_SPLIT_K, WRONG),
+    "forgets_a_split": (SERIAL_SPLIT_K, WRONG),
+    "no_tma_wait_before_totals": (SERIAL_SPLIT_K, ANY),
+    "no_barrier_before_totals": (SERIAL_SPLIT_K, ANY),
+}
 
 
-def looked_for_in_splits(gemm, tile: Tile, generator) -> None:
-    """The same where K is cut into four runs, the last of which is shorter or empty."""
+def search_splits(gemm, tile: Tile, generator) -> None:
+    """The same with four splits of K, the last of which is shorter or empty."""
     for K in (1152, 384):
         args = operands(tile, generator, 40, 264, K)
         want = reference(tile, args, torch.float32)
-        other = IN_TURN if tile.swapped else SPREAD
+        other = SERIAL_SPLIT_K if tile.swapped else CLUSTER_SPLIT_K
         for seed in range(30):
             how = {"seed": seed, "order": ("random", "earliest", "latest")[seed % 3], "splits": 4}
             got = run(gemm, tile, args, torch.float32, blocks=4 if tile.swapped else 1, **how)
@@ -190,27 +122,27 @@ def looked_for_in_splits(gemm, tile: Tile, generator) -> None:
                 compare.assert_bitwise(got, same)
 
 
-def looked_for(gemm, tile: Tile, generator) -> None:
-    """Raises what the emulator or a comparison finds."""
-    many = operands(tile, generator, 270, 264, 128)  # tiles with little to do between them
+def search(gemm, tile: Tile, generator) -> None:
+    """Raises the first error that the emulator or a comparison finds."""
+    many = operands(tile, generator, 270, 264, 128)  # many tiles, short mainloops
     deep = operands(tile, generator, 140, 136, 1152, G=2)
     few = operands(tile, generator, 70, 72, 128)
     want = [reference(tile, args) for args in (many, deep)]
-    beside = torch.full((71, 72), torch.nan, dtype=torch.bfloat16)
+    padded = torch.full((71, 72), torch.nan, dtype=torch.bfloat16)
     for seed in range(40):
         how = {"seed": seed, "order": ("random", "earliest", "latest")[seed % 3]}
         for args, exact, blocks in ((many, want[0], 1), (deep, want[1], 2)):
             compare.assert_close(run(gemm, tile, args, blocks=blocks, **how), exact)
-        if tile.form == "dense":
-            run(gemm, tile, few, by_tma=False, out=beside[:70], **how)
-            if not beside[70].isnan().all():
-                raise compare.Mismatch("wrote beyond its rows")
+        if tile.variant == "dense":
+            run(gemm, tile, few, by_tma=False, out=padded[:70], **how)
+            if not padded[70].isnan().all():
+                raise compare.Mismatch("stored beyond the last row")
 
 
-def caught(gemm, tile: Tile, generator, look=looked_for) -> str:
-    """How the bug shows, or nothing."""
+def find_error(gemm, tile: Tile, generator, search=search) -> str:
+    """The error that the search finds, or an empty string."""
     try:
-        look(gemm, tile, generator)
+        search(gemm, tile, generator)
     except EmulatorFailure as failure:
         return str(failure)
     except compare.Mismatch as mismatch:
@@ -218,32 +150,39 @@ def caught(gemm, tile: Tile, generator, look=looked_for) -> str:
     return ""
 
 
-def only(listed: str, needed: tuple[Tile, ...]) -> str:
-    """The list of tiles with the first of `needed` in place of all others: less to compile."""
-    lines = [line for line in listed.splitlines() if line.startswith("TILE(")]
+def only_tiles(needed: tuple[Tile, ...]) -> str:
+    """The list of tiles with needed[0] in place of all tiles not needed, to compile fewer."""
+    text = (CSRC / TILES_FILE).read_text()
+    lines = [line for line in text.splitlines() if line.startswith("TILE(")]
     kept = {lines[TILES.index(tile)] for tile in needed}
     instead = lines[TILES.index(needed[0])]
     return "".join(f"{line if line in kept else instead}\n" for line in lines)
 
 
+def check_is_caught(bug: str, needed: tuple[Tile, ...], expected: str, generator, search) -> None:
+    with planted(bug, "fp8_gemm", {TILES_FILE: only_tiles(needed)}) as library:
+        found = find_error(gemm_of(library), needed[0], generator, search)
+    assert re.search(expected, found, re.DOTALL), f"expected {expected!r}, found {found!r}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*BUGS, *SPLIT_BUGS])
-def test_is_caught(name, generator):
-    tile, right, wrong, how = (BUGS | SPLIT_BUGS)[name]
-    whole = sources()
-    file = next((f for f in FILES if right in whole[f]), None)
-    assert file, f"no kernel has {right!r} any more: plant another bug"
-    look = looked_for if name in BUGS else looked_for_in_splits
-    needed = (tile,) if name in BUGS else (tile, SPREAD, IN_TURN)
-    changed = {TILES_FILE: only(whole[TILES_FILE], needed), file: whole[file].replace(right, wrong)}
-    with planted(whole | changed) as library:
-        found = caught(gemm_of(library), tile, generator, look)
-    assert re.search(how, found, re.DOTALL), f"expected {how!r}, found {found!r}"
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_caught(bug, generator):
+    tile, expected = BUGS[bug]
+    check_is_caught(bug, (tile,), expected, generator, search)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", SPLIT_BUGS)
+def test_split_k_bug_is_caught(bug, generator):
+    tile, expected = SPLIT_BUGS[bug]
+    needed = (tile, CLUSTER_SPLIT_K, SERIAL_SPLIT_K)
+    check_is_caught(bug, needed, expected, generator, search_splits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_no_bug_is_found_where_none_is(emulated, tile, generator):
-    assert caught(emulated, tile, generator) == ""
-    if tile.form == "dense" and tile.b_rows == 128:
-        assert caught(emulated, tile, generator, looked_for_in_splits) == ""
+def test_correct_kernel_passes_the_search(emulated, tile, generator):
+    assert find_error(emulated, tile, generator) == ""
+    if tile.variant == "dense" and tile.b_rows == 128:
+        assert find_error(emulated, tile, generator, search_splits) == ""

@@ -12,7 +12,8 @@
 namespace {
 
 using emulator::Launch;
-using sm90::Form;
+using deepkern::GemmVariant;
+using deepkern::Real;
 using sm90::GemmArguments;
 using sm90::GemmTile;
 using sm90::TensorMap;
@@ -28,37 +29,37 @@ void run(const Operand& a, const Operand& b, GemmArguments p, Launch launch) {
   const uint32_t left = Tile::M, right = Tile::N / Tile::CLUSTER;
   const TensorMap a_map{a.data, K, a.rows, a.row_bytes, 128, Tile::SWAPPED ? right : left, 1, true};
   const TensorMap b_map{b.data, K, b.rows, b.row_bytes, 128, Tile::SWAPPED ? left : right, 1, true};
-  const uint32_t size = p.out_type == sm90::Type::fp32 ? 4 : 2;
-  const uint64_t rows =
-      uint64_t{Tile::FORM == Form::masked || Tile::FORM == Form::k_grouped ? 1u * p.groups : 1u} *
-      p.M;
+  const uint32_t size = p.out_type == Real::fp32 ? 4 : 2;
+  const bool d_per_group =
+      Tile::VARIANT == GemmVariant::masked || Tile::VARIANT == GemmVariant::k_grouped;
+  const uint64_t rows = uint64_t{d_per_group ? 1u * p.groups : 1u} * p.M;
   const TensorMap out{static_cast<char*>(p.out), N, rows, N * size, 128 / size, 64, size, true};
   std::vector<int> group_bounds(2 * p.groups, 0);
-  if (Tile::FORM == Form::contiguous) {
+  if (Tile::VARIANT == GemmVariant::contiguous) {
     std::fill_n(group_bounds.begin(), p.groups, INT_MAX);
-    p.sizes = group_bounds.data();
-    const auto bytes = static_cast<int64_t>(group_bounds.size() * 4);
-    emulator::memory().add_allocation({"group_bounds", group_bounds.data(), bytes, true});
+    p.group_bounds = group_bounds.data();
+    emulator::memory().add_allocation({"group_bounds", group_bounds.data(),
+                                       static_cast<int64_t>(group_bounds.size() * 4), true});
     Launch prepass = launch;
     prepass.blocks = 2;
     emulator::Machine(prepass, [&] {
-      sm90::find_groups(p.group_index, group_bounds.data(), static_cast<char*>(p.out), p.M,
-                        p.groups, int64_t{p.N} * size);
+      sm90::find_group_bounds(p.group_index, group_bounds.data(), static_cast<char*>(p.out), p.M,
+                              p.groups, int64_t{p.N} * size);
     }).run();
   }
-  launch.cluster = Tile::SPREAD ? p.splits : Tile::CLUSTER;
+  launch.cluster = Tile::CLUSTER_SPLIT_K ? p.num_splits : Tile::CLUSTER;
   launch.blocks = std::max(launch.blocks / launch.cluster, 1) * launch.cluster;
   launch.threads = Tile::THREADS;
-  launch.shared_bytes = Tile::SHARED_BYTES;
+  launch.shared_bytes = Tile::SMEM_BYTES;
   emulator::Machine(launch, [&] { sm90::fp8_gemm<Tile>(a_map, b_map, out, p); }).run();
 }
 
 void run_tile(int tile, const Operand& a, const Operand& b, const GemmArguments& p,
               const Launch& launch) {
   int number = 0;
-#define TILE(form, ...)                                                    \
+#define TILE(variant, ...)                                                    \
   if (number++ == tile) {                                                  \
-    return run<GemmTile<Form::form, __VA_ARGS__>>(a, b, p, launch);        \
+    return run<GemmTile<GemmVariant::variant, __VA_ARGS__>>(a, b, p, launch);        \
   }
 #include "../../sm90/fp8_gemm_tiles.h"
 #undef TILE
@@ -90,8 +91,8 @@ extern "C" int emulate_fp8_gemm(char* a, int64_t a_rows, int64_t a_row, char* b,
 
 // The choices of the launcher for a dense GEMM on 132 SMs.
 extern "C" int chosen_splits(int64_t N, int64_t K) {
-  return deepkern::k_splits(deepkern::GemmForm::dense, N, K);
+  return deepkern::choose_num_splits(GemmVariant::dense, N, K);
 }
 extern "C" int chosen_tile(int64_t M, int64_t N, int64_t K, int64_t b_rows) {
-  return deepkern::choose_tile(deepkern::GemmForm::dense, M, N, K, 1, b_rows, 132);
+  return deepkern::choose_tile(GemmVariant::dense, M, N, K, 1, b_rows, 132);
 }
