@@ -10,7 +10,7 @@ from deepkern import reference
 from deepkern.testing import compare, ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-LIFT = 2.0**48
+GRAD_SCALE = 2.0**48
 NAMES = ("output", "gradient of x", "of topk_weights", "of w13", "of w2")
 
 
@@ -65,14 +65,14 @@ def recipe(x, weights, idx, w13, w2, grad):
         out.index_add_(0, t, weight * (h @ w2[e].T).to(x.dtype).double())
 
         gate, up = by_token(gate_up).chunk(2, 1)  # as it was saved
-        s, g = torch.sigmoid(gate), grad[t].double() * LIFT
+        s, g = torch.sigmoid(gate), grad[t].double() * GRAD_SCALE
         grad_h = (by_token(g) @ w2[e]).to(wide).double()
-        grad_weights[t, j] = (grad_h * gate * s * up).sum(1) / LIFT
+        grad_weights[t, j] = (grad_h * gate * s * up).sum(1) / GRAD_SCALE
         grad_gate = weight * grad_h * up * s * (1 + gate * (1 - s))
         grad_gate_up = torch.cat([grad_gate, weight * grad_h * gate * s], 1).to(wide)
-        grad_x.index_add_(0, t, by_token(grad_gate_up) @ w13[e] / LIFT)
-        grad_w13[e] = by_row(grad_gate_up).T @ by_row(x[t]) / LIFT
-        grad_w2[e] = by_row(g).T @ by_row((weight * gate * s * up).to(wide)) / LIFT
+        grad_x.index_add_(0, t, by_token(grad_gate_up) @ w13[e] / GRAD_SCALE)
+        grad_w13[e] = by_row(grad_gate_up).T @ by_row(x[t]) / GRAD_SCALE
+        grad_w2[e] = by_row(g).T @ by_row((weight * gate * s * up).to(wide)) / GRAD_SCALE
     return out, grad_x, grad_weights, grad_w13, grad_w2
 
 

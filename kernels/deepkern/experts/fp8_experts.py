@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..matmul.fp8_linear import GRAD_SCALE as LIFT
+from ..matmul.fp8_linear import GRAD_SCALE
 from ..matmul.k_grouped_fp8_gemm_nt import k_grouped_fp8_gemm_nt
 from ..matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
 from ..quant.cast_per_block import cast_per_block
@@ -100,7 +100,7 @@ class FP8ExpertsFunction(torch.autograd.Function):
         wide = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
         multiply = m_grouped_fp8_gemm_nt_contiguous
 
-        lifted = (grad.to(wide) * LIFT).contiguous()
+        lifted = (grad.to(wide) * GRAD_SCALE).contiguous()
         grad, _, group_index, counts, handle = dispatch_aligned(lifted, topk_idx, w13)
         weights = scatter_to_rows(topk_weights, topk_idx, w13)
         grad_h = multiply(*cast_per_token(grad), w2.mT, w2_scale.mT, group_index, wide)
@@ -111,10 +111,10 @@ class FP8ExpertsFunction(torch.autograd.Function):
         grad_x = grad_weights = grad_w13 = grad_w2 = None
         if ctx.needs_input_grad[0]:
             q, scale = cast_per_token(grad_gate_up)
-            y = multiply(q, scale / LIFT, w13.mT, w13_scale.mT, group_index, wide)
+            y = multiply(q, scale / GRAD_SCALE, w13.mT, w13_scale.mT, group_index, wide)
             grad_x = expert_dispatch_backward(y, handle).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weights = gather_from_rows(grad_row_weights, handle) / LIFT
+            grad_weights = gather_from_rows(grad_row_weights, handle) / GRAD_SCALE
             grad_weights = grad_weights.to(topk_weights.dtype)
         padded = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         offsets = F.pad(padded.cumsum(0, dtype=torch.int32), (1, 0))  # [E + 1]
@@ -144,10 +144,10 @@ def gather_from_rows(values: Tensor, handle: Tensor) -> Tensor:
 
 
 def weight_gradient(lifted: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """liftedᵀ · x / LIFT over the rows of each expert, fp32 [E, N, K].
+    """liftedᵀ · x / GRAD_SCALE over the rows of each expert, fp32 [E, N, K].
 
-    lifted: [rows, N], gradients times LIFT; x: [rows, K]; offsets: int32 [E + 1], first rows.
+    lifted: [rows, N], gradients times GRAD_SCALE; x: [rows, K]; offsets: int32 [E + 1], first rows.
     """
     a, a_scale = cast_per_channel(lifted, "fp32", offsets, True)
     b, b_scale = cast_per_channel(x, "fp32", offsets, True)
-    return k_grouped_fp8_gemm_nt(a, a_scale / LIFT, b, b_scale, offsets)
+    return k_grouped_fp8_gemm_nt(a, a_scale / GRAD_SCALE, b, b_scale, offsets)

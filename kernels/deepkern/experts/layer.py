@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..arithmetic import cdiv
 from ..matmul.m_grouped import choose_m_grouped_tile, launch_m_grouped_gemm
-from ..quant.swiglu_cast import launch_swiglu_cast as write
+from ..quant.swiglu_cast import launch_swiglu_cast
 from ..runtime.contract import FP8
 from ..runtime.tiles import GemmTile
 from .expert_dispatch import copy_to_rows
@@ -66,7 +66,7 @@ class ExpertRows(NamedTuple):
     def activate(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """gate_up [rows, 2I] -> silu(gate) * up in FP8 [rows, I] and its scales."""
         q, scale = self._new_fp8(gate_up, gate_up.shape[1] // 2)
-        write(gate_up, None, None, q, scale, group_index=self.group_index)
+        launch_swiglu_cast(gate_up, None, None, q, scale, group_index=self.group_index)
         return q, scale
 
     def scatter_to_rows(self, values: Tensor) -> Tensor:

@@ -39,11 +39,10 @@ from torch import Tensor
 from .. import reference as plain
 from ..matmul.block_scaled_gemm import check_b_scale
 from ..matmul.fp8_gemm_nt import fp8_gemm_nt
-from ..matmul.fp8_linear import GRAD_SCALE as LIFT
+from ..matmul.fp8_linear import GRAD_SCALE
 from ..matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
 from ..quant.cast_per_token import cast_per_token
-from ..quant.swiglu_cast import launch_swiglu_cast_backward as write_backward
-from ..quant.swiglu_cast import swiglu_cast
+from ..quant.swiglu_cast import launch_swiglu_cast_backward, swiglu_cast
 from ..runtime.contract import check_that
 from ..runtime.op import op
 from .checks import check_assignments, check_indices
@@ -258,19 +257,21 @@ def _launch_backward_triton(
         return grad_x.zero_(), grad_weights.zero_()
     rows = ExpertRows.from_indices(topk_idx, len(w13))
     wide = torch.float32 if grad.dtype == torch.float32 else torch.bfloat16
-    a = rows.dispatch((grad.float() if grad.dtype == torch.float16 else grad) * LIFT)
+    a = rows.dispatch((grad.float() if grad.dtype == torch.float16 else grad) * GRAD_SCALE)
     grad_h = rows.multiply(*a, w2.mT, w2_scale.mT, wide)
     del a
     grad_gate_up = torch.empty_like(gate_up, dtype=wide)
     weights = rows.scatter_to_rows(topk_weights)
     grad_row_weights = torch.empty_like(weights)
     outputs = grad_gate_up, None, grad_row_weights
-    write_backward(grad_h, gate_up, gate_up_scale, weights, None, outputs, rows.group_index)
-    rows.gather_from_rows(grad_row_weights, grad_weights, 1 / LIFT)
+    launch_swiglu_cast_backward(
+        grad_h, gate_up, gate_up_scale, weights, None, outputs, rows.group_index
+    )
+    rows.gather_from_rows(grad_row_weights, grad_weights, 1 / GRAD_SCALE)
     del grad_h
     q, scale = cast_per_token.op.launcher("triton")(grad_gate_up, "fp32", "row")
     del grad_gate_up
-    y = rows.multiply(q, scale / LIFT, w13.mT, w13_scale.mT, wide)
+    y = rows.multiply(q, scale / GRAD_SCALE, w13.mT, w13_scale.mT, wide)
     return sum_rows(y, None, rows.handle, grad_x), grad_weights
 
 

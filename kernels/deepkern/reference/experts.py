@@ -211,7 +211,7 @@ def valid_rows(row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return valid, row[valid].long()
 
 
-LIFT = 2.0**48  # factor of gradients before a cast, so that scales do not underflow
+GRAD_SCALE = 2.0**48  # factor of gradients before a cast, so that scales do not underflow
 
 
 def moe_forward(
@@ -246,7 +246,7 @@ def moe_forward_backward(
     if grad.dtype != torch.float32:
         wide = torch.bfloat16
     q, scale, group_index, _, handle = expert_dispatch(
-        grad.float() * LIFT, topk_idx, len(w13), cast="fp32"
+        grad.float() * GRAD_SCALE, topk_idx, len(w13), cast="fp32"
     )
     grad_h = multiply(q, scale, w2.mT, w2_scale.mT, group_index, wide)  # without the weight
     valid, row = valid_rows(handle, len(q))
@@ -254,10 +254,10 @@ def moe_forward_backward(
     weights[row] = topk_weights[valid].float()
     _, _, grad_row_weights = swiglu_cast_backward(grad_h, gate_up, gate_up_scale, weights)
     grad_weights = torch.zeros(handle.shape, device=q.device)
-    grad_weights[valid] = grad_row_weights[row] / LIFT
+    grad_weights[valid] = grad_row_weights[row] / GRAD_SCALE
     grad_gate_up = swiglu_gradient(grad_h, gate_up, gate_up_scale, weights).to(wide)
     q, scale = cast_per_token(grad_gate_up)
-    y = multiply(q, scale / LIFT, w13.mT, w13_scale.mT, group_index, wide)
+    y = multiply(q, scale / GRAD_SCALE, w13.mT, w13_scale.mT, group_index, wide)
     return expert_dispatch_backward(y.double(), handle).to(grad.dtype), grad_weights
 
 
