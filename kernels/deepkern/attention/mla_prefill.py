@@ -39,6 +39,7 @@ from .ragged import (
     program_tile,
     ragged_tiles,
     scale_split_rows,
+    select_contiguous_head,
     select_head,
     split_width,
     store_split_rows,
@@ -190,8 +191,8 @@ def _launch_triton(
     tiles = ragged_tiles(cu_seqlens_q, T, cu_seqlens_k, Tk, tile.rows, last_first=causal)
     (D0, D1), (V0, V1) = split_width(Dqk), split_width(Dv)
     mla_prefill_kernel[(len(tiles) * H,)](
-        head_rows(q), head_rows(k), head_rows(v), tiles, head_rows(out), lse,
-        softmax_scale * LOG2_E.value, T, H // Hk, len(tiles),
+        head_rows(q), head_rows(k), head_rows(v), tiles, out, lse,
+        softmax_scale * LOG2_E.value, T, H, H // Hk, len(tiles),
         CAUSAL=causal, PRECISION=input_precision(arch.of(q.device)),
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, D0=D0, D1=D1, V0=V0, V1=V1,
         EVEN_QK=Dqk == D0 + D1, EVEN_V=Dv == V0 + V1,
@@ -206,10 +207,11 @@ def mla_prefill_kernel(
     k,  # HeadRows [Tk, Hk, Dqk]
     v,  # HeadRows [Tk, Hk, Dv]
     tiles_ptr,  # int32 [num_tiles, 4], of ragged_tiles
-    out,  # HeadRows [T, H, Dv]
+    out_ptr,  # [T, H, Dv], contiguous
     lse_ptr,  # fp32 [H, T], natural log
     score_scale,  # softmax_scale · log2(e)
     T,
+    H,
     group,  # heads of q per head of k and v
     num_tiles,
     CAUSAL: tl.constexpr,
@@ -245,7 +247,8 @@ def mla_prefill_kernel(
     )  # fmt: skip
 
     out_tile = scale_split_rows(acc, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None])
-    store_split_rows(select_head(out, head), row, row_mask, out_tile, EVEN_V, V0)
+    out = select_contiguous_head(out_ptr, H, head, v.width)
+    store_split_rows(out, row, row_mask, out_tile, EVEN_V, V0)
     lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
     tl.store(lse_ptr + head * T + row, lse * LN_2, mask=row_mask)
 

@@ -152,9 +152,8 @@ def _launch_triton(
     ):
         if heads:
             kernel[(len(tiles) * heads,)](
-                *inputs, tiles, *(head_rows(x) for x in outputs),
-                softmax_scale * LOG2_E.value, softmax_scale,
-                T, H // Hk, len(tiles), lse.stride(0),
+                *inputs, tiles, *outputs, softmax_scale * LOG2_E.value, softmax_scale,
+                T, heads, H // Hk, len(tiles), lse.stride(0),
                 CAUSAL=causal, PRECISION=input_precision(arch.of(q.device)),
                 BLOCK_M=tile.rows, BLOCK_N=tile.keys, D0=D0, D1=D1, V0=V0, V1=V1,
                 EVEN_QK=Dqk == D0 + D1, EVEN_V=Dv == V0 + V1,

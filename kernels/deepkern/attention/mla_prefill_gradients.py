@@ -23,6 +23,7 @@ from .ragged import (
     load_split_rows,
     program_tile,
     scale_split_rows,
+    select_contiguous_head,
     select_head,
     store_split_rows,
     zero_split_rows,
@@ -38,11 +39,12 @@ def mla_prefill_backward_dkv_kernel(
     lse_ptr,  # fp32 [H, T], natural log
     delta_ptr,  # fp32 [H, T], contiguous
     tiles_ptr,  # int32 [num_tiles, 4], of ragged_tiles over the keys
-    grad_k,  # HeadRows [Tk, Hk, Dqk]
-    grad_v,  # HeadRows [Tk, Hk, Dv]
+    grad_k_ptr,  # [Tk, Hk, Dqk], contiguous
+    grad_v_ptr,  # [Tk, Hk, Dv], contiguous
     score_scale,  # softmax_scale · log2(e)
     softmax_scale,
     T,
+    Hk,
     group,  # heads of q per head of k and v
     num_tiles,
     lse_head_stride,  # elements
@@ -83,8 +85,10 @@ def mla_prefill_backward_dkv_kernel(
             score_scale, False, PRECISION, BLOCK_M, D0, D1, V0, V1, EVEN_QK, EVEN_V,
         )  # fmt: skip
     dk = scale_split_rows(dk, softmax_scale)
-    store_split_rows(select_head(grad_k, kv_head), key, key_mask, dk, EVEN_QK, D0)
-    store_split_rows(select_head(grad_v, kv_head), key, key_mask, dv, EVEN_V, V0)
+    grad_k = select_contiguous_head(grad_k_ptr, Hk, kv_head, k.width)
+    grad_v = select_contiguous_head(grad_v_ptr, Hk, kv_head, v.width)
+    store_split_rows(grad_k, key, key_mask, dk, EVEN_QK, D0)
+    store_split_rows(grad_v, key, key_mask, dv, EVEN_V, V0)
 
 
 class VisibleQueries(NamedTuple):
@@ -181,10 +185,11 @@ def mla_prefill_backward_dq_kernel(
     lse_ptr,  # fp32 [H, T], natural log
     delta_ptr,  # fp32 [H, T], contiguous
     tiles_ptr,  # int32 [num_tiles, 4], of ragged_tiles over the queries
-    grad_q,  # HeadRows [T, H, Dqk]
+    grad_q_ptr,  # [T, H, Dqk], contiguous
     score_scale,  # softmax_scale · log2(e)
     softmax_scale,
     T,
+    H,
     group,  # heads of q per head of k and v
     num_tiles,
     lse_head_stride,  # elements
@@ -227,7 +232,8 @@ def mla_prefill_backward_dq_kernel(
         score_scale, True, PRECISION, BLOCK_N, D0, D1, V0, V1, EVEN_QK, EVEN_V,
     )  # fmt: skip
     dq = scale_split_rows(dq, softmax_scale)
-    store_split_rows(select_head(grad_q, head), row, row_mask, dq, EVEN_QK, D0)
+    grad_q = select_contiguous_head(grad_q_ptr, H, head, q.width)
+    store_split_rows(grad_q, row, row_mask, dq, EVEN_QK, D0)
 
 
 @triton.jit
