@@ -404,8 +404,8 @@ SM90_DEVICE int shuffle_from(int x, int lane) { return __shfl_sync(~0u, x, lane)
 SM90_DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 SM90_DEVICE void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;"); }
 
-// Global memory accesses, aligned to their size. load_global is for data that nobody writes while
-// the grid runs. load_written is for data that an earlier grid (after grid_dependency_wait) or this
+// Global memory accesses, aligned to their size. load_global is for data that no thread writes
+// while the grid runs. load_written is for data that an earlier grid (after grid_dependency_wait) or this
 // block may have written.
 template <class T>
 SM90_DEVICE T load_global(const T* p) {

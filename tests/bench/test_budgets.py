@@ -218,7 +218,7 @@ def assert_within(ops: list[str], targets: list[str]) -> None:
     assert not problems, "\n".join(inspect.problem_lines(problems))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(1200)
 def test_all_budgets_hold():
     if triton.__version__ != budgets.PINNED:

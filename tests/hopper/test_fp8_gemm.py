@@ -69,7 +69,7 @@ def test_ragged_shapes(emulated, tile, shape, generator):
 
 @every_tile
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.proof)])
 def test_same_bits_for_any_schedule(emulated, tile, order, seeds, generator):
     """Many seeds of the random order; the other orders draw the order of threads only."""
     args = operands(tile, generator, 140, 136, 384 if tile.variant == "dense" else 256, G=2)
@@ -138,7 +138,7 @@ def test_splits_of_k(emulated, tile, splits, K, generator):
 
 @pytest.mark.parametrize("tile", [t for t in DENSE if t.columns < 128], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.proof)])
 def test_same_bits_for_any_schedule_of_splits(emulated, tile, order, seeds, generator):
     """Blocks of a cluster work on different tiles at the same time."""
     args = operands(tile, generator, 17, 264, 640)

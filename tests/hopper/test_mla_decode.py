@@ -35,7 +35,7 @@ def assert_same(got: tuple, want: tuple, label: str = "result") -> None:
 
 @caches
 @pytest.mark.parametrize("Sq", [1, 2, 4])
-@pytest.mark.parametrize("H", [1, 3, 16, 64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("H", [1, 3, 16, 64, pytest.param(128, marks=pytest.mark.proof)])
 def test_heads_and_queries(emulated_mla, H, Sq, kind, generator):
     """All lengths; from a part of a row tile to several; causal and not."""
     for causal in (True, False):
@@ -59,14 +59,14 @@ def test_splits_of_many_rows(emulated_mla, kind, generator):
 
 
 @caches
-@pytest.mark.slow
+@pytest.mark.proof
 def test_more_than_64_splits_of_512_tokens(emulated_mla, kind, generator):
     check(emulated_mla, operands(generator, lengths=(33000, 32768), H=2, **kind))
 
 
 @caches
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.proof)])
 def test_same_bits_for_any_schedule(emulated_mla, order, seeds, kind, generator):
     args = operands(generator, lengths=(200, 530), Sq=2, H=3, **kind)
     first = check(emulated_mla, args, order=order, seed=0)

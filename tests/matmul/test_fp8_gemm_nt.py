@@ -140,7 +140,7 @@ def test_any_shape(M, N, K, b_rows, out_dtype, c, seed):
         check(make(generator, M, N, K, b_rows=b_rows, out_dtype=out_dtype, c=c))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("b_rows", [128, 1])
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 @NO_GPU
@@ -154,7 +154,7 @@ def test_all_tiles_give_the_same_bits(target, b_rows, generator):
                 compare.assert_bitwise(deepkern.fp8_gemm_nt(*args), want, str(tile))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("K", [512, 640, 700])
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 @NO_GPU
@@ -172,7 +172,7 @@ def test_both_kinds_of_split_k_give_the_same_bits(target, K, generator):
     compare.assert_close(results[0], plain(*args[:4], args[5]))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("N", [40, 300])
 def test_row_bits_independent_of_m_with_split_k(generator, N):
     """M from 1 to 257 uses parallel splits, then small tiles, then splits in one program."""

@@ -104,7 +104,7 @@ def test_any_offsets(offsets, M, N, K, extra_columns, seed):
         check(with_offsets(args, offsets))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot launch for another target")
 def test_all_tiles_give_the_same_bits(target, generator):

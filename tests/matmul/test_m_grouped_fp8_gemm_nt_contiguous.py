@@ -135,7 +135,7 @@ def test_row_bits_independent_of_batch_on_gpu(generator, N, K):
             compare.assert_bitwise(product(a, a_scale, b, b_scale, index, F32), whole, "again")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("b_rows", [128, 1])
 @pytest.mark.parametrize("target", ARCHS.values(), ids=list(ARCHS))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot launch for another target")

@@ -50,7 +50,7 @@ def m_grouped_fp8_gemm_nt_masked(
             [G, N, ceil(K / 128)], one per 1x128; any strides.
         masked_m: int32 [G] on the device: valid rows of each group, clamped to [0, M].
         out_dtype: bfloat16, float16 or float32.
-        expected_m: mean number of valid rows per group, if the host knows it; default M. Only the
+        expected_m: mean number of valid rows per group, if known on the host; default M. Only the
             choice of tile depends on it, not the result.
 
     Returns:
