@@ -66,7 +66,7 @@ def version(nvcc: str) -> str:
 
 
 def hash_of_sm90() -> str:
-    """The version of csrc/sm90; runtime/evidence.py compares it with the one verified on a GPU."""
+    """The version of csrc/sm90; runtime/verified.py compares it with the one verified on a GPU."""
     files = sorted(Path("csrc", "sm90").iterdir())
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
@@ -141,6 +141,8 @@ def extensions() -> list[Extension]:
     candidates = [c for c in names if c]
     compiler = next((c for c in candidates if shutil.which(shlex.split(c)[0])), None)
     if compiler is None:
+        if os.environ.get("DEEPKERN_BUILD_CUDA") == "1":
+            sys.exit("deepkern: DEEPKERN_BUILD_CUDA=1: no C++ compiler")
         leave_out(
             f"no C++ compiler ({', '.join(dict.fromkeys(candidates))} not found)",
             "deepkern._C and deepkern._host are not built: the cpu backend and the host planners "

@@ -36,7 +36,7 @@ class TensorMap(NamedTuple):
     shape: tuple[int, ...]
 
 
-def launch(*args) -> None:
+def check_launch(*args) -> None:
     """In place of the C launch function: checks the arguments, runs nothing."""
     if len(args) < 3 or not isinstance(args[-2], Signature):
         return  # Triton 3.6: the generated C code checks the arguments
@@ -103,7 +103,7 @@ def fill_tensor_map(
 def utilities() -> dict[str, Callable]:
     """The functions of the driver module that the launcher calls, by name."""
     return {
-        "launch": launch,
+        "launch": check_launch,
         "build_signature_metadata": Signature,
         "fill_tma_descriptor": fill_tensor_map,
         "fill_tma_descriptor_tiled": fill_tensor_map,
@@ -129,7 +129,7 @@ def _c_parts_replaced() -> Iterator[None]:
         "ARG_TUPLE": "tuple",
         "PyCUtensorMap": TensorMap,
         "library_dirs": lambda: [],
-        "compile_module_from_src": lambda **_: SimpleNamespace(launch=launch),
+        "compile_module_from_src": lambda **_: SimpleNamespace(launch=check_launch),
     }
     missing = object()
     before = {name: getattr(driver, name, missing) for name in parts}

@@ -329,7 +329,10 @@ def run_folder(out: Path | None, resume: bool) -> Path:
 def main(
     out: Annotated[Path | None, typer.Option(help="the run's folder; a new one in runs/")] = None,
     resume: Annotated[bool, typer.Option(help="continue the run in OUT")] = False,
-    minutes: float = Recipe.minutes,
+    minutes: Annotated[
+        float,
+        typer.Option(min=0.01, help="length of the run; learning rate and progress follow it"),
+    ] = Recipe.minutes,
     learning_rate: float = Recipe.learning_rate,
     batch: int = Recipe.batch,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,

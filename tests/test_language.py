@@ -204,3 +204,11 @@ def test_no_banned_phrase():
 def test_scanner(suffix, text, lines):
     """Prose is searched across line breaks; code and inline code are not."""
     assert [line for line, _, _ in findings(text, suffix)] == lines
+
+
+def test_functions_are_named_for_what_they_do():
+    """A trace, a stack and a search show the name alone, so `kernel` and `launch` say nothing."""
+    vague = re.compile(r"^ *def (kernel|launch|tile|backward_kernel)\(", re.MULTILINE)
+    folders = ("kernels", "bench", "model")
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*.py")]
+    assert not [f"{f}: {name}" for f in files for name in vague.findall(f.read_text("utf-8"))]

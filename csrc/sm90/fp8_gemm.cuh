@@ -145,7 +145,8 @@ SM90_DEVICE void multiply(float (&sum)[Tile::N / 2], OperandRing<Tile>& ring,
   scales_rhs += scale_block * rhs.block_stride;
   for (int i = 0; i < Tile::N / 2; ++i) sum[i] = 0.0f;
   for (int j = 0; j * Tile::K < k_length; ++j) {
-    // Load the scales before the wait, to hide their latency.
+    // Issued before the wait, to hide the latency. nvcc 13 moves these loads behind the wait: see
+    // docs/performance.md.
     float scale_row_0 = load_global(scales_0), scale_row_8 = load_global(scales_8);
     scales_0 += lhs.block_stride, scales_8 += lhs.block_stride;
     if (!RHS_SCALE_PER_ROW) {
@@ -264,12 +265,14 @@ void fp8_gemm(SM90_PARAMETER TensorMap a,    // e4m3 [rows of A, K], boxes of 12
   } else {
     block_sync();
   }
-  // Blocks access each other's smem after the matching cluster_wait. Loads need no wait.
+  // Blocks access each other's smem after the matching cluster_wait. TMA loads fill
+  // only this block's smem, so the producer starts at once.
   if (Tile::CLUSTER_SPLIT_K) UNLESS_PLANTED(no_cluster_arrive, cluster_arrive());
 
   typename Tile::Tiles tiles(p, block_index() / cluster, block_count() / cluster);
   if (Tile::CLUSTER_SPLIT_K) tiles.select_split(cluster_rank());
-  // Threads start with up to 168 registers. One consumer warpgroup needs no more than that; two do.
+  // Threads start with up to 168 registers. One consumer warpgroup needs no more than that; two do:
+  // 128 · 40 + 256 · 232 = 64,512 = 384 · 168.
   if (warp >= producer_warp) {
     // Producer warpgroup.
     if (Tile::WARPGROUPS > 1) registers_decrease<PLANT(producer_keeps_registers, 96, 40)>();

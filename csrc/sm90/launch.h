@@ -50,7 +50,7 @@ struct MlaArguments {
   int64_t tma_rows() const { return (num_pages - 1) * tma_page_rows + page_size; }
 };
 
-// Sets the fields of the parallelization. Splits depend on Sq · H alone, so neither the batch nor
+// Sets the fields of the parallelization. Splits depend on Sq · H and on a sequence's own length, so neither the batch nor
 // the width of the block table changes the bits of a result. The Triton kernel uses the same rule.
 inline void plan_mla_splits(MlaArguments& p) {
   p.row_tiles = static_cast<int>((int64_t{p.Sq} * p.H + 63) / 64);

@@ -15,13 +15,14 @@
 //     warpgroup 0  Q·K0ᵀ, softmax P0 -> publish P0, P0·V0, release ..... receive P1, P1·V1, release
 //     warpgroup 1  Q·K1ᵀ ..... receive P0, P0·V0 and softmax P1 -> publish P1, P1·V1, release
 //
-// Row maxima are published with P, so every tile is scaled by the maximum over all tiles before it.
+// Row maxima are published with P, so every tile is scaled by the maximum over all tiles up to and
+// including it.
 // The smem has two token tiles. Each has two pieces, column blocks 0 to 3 and 4 to 8, and each
 // piece is released by the warpgroup that multiplies it by P. FP8 cache: scale = step · ratio, with
-// step rounded up to 4 bits so that code · step is exact in bf16; the ratio is applied in fp32 to
+// step, the scale rounded up to 4 significant bits, so that code · step is exact in bf16; the ratio is applied in fp32 to
 // the scores and to P, per block of 128 values.
 //
-// The splits depend on the length of the sequence alone. `mla_combine` adds their results in order.
+// The splits depend on the sequence's own length and on Sq · H. `mla_combine` adds their results in order.
 //
 // Limit: for few rows reading the cache, for more than about a hundred rows the tensor cores.
 //

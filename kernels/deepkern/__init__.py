@@ -10,6 +10,7 @@ it, `deepkern.reference.X` its oracle.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ def _load_api() -> dict[str, object]:
 def __getattr__(name: str) -> object:
     if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)
     _load_api()
     if name not in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

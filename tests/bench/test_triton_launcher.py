@@ -80,6 +80,6 @@ def test_launch_checks_the_argument_types():
     arg = triton_launcher.KernelArg(None, "kernel")
     signature = triton_launcher.Signature(["*fp32", "i32"])
     with pytest.raises(TypeError, match="argument 1: expected i32, got str"):
-        triton_launcher.launch([arg, arg], signature, [16, "three"])
+        triton_launcher.check_launch([arg, arg], signature, [16, "three"])
     with pytest.raises(TypeError, match="expected 2 arguments, got 1"):
-        triton_launcher.launch([arg], signature, [16])
+        triton_launcher.check_launch([arg], signature, [16])

@@ -118,7 +118,7 @@ def _launch_triton(q, cache, block_table, cache_seqlens, softmax_scale, causal, 
     B, Sq, H, _ = q.shape
     num_pages, page_size = cache.shape[:2]
     tile = choose_tile(*args)
-    paged_launch.launch(
+    paged_launch.launch_paged_attention(
         mla_decode_kernel, B * cdiv(Sq * H, tile.rows), tile, q, cache, softmax_scale,
         cache_seqlens, block_table.shape[1] * page_size, None, out, lse,
         block_table_ptr=block_table, block_table_stride=block_table.stride(0),
@@ -227,8 +227,10 @@ def _unsupported_on_hopper(q, cache, block_table, cache_seqlens, softmax_scale, 
             f"it supports q in bfloat16 and a bfloat16 or FP8 cache, not {q.dtype}, {cache.dtype}"
         )
     if q.shape[-1:] != (576,) or v_head_dim != 512:
-        return f"it supports 512 + 64 values a token, not v_head_dim {v_head_dim} of {q.shape[-1:]}"
+        return f"it supports 512 + 64 values a token, not v_head_dim {v_head_dim} of {q.shape[-1]}"
     strides = [stride * cache.element_size() for stride in cache.stride()[:2]]
-    if cache.data_ptr() % 16 or any(stride % 16 for stride in strides):
+    if any(stride % 16 for stride in strides):
         return f"it supports tokens at multiples of 16 bytes, not strides {strides} in bytes"
+    if cache.data_ptr() % 16:
+        return "it supports a cache at a multiple of 16 bytes"
     return None

@@ -112,7 +112,7 @@ class QueryView(NamedTuple):
     head_stride: int
 
 
-def launch(
+def launch_paged_attention(
     kernel: KernelInterface,
     row_tiles: int,
     tile: Tile,
@@ -133,7 +133,7 @@ def launch(
         row_tiles: programs per split.
         q, cache, softmax_scale, attn_sink: of the op, q [B, Sq, H, R + D].
         lengths: int32 [B], tokens or indices of each sequence; None: all max_length.
-        max_length: the largest length of any sequence; longer ones are clamped to it.
+        max_length: upper limit of the lengths; larger lengths are clamped to it.
         out, lse: [B, Sq, H, R] and fp32 [B, H, Sq], both contiguous.
         arguments: what only this kernel has, by name.
     """

@@ -73,7 +73,7 @@ def launch_sparse_attention(
     B, Sq, H, _ = q.shape
     num_pages, page_size = cache.shape[:2]
     indices_view = IndicesView(indices, *indices.stride()[:2])
-    paged_launch.launch(
+    paged_launch.launch_paged_attention(
         mla_sparse_attention_kernel, B * Sq * cdiv(H, tile.rows), tile, q, cache, softmax_scale,
         topk_length, indices.shape[-1], attn_sink, out, lse,
         indices=indices_view, sink_ptr=attn_sink, max_ptr=max_logits,

@@ -32,7 +32,8 @@ def length_of(length_ptr, sequence, max_length):
 
 @triton.jit
 def split_length_of(length, KEYS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Tokens in each split except the last. It depends on the sequence's own length only."""
+    """Tokens in each split except the last. It depends on the sequence's own length and,
+    through the constants, on Sq · H; not on the batch."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, MAX_SPLITS), KEYS) * KEYS, MIN_SPLIT)
 
 

@@ -3,12 +3,13 @@
 Used by the kernels of `mla_decode`, `mla_sparse_decode` and `mla_sparse_prefill`, which find the
 tokens; the loads of rows also by `mla_sparse_prefill_backward`.
 
-    score[m, n] = softmax_scale * q[m] . token[n]                       over R + D
+    score[m, n] = log2(e) * softmax_scale * q[m] . token[n]             over R + D
     acc[m]      = sum over n of 2^(score[m, n] - row_max[m]) . token[n, :R]
 
 R is processed in blocks of R_BLOCK latents: acc, q and the tokens' latents are tuples of
-NUM_R_BLOCKS tiles. The D RoPE values are a tile of their own. row_max and row_sum [ROWS] are to the
-base 2. With FP8 tokens, `rounded_sum` holds the sums of the weights after rounding, per block.
+NUM_R_BLOCKS tiles. The D RoPE values are a tile of their own. row_max [ROWS] is an exponent of 2,
+row_sum [ROWS] a sum of powers of 2. With FP8 tokens, `rounded_sum` holds the sums of the weights
+after rounding, per block.
 
 Source: FlashAttention-2 (arXiv 2307.08691) for the online softmax.
 """
@@ -77,7 +78,7 @@ def online_softmax_step(
     rounded_sum,  # FP8: NUM_R_BLOCKS tiles, see add_rounded_weights; else ()
     row_max,  # [ROWS]
     row_sum,  # [ROWS]
-    q,  # of load_queries
+    q,  # as load_queries returns them
     token,  # of token_pointers
     key_mask,  # [KEYS]; other tokens load as 0, so NaN in unused cache cannot propagate
     attn_mask,  # [ROWS or 1, KEYS]; other scores are -inf

@@ -8,13 +8,15 @@
 The weights are applied last, in fp32: applied earlier, they would be rounded in the cast of h.
 gate_up and the outputs of the down GEMM are rounded to the dtype of x. All sums are in fp32.
 
-Parallelization: eight launches, none of which waits for the host. Three sort the assignments and
-find each expert's row range (`rows.py`). Dispatch's copy casts each token once and writes its rows.
-The grouped GEMMs loop over the tiles of each expert's rows (`matmul/m_grouped.py`), so experts
-without rows and rows without an expert cost nothing. Combine sums in the order of the slots. With
-few rows per expert, as in decoding, tiles are narrow and B is the left operand; with many rows they
-are wide. The choice depends on shapes alone, and all tiles give a row the same bits
-(`runtime/tiles.py`).
+Parallelization: eight launches, none of which waits for the host. `expert_dispatch_count_kernel`,
+`expert_dispatch_scan_kernel` and `expert_dispatch_place_kernel` sort the assignments and find each
+expert's row range (`rows.py`). `expert_dispatch_copy_kernel` casts each token once and writes its
+rows. Then follow `m_grouped_fp8_gemm_nt_kernel`, `swiglu_cast_kernel`, again the GEMM, and
+`expert_combine_kernel`, which sums in the order of the slots. The GEMMs loop over the tiles of each
+expert's rows (`matmul/m_grouped.py`), so experts without rows and rows without an expert cost
+nothing. With few rows per expert, as in decoding, tiles are narrow and B is the left operand; with
+many rows they are wide. The choice depends on shapes alone, and all tiles give a row the same bits
+(`runtime/tiles.py`). With gradients the layer runs op by op, to save gate_up.
 
 Limit: in decoding, reading the weights of the experts that have rows; in large batches, the tensor
 cores.

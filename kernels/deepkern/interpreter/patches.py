@@ -71,7 +71,7 @@ def _patch_launch():
         return tl.tensor(upstream.TensorHandle(np.array([value], np_dtype), dtype), dtype)
 
     @functools.wraps(call)
-    def launch(self, *args, **kwargs):
+    def call_with_windows(self, *args, **kwargs):
         outer, Launch.current = Launch.current, Launch(self.fn.__name__)
         try:
             with np.errstate(all="ignore"):
@@ -120,7 +120,7 @@ def _patch_launch():
     def set_grid_idx(self, x, y, z):
         set_idx(self, *Launch.current.visit(x, y, z))
 
-    executor.__call__, executor._init_args_hst = launch, init_args
+    executor.__call__, executor._init_args_hst = call_with_windows, init_args
     executor._restore_args_dev, upstream._implicit_cvt = restore_args, implicit_cvt
     builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
 

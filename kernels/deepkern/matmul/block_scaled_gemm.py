@@ -256,13 +256,13 @@ def load_scales(x, rows, r, block, ROWS_PER_SCALE: tl.constexpr):
 
 
 @triton.jit
-def tile_of_group(t, num_rows, num_columns, GROUP_M: tl.constexpr):
+def swizzle_tile(t, tile_rows, tile_columns, GROUP_M: tl.constexpr):
     """(row, column) of output tile `t`: column by column through groups of GROUP_M tile rows.
 
     Programs that run at the same time then share tiles of b in L2.
     """
-    group = t // (GROUP_M * num_columns)
+    group = t // (GROUP_M * tile_columns)
     first_row = group * GROUP_M
-    height = min(num_rows - first_row, GROUP_M)
-    within = t % (GROUP_M * num_columns)
+    height = min(tile_rows - first_row, GROUP_M)
+    within = t % (GROUP_M * tile_columns)
     return first_row + within % height, within // height

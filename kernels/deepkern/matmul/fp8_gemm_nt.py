@@ -36,7 +36,7 @@ from .block_scaled_gemm import (
     gemm_operand,
     index_type,
     rows_per_scale,
-    tile_of_group,
+    swizzle_tile,
 )
 
 REAL = (torch.bfloat16, torch.float16, torch.float32)
@@ -111,14 +111,14 @@ def _launch_triton(
     b_operand, b_desc = gemm_operand(b, b_scale, target, tile.BLOCK_N)
     c_row_stride = 0 if c is None else c.stride(0)
     # With parallel splits each program writes a partial sum, and reduce_split_k adds them and c.
-    parallel_splits = tile.num_splits if tile.parallel_splits else 1
+    num_parallel_splits = tile.num_splits if tile.parallel_splits else 1
     result = out
     if tile.parallel_splits:
-        result = out.new_empty((parallel_splits, M, N), dtype=torch.float32)
-    num_tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N) * parallel_splits
+        result = out.new_empty((num_parallel_splits, M, N), dtype=torch.float32)
+    num_tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N) * num_parallel_splits
     fp8_gemm_nt_kernel[(tile.grid(target, num_tiles) if target.tma else num_tiles,)](
         a_operand, a_desc, b_operand, b_desc, None if tile.parallel_splits else c, result,
-        M, N, K, cdiv(cdiv(K, BLOCK), tile.num_splits), parallel_splits, c_row_stride,
+        M, N, K, cdiv(cdiv(K, BLOCK), tile.num_splits), num_parallel_splits, c_row_stride,
         PARALLEL_SPLITS=tile.parallel_splits,
         SPLIT=tile.num_splits > 1 and not tile.parallel_splits, SWAPPED=tile.swapped,
         B_ROWS_PER_SCALE=rows_per_scale(b, b_scale),
@@ -128,7 +128,7 @@ def _launch_triton(
     )  # fmt: skip
     if tile.parallel_splits:
         fp8_gemm_nt_reduce_split_k_kernel[(cdiv(M * N, 1024),)](
-            result, c, out, parallel_splits, M * N, N, c_row_stride
+            result, c, out, num_parallel_splits, M * N, N, c_row_stride
         )
     return out
 
@@ -160,13 +160,13 @@ def fp8_gemm_nt_kernel(
     GROUP_M: tl.constexpr,  # tile rows per L2 group
     PERSISTENT: tl.constexpr,
 ):
-    num_rows, num_columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile_rows, tile_columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     num_blocks = K // 128 if TAIL else tl.cdiv(K, 128)
     first, stop, step = tl.program_id(0), tl.program_id(0) + 1, 1
     if PERSISTENT:
-        stop, step = num_rows * num_columns * num_splits, tl.num_programs(0)
+        stop, step = tile_rows * tile_columns * num_splits, tl.num_programs(0)
     for t in tl.range(first, stop, step, flatten=PERSISTENT):
-        row_block, column_block = tile_of_group(t // num_splits, num_rows, num_columns, GROUP_M)
+        row_block, column_block = swizzle_tile(t // num_splits, tile_rows, tile_columns, GROUP_M)
         first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
         a_rows = TileRows(first_row, M - first_row, 0, 0)
         b_rows = TileRows(first_column, N - first_column, 0, 0)

@@ -37,7 +37,7 @@ from .block_scaled_gemm import (
     compute_tile,
     gemm_operand,
     index_type,
-    tile_of_group,
+    swizzle_tile,
 )
 
 
@@ -160,14 +160,14 @@ def k_grouped_fp8_gemm_nt_kernel(
     first, end = group_spans(offsets_ptr, G, K, GROUPS)
     blocks = (end - first + 127) // 128  # [GROUPS]
     first_blocks = tl.cumsum(blocks, 0) - blocks
-    num_rows, num_columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile_rows, tile_columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first_tile, stop, step = tl.program_id(0), tl.program_id(0) + 1, 1
     if PERSISTENT:
-        stop, step = num_rows * num_columns * G, tl.num_programs(0)
+        stop, step = tile_rows * tile_columns * G, tl.num_programs(0)
     for t in tl.range(first_tile, stop, step, flatten=PERSISTENT):
-        group = t // (num_rows * num_columns)
-        row_block, column_block = tile_of_group(
-            t % (num_rows * num_columns), num_rows, num_columns, GROUP_M
+        group = t // (tile_rows * tile_columns)
+        row_block, column_block = swizzle_tile(
+            t % (tile_rows * tile_columns), tile_rows, tile_columns, GROUP_M
         )
         is_group = tl.arange(0, GROUPS) == group
         start = tl.sum(tl.where(is_group, first, 0), 0)

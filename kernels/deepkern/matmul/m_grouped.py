@@ -29,7 +29,7 @@ from .block_scaled_gemm import (
     gemm_operand,
     index_type,
     rows_per_scale,
-    tile_of_group,
+    swizzle_tile,
 )
 
 
@@ -115,19 +115,22 @@ def m_grouped_fp8_gemm_nt_kernel(
     first, end = load_group_bounds(group_index_ptr, group_bounds_ptr, M, G, GROUPS)
     tiles = (tl.maximum(end - first, 0) + BLOCK_M - 1) // BLOCK_M  # row tiles of a group, [GROUPS]
     first_tile = tl.cumsum(tiles, 0) - tiles  # [GROUPS]
-    num_rows, num_columns = tl.sum(tiles, 0), tl.cdiv(N, BLOCK_N)
+    tile_rows, tile_columns = tl.sum(tiles, 0), tl.cdiv(N, BLOCK_N)
     k_range = KRange(0, 0, K // 128 if TAIL else tl.cdiv(K, 128), K, K, 0)
-    num_tiles = num_rows * num_columns
+    num_tiles = tile_rows * tile_columns
     for t in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
-        row_block, column_block = tile_of_group(t, num_rows, num_columns, GROUP_M)
-        is_group = (row_block >= first_tile) & (row_block < first_tile + tiles)  # one is true
+        row_block, column_block = swizzle_tile(t, tile_rows, tile_columns, GROUP_M)
+        is_group = (row_block >= first_tile) & (
+            row_block < first_tile + tiles
+        )  # exactly one is true
         group = tl.sum(tl.where(is_group, tl.arange(0, GROUPS), 0), 0)
         first_row = first + (row_block - first_tile) * BLOCK_M
         first_row = tl.sum(tl.where(is_group, first_row, 0), 0)
         valid_rows = tl.sum(tl.where(is_group, end, 0), 0) - first_row
         first_column = column_block * BLOCK_N
         group = tl.cast(group, tl.int64)
-        a_group = group * 0 if group_index_ptr is not None else group  # matrix of a
+        # The matrix of a; an int64 zero, because both branches must have one type.
+        a_group = group * 0 if group_index_ptr is not None else group
         a_matrix_row, b_matrix_row = (a_group * M).to(tl.int32), (group * N).to(tl.int32)
         a_rows = TileRows(first_row, valid_rows, a_matrix_row, a_group * a.scale_matrix_stride)
         b_rows = TileRows(
@@ -154,15 +157,16 @@ def find_group_bounds(group_index: Tensor, G: int, out: Tensor) -> Tensor:
     """The row range of each group, int32 [2, G]; also zeros the rows of `out` in no group.
 
     bounds[0, g] = M - first row of g, bounds[1, g] = last row of g + 1; both 0 for an empty group.
+    The first row is counted from the end, so that atomic_max finds it and zeros mean empty.
     """
     group_bounds = group_index.new_zeros(2, G)
     M, N = out.shape
-    find_group_bounds_kernel[(cdiv(M, 128), 8)](group_index, group_bounds, out, M, N, G)
+    m_grouped_find_group_bounds_kernel[(cdiv(M, 128), 8)](group_index, group_bounds, out, M, N, G)
     return group_bounds
 
 
 @triton.jit(do_not_specialize=["M", "G"])
-def find_group_bounds_kernel(
+def m_grouped_find_group_bounds_kernel(
     group_index_ptr,  # int32 [M]
     group_bounds_ptr,  # int32 [2, G], zeros at the start
     out_ptr,  # [M, N]
@@ -186,11 +190,11 @@ def find_group_bounds_kernel(
 def zero_masked_rows(masked_m: Tensor, out: Tensor) -> None:
     """Zeros the rows of `out` [G, M, N] from masked_m[g] on."""
     G, M, N = out.shape
-    zero_masked_rows_kernel[(cdiv(M, 128), 8, G)](masked_m, out, M, N)
+    m_grouped_zero_masked_rows_kernel[(cdiv(M, 128), 8, G)](masked_m, out, M, N)
 
 
 @triton.jit
-def zero_masked_rows_kernel(
+def m_grouped_zero_masked_rows_kernel(
     masked_m_ptr,  # int32 [G]
     out_ptr,  # [G, M, N]
     M,

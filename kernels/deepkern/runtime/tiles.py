@@ -86,8 +86,8 @@ class GemmTile:
 
     @property
     def programs_per_sm(self) -> int:
-        """Resident programs per SM. They divide its registers and shared memory."""
-        return 8 // self.num_warps
+        """Resident programs per SM: 8 warps, of 255 registers per thread, fill its registers."""
+        return max(8 // self.num_warps, 1)
 
     @property
     def step_bytes(self) -> int:

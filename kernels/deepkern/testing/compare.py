@@ -24,7 +24,7 @@ class Mismatch(AssertionError):
 
 
 def diff(x: Tensor, y: Tensor) -> float:
-    """1 - 2Σxy / Σ(x² + y²) in float64: 0 for equal tensors, ~ε² for a relative error ε."""
+    """1 - 2Σxy / Σ(x² + y²) in float64: 0 for equal tensors, ~ε²/2 for a relative error ε."""
     x, y = x.double(), y.double()
     squares = (x * x + y * y).sum()
     return 0.0 if squares == 0 else (((x - y) ** 2).sum() / squares).item()
