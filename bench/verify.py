@@ -61,7 +61,7 @@ def run(
         return 1
     ops = [op for op in sorted(deepkern.OPS) if native.native_op(op, "cuda")]
     result = results.path(about, False, folder)
-    record = {"kind": "evidence", "ops": ops, "sources": verified.compiled_sources(), **counts}
+    record = {"kind": "verification", "ops": ops, "sources": verified.compiled_sources(), **counts}
     results.write([{"kind": "machine", **about}, record], result)
     record_of_run = {
         "gpu": gpu["name"],

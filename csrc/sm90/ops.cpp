@@ -14,7 +14,7 @@
 #include "../arguments.h"
 #include "launch.h"
 
-// The hash of this folder's files. runtime/evidence.py compares it with the kernels verified on a
+// The hash of this folder's files. runtime/verified.py compares it with the kernels verified on a
 // GPU.
 extern "C" __attribute__((visibility("default"))) const char* deepkern_sm90_sources() {
   return DEEPKERN_SM90_SOURCES;
