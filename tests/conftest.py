@@ -10,6 +10,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Must be set before deepkern imports Triton: without a GPU its kernels run interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Error messages of commands on one line: their tests must not depend on the width of the terminal.
+os.environ["TERMINAL_WIDTH"] = "500"
 
 import pytest  # noqa: E402
 
