@@ -203,12 +203,12 @@ def test_no_worse_than_twice_plain_pytorch(emulated_mla, length, kind, generator
 
 def test_unsupported_arguments(generator):
     """Other arguments use the Triton kernel; the reason is what `explain` prints."""
-    declines = deepkern.OPS["mla_decode"].declines["cuda"]
+    unsupported_reason = deepkern.OPS["mla_decode"].limits["cuda"]
     for kind in CACHES.values():
         q, cache, *rest = operands(generator, lengths=(9,), **kind)
-        assert declines(q, cache, *rest) is None
+        assert unsupported_reason(q, cache, *rest) is None
         apart = torch.nn.functional.pad(cache, (0, 4))[..., :-4]
-        assert "tokens at multiples of 16 bytes" in declines(q, apart, *rest)
-        assert "tokens at multiples of 16 bytes" in declines(q, cache[..., 1:], *rest)
-        assert "q in bfloat16" in declines(q.half(), cache, *rest)
-    assert "512 + 64 values" in declines(*operands(generator, lengths=(9,), D=32))
+        assert "tokens at multiples of 16 bytes" in unsupported_reason(q, apart, *rest)
+        assert "a cache at a multiple of 16 bytes" in unsupported_reason(q, cache[..., 1:], *rest)
+        assert "q in bfloat16" in unsupported_reason(q.half(), cache, *rest)
+    assert "512 + 64 values" in unsupported_reason(*operands(generator, lengths=(9,), D=32))
