@@ -102,7 +102,7 @@ def test_recipe(backend, dtype, size, generator):
 
 def test_near_float64(backend, generator):
     device = generator.device
-    x, weights, idx, w13, w2, grad = make(generator, F32, T=40, none=0.0)
+    x, weights, idx, w13, w2, grad = make(generator, F32, T=160, none=0.0)
     args = [torch.randn(t.shape, generator=generator, device=device) for t in (x, w13, w2, grad)]
     x, w13, w2, grad = args[0], args[1] / 11, args[2] / 8, args[3]
     leaves = [t.requires_grad_() for t in (x, weights.detach(), w13.detach(), w2.detach())]
