@@ -27,8 +27,8 @@ PYTEST = $(PY) -m pytest $(shell $(PY) -c "import importlib.util as u; \
 .PHONY: help setup run test check proof lint format docs wheel clean
 help:
 	@echo "make run      check every op, time it, run the model, and say whether all agree"
-	@echo "make test     every op and backend at chosen shapes (about 10 minutes)"
-	@echo "make proof    all tiles, schedules, planted bugs, fuzzing (about 30 minutes)"
+	@echo "make test     every op and backend at chosen shapes (goal: 10 minutes)"
+	@echo "make proof    all tiles, schedules, planted bugs, fuzzing (goal: 30 minutes)"
 	@echo "make check    lint and the fast tests (under 3 minutes)"
 	@echo "make setup    the virtual environment, the dependencies and the C++ parts"
 	@echo "make docs     the HTML site of docs/, in build/site"
