@@ -90,7 +90,7 @@ SPLIT_BUGS = {
     "exits_before_partials_are_read": (CLUSTER_SPLIT_K, "that has ended"),
     "partials_expect_one_block": (CLUSTER_SPLIT_K, ANY),
     "no_cluster_arrive": (CLUSTER_SPLIT_K, "cluster_wait: no"),
-    "no_cluster_wait": (CLUSTER_SPLIT_K, "waited for no barrier"),
+    "no_cluster_wait": (CLUSTER_SPLIT_K, "waited for no barrier|has not passed a cluster barrier"),
     "adds_splits_in_reverse": (CLUSTER_SPLIT_K, WRONG),
     "reads_a_missing_rank": (CLUSTER_SPLIT_K, "no block of rank"),
     "adds_one_split_only": (CLUSTER_SPLIT_K, WRONG),
