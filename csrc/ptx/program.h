@@ -90,12 +90,14 @@ struct Instruction {
   std::vector<int32_t> list;  // slots of a vector operand, or more destinations
   std::vector<int32_t> more;  // slots of a second vector operand
   int64_t immediate = 0;  // address offset, barrier number, ...
+  int64_t second_immediate = 0;  // offset of a second address
   uint32_t mode = 0;  // a handler's own: rounding, comparison, cache operator
   int32_t guard = -1;  // predicate slot
   bool guard_negated = false;
   int32_t target = -1;  // of a branch: instruction index
   int32_t reconverge = -1;  // of a branch: where its lanes meet again; -1: at the exit
   Class kind = Class::OTHER;
+  std::vector<int32_t> reads, writes;  // slots of registers, without constants and predicates
   int32_t statement = -1;  // index in Kernel::statements
   std::shared_ptr<void> extra;  // a handler's own description, for example of an MMA
 };
