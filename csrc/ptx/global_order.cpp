@@ -194,9 +194,9 @@ inline void GlobalOrder::State::check_since(const Cell& cell, uint64_t address, 
   for (uint32_t i = cell.since & INDEX; i != 0; i = nodes[i].next) check_one(nodes[i].event);
 }
 
-// An access replaces an earlier one of its kind that it is ordered after.
+// An access replaces an earlier one of its kind that it is ordered after, the proxy included.
 bool GlobalOrder::State::is_replaced(const Event& previous, const Now& now) const {
-  return previous.kind == now.event.kind && order(previous, now) != Order::RACES;
+  return previous.kind == now.event.kind && order(previous, now) == Order::ORDERED;
 }
 
 uint32_t GlobalOrder::State::prepend(uint32_t event, uint32_t list) {

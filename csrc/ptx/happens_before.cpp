@@ -256,11 +256,13 @@ inline void Shadow::Cells::record_write(Cell& cell, const Now& now) {
   cell = {epoch, EMPTY};
 }
 
-// An access replaces an earlier one of its kind that it is ordered after.
+// An access replaces an earlier one of its kind that it is ordered after, the proxy included.
 inline void Shadow::Cells::record_since(Cell& cell, const Now& now) {
   auto is_replaced = [&](const Epoch& e) {
-    return e.is_atomic == now.epoch.is_atomic &&
-           (e.agent == now.epoch.agent || covers(now.view->generic, e));
+    if (e.is_atomic != now.epoch.is_atomic) return false;
+    if (e.agent == now.epoch.agent) return true;
+    bool needs_fence = e.is_atomic && now.epoch.is_async && !e.is_async;
+    return covers(now.view->generic, e) && (!needs_fence || covers(now.view->async, e));
   };
   Epoch& since = cell.since;
   if (since.agent == NO_AGENT) {
