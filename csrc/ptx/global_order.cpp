@@ -140,6 +140,13 @@ struct GlobalOrder::State {
   };
   std::array<Recent, 256> recent_pages;
   Interned<Event> events;
+  Event last_event = {};
+  uint32_t last_index = 0;  // of last_event; 0: none yet
+  // The last cell visited without a conflict: cells in the same state get the same new state.
+  struct Repeated {
+    Cell before, after;
+    uint32_t event = 0;
+  } repeated;
   Interned<Node> nodes;
   // Results of add_to_list. The view of one event only grows: an old result stays valid.
   struct Step {
@@ -254,12 +261,14 @@ inline void GlobalOrder::State::record_since(Cell& cell, const Now& now) {
 template <Kind KIND>
 inline void GlobalOrder::State::visit(Cell& cell, uint64_t address, const Now& now,
                                       Conflict& conflict) {
+  Cell before = cell;
   if (cell.write != 0) check(cell.write, address, now, conflict);
   check_since<KIND>(cell, address, now, conflict);
   if (KIND == Kind::WRITE)
     cell = {now.index, 0};
   else
     record_since(cell, now);
+  repeated = {before, cell, conflict.found ? 0 : now.index};
 }
 
 // Bytes of one cell that is split, or that the access does not cover.
@@ -291,7 +300,9 @@ inline void GlobalOrder::State::visit_cells(Cell* cells, uint64_t begin, uint64_
   while (begin < end) {
     uint64_t stop = std::min<uint64_t>(end, (begin & ~3ull) + 4);
     Cell& cell = cells[(begin & (PAGE_BYTES - 1)) / 4];
-    if (stop - begin == 4 && !(cell.write & FLAG))
+    if (stop - begin == 4 && cell == repeated.before && now.index == repeated.event)
+      cell = repeated.after;
+    else if (stop - begin == 4 && !(cell.write & FLAG))
       visit<KIND>(cell, begin, now, conflict);
     else
       visit_bytes<KIND>(cell, begin, stop, now, conflict);
@@ -324,9 +335,15 @@ Conflict GlobalOrder::State::access(uint64_t begin, uint32_t bytes, uint32_t clu
   Conflict conflict;
   if (!check_races) return conflict;
   Event event = {cluster, access.clock, access.instruction, access.agent, access.proxy, KIND};
-  size_t hash = (size_t(cluster) << 40) ^ (size_t(uint32_t(access.instruction)) << 18) ^
-                (size_t(access.agent) << 2) ^ size_t(KIND);
-  Now now = {event, events.intern(event, hash), &view};
+  if (last_index == 0 || !(event == last_event)) {
+    size_t hash = (size_t(cluster) << 40) ^ (size_t(uint32_t(access.instruction)) << 18) ^
+                  (size_t(access.agent) << 2) ^ size_t(KIND);
+    last_index = events.intern(event, hash);
+    last_event = event;
+  }
+  // Copies of one agent may be issued by warps with different views.
+  if (access.proxy == Proxy::ASYNC) repeated.event = 0;
+  Now now = {event, last_index, &view};
   uint64_t end = begin + bytes;
   while (begin < end) {
     uint64_t stop = std::min(end, (begin & ~(PAGE_BYTES - 1)) + PAGE_BYTES);

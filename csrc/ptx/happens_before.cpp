@@ -41,15 +41,33 @@ struct Cell {
 constexpr Epoch EMPTY = {0, 0, 0, 0, 0, 0, NO_AGENT, NO_LANE, NO_LANE};
 constexpr Cell EMPTY_CELL = {EMPTY, EMPTY};
 
+// A vector clock without the indirection of std::vector.
+struct Covered {
+  const Clock* clocks;
+  size_t count;
+
+  explicit Covered(const std::vector<Clock>& v) : clocks(v.data()), count(v.size()) {}
+  bool covers(const Epoch& e) const { return e.agent < count && clocks[e.agent] >= e.clock; }
+};
+
 // The access that is checked.
 struct Now {
   Epoch epoch;
-  const View* view;
-};
+  Covered generic, async;
 
-bool covers(const std::vector<Clock>& clocks, const Epoch& e) {
-  return e.agent < clocks.size() && clocks[e.agent] >= e.clock;
-}
+  // A generic write that the async proxy does not see yet.
+  bool needs_fence(const Epoch& previous, bool is_write) const {
+    return epoch.is_async && is_write && !previous.is_async && !async.covers(previous);
+  }
+  // True only for an access of another agent, or of another epoch of the same warp. SEVERAL and
+  // SPLIT are larger than any agent.
+  bool is_plainly_after(const Epoch& previous, bool is_write) const {
+    if (previous.agent == NO_AGENT) return true;
+    if (previous.agent == epoch.agent)
+      return epoch.lane == NO_LANE || previous.warp_epoch != epoch.warp_epoch;
+    return generic.covers(previous) && !needs_fence(previous, is_write);
+  }
+};
 
 void join_clocks(std::vector<Clock>& into, const std::vector<Clock>& from) {
   if (into.size() < from.size()) into.resize(from.size(), 0);
@@ -172,6 +190,8 @@ struct Shadow::Cells {
   Conflict access(uint32_t begin, uint32_t bytes, const Access& access, const View& view,
                   Clock warp_epoch);
   template <Kind KIND>
+  bool visit_plain(Cell& cell, const Now& now);
+  template <Kind KIND>
   void visit(Cell& cell, uint32_t address, const Now& now, Conflict& conflict);
   template <Kind KIND>
   void visit_bytes(uint32_t begin, uint32_t end, const Now& now, Conflict& conflict);
@@ -200,9 +220,8 @@ inline void Shadow::Cells::check(const Epoch& previous, bool is_write, uint32_t 
   if (previous.agent == now.epoch.agent) {
     bool both_write = KIND == Kind::WRITE && is_write && !previous.is_atomic;
     if (!lanes_race(previous, now.epoch, both_write)) return;
-  } else if (covers(now.view->generic, previous)) {
-    needs_fence = now.epoch.is_async && is_write && !previous.is_async &&
-                  !covers(now.view->async, previous);
+  } else if (now.generic.covers(previous)) {
+    needs_fence = now.needs_fence(previous, is_write);
     if (!needs_fence) return;
   }
   if (conflict.found) return;
@@ -261,8 +280,7 @@ inline void Shadow::Cells::record_since(Cell& cell, const Now& now) {
   auto is_replaced = [&](const Epoch& e) {
     if (e.is_atomic != now.epoch.is_atomic) return false;
     if (e.agent == now.epoch.agent) return true;
-    bool needs_fence = e.is_atomic && now.epoch.is_async && !e.is_async;
-    return covers(now.view->generic, e) && (!needs_fence || covers(now.view->async, e));
+    return now.generic.covers(e) && !now.needs_fence(e, e.is_atomic);
   };
   Epoch& since = cell.since;
   if (since.agent == NO_AGENT) {
@@ -291,17 +309,31 @@ inline void Shadow::Cells::record_since(Cell& cell, const Now& now) {
   }
 }
 
+// The usual case of visit(): no conflict, and what is recorded is the access alone.
 template <Kind KIND>
-inline void Shadow::Cells::visit(Cell& cell, uint32_t address, const Now& now,
-                                 Conflict& conflict) {
-  if (cell.write.agent != NO_AGENT) check<KIND>(cell.write, true, address, now, conflict);
+inline bool Shadow::Cells::visit_plain(Cell& cell, const Now& now) {
+  if (!now.is_plainly_after(cell.write, true)) return false;
+  if (!now.is_plainly_after(cell.since, cell.since.is_atomic)) return false;
   if constexpr (KIND == Kind::WRITE) {
-    check_since<KIND>(cell, address, now, conflict);
-    record_write(cell, now);
-  } else {
-    check_since<KIND>(cell, address, now, conflict);
-    record_since(cell, now);
+    cell = {now.epoch, EMPTY};
+    return true;
   }
+  if (cell.since.agent != NO_AGENT && cell.since.is_atomic != now.epoch.is_atomic) return false;
+  if (cell.since.agent == now.epoch.agent && cell.since.warp_epoch == now.epoch.warp_epoch)
+    return false;
+  cell.since = now.epoch;
+  return true;
+}
+
+template <Kind KIND>
+__attribute__((noinline)) void Shadow::Cells::visit(Cell& cell, uint32_t address, const Now& now,
+                                                    Conflict& conflict) {
+  if (cell.write.agent != NO_AGENT) check<KIND>(cell.write, true, address, now, conflict);
+  check_since<KIND>(cell, address, now, conflict);
+  if (KIND == Kind::WRITE)
+    record_write(cell, now);
+  else
+    record_since(cell, now);
 }
 
 void Shadow::Cells::split(Cell& cell) {
@@ -328,8 +360,10 @@ void Shadow::Cells::visit_bytes(uint32_t begin, uint32_t end, const Now& now,
   Cell& cell = cells[begin / 4];
   split(cell);
   uint32_t index = cell.write.clock;
-  for (uint32_t i = begin; i < end; i++)
-    visit<KIND>(splits[index][i & 3], i, now, conflict);
+  for (uint32_t i = begin; i < end; i++) {
+    Cell& byte = splits[index][i & 3];
+    if (!visit_plain<KIND>(byte, now)) visit<KIND>(byte, i, now, conflict);
+  }
   if (KIND != Kind::WRITE || end - begin < 4) return;
   // All four bytes have the same state only if the same lanes wrote them before.
   std::array<Cell, 4>& four = splits[index];
@@ -359,11 +393,15 @@ inline Conflict Shadow::Cells::access(uint32_t begin, uint32_t bytes, const Acce
   if (!check_races) return conflict;
   Now now = {{access.clock, warp_epoch, access.instruction, access.proxy == Proxy::ASYNC,
               KIND == Kind::ATOMIC, 0, access.agent, access.lane, NO_LANE},
-             &view};
+             Covered(view.generic), Covered(view.async)};
   uint32_t end = begin + bytes;
   while (begin < end) {
     uint32_t stop = std::min(end, (begin & ~3u) + 4);
     Cell& cell = cells[begin / 4];
+    if (stop - begin == 4 && visit_plain<KIND>(cell, now)) {
+      begin = stop;
+      continue;
+    }
     if (stop - begin == 4 && cell.write.agent != SPLIT)
       visit<KIND>(cell, begin, now, conflict);
     else

@@ -47,12 +47,12 @@ struct Access {
   int32_t instruction;  // index in Kernel::instructions, for the report
 };
 
-// Two accesses that race, or a read of bytes that nobody wrote.
+// Two accesses that race, or a read of bytes that were never written.
 struct Conflict {
   bool found = false;
   bool uninitialized = false;
   bool previous_is_write = false;
-  bool proxy_fence_is_missing = false;  // ordered, but for a fence.proxy.async
+  bool proxy_fence_is_missing = false;  // ordered, except for a fence.proxy.async
   uint64_t address = 0;  // first byte concerned
   Access previous = {};
 };
@@ -87,7 +87,7 @@ class Shadow {
   // Atomics order themselves: they race with plain accesses only.
   Conflict atomic(uint32_t begin, uint32_t bytes, const Access& access, const View& view,
                   Clock warp_epoch);
-  void forget(uint32_t begin, uint32_t bytes);  // as if nobody had ever written there
+  void forget(uint32_t begin, uint32_t bytes);  // as if never accessed
 
  private:
   struct Cells;

@@ -125,7 +125,7 @@ void test_lanes() {
 void test_bytes() {
   Shadow s(64, true, true);
   for (int i = 0; i < 4; i++) {
-    expect(!s.write(uint32_t(i), 1, by(i & 1, i), NOTHING, 0).found, "bytes are told from others");
+    expect(!s.write(uint32_t(i), 1, by(i & 1, i), NOTHING, 0).found, "bytes of one cell do not race");
   }
   Conflict c = s.read(0, 4, by(1), sees({0}), 1);
   expect(c.found && c.address == 0, "byte 0 was written by the other warp");
