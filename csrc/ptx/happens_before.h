@@ -24,13 +24,19 @@ using Clock = uint32_t;
 
 enum class Proxy : uint8_t { GENERIC, ASYNC };
 
-struct View {
+struct Clocks {
   std::vector<Clock> generic;  // [agents]; agents added later count as 0
   std::vector<Clock> async;  // the same, for what the async proxy may see
-  std::map<uint32_t, Clock> foreign;  // cluster -> number of its last release that was acquired
+
+  void join(const Clocks& other);
+  void fence_proxy();  // async = max(async, generic)
+};
+
+struct View : Clocks {
+  std::map<uint32_t, Clocks> foreign;  // other cluster -> what was acquired of its releases
 
   void join(const View& other);
-  void fence_proxy();  // async = max(async, generic)
+  void fence_proxy();
 };
 
 struct Access {
@@ -41,12 +47,12 @@ struct Access {
   int32_t instruction;  // index in Kernel::instructions, for the report
 };
 
-// Two accesses that race, or a read of bytes that nobody wrote.
+// Two accesses that race, or a read of bytes that were never written.
 struct Conflict {
   bool found = false;
   bool uninitialized = false;
   bool previous_is_write = false;
-  bool proxy_fence_is_missing = false;  // ordered, but for a fence.proxy.async
+  bool proxy_fence_is_missing = false;  // ordered, except for a fence.proxy.async
   uint64_t address = 0;  // first byte concerned
   Access previous = {};
 };
@@ -81,7 +87,7 @@ class Shadow {
   // Atomics order themselves: they race with plain accesses only.
   Conflict atomic(uint32_t begin, uint32_t bytes, const Access& access, const View& view,
                   Clock warp_epoch);
-  void forget(uint32_t begin, uint32_t bytes);  // as if nobody had ever written there
+  void forget(uint32_t begin, uint32_t bytes);  // as if never accessed
 
  private:
   struct Cells;
@@ -104,7 +110,7 @@ class GlobalOrder {
   void release(uint64_t address, uint32_t cluster, const View& view);
   void store_relaxed(uint64_t address);  // ends the release sequence of an address
   void acquire(uint64_t address, uint32_t cluster, View& view);
-  uint32_t previous_cluster(const Conflict&) const;  // of the access that a conflict names
+  uint32_t previous_cluster(const Conflict&) const;  // of the last conflict that was found
 
  private:
   struct State;
