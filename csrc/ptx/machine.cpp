@@ -214,6 +214,7 @@ void Grid::start_warp(Warp& warp, int index) {
   warp.predicates.assign(kernel.predicates, 0);
   warp.predicates[1] = ~0u;
   warp.in_flight.assign(kernel.slots, 0);
+  if (kernel.has_wgmma) warp.written.assign(kernel.slots, 0);
   warp.local.assign(size_t(kernel.local_bytes) * LANES, 0xff);
   for (const Constant& c : kernel.constants)
     for (int lane = 0; lane < LANES; lane++) {
@@ -316,12 +317,17 @@ namespace {
 
 void check_in_flight(Warp& warp, const Instruction& i) {
   if (warp.kernel->statements[i.statement].opcode[0] == "wgmma") return;
-  for (int slot : i.reads)
+  for (int slot : i.reads) {
     if (warp.in_flight[slot] == 1)
       warp.fail(i, -1, "reads an accumulator of a wgmma.mma_async before wgmma.wait_group");
+    if (warp.in_flight[slot] == 3)
+      warp.fail(i, -1, "reads a register of a tcgen05.ld before tcgen05.wait::ld");
+  }
   for (int slot : i.writes)
     if (warp.in_flight[slot])
-      warp.fail(i, -1, "writes a register of a wgmma.mma_async before wgmma.wait_group");
+      warp.fail(i, -1, warp.in_flight[slot] == 3
+                           ? "writes a register of a tcgen05.ld before tcgen05.wait::ld"
+                           : "writes a register of a wgmma.mma_async before wgmma.wait_group");
 }
 
 }  // namespace
@@ -341,12 +347,15 @@ void Grid::step(Warp& warp) {
   uint32_t mask = path.mask;
   if (i.guard >= 0) mask &= i.guard_negated ? ~warp.predicates[i.guard] : warp.predicates[i.guard];
   executed++;
+  warp.executed++;
   if (profile) profile->count(i, mask);
   if (mask == 0) {
     path.pc++;
     return;
   }
   if (warp.in_flight_count) check_in_flight(warp, i);
+  if (kernel.has_wgmma && i.kind != Class::TENSOR_CORE)
+    for (int slot : i.writes) warp.written[slot] = warp.executed;
   if (i.run(warp, i, mask) == Status::NEXT) warp.paths.back().pc++;
   if (options.max_instructions && executed > options.max_instructions)
     warp.fail(i, -1, "executed " + std::to_string(executed) + " instructions, more than the limit");

@@ -80,8 +80,13 @@ struct Warp {
   Groups copies, bulk, wgmma;  // cp.async; reads of shared memory by bulk stores; wgmma
   int bulk_write_agent = -1;  // writes of global memory by bulk stores
   std::vector<PendingPointer> bulk_writes;  // their bytes were read and may not be written yet
-  std::vector<uint8_t> in_flight;  // [slots]: 1 an accumulator of a wgmma, 2 its A operand
+  std::vector<uint8_t> in_flight;  // [slots]: 1 an accumulator of a wgmma, 2 its A operand, 3 tcgen05.ld
   int in_flight_count = 0;
+  std::vector<int32_t> wgmma_slots;  // registers of the open group
+  std::deque<std::vector<int32_t>> wgmma_groups;  // and of those committed
+  PendingPointer last_wgmma;  // MMAs of a warp complete in order
+  std::vector<uint64_t> written;  // [slots]: value of `executed` at the last write, with wgmma only
+  uint64_t fenced_at = 0;  // value of `executed` at the last wgmma.fence
   int wgmma_executed = 0;
   uint64_t executed = 0;
 
@@ -119,7 +124,7 @@ struct Mbarrier {
   View completed;
 };
 
-struct TensorMemory;  // tcgen05.cpp
+struct BlockTensorMemory;  // tcgen05.h
 
 struct Block {
   Grid* grid;
@@ -133,7 +138,7 @@ struct Block {
   Barrier barriers[16];
   std::unordered_map<uint32_t, Mbarrier> mbarriers;  // by offset in `shared`
   uint32_t mbarrier_begin = UINT32_MAX, mbarrier_end = 0;  // offsets that hold mbarriers
-  std::shared_ptr<TensorMemory> tensor_memory;
+  std::shared_ptr<BlockTensorMemory> tensor_memory;
   int live_warps = 0;
   bool triggered = false;  // griddepcontrol.launch_dependents
 
@@ -253,7 +258,7 @@ void wait_groups(Warp& warp, Groups& groups, size_t left);
 // Makes accesses of `agent` up to `clock` part of the warp's view.
 void see(Warp& warp, int agent, Clock clock);
 
-void start_tensor_memory(Block& block);  // tcgen05.cpp
+// tcgen05.cpp: fails if the block has not freed its tensor memory.
 void check_tensor_memory_is_free(Warp& warp, const Instruction& instruction);
 
 }  // namespace deepkern::ptx

@@ -139,6 +139,7 @@ struct Kernel {
   std::vector<SpecialUse> specials;
   int slots = 0;  // a slot is 32 lanes of 4 bytes; a 64-bit register takes two
   int predicates = 0;
+  bool has_wgmma = false;
   bool communicates = false;  // has global atomics, acquire, release or volatile accesses
   std::map<std::string, int> registers;  // name -> slot, or index of a predicate
   std::map<std::string, int> widths;  // name -> bits; 1 for a predicate
