@@ -26,71 +26,58 @@ namespace deepkern::ptx {
 namespace {
 
 typedef float Float8 __attribute__((vector_size(32)));
+typedef uint16_t Unaligned16 __attribute__((aligned(1), may_alias));
+typedef uint32_t Unaligned32 __attribute__((aligned(1), may_alias));
+typedef float Unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 constexpr int ZERO_EXPONENT = -10000;  // below that of any number, in sums of two as well
 constexpr int LEAST_EXPONENT = -126;   // of an accumulator, and so of the alignment
 constexpr uint32_t NAN_BITS = 0x7fffffff;
 
-// The value of a code; integers as they are.
-float decode(Element element, const uint8_t* code) {
-  uint16_t half;
-  uint32_t word;
-  switch (element) {
-    case Element::F16:
-      std::memcpy(&half, code, 2);
-      return f16_to_float(half);
-    case Element::BF16:
-      std::memcpy(&half, code, 2);
-      return bf16_to_float(half);
-    case Element::TF32:
-      std::memcpy(&word, code, 4);
-      return bits_float(word & 0xffffe000);
-    case Element::E4M3:
-      return e4m3_to_float(*code);
-    case Element::E5M2:
-      return e5m2_to_float(*code);
-    case Element::S8:
-      return static_cast<int8_t>(*code);
-    default:
-      return *code;
-  }
-}
-
 struct ByteTable {
   float values[256];
-  explicit ByteTable(Element element) {
-    for (int i = 0; i < 256; ++i) {
-      const auto code = static_cast<uint8_t>(i);
-      values[i] = decode(element, &code);
-    }
+  explicit ByteTable(float (*decode)(uint8_t)) {
+    for (int i = 0; i < 256; ++i) values[i] = decode(static_cast<uint8_t>(i));
   }
 };
 
 const float* byte_table(Element element) {
-  static const ByteTable e4m3(Element::E4M3), e5m2(Element::E5M2);
-  static const ByteTable s8(Element::S8), u8(Element::U8);
-  return element == Element::E4M3   ? e4m3.values
-         : element == Element::E5M2 ? e5m2.values
-         : element == Element::S8   ? s8.values
-                                    : u8.values;
+  static const ByteTable e4m3(e4m3_to_float), e5m2(e5m2_to_float);
+  return element == Element::E4M3 ? e4m3.values : e5m2.values;
 }
 
-// out[i * row + k * column] = value of codes[i, k].
-void decode_matrix(Element element, int rows, int K, const uint8_t* codes, float* out, int row,
-                   int column) {
-  const int size = element_bytes(element);
-  if (size == 1) {
-    const float* table = byte_table(element);
-    for (int i = 0; i < rows; ++i) {
-      for (int k = 0; k < K; ++k) out[i * row + k * column] = table[codes[i * K + k]];
+// out[i * K + k] = value of codes[i, k], or out[k * rows + i] if `transposed`.
+template <typename Value>
+inline __attribute__((always_inline)) void decode_with(Value value, int rows, int K,
+                                                       bool transposed, float* out) {
+  if (transposed) {
+    for (int k = 0; k < K; ++k) {
+      for (int i = 0; i < rows; ++i) out[k * rows + i] = value(i * K + k);
     }
-    return;
-  }
-  for (int i = 0; i < rows; ++i) {
-    const uint8_t* code = codes + static_cast<size_t>(i) * K * size;
-    for (int k = 0; k < K; ++k) out[i * row + k * column] = decode(element, code + k * size);
+  } else {
+    for (int i = 0; i < rows * K; ++i) out[i] = value(i);
   }
 }
+
+FOR_EACH_CPU void decode_matrix(Element element, int rows, int K, const uint8_t* codes,
+                                bool transposed, float* out) {
+  const auto* halves = reinterpret_cast<const Unaligned16*>(codes);
+  const auto* words = reinterpret_cast<const Unaligned32*>(codes);
+  if (element == Element::F16) {
+    decode_with([&](int i) { return f16_to_float(halves[i]); }, rows, K, transposed, out);
+  } else if (element == Element::BF16) {
+    decode_with([&](int i) { return bf16_to_float(halves[i]); }, rows, K, transposed, out);
+  } else if (element == Element::TF32) {
+    const auto value = [&](int i) { return bits_float(words[i] & 0xffffe000); };
+    decode_with(value, rows, K, transposed, out);
+  } else {
+    const float* table = byte_table(element);
+    decode_with([&](int i) { return table[codes[i]]; }, rows, K, transposed, out);
+  }
+}
+
+// A macro, because a function that returns a vector depends on the CPU.
+#define AT(pointer) (*(Unaligned8*)(pointer))
 
 // d[ROWS, 8 VECTORS] += a[ROWS, K] * b[K, 8 VECTORS]; b and d are parts of matrices with N columns.
 template <int ROWS, int VECTORS>
@@ -98,20 +85,21 @@ inline __attribute__((always_inline)) void multiply_tile(int N, int K, const flo
                                                          const float* b, float* d) {
   Float8 sums[ROWS][VECTORS];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) std::memcpy(sums[r], d + r * N, sizeof(sums[r]));
+  for (int i = 0; i < ROWS * VECTORS; ++i) {
+    sums[i / VECTORS][i % VECTORS] = AT(d + i / VECTORS * N + i % VECTORS * 8);
+  }
   for (int k = 0; k < K; ++k) {
-    Float8 right[VECTORS];
-    std::memcpy(right, b + k * N, sizeof(right));
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const float x = a[r * K + k];
+    for (int i = 0; i < ROWS * VECTORS; ++i) {
+      const float x = a[i / VECTORS * K + k];
       const Float8 left = {x, x, x, x, x, x, x, x};
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] += left * right[v];
+      sums[i / VECTORS][i % VECTORS] += left * AT(b + k * N + i % VECTORS * 8);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) std::memcpy(d + r * N, sums[r], sizeof(sums[r]));
+  for (int i = 0; i < ROWS * VECTORS; ++i) {
+    AT(d + i / VECTORS * N + i % VECTORS * 8) = sums[i / VECTORS][i % VECTORS];
+  }
 }
 
 template <int ROWS>
@@ -150,7 +138,7 @@ int least_exponent(Element element) {
 // Subnormal numbers have the exponent of the smallest normal one.
 int exponent_of(float x, int least) {
   if (x == 0) return ZERO_EXPONENT;
-  return std::max(std::ilogb(x), least);
+  return std::max(static_cast<int>(float_bits(x) >> 23 & 255) - 127, least);
 }
 
 // `x` is [rows, K] if `row` is K and `column` 1, else [K, rows].
@@ -289,8 +277,8 @@ void multiply_add(int M, int N, int K, Element a, Element b, const uint8_t* A, c
   thread_local std::vector<float> left, right;
   left.resize(static_cast<size_t>(M) * K);
   right.resize(static_cast<size_t>(N) * K);
-  decode_matrix(a, M, K, A, left.data(), K, 1);
-  decode_matrix(b, N, K, B, right.data(), 1, N);
+  decode_matrix(a, M, K, A, false, left.data());
+  decode_matrix(b, N, K, B, true, right.data());
   if (sums.fraction_bits) {
     multiply_hardware(M, N, K, a, b, left, right, D, sums);
   } else {
