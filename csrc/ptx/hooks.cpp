@@ -1,9 +1,11 @@
 // Entry points for tests of parts that no single PTX instruction shows; called through ctypes.
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "api.h"
 #include "numbers.h"
+#include "tcgen05_layout.h"
 #include "tensor_core.h"
 
 #define HOOK extern "C" __attribute__((visibility("default")))
@@ -116,6 +118,24 @@ HOOK int deepkern_ptx_test_wgmma(int N, int K, int element, int flags, const uin
           flags & 32, reader, FLOAT32);
   });
   return failed ? -1 : touched.count;
+}
+
+// kind: TensorKind. cells: [128][512]. a is a descriptor, or an address if a_in_tensor_memory.
+HOOK int deepkern_ptx_test_tcgen05(uint32_t instruction, int kind, uint32_t d,
+                                   int a_in_tensor_memory, uint64_t a, uint64_t b, int accumulate,
+                                   const uint8_t* shared, uint32_t size, uint32_t* cells) {
+  return guarded([&] {
+    const auto read = read_instruction_descriptor(instruction, static_cast<TensorKind>(kind));
+    tcgen05_mma(read, d, a_in_tensor_memory, a, b, accumulate, SharedReader{shared, size},
+                TensorMemory{cells}, FLOAT32);
+  });
+}
+
+// The lane and the column of a register.
+HOOK void deepkern_ptx_test_tensor_cell(int shape, int lane, int reg, int half_offset, int* cell) {
+  const TensorCell c = tensor_cell(static_cast<TensorShape>(shape), lane, reg, half_offset);
+  cell[0] = c.lane;
+  cell[1] = c.column;
 }
 
 // rows: matrices * 8 rows of 16 bytes.
