@@ -1,0 +1,306 @@
+// The products of tensor cores: D += A B^T, with float32 sums or with those of the hardware.
+//
+// How: codes are decoded to numbers, B as [K, N], so that the lanes of a vector are columns of D.
+// Float32 sums multiply and add separately on every CPU, so that all give the same bits.
+//
+// Source: MMA-Sim (Xie, Wang, Yang, Yang: arXiv 2511.10909) for the sums of the hardware; that a
+// product of zero takes no part in the largest exponent is from mmaemu 0.1.0, measured on an RTX
+// 4060 (its source: Khattak and Mikaitis, arXiv 2512.07004).
+#include "tensor_core.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "numbers.h"
+#include "program.h"
+
+#if defined(__x86_64__)
+#define FOR_EACH_CPU __attribute__((target_clones("avx2", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+
+namespace deepkern::ptx {
+namespace {
+
+typedef float Float8 __attribute__((vector_size(32)));
+typedef uint16_t Unaligned16 __attribute__((aligned(1), may_alias));
+typedef uint32_t Unaligned32 __attribute__((aligned(1), may_alias));
+typedef float Unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+constexpr int ZERO_EXPONENT = -10000;  // below that of any number, in sums of two as well
+constexpr int LEAST_EXPONENT = -126;   // of an accumulator, and so of the alignment
+constexpr uint32_t NAN_BITS = 0x7fffffff;
+
+struct ByteTable {
+  float values[256];
+  explicit ByteTable(float (*decode)(uint8_t)) {
+    for (int i = 0; i < 256; ++i) values[i] = decode(static_cast<uint8_t>(i));
+  }
+};
+
+const float* byte_table(Element element) {
+  static const ByteTable e4m3(e4m3_to_float), e5m2(e5m2_to_float);
+  return element == Element::E4M3 ? e4m3.values : e5m2.values;
+}
+
+// out[i * K + k] = value of codes[i, k], or out[k * rows + i] if `transposed`.
+template <typename Value>
+inline __attribute__((always_inline)) void decode_with(Value value, int rows, int K,
+                                                       bool transposed, float* out) {
+  if (transposed) {
+    for (int k = 0; k < K; ++k) {
+      for (int i = 0; i < rows; ++i) out[k * rows + i] = value(i * K + k);
+    }
+  } else {
+    for (int i = 0; i < rows * K; ++i) out[i] = value(i);
+  }
+}
+
+FOR_EACH_CPU void decode_matrix(Element element, int rows, int K, const uint8_t* codes,
+                                bool transposed, float* out) {
+  const auto* halves = reinterpret_cast<const Unaligned16*>(codes);
+  const auto* words = reinterpret_cast<const Unaligned32*>(codes);
+  if (element == Element::F16) {
+    decode_with([&](int i) { return f16_to_float(halves[i]); }, rows, K, transposed, out);
+  } else if (element == Element::BF16) {
+    decode_with([&](int i) { return bf16_to_float(halves[i]); }, rows, K, transposed, out);
+  } else if (element == Element::TF32) {
+    const auto value = [&](int i) { return bits_float(words[i] & 0xffffe000); };
+    decode_with(value, rows, K, transposed, out);
+  } else {
+    const float* table = byte_table(element);
+    decode_with([&](int i) { return table[codes[i]]; }, rows, K, transposed, out);
+  }
+}
+
+// A macro, because a function that returns a vector depends on the CPU.
+#define AT(pointer) (*(Unaligned8*)(pointer))
+
+// d[ROWS, 8 VECTORS] += a[ROWS, K] * b[K, 8 VECTORS]; b and d are parts of matrices with N columns.
+template <int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void multiply_tile(int N, int K, const float* a,
+                                                         const float* b, float* d) {
+  Float8 sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS * VECTORS; ++i) {
+    sums[i / VECTORS][i % VECTORS] = AT(d + i / VECTORS * N + i % VECTORS * 8);
+  }
+  for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS * VECTORS; ++i) {
+      const float x = a[i / VECTORS * K + k];
+      const Float8 left = {x, x, x, x, x, x, x, x};
+      sums[i / VECTORS][i % VECTORS] += left * AT(b + k * N + i % VECTORS * 8);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS * VECTORS; ++i) {
+    AT(d + i / VECTORS * N + i % VECTORS * 8) = sums[i / VECTORS][i % VECTORS];
+  }
+}
+
+template <int ROWS>
+inline __attribute__((always_inline)) void multiply_rows(int N, int K, const float* a,
+                                                         const float* b, float* d) {
+  int n = 0;
+  for (; n + 16 <= N; n += 16) multiply_tile<ROWS, 2>(N, K, a, b + n, d + n);
+  if (n < N) multiply_tile<ROWS, 1>(N, K, a, b + n, d + n);
+}
+
+FOR_EACH_CPU void multiply_float32(int M, int N, int K, const float* a, const float* b, float* d) {
+  int m = 0;
+  for (; m + 4 <= M; m += 4) multiply_rows<4>(N, K, a + m * K, b, d + m * N);
+  for (; m < M; ++m) multiply_rows<1>(N, K, a + m * K, b, d + m * N);
+}
+
+// A decoded operand of the sums of the hardware. Infinities and NaN are zeros in it.
+struct Parts {
+  std::vector<double> values;
+  std::vector<int32_t> exponents;
+  std::vector<uint8_t> special;  // of a row of A or a column of B: it has an infinity or NaN
+};
+
+int least_exponent(Element element) {
+  switch (element) {
+    case Element::E4M3:
+      return -6;
+    case Element::F16:
+    case Element::E5M2:
+      return -14;
+    default:
+      return -126;
+  }
+}
+
+// Subnormal numbers have the exponent of the smallest normal one.
+int exponent_of(float x, int least) {
+  if (x == 0) return ZERO_EXPONENT;
+  return std::max(static_cast<int>(float_bits(x) >> 23 & 255) - 127, least);
+}
+
+// `x` is [rows, K] if `row` is K and `column` 1, else [K, rows].
+Parts split(const std::vector<float>& x, Element element, int rows, int K, int row, int column) {
+  Parts p{std::vector<double>(x.size()), std::vector<int32_t>(x.size()),
+          std::vector<uint8_t>(rows)};
+  const int least = least_exponent(element);
+  for (int i = 0; i < rows; ++i) {
+    for (int k = 0; k < K; ++k) {
+      const int at = i * row + k * column;
+      const bool finite = std::isfinite(x[at]);
+      p.values[at] = finite ? x[at] : 0;
+      p.exponents[at] = finite ? exponent_of(x[at], least) : ZERO_EXPONENT;
+      if (!finite) p.special[i] = 1;
+    }
+  }
+  return p;
+}
+
+// 2^e of a normal double.
+inline double power_of_two(int e) { return bits_double(static_cast<uint64_t>(e + 1023) << 52); }
+
+// Rounded to `bits` fraction bits towards zero; a zero is +0.
+inline float truncate(double x, int bits) {
+  const int exponent =
+      std::max(static_cast<int>(double_bits(x) >> 52 & 2047) - 1023, LEAST_EXPONENT);
+  const double kept = std::trunc(x * power_of_two(bits - exponent));
+  return static_cast<float>(kept * power_of_two(exponent - bits) + 0.0);
+}
+
+constexpr int COLUMNS = 8;
+
+// c[j] += the products k0 <= k < k1 of one row of A and COLUMNS columns of B, as one sum without
+// rounding: every term is aligned to the largest exponent and truncated. All values are integers
+// below 2^53 multiples of a power of two, so double arithmetic is exact.
+FOR_EACH_CPU void fused_sums(const double* a, const int32_t* a_exponents, const double* b,
+                             const int32_t* b_exponents, int N, int k0, int k1,
+                             int fraction_bits, const double* c, const int32_t* c_exponents,
+                             double* sums) {
+  int32_t largest[COLUMNS];
+  double scale[COLUMNS], total[COLUMNS];
+  for (int j = 0; j < COLUMNS; ++j) largest[j] = std::max(c_exponents[j], LEAST_EXPONENT);
+  for (int k = k0; k < k1; ++k) {
+    for (int j = 0; j < COLUMNS; ++j) {
+      largest[j] = std::max(largest[j], a_exponents[k] + b_exponents[k * N + j]);
+    }
+  }
+  for (int j = 0; j < COLUMNS; ++j) {
+    scale[j] = power_of_two(fraction_bits - largest[j]);
+    total[j] = __builtin_trunc(c[j] * scale[j]);
+  }
+  for (int k = k0; k < k1; ++k) {
+    for (int j = 0; j < COLUMNS; ++j) {
+      total[j] += __builtin_trunc(a[k] * b[k * N + j] * scale[j]);
+    }
+  }
+  for (int j = 0; j < COLUMNS; ++j) sums[j] = total[j] * power_of_two(largest[j] - fraction_bits);
+}
+
+// The sum by the rules of IEEE; the result is wanted only where it is infinite or NaN.
+float special_sum(const float* a, const float* b, int N, int k0, int k1, float c) {
+  double sum = c;
+  for (int k = k0; k < k1; ++k) sum += double{a[k]} * double{b[k * N]};
+  if (std::isnan(sum)) return bits_float(NAN_BITS);
+  return std::isinf(sum) ? static_cast<float>(sum) : 0.0f;
+}
+
+float round_result(double sum, const Sums& sums) {
+  if (!sums.f16) return truncate(sum, sums.result_bits);
+  const auto code = static_cast<uint16_t>(encode(sum + 0.0, F16, Rounding::RN));
+  return f16_to_float(code);
+}
+
+void multiply_hardware(int M, int N, int K, Element a, Element b, const std::vector<float>& left,
+                       const std::vector<float>& right, float* D, const Sums& sums) {
+  const Parts A = split(left, a, M, K, K, 1), B = split(right, b, N, K, 1, N);
+  const int block = sums.block ? sums.block : K, least = sums.f16 ? -14 : LEAST_EXPONENT;
+  double c[COLUMNS], result[COLUMNS];
+  int32_t c_exponents[COLUMNS];
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; n += COLUMNS) {
+      float* d = D + m * N + n;
+      for (int k = 0; k < K; k += block) {
+        const int end = std::min(k + block, K);
+        for (int j = 0; j < COLUMNS; ++j) {
+          c[j] = std::isfinite(d[j]) ? d[j] : 0.0f;
+          c_exponents[j] = exponent_of(static_cast<float>(c[j]), least);
+        }
+        fused_sums(&A.values[m * K], &A.exponents[m * K], &B.values[n], &B.exponents[n], N, k, end,
+                   sums.fraction_bits, c, c_exponents, result);
+        for (int j = 0; j < COLUMNS; ++j) {
+          float special = 0;
+          if (A.special[m] || B.special[n + j] || !std::isfinite(d[j])) {
+            special = special_sum(&left[m * K], &right[n + j], N, k, end, d[j]);
+          }
+          d[j] = special != 0 ? special : round_result(result[j], sums);
+        }
+      }
+    }
+  }
+}
+
+void finish_float32(int count, float* D, const Sums& sums) {
+  for (int i = 0; i < count; ++i) {
+    if (sums.f16) D[i] = f16_to_float(float_to_f16_rn(D[i]));
+    if (std::isnan(D[i])) D[i] = bits_float(NAN_BITS);
+  }
+}
+
+}  // namespace
+
+Sums hardware_sums(int target, Unit unit, Element a) {
+  const bool fp8 = a == Element::E4M3 || a == Element::E5M2;
+  const int blackwell = 100, hopper = 90, ada = 89;
+  Sums sums;
+  sums.fraction_bits = target < hopper ? 24 : 25;
+  if (unit == Unit::MMA) {
+    const bool known = target == ada || target >= 120 || !fp8;
+    if (target < 80 || !known) {
+      throw InvalidProgram("mma.sync on sm_" + std::to_string(target) +
+                           ": the sums of its hardware are not known");
+    }
+    // Up to Ada a product of K elements is two of K / 2.
+    if (target < hopper) sums.block = fp8 ? 16 : a == Element::TF32 ? 4 : 8;
+    if (target == ada && fp8) sums.fraction_bits = sums.result_bits = 13;
+  } else if (unit == Unit::WGMMA && target >= hopper && target < blackwell) {
+    if (fp8) sums.fraction_bits = sums.result_bits = 13;
+  } else if (unit != Unit::TCGEN05 || target < blackwell || target >= 120) {
+    throw InvalidProgram("sm_" + std::to_string(target) + " does not have this matrix instruction");
+  }
+  return sums;
+}
+
+void multiply_add(int M, int N, int K, Element a, Element b, const uint8_t* A, const uint8_t* B,
+                  float* D, const Sums& sums) {
+  thread_local std::vector<float> left, right;
+  left.resize(static_cast<size_t>(M) * K);
+  right.resize(static_cast<size_t>(N) * K);
+  decode_matrix(a, M, K, A, false, left.data());
+  decode_matrix(b, N, K, B, true, right.data());
+  if (sums.fraction_bits) {
+    multiply_hardware(M, N, K, a, b, left, right, D, sums);
+  } else {
+    multiply_float32(M, N, K, left.data(), right.data(), D);
+    finish_float32(M * N, D, sums);
+  }
+}
+
+void multiply_add(int M, int N, int K, Element a, Element b, const uint8_t* A, const uint8_t* B,
+                  int32_t* D) {
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      auto sum = static_cast<uint32_t>(D[m * N + n]);  // unsigned sums wrap around
+      for (int k = 0; k < K; ++k) {
+        const uint8_t x = A[m * K + k], y = B[n * K + k];
+        const int left = a == Element::S8 ? static_cast<int8_t>(x) : x;
+        const int right = b == Element::S8 ? static_cast<int8_t>(y) : y;
+        sum += static_cast<uint32_t>(left * right);
+      }
+      D[m * N + n] = static_cast<int32_t>(sum);
+    }
+  }
+}
+
+}  // namespace deepkern::ptx
