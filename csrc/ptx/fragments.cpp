@@ -106,34 +106,28 @@ void mma_sync(const MmaShape& shape, const uint32_t* const* a, const uint32_t* c
   scatter_accumulators(D, N, f16, d);
 }
 
-void wgmma(const WgmmaShape& shape, const uint32_t* const* a, uint64_t a_descriptor,
+void wgmma(const WgmmaShape& shape, int warp, const uint32_t* const* a, uint64_t a_descriptor,
            uint64_t b_descriptor, uint32_t* const* d, bool accumulate, const SharedReader& shared,
            Sums sums) {
-  constexpr int M = 64, WARPS = 4;
-  const int N = shape.N, rows = M / WARPS;
+  constexpr int M = 64, rows = 16;
+  const int N = shape.N;
   const bool f16 = shape.accumulators == Accumulators::F16;
-  const int count = f16 ? N / 4 : N / 2;
   uint8_t left[M * MAX_ROW_BYTES], right[256 * MAX_ROW_BYTES];
+  uint8_t* own = left + warp * rows * MAX_ROW_BYTES;
   if (a) {
-    for (int w = 0; w < WARPS; ++w) {
-      gather_a(a + 4 * w, MAX_ROW_BYTES, left + w * rows * MAX_ROW_BYTES);
-    }
+    gather_a(a, MAX_ROW_BYTES, own);
   } else {
     read_operand(read_wgmma_descriptor(a_descriptor, "wgmma: A"), M, shape.a, shape.a_mn_major,
                  shared, "wgmma: A", left);
   }
   read_operand(read_wgmma_descriptor(b_descriptor, "wgmma: B"), N, shape.b, shape.b_mn_major,
                shared, "wgmma: B", right);
-  if (shape.negate_a) negate(shape.a, left, M * MAX_ROW_BYTES);
+  if (shape.negate_a) negate(shape.a, own, rows * MAX_ROW_BYTES);
   if (shape.negate_b) negate(shape.b, right, N * MAX_ROW_BYTES);
-  std::vector<float> D(static_cast<size_t>(M) * N);
-  for (int w = 0; w < WARPS && accumulate; ++w) {
-    gather_accumulators(d + w * count, N, f16, D.data() + w * rows * N);
-  }
-  multiply(M, N, shape.K, shape.a, shape.b, shape.accumulators, left, right, D.data(), sums);
-  for (int w = 0; w < WARPS; ++w) {
-    scatter_accumulators(D.data() + w * rows * N, N, f16, d + w * count);
-  }
+  std::vector<float> D(static_cast<size_t>(rows) * N);
+  if (accumulate) gather_accumulators(d, N, f16, D.data());
+  multiply(rows, N, shape.K, shape.a, shape.b, shape.accumulators, own, right, D.data(), sums);
+  scatter_accumulators(D.data(), N, f16, d);
 }
 
 void ldmatrix(int matrices, bool transposed, const uint8_t* const* rows, uint32_t* const* d) {

@@ -114,8 +114,11 @@ HOOK int deepkern_ptx_test_wgmma(int N, int K, int element, int flags, const uin
   const auto sums = registers(d, 4 * (flags & 64 ? N / 4 : N / 2));
   const SharedReader reader{shared, size, record, &touched};
   const int failed = guarded([&] {
-    wgmma(shape, flags & 1 ? left.data() : nullptr, a_descriptor, b_descriptor, sums.data(),
-          flags & 32, reader, FLOAT32);
+    const size_t count = sums.size() / 4;
+    for (int warp = 0; warp < 4; ++warp) {
+      wgmma(shape, warp, flags & 1 ? left.data() + 4 * warp : nullptr, a_descriptor, b_descriptor,
+            sums.data() + warp * count, flags & 32, reader, FLOAT32);
+    }
   });
   return failed ? -1 : touched.count;
 }

@@ -88,6 +88,9 @@ struct Warp {
   std::vector<uint64_t> written;  // [slots]: value of `executed` at the last write, with wgmma only
   uint64_t fenced_at = 0;  // value of `executed` at the last wgmma.fence
   int wgmma_executed = 0;
+  int tensor_store_agent = -1;  // tcgen05.st before tcgen05.wait::st
+  Clock tensor_stores = 0;
+  std::vector<int32_t> tensor_loads;  // registers of tcgen05.ld before tcgen05.wait::ld
   uint64_t executed = 0;
 
   uint32_t* u32(int slot) { return registers.data() + size_t(slot) * LANES; }

@@ -21,7 +21,7 @@ namespace {
 constexpr uint32_t UNIT = 16, OPERAND_BYTES = 32;
 
 [[noreturn]] void fail(const char* what, const std::string& message) {
-  throw Failure(std::string(what) + ": " + message);
+  throw OperandError(std::string(what) + ": " + message);
 }
 
 MatrixDescriptor read_common(uint64_t descriptor, const char* what) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 namespace deepkern::ptx {
 
@@ -23,19 +24,24 @@ struct SharedReader {
   void* context = nullptr;
 };
 
+// A descriptor or an operand in shared memory that is not valid.
+struct OperandError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 struct MatrixDescriptor {
   uint32_t start;  // bytes, as the two offsets
   uint32_t leading, stride;
   uint32_t row_bytes;  // of the swizzle: 16 (none), 32, 64 or 128
 };
 
-// Throw Failure for a descriptor with a field that is not valid or not supported; `what` names the
+// Throw OperandError for a descriptor with a field that is not valid or not supported; `what` names the
 // operand in its message.
 MatrixDescriptor read_wgmma_descriptor(uint64_t descriptor, const char* what);
 MatrixDescriptor read_tcgen05_descriptor(uint64_t descriptor, const char* what);
 
 // Reads a matrix of rows x 32 bytes (K elements) into codes[rows, 32]. In an MN-major matrix the
-// rows, not the K elements of a row, are contiguous in shared memory. Throws Failure if it lies
+// rows, not the K elements of a row, are contiguous in shared memory. Throws OperandError if it lies
 // outside the shared memory.
 void read_operand(const MatrixDescriptor& descriptor, int rows, Element element, bool mn_major,
                   const SharedReader& shared, const char* what, uint8_t* codes);

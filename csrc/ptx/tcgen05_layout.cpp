@@ -18,7 +18,7 @@ namespace {
 
 constexpr int ROW_BYTES = 32;  // of K elements
 
-[[noreturn]] void fail(const std::string& message) { throw Failure("tcgen05.mma: " + message); }
+[[noreturn]] void fail(const std::string& message) { throw OperandError("tcgen05.mma: " + message); }
 
 uint32_t bits(uint32_t word, int first, int count) { return word >> first & ((1u << count) - 1); }
 
@@ -158,6 +158,26 @@ void tcgen05_mma(const TensorInstruction& instruction, uint32_t d, bool a_in_ten
   multiply_add(M, N, instruction.K, instruction.a, instruction.b, left, right, D.data(), sums);
   touch(tensor, M, d, N, true);
   for (int m = 0; m < M; ++m) std::memcpy(cells(m), &D[m * N], N * 4);
+}
+
+void touch_tcgen05_mma(const TensorInstruction& instruction, uint32_t d, bool a_in_tensor_memory,
+                       uint64_t a, uint64_t b, bool accumulate, const SharedReader& shared,
+                       const TensorMemory& tensor) {
+  const int M = instruction.M, N = instruction.N;
+  uint8_t codes[256 * ROW_BYTES];
+  check_place("D", M, d, N);
+  if (a_in_tensor_memory) {
+    const auto address = static_cast<uint32_t>(a);
+    check_place("A", M, address, ROW_BYTES / 4);
+    touch(tensor, M, address, ROW_BYTES / 4, false);
+  } else {
+    read_operand(read_tcgen05_descriptor(a, "tcgen05.mma: A"), M, instruction.a,
+                 instruction.a_mn_major, shared, "tcgen05.mma: A", codes);
+  }
+  read_operand(read_tcgen05_descriptor(b, "tcgen05.mma: B"), N, instruction.b,
+               instruction.b_mn_major, shared, "tcgen05.mma: B", codes);
+  if (accumulate) touch(tensor, M, d, N, false);
+  touch(tensor, M, d, N, true);
 }
 
 }  // namespace deepkern::ptx

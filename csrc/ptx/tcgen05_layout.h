@@ -48,7 +48,7 @@ struct TensorInstruction {
   bool negate_a, negate_b, a_mn_major, b_mn_major;
 };
 
-// Throws Failure for what is not valid or not supported (with cta_group::1): sparse matrices,
+// Throws OperandError for what is not valid or not supported (with cta_group::1): sparse matrices,
 // saturation, elements of 4 and 6 bits, f16 accumulators.
 TensorInstruction read_instruction_descriptor(uint32_t descriptor, TensorKind kind);
 
@@ -58,5 +58,10 @@ TensorInstruction read_instruction_descriptor(uint32_t descriptor, TensorKind ki
 void tcgen05_mma(const TensorInstruction& instruction, uint32_t d, bool a_in_tensor_memory,
                  uint64_t a, uint64_t b, bool accumulate, const SharedReader& shared,
                  const TensorMemory& tensor, const Sums& sums);
+
+// Touches what that reads and writes, without the product.
+void touch_tcgen05_mma(const TensorInstruction& instruction, uint32_t d, bool a_in_tensor_memory,
+                       uint64_t a, uint64_t b, bool accumulate, const SharedReader& shared,
+                       const TensorMemory& tensor);
 
 }  // namespace deepkern::ptx
