@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <utility>
 
 namespace deepkern::ptx {
@@ -32,6 +33,18 @@ struct Epoch {
   uint8_t other_lane;  // a second lane of the same warp_epoch; NO_LANE: only `lane`
 };
 static_assert(sizeof(Epoch) == 16, "two epochs fit half a cache line");
+
+// An epoch in a vector register: a copy of fields that were just stored one by one would stall.
+typedef uint64_t Words __attribute__((vector_size(16)));
+
+Words pack(const Access& access, Clock warp_epoch, bool is_atomic) {
+  uint64_t low = access.clock | uint64_t(warp_epoch) << 32;
+  uint64_t flags = uint64_t(access.proxy == Proxy::ASYNC) << 29 | uint64_t(is_atomic) << 30;
+  uint64_t high = (uint32_t(access.instruction) & ((1u << 29) - 1)) | flags |
+                  uint64_t(access.agent) << 32 | uint64_t(access.lane) << 48 |
+                  uint64_t(NO_LANE) << 56;
+  return Words{low, high};
+}
 
 struct Cell {
   Epoch write;
@@ -190,9 +203,11 @@ struct Shadow::Cells {
   Conflict access(uint32_t begin, uint32_t bytes, const Access& access, const View& view,
                   Clock warp_epoch);
   template <Kind KIND>
-  bool visit_plain(Cell& cell, const Now& now);
+  bool visit_plain(Cell& cell, const Now& now, Words epoch);
   template <Kind KIND>
   void visit(Cell& cell, uint32_t address, const Now& now, Conflict& conflict);
+  template <Kind KIND>
+  void visit_range(uint32_t begin, uint32_t end, const Now& now, Conflict& conflict);
   template <Kind KIND>
   void visit_bytes(uint32_t begin, uint32_t end, const Now& now, Conflict& conflict);
   template <Kind KIND>
@@ -311,23 +326,23 @@ inline void Shadow::Cells::record_since(Cell& cell, const Now& now) {
 
 // The usual case of visit(): no conflict, and what is recorded is the access alone.
 template <Kind KIND>
-inline bool Shadow::Cells::visit_plain(Cell& cell, const Now& now) {
+inline bool Shadow::Cells::visit_plain(Cell& cell, const Now& now, Words epoch) {
   if (!now.is_plainly_after(cell.write, true)) return false;
   if (!now.is_plainly_after(cell.since, cell.since.is_atomic)) return false;
   if constexpr (KIND == Kind::WRITE) {
-    cell = {now.epoch, EMPTY};
+    memcpy(&cell.write, &epoch, sizeof(epoch));
+    cell.since = EMPTY;
     return true;
   }
   if (cell.since.agent != NO_AGENT && cell.since.is_atomic != now.epoch.is_atomic) return false;
   if (cell.since.agent == now.epoch.agent && cell.since.warp_epoch == now.epoch.warp_epoch)
     return false;
-  cell.since = now.epoch;
+  memcpy(&cell.since, &epoch, sizeof(epoch));
   return true;
 }
 
 template <Kind KIND>
-__attribute__((noinline)) void Shadow::Cells::visit(Cell& cell, uint32_t address, const Now& now,
-                                                    Conflict& conflict) {
+void Shadow::Cells::visit(Cell& cell, uint32_t address, const Now& now, Conflict& conflict) {
   if (cell.write.agent != NO_AGENT) check<KIND>(cell.write, true, address, now, conflict);
   check_since<KIND>(cell, address, now, conflict);
   if (KIND == Kind::WRITE)
@@ -360,9 +375,11 @@ void Shadow::Cells::visit_bytes(uint32_t begin, uint32_t end, const Now& now,
   Cell& cell = cells[begin / 4];
   split(cell);
   uint32_t index = cell.write.clock;
+  Words epoch;
+  memcpy(&epoch, &now.epoch, sizeof(epoch));
   for (uint32_t i = begin; i < end; i++) {
     Cell& byte = splits[index][i & 3];
-    if (!visit_plain<KIND>(byte, now)) visit<KIND>(byte, i, now, conflict);
+    if (!visit_plain<KIND>(byte, now, epoch)) visit<KIND>(byte, i, now, conflict);
   }
   if (KIND != Kind::WRITE || end - begin < 4) return;
   // All four bytes have the same state only if the same lanes wrote them before.
@@ -373,6 +390,20 @@ void Shadow::Cells::visit_bytes(uint32_t begin, uint32_t end, const Now& now,
   }
   cell = four[0];
   splits.give_back(index);
+}
+
+template <Kind KIND>
+__attribute__((noinline)) void Shadow::Cells::visit_range(uint32_t begin, uint32_t end,
+                                                          const Now& now, Conflict& conflict) {
+  while (begin < end) {
+    uint32_t stop = std::min(end, (begin & ~3u) + 4);
+    Cell& cell = cells[begin / 4];
+    if (stop - begin == 4 && cell.write.agent != SPLIT)
+      visit<KIND>(cell, begin, now, conflict);
+    else
+      visit_bytes<KIND>(begin, stop, now, conflict);
+    begin = stop;
+  }
 }
 
 template <Kind KIND>
@@ -391,23 +422,16 @@ inline Conflict Shadow::Cells::access(uint32_t begin, uint32_t bytes, const Acce
     }
   }
   if (!check_races) return conflict;
-  Now now = {{access.clock, warp_epoch, access.instruction, access.proxy == Proxy::ASYNC,
-              KIND == Kind::ATOMIC, 0, access.agent, access.lane, NO_LANE},
-             Covered(view.generic), Covered(view.async)};
-  uint32_t end = begin + bytes;
-  while (begin < end) {
-    uint32_t stop = std::min(end, (begin & ~3u) + 4);
-    Cell& cell = cells[begin / 4];
-    if (stop - begin == 4 && visit_plain<KIND>(cell, now)) {
-      begin = stop;
-      continue;
-    }
-    if (stop - begin == 4 && cell.write.agent != SPLIT)
-      visit<KIND>(cell, begin, now, conflict);
-    else
-      visit_bytes<KIND>(begin, stop, now, conflict);
-    begin = stop;
+  const Words epoch = pack(access, warp_epoch, KIND == Kind::ATOMIC);
+  Now now = {{}, Covered(view.generic), Covered(view.async)};
+  memcpy(&now.epoch, &epoch, sizeof(epoch));
+  if (((begin | bytes) & 3) != 0) {
+    visit_range<KIND>(begin, begin + bytes, now, conflict);
+    return conflict;
   }
+  uint32_t end = (begin + bytes) / 4;
+  for (uint32_t i = begin / 4; i < end; i++)
+    if (!visit_plain<KIND>(cells[i], now, epoch)) visit_range<KIND>(4 * i, 4 * i + 4, now, conflict);
   return conflict;
 }
 
