@@ -1,8 +1,10 @@
 """Builds the package's C++ parts; pyproject.toml has everything else.
 
 deepkern._C (native ops on torch's stable ABI) needs a C++ compiler, and for its Hopper kernels nvcc
-13. deepkern._host (pybind11) also needs Python's headers. A part that cannot be built is left out:
-the build prints the reason, the package reports it at run time, and the other backends work.
+13. deepkern._host (pybind11) also needs Python's headers. deepkern._ptx, the machine that executes
+PTX, needs the compiler alone; it is a library that ctypes and Triton's launcher call. A part that
+cannot be built is left out: the build prints the reason, the package reports it at run time, and
+the other backends work.
 DEEPKERN_REQUIRE_NATIVE=1 makes that an error. DEEPKERN_BUILD_CUDA=0 leaves the Hopper kernels out,
 1 makes it an error if they cannot be built, auto (the default) builds them if nvcc is found.
 """
@@ -125,6 +127,20 @@ def host_planners() -> Extension:
     )
 
 
+def ptx_machine() -> Extension:
+    return Extension(
+        "deepkern._ptx",
+        sources("ptx"),
+        depends=sorted(map(str, [*Path("csrc", "ptx").glob("*.h"), "csrc/python_module.h"])),
+        extra_compile_args=[*FLAGS, "-pthread"],
+        # The soname: Triton's launcher is linked with it (runtime/ptx_driver.py). -Bsymbolic: its
+        # calls of CUDA functions are to its own, even if the process has NVIDIA's libcuda.
+        extra_link_args=["-pthread", "-Wl,-soname,deepkern_ptx.so", "-Wl,-Bsymbolic"],
+        language="c++",
+        py_limited_api=True,
+    )
+
+
 def leave_out(reason: str, missing: str, remedy: str) -> None:
     """Reports a part that is not built: exits if DEEPKERN_REQUIRE_NATIVE=1, else prints."""
     message = f"deepkern: {reason}, so {missing}. To build it: {remedy}, then reinstall deepkern."
@@ -145,23 +161,25 @@ def extensions() -> list[Extension]:
             sys.exit("deepkern: DEEPKERN_BUILD_CUDA=1: no C++ compiler")
         leave_out(
             f"no C++ compiler ({', '.join(dict.fromkeys(candidates))} not found)",
-            "deepkern._C and deepkern._host are not built: the cpu backend and the host planners "
-            "are missing; triton and torch work",
+            "deepkern._C, _host and _ptx are not built: the cpu backend, the host planners and "
+            "deepkern.compiled are missing; triton and torch work",
             "apt-get install g++, or set CXX",
         )
         return []
     os.environ["CXX"] = compiler
 
+    # Triton, whose kernels the machine executes, is for Linux.
+    parts = [native_ops(), *([ptx_machine()] if sys.platform == "linux" else [])]
     headers = Path(sysconfig.get_path("include"), "Python.h")
     planners = "deepkern._host is not built: the host planners are missing"
     if not headers.exists():
         remedy = f"apt-get install python{sysconfig.get_python_version()}-dev"
         leave_out(f"no {headers}", planners, remedy)
-        return [native_ops()]
+        return parts
     if importlib.util.find_spec("pybind11") is None:
         leave_out("no pybind11", planners, "pip install pybind11")
-        return [native_ops()]
-    return [native_ops(), host_planners()]
+        return parts
+    return [*parts, host_planners()]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})

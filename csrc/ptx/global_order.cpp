@@ -100,7 +100,7 @@ bool covers(const std::vector<Clock>& clocks, const Event& e) {
 
 // The access that is checked.
 struct Now {
-  Event event;
+  const Event& event;
   uint32_t index;
   const View* view;
 };

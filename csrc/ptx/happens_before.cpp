@@ -1,12 +1,13 @@
-// Vector clocks, and the shadow of shared memory that finds races and uninitialized reads.
+// The shadow of shared memory, which finds races and uninitialized reads.
 //
-// The shadow has one cell for each 4 bytes: the last plain write, and the reads and atomics since.
+// It has one cell for each 4 bytes: the last plain write, and the reads and atomics since.
 // A cell that was accessed in part is split into four cells of one byte, until a write covers it.
 // Source: PTX ISA 9.0, memory consistency model; FastTrack (Flanagan and Freund, PLDI 2009).
 #include "happens_before.h"
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <utility>
 
 namespace deepkern::ptx {
@@ -14,7 +15,7 @@ namespace {
 
 constexpr uint8_t NO_LANE = 255;
 constexpr uint16_t NO_AGENT = 0xFFFF;  // no access
-constexpr uint16_t SEVERAL = 0xFFFE;  // in Cell::since: `clock` is the index of a set
+constexpr uint16_t SEVERAL = 0xFFFE;  // in Cell::since: `clock` is the index of a Node
 constexpr uint16_t SPLIT = 0xFFFD;  // in Cell::write: `clock` is the index of four cells
 
 enum class Kind { READ, WRITE, ATOMIC };
@@ -33,11 +34,38 @@ struct Epoch {
 };
 static_assert(sizeof(Epoch) == 16, "two epochs fit half a cache line");
 
+// An epoch in a vector register: a copy of fields that were just stored one by one would stall.
+typedef uint64_t Words __attribute__((vector_size(16)));
+
+Words pack(const Access& access, Clock warp_epoch, bool is_atomic) {
+  uint64_t low = access.clock | uint64_t(warp_epoch) << 32;
+  uint64_t flags = uint64_t(access.proxy == Proxy::ASYNC) << 29 | uint64_t(is_atomic) << 30;
+  uint64_t high = (uint32_t(access.instruction) & ((1u << 29) - 1)) | flags |
+                  uint64_t(access.agent) << 32 | uint64_t(access.lane) << 48 |
+                  uint64_t(NO_LANE) << 56;
+  return Words{low, high};
+}
+
 struct Cell {
   Epoch write;
   Epoch since;  // a read or an atomic, or SEVERAL
+
+  bool has_bits_of(const Cell& o) const {
+    uint64_t a[4], b[4];
+    memcpy(a, this, sizeof(a));
+    memcpy(b, &o, sizeof(b));
+    return ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])) == 0;
+  }
 };
 
+// An access in a list. Lists do not change: cells in the same state have the same list.
+struct Node {
+  Epoch epoch;
+  uint32_t next;  // index of a node; NO_NODE: the last one
+};
+
+constexpr uint32_t NO_NODE = ~0u;
+constexpr size_t MIN_NODES = 1 << 19;  // before unused ones are collected
 constexpr Epoch EMPTY = {0, 0, 0, 0, 0, 0, NO_AGENT, NO_LANE, NO_LANE};
 constexpr Cell EMPTY_CELL = {EMPTY, EMPTY};
 
@@ -68,11 +96,6 @@ struct Now {
     return generic.covers(previous) && !needs_fence(previous, is_write);
   }
 };
-
-void join_clocks(std::vector<Clock>& into, const std::vector<Clock>& from) {
-  if (into.size() < from.size()) into.resize(from.size(), 0);
-  for (size_t i = 0; i < from.size(); i++) into[i] = std::max(into[i], from[i]);
-}
 
 // Objects that are named by an index, and reused.
 template <class T>
@@ -156,29 +179,6 @@ Epoch with_lanes_of(const Epoch& previous, Epoch now) {
 
 }  // namespace
 
-void Clocks::join(const Clocks& other) {
-  join_clocks(generic, other.generic);
-  join_clocks(async, other.async);
-}
-
-void Clocks::fence_proxy() { join_clocks(async, generic); }
-
-void View::join(const View& other) {
-  Clocks::join(other);
-  for (const auto& [cluster, clocks] : other.foreign) foreign[cluster].join(clocks);
-}
-
-void View::fence_proxy() {
-  Clocks::fence_proxy();
-  for (auto& item : foreign) item.second.fence_proxy();
-}
-
-int Agents::add(std::string name) {
-  names_.push_back(std::move(name));
-  clocks_.push_back(1);
-  return int(names_.size()) - 1;
-}
-
 struct Shadow::Cells {
   Cells(uint32_t bytes, bool races, bool initialized)
       : check_races(races),
@@ -190,9 +190,11 @@ struct Shadow::Cells {
   Conflict access(uint32_t begin, uint32_t bytes, const Access& access, const View& view,
                   Clock warp_epoch);
   template <Kind KIND>
-  bool visit_plain(Cell& cell, const Now& now);
+  bool visit_plain(Cell& cell, const Now& now, Words epoch);
   template <Kind KIND>
   void visit(Cell& cell, uint32_t address, const Now& now, Conflict& conflict);
+  template <Kind KIND>
+  void visit_range(uint32_t begin, uint32_t end, const Now& now, Conflict& conflict);
   template <Kind KIND>
   void visit_bytes(uint32_t begin, uint32_t end, const Now& now, Conflict& conflict);
   template <Kind KIND>
@@ -202,15 +204,25 @@ struct Shadow::Cells {
   void check_since(Cell& cell, uint32_t address, const Now& now, Conflict& conflict);
   void record_write(Cell& cell, const Now& now);
   void record_since(Cell& cell, const Now& now);
-  void release_set(Cell& cell);
+  void collect_nodes();
+  template <class F>
+  void for_each_since(const Cell& cell, F f) const;
   void split(Cell& cell);
 
   bool check_races, check_initialized;
   Bits written;
   std::vector<Cell> cells;
-  Pool<std::vector<Epoch>> sets;
+  std::vector<Node> nodes;
+  size_t max_nodes = MIN_NODES;
   Pool<std::array<Cell, 4>> splits;
 };
+
+template <class F>
+inline void Shadow::Cells::for_each_since(const Cell& cell, F f) const {
+  if (cell.since.agent == NO_AGENT) return;
+  if (cell.since.agent != SEVERAL) return f(cell.since);
+  for (uint32_t i = cell.since.clock; i != NO_NODE; i = nodes[i].next) f(nodes[i].epoch);
+}
 
 // Reports `previous` if it conflicts with the access and is not ordered before it.
 template <Kind KIND>
@@ -244,15 +256,7 @@ inline void Shadow::Cells::check_since(Cell& cell, uint32_t address, const Now& 
     if (KIND == Kind::WRITE || e.is_atomic != (KIND == Kind::ATOMIC))
       check<KIND>(e, e.is_atomic, address, now, conflict);
   };
-  if (cell.since.agent == NO_AGENT) return;
-  if (cell.since.agent != SEVERAL) return check_one(cell.since);
-  for (const Epoch& e : sets[cell.since.clock]) check_one(e);
-}
-
-void Shadow::Cells::release_set(Cell& cell) {
-  if (cell.since.agent != SEVERAL) return;
-  sets[cell.since.clock].clear();
-  sets.give_back(cell.since.clock);
+  for_each_since(cell, check_one);
 }
 
 // The write replaces all that was recorded: whoever is ordered after it is ordered after them.
@@ -264,14 +268,9 @@ inline void Shadow::Cells::record_write(Cell& cell, const Now& now) {
       follows = cell.write.follows_own || cell.write.instruction != epoch.instruction;
       epoch = with_lanes_of(cell.write, epoch);
     }
-    if (cell.since.agent == SEVERAL) {
-      for (const Epoch& e : sets[cell.since.clock]) follows |= is_same_warp_epoch(e, epoch);
-    } else {
-      follows |= is_same_warp_epoch(cell.since, epoch);
-    }
+    for_each_since(cell, [&](const Epoch& e) { follows |= is_same_warp_epoch(e, epoch); });
     epoch.follows_own = follows;
   }
-  release_set(cell);
   cell = {epoch, EMPTY};
 }
 
@@ -282,52 +281,81 @@ inline void Shadow::Cells::record_since(Cell& cell, const Now& now) {
     if (e.agent == now.epoch.agent) return true;
     return now.generic.covers(e) && !now.needs_fence(e, e.is_atomic);
   };
-  Epoch& since = cell.since;
-  if (since.agent == NO_AGENT) {
-    since = now.epoch;
-  } else if (since.agent != SEVERAL) {
-    if (is_replaced(since)) {
-      since = with_lanes_of(since, now.epoch);
-    } else {
-      uint32_t index = sets.take();
-      sets[index] = {since, now.epoch};
-      since.agent = SEVERAL;
-      since.clock = index;
-    }
-  } else {
-    Epoch epoch = now.epoch;
-    size_t kept = 0;
-    std::vector<Epoch>& set = sets[since.clock];
-    for (const Epoch& e : set) {
-      if (is_replaced(e))
-        epoch = with_lanes_of(e, epoch);
-      else
-        set[kept++] = e;
-    }
-    set.resize(kept);
-    set.push_back(epoch);
+  Epoch epoch = now.epoch;
+  uint32_t list = NO_NODE;
+  auto add = [&](const Epoch& e) {
+    nodes.push_back({e, list});
+    list = uint32_t(nodes.size() - 1);
+  };
+  auto keep = [&](const Epoch& e) {
+    if (is_replaced(e))
+      epoch = with_lanes_of(e, epoch);
+    else
+      add(Epoch(e));
+  };
+  if (cell.since.agent == SEVERAL) {
+    // A node is copied before the vector grows.
+    for (uint32_t i = cell.since.clock; i != NO_NODE; i = nodes[i].next) keep(nodes[i].epoch);
+  } else if (cell.since.agent != NO_AGENT) {
+    keep(cell.since);
   }
+  cell.since = epoch;
+  if (list == NO_NODE) return;
+  add(epoch);
+  cell.since.agent = SEVERAL;
+  cell.since.clock = list;
+}
+
+// Keeps the nodes that cells use.
+void Shadow::Cells::collect_nodes() {
+  std::vector<Node> used;
+  std::vector<uint32_t> moved(nodes.size(), NO_NODE);
+  auto move = [&](Cell& cell) {
+    if (cell.since.agent != SEVERAL) return;
+    uint32_t first = NO_NODE, last = NO_NODE;
+    for (uint32_t i = cell.since.clock; i != NO_NODE; i = nodes[i].next) {
+      bool is_new = moved[i] == NO_NODE;
+      if (is_new) {
+        moved[i] = uint32_t(used.size());
+        used.push_back({nodes[i].epoch, NO_NODE});
+      }
+      if (last != NO_NODE) used[last].next = moved[i];
+      if (first == NO_NODE) first = moved[i];
+      if (!is_new) break;
+      last = moved[i];
+    }
+    cell.since.clock = first;
+  };
+  for (Cell& cell : cells) {
+    if (cell.write.agent != SPLIT) {
+      move(cell);
+      continue;
+    }
+    for (Cell& byte : splits[cell.write.clock]) move(byte);
+  }
+  nodes = std::move(used);
+  max_nodes = std::max(MIN_NODES, 2 * nodes.size());
 }
 
 // The usual case of visit(): no conflict, and what is recorded is the access alone.
 template <Kind KIND>
-inline bool Shadow::Cells::visit_plain(Cell& cell, const Now& now) {
+inline bool Shadow::Cells::visit_plain(Cell& cell, const Now& now, Words epoch) {
   if (!now.is_plainly_after(cell.write, true)) return false;
   if (!now.is_plainly_after(cell.since, cell.since.is_atomic)) return false;
   if constexpr (KIND == Kind::WRITE) {
-    cell = {now.epoch, EMPTY};
+    memcpy(&cell.write, &epoch, sizeof(epoch));
+    cell.since = EMPTY;
     return true;
   }
   if (cell.since.agent != NO_AGENT && cell.since.is_atomic != now.epoch.is_atomic) return false;
   if (cell.since.agent == now.epoch.agent && cell.since.warp_epoch == now.epoch.warp_epoch)
     return false;
-  cell.since = now.epoch;
+  memcpy(&cell.since, &epoch, sizeof(epoch));
   return true;
 }
 
 template <Kind KIND>
-__attribute__((noinline)) void Shadow::Cells::visit(Cell& cell, uint32_t address, const Now& now,
-                                                    Conflict& conflict) {
+void Shadow::Cells::visit(Cell& cell, uint32_t address, const Now& now, Conflict& conflict) {
   if (cell.write.agent != NO_AGENT) check<KIND>(cell.write, true, address, now, conflict);
   check_since<KIND>(cell, address, now, conflict);
   if (KIND == Kind::WRITE)
@@ -341,13 +369,6 @@ void Shadow::Cells::split(Cell& cell) {
   uint32_t index = splits.take();
   std::array<Cell, 4>& four = splits[index];
   four.fill(cell);
-  if (cell.since.agent == SEVERAL) {
-    for (int i = 1; i < 4; i++) {
-      uint32_t copy = sets.take();
-      sets[copy] = sets[cell.since.clock];
-      four[i].since.clock = copy;
-    }
-  }
   cell = EMPTY_CELL;
   cell.write.agent = SPLIT;
   cell.write.clock = index;
@@ -360,9 +381,11 @@ void Shadow::Cells::visit_bytes(uint32_t begin, uint32_t end, const Now& now,
   Cell& cell = cells[begin / 4];
   split(cell);
   uint32_t index = cell.write.clock;
+  Words epoch;
+  memcpy(&epoch, &now.epoch, sizeof(epoch));
   for (uint32_t i = begin; i < end; i++) {
     Cell& byte = splits[index][i & 3];
-    if (!visit_plain<KIND>(byte, now)) visit<KIND>(byte, i, now, conflict);
+    if (!visit_plain<KIND>(byte, now, epoch)) visit<KIND>(byte, i, now, conflict);
   }
   if (KIND != Kind::WRITE || end - begin < 4) return;
   // All four bytes have the same state only if the same lanes wrote them before.
@@ -373,6 +396,20 @@ void Shadow::Cells::visit_bytes(uint32_t begin, uint32_t end, const Now& now,
   }
   cell = four[0];
   splits.give_back(index);
+}
+
+template <Kind KIND>
+__attribute__((noinline)) void Shadow::Cells::visit_range(uint32_t begin, uint32_t end,
+                                                          const Now& now, Conflict& conflict) {
+  while (begin < end) {
+    uint32_t stop = std::min(end, (begin & ~3u) + 4);
+    Cell& cell = cells[begin / 4];
+    if (stop - begin == 4 && cell.write.agent != SPLIT)
+      visit<KIND>(cell, begin, now, conflict);
+    else
+      visit_bytes<KIND>(begin, stop, now, conflict);
+    begin = stop;
+  }
 }
 
 template <Kind KIND>
@@ -391,22 +428,29 @@ inline Conflict Shadow::Cells::access(uint32_t begin, uint32_t bytes, const Acce
     }
   }
   if (!check_races) return conflict;
-  Now now = {{access.clock, warp_epoch, access.instruction, access.proxy == Proxy::ASYNC,
-              KIND == Kind::ATOMIC, 0, access.agent, access.lane, NO_LANE},
-             Covered(view.generic), Covered(view.async)};
-  uint32_t end = begin + bytes;
-  while (begin < end) {
-    uint32_t stop = std::min(end, (begin & ~3u) + 4);
-    Cell& cell = cells[begin / 4];
-    if (stop - begin == 4 && visit_plain<KIND>(cell, now)) {
-      begin = stop;
+  const Words epoch = pack(access, warp_epoch, KIND == Kind::ATOMIC);
+  Now now = {{}, Covered(view.generic), Covered(view.async)};
+  memcpy(&now.epoch, &epoch, sizeof(epoch));
+  if (nodes.size() > max_nodes) collect_nodes();
+  if (((begin | bytes) & 3) != 0) {
+    visit_range<KIND>(begin, begin + bytes, now, conflict);
+    return conflict;
+  }
+  // Cells in the same state get the same new state.
+  Cell before = EMPTY_CELL, after = EMPTY_CELL;
+  bool repeats = false;
+  uint32_t end = (begin + bytes) / 4;
+  for (uint32_t i = begin / 4; i < end; i++) {
+    Cell& cell = cells[i];
+    if (visit_plain<KIND>(cell, now, epoch)) continue;
+    if (repeats && cell.has_bits_of(before)) {
+      cell = after;
       continue;
     }
-    if (stop - begin == 4 && cell.write.agent != SPLIT)
-      visit<KIND>(cell, begin, now, conflict);
-    else
-      visit_bytes<KIND>(begin, stop, now, conflict);
-    begin = stop;
+    before = cell;
+    visit_range<KIND>(4 * i, 4 * i + 4, now, conflict);
+    after = cell;
+    repeats = !conflict.found && before.write.agent != SPLIT;
   }
   return conflict;
 }
@@ -438,15 +482,12 @@ void Shadow::forget(uint32_t begin, uint32_t bytes) {
   for (uint32_t i = begin; i < begin + bytes; i++) {
     Cell& cell = c.cells[i / 4];
     if (i % 4 == 0 && begin + bytes - i >= 4 && cell.write.agent != SPLIT) {
-      c.release_set(cell);
       cell = EMPTY_CELL;
       i += 3;
       continue;
     }
     c.split(cell);
-    Cell& byte = c.splits[cell.write.clock][i & 3];
-    c.release_set(byte);
-    byte = EMPTY_CELL;
+    c.splits[cell.write.clock][i & 3] = EMPTY_CELL;
   }
 }
 

@@ -43,7 +43,9 @@ from .quant.cast_per_token import cast_per_token
 from .quant.rmsnorm_cast import rmsnorm_cast
 from .quant.swiglu_cast import swiglu_cast, swiglu_cast_backward
 from .runtime.backends import BackendError, Explanation, backend, explain
+from .runtime.compiled import compiled, reachable
 from .runtime.op import OPS
+from .runtime.ptx_library import KernelFailure
 
 __all__ = [
     "backend",
@@ -53,6 +55,7 @@ __all__ = [
     "cast_per_channel",
     "cast_per_token",
     "choose_replicas",
+    "compiled",
     "expert_combine",
     "expert_combine_backward",
     "expert_dispatch",
@@ -71,6 +74,7 @@ __all__ = [
     "hadamard_transform",
     "indexer_cache_append",
     "k_grouped_fp8_gemm_nt",
+    "KernelFailure",
     "LoadStatistics",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
@@ -92,6 +96,7 @@ __all__ = [
     "paged_mqa_logits",
     "placement_bound",
     "plan_moves",
+    "reachable",
     "rebalance_experts",
     "reference",
     "rmsnorm_cast",

@@ -24,6 +24,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         FOLDER / "happens_before_test.cpp",
         PTX / "happens_before.cpp",
         PTX / "global_order.cpp",
+        PTX / "views.cpp",
     ]
     subprocess.run([str(COMPILER), "-O1", "-std=c++17", *sources, "-o", result], check=True)
     return result

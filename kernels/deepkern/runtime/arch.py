@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,10 +91,12 @@ def compiling_for() -> Arch | None:
 
 
 def of(device: torch.device) -> Arch:
-    """The target of `device`. CPU tensors, which only the interpreter supports, count as sm_90."""
+    """The target of `device`; of CPU tensors that which DEEPKERN_COMPILED names, else sm_90."""
     if _compiling_for:
         return _compiling_for[-1]
-    return _of_gpu(device.index or 0) if device.type == "cuda" else ARCHS["sm_90"]
+    if device.type == "cuda":
+        return _of_gpu(device.index or 0)
+    return ARCHS.get(os.environ.get("DEEPKERN_COMPILED", ""), ARCHS["sm_90"])
 
 
 @functools.cache

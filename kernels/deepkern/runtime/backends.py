@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import arch, native, verified
+from . import arch, compiled, native, verified
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 # Fastest first. auto never uses Triton on CPU tensors: the interpreter is for tests.
@@ -96,8 +96,7 @@ def unsupported_on_device(op, name: str, device: torch.device) -> str | None:
         if device.type == "cuda":
             return arch.unknown_gpu_reason(device)
         if device.type == "cpu":
-            needs = "CPU tensors need TRITON_INTERPRET=1 set before import"
-            return None if interpreting() or arch.compiling_for() else needs
+            return _unsupported_on_cpu()
         return f"Triton does not support {device.type} tensors"
     wanted = "cpu" if name == "cpu" else "cuda"
     if device.type != wanted:
@@ -109,6 +108,18 @@ def unsupported_on_device(op, name: str, device: torch.device) -> str | None:
     if name == "cuda" and arch.of(device).name != "sm_90":
         return f"its kernels are for sm_90, not {arch.of(device).name}"
     return None
+
+
+def _unsupported_on_cpu() -> str | None:
+    """Why Triton kernels do not run on CPU tensors; None if they do."""
+    if arch.compiling_for():  # deepkern.compiled, or bench inspect
+        return None
+    if compiled.requested() is not None:
+        reason = compiled.unavailable_reason()
+        return reason and f"DEEPKERN_COMPILED is set, but {reason}"
+    if interpreting():
+        return None
+    return "CPU tensors need TRITON_INTERPRET=1 set before import, or `with deepkern.compiled():`"
 
 
 def interpreting() -> bool:

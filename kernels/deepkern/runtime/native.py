@@ -1,4 +1,4 @@
-"""The compiled parts of the package, which may be absent: deepkern._C and deepkern._host.
+"""The compiled parts of the package, which may be absent: deepkern._C, _host and _ptx.
 
 A missing module is not an error at import. The reason is raised, or reported, at first use.
 """
@@ -11,7 +11,11 @@ from types import ModuleType
 
 import torch
 
-NEEDS = {"_C": "g++", "_host": "g++, pybind11 and Python's headers (python3-dev)"}
+NEEDS = {
+    "_C": "g++",
+    "_host": "g++, pybind11 and Python's headers (python3-dev)",
+    "_ptx": "g++",
+}
 
 
 @functools.cache

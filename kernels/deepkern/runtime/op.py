@@ -38,7 +38,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, compiled
 from .contract import Contract
 
 P = ParamSpec("P")
@@ -190,13 +190,16 @@ class Op:
             if args[i] is None:  # the dispatcher accepts None for a Tensor
                 self.contract.missing(name)
         device = self.device(args)
-        launch = self.launcher(backends.choose(self, device, args))
+        backend = backends.choose(self, device, args)
+        launch = self.launcher(backend)
         if self.debug_check is not None and os.environ.get("DEEPKERN_DEBUG") == "1":
             self.check(*args)
             self.debug_check(*args)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return launch(*args)
+        if backend == "triton" and device.type == "cpu":
+            return compiled.run(launch, args)
         return launch(*args)
 
     def launcher(self, backend: str) -> Callable:
