@@ -17,6 +17,8 @@ struct Grid;
 
 constexpr uint32_t SHARED_BASE = 1024;  // Hopper keeps the first 1 KiB of a block's shared memory
 constexpr int RANK_SHIFT = 24;  // a shared address holds the block's rank in its cluster above it
+// The generic address of a shared address is their sum. No host allocation has such an address.
+constexpr uint64_t GENERIC_SHARED_BASE = 0x0000700000000000;
 
 // Lanes that execute one path between a branch and the place where its lanes meet again.
 struct Path {
