@@ -156,6 +156,13 @@ PTX_INLINE T saturate(T x) {
   }
 }
 
+// .satfinite turns an infinity into the largest finite number.
+template <class T>
+PTX_INLINE T saturate_finite(T x) {
+  const uint16_t infinity = std::is_same_v<T, Float16> ? 0x7c00 : 0x7f80;
+  return {static_cast<uint16_t>((x.bits & 0x7fff) == infinity ? x.bits - 1 : x.bits)};
+}
+
 // .relu turns negative values into +0 and keeps NaN.
 template <class T>
 PTX_INLINE T relu(T x) {
@@ -167,13 +174,14 @@ PTX_INLINE T relu(T x) {
   }
 }
 
-enum Flags { NONE = 0, FTZ = 1, SAT = 2, RELU = 4 };
+enum Flags { NONE = 0, FTZ = 1, SAT = 2, RELU = 4, SATFINITE = 8 };
 
 template <int FLAGS, class T>
 PTX_INLINE T finish(T x) {
   if constexpr (FLAGS & FTZ) x = flush(x);
   if constexpr (FLAGS & SAT) x = saturate(x);
   if constexpr (FLAGS & RELU) x = relu(x);
+  if constexpr (FLAGS & SATFINITE) x = saturate_finite(x);
   return x;
 }
 
