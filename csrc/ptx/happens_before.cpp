@@ -10,6 +10,8 @@
 #include <cstring>
 #include <utility>
 
+#include "bits.h"
+
 namespace deepkern::ptx {
 namespace {
 
@@ -49,14 +51,23 @@ Words pack(const Access& access, Clock warp_epoch, bool is_atomic) {
 struct Cell {
   Epoch write;
   Epoch since;  // a read or an atomic, or SEVERAL
-
-  bool has_bits_of(const Cell& o) const {
-    uint64_t a[4], b[4];
-    memcpy(a, this, sizeof(a));
-    memcpy(b, &o, sizeof(b));
-    return ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])) == 0;
-  }
 };
+
+// The bits of a cell, to compare and copy it as a whole.
+struct State {
+  Words write, since;
+};
+
+State load(const Cell& cell) {
+  State state;
+  memcpy(&state, &cell, sizeof(state));
+  return state;
+}
+
+bool is_same(const State& a, const State& b) {
+  Words different = (a.write ^ b.write) | (a.since ^ b.since);
+  return (different[0] | different[1]) == 0;
+}
 
 // An access in a list. Lists do not change: cells in the same state have the same list.
 struct Node {
@@ -118,43 +129,6 @@ class Pool {
   std::vector<uint32_t> free_;
 };
 
-// One bit for each byte.
-class Bits {
- public:
-  explicit Bits(uint32_t bytes) : words_((bytes + 63) / 64, 0) {}
-
-  void set(uint32_t begin, uint32_t bytes, bool value) {
-    visit(begin, bytes, [&](uint64_t& word, uint64_t mask, uint32_t) {
-      word = value ? word | mask : word & ~mask;
-      return true;
-    });
-  }
-  // The first byte whose bit is 0, or begin + bytes.
-  uint32_t first_clear(uint32_t begin, uint32_t bytes) {
-    uint32_t result = begin + bytes;
-    visit(begin, bytes, [&](uint64_t& word, uint64_t mask, uint32_t base) {
-      uint64_t clear = ~word & mask;
-      if (clear != 0) result = base + uint32_t(__builtin_ctzll(clear));
-      return clear == 0;
-    });
-    return result;
-  }
-
- private:
-  template <class F>
-  void visit(uint32_t begin, uint32_t bytes, F f) {
-    uint32_t end = begin + bytes;
-    while (begin < end) {
-      uint32_t base = begin & ~63u;
-      uint32_t stop = std::min(end, base + 64);
-      uint64_t mask = (~0ull >> (64 - (stop - begin))) << (begin - base);
-      if (!f(words_[base / 64], mask, base)) return;
-      begin = stop;
-    }
-  }
-  std::vector<uint64_t> words_;
-};
-
 bool is_same_warp_epoch(const Epoch& previous, const Epoch& now) {
   return previous.agent == now.agent && previous.warp_epoch == now.warp_epoch &&
          previous.lane != NO_LANE && now.lane != NO_LANE;
@@ -193,6 +167,8 @@ struct Shadow::Cells {
   bool visit_plain(Cell& cell, const Now& now, Words epoch);
   template <Kind KIND>
   void visit(Cell& cell, uint32_t address, const Now& now, Conflict& conflict);
+  template <Kind KIND>
+  void visit_cells(uint32_t begin, uint32_t end, const Now& now, Conflict& conflict);
   template <Kind KIND>
   void visit_range(uint32_t begin, uint32_t end, const Now& now, Conflict& conflict);
   template <Kind KIND>
@@ -412,6 +388,26 @@ __attribute__((noinline)) void Shadow::Cells::visit_range(uint32_t begin, uint32
   }
 }
 
+// Whole cells. Cells in the same state get the same new state.
+template <Kind KIND>
+__attribute__((noinline)) void Shadow::Cells::visit_cells(uint32_t begin, uint32_t end,
+                                                          const Now& now, Conflict& conflict) {
+  State before = {}, after = {};
+  bool repeats = false;
+  for (uint32_t i = begin; i < end; i++) {
+    State state = load(cells[i]);
+    if (repeats && is_same(state, before)) {
+      memcpy(&cells[i], &after, sizeof(after));
+      continue;
+    }
+    before = state;
+    repeats = !conflict.found && cells[i].write.agent != SPLIT;
+    visit_range<KIND>(4 * i, 4 * i + 4, now, conflict);
+    after = load(cells[i]);
+    repeats &= !conflict.found;
+  }
+}
+
 template <Kind KIND>
 inline Conflict Shadow::Cells::access(uint32_t begin, uint32_t bytes, const Access& access,
                                       const View& view, Clock warp_epoch) {
@@ -436,22 +432,9 @@ inline Conflict Shadow::Cells::access(uint32_t begin, uint32_t bytes, const Acce
     visit_range<KIND>(begin, begin + bytes, now, conflict);
     return conflict;
   }
-  // Cells in the same state get the same new state.
-  Cell before = EMPTY_CELL, after = EMPTY_CELL;
-  bool repeats = false;
-  uint32_t end = (begin + bytes) / 4;
-  for (uint32_t i = begin / 4; i < end; i++) {
-    Cell& cell = cells[i];
-    if (visit_plain<KIND>(cell, now, epoch)) continue;
-    if (repeats && cell.has_bits_of(before)) {
-      cell = after;
-      continue;
-    }
-    before = cell;
-    visit_range<KIND>(4 * i, 4 * i + 4, now, conflict);
-    after = cell;
-    repeats = !conflict.found && before.write.agent != SPLIT;
-  }
+  uint32_t i = begin / 4, end = (begin + bytes) / 4;
+  while (i < end && visit_plain<KIND>(cells[i], now, epoch)) i++;
+  if (i < end) visit_cells<KIND>(i, end, now, conflict);
   return conflict;
 }
 
