@@ -20,7 +20,9 @@ enum Mode { RN, RZ, RM, RP };
 constexpr uint32_t NAN_F32 = 0x7fffffff;
 constexpr uint16_t NAN_16 = 0x7fff;
 
-PTX_INLINE float canonical(float x) { return x != x ? bit_cast<float>(NAN_F32) : x; }
+PTX_INLINE float canonical(float x) {
+  return choose(x != x, bit_cast<float>(NAN_F32), x);
+}
 
 // ---- 16 bits to float
 
@@ -34,10 +36,10 @@ PTX_INLINE float to_float(Float16 x) {
   const uint32_t normal = magnitude + (112u << 23);
   // A subnormal has the exponent of 2^-14: the subtraction removes the implicit bit.
   const float subnormal = bit_cast<float>(magnitude + (113u << 23)) - bit_cast<float>(113u << 23);
-  const uint32_t special = magnitude == 0x0f800000u ? 0x7f800000u : NAN_F32;
-  uint32_t bits = magnitude < 0x00800000u ? bit_cast<uint32_t>(subnormal) : normal;
-  bits = magnitude >= 0x0f800000u ? special : bits;
-  return bit_cast<float>(bits | (bits == NAN_F32 ? 0 : sign));
+  const uint32_t special = choose(magnitude == 0x0f800000u, 0x7f800000u, NAN_F32);
+  uint32_t bits = choose(magnitude < 0x00800000u, bit_cast<uint32_t>(subnormal), normal);
+  bits = choose(magnitude >= 0x0f800000u, special, bits);
+  return bit_cast<float>(bits | choose(bits == NAN_F32, 0u, sign));
 }
 
 // ---- float to 16 bits, to nearest even
@@ -54,7 +56,7 @@ template <>
 PTX_INLINE BFloat16 nearest<BFloat16>(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  return {static_cast<uint16_t>(x != x ? uint32_t(NAN_16) : rounded)};
+  return {static_cast<uint16_t>(choose(x != x, uint32_t(NAN_16), rounded))};
 }
 
 template <>
@@ -67,9 +69,9 @@ PTX_INLINE Float16 nearest<Float16>(float x) {
   const float half = 0.5f;
   const uint32_t subnormal =
       bit_cast<uint32_t>(bit_cast<float>(magnitude) + half) - bit_cast<uint32_t>(half);
-  uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
-  result = magnitude >= 0x47800000u ? 0x7c00u : result;
-  return {static_cast<uint16_t>(magnitude > 0x7f800000u ? uint32_t(NAN_16) : result | sign)};
+  uint32_t result = choose(magnitude < (113u << 23), subnormal, normal);
+  result = choose(magnitude >= 0x47800000u, 0x7c00u, result);
+  return {static_cast<uint16_t>(choose(magnitude > 0x7f800000u, uint32_t(NAN_16), result | sign))};
 }
 
 // ---- rounding modes
@@ -77,18 +79,18 @@ PTX_INLINE Float16 nearest<Float16>(float x) {
 // The sum that `rounded` approximates, less `rounded`, has the sign of `error`: rounds to odd.
 PTX_INLINE double to_odd(double rounded, double error) {
   const int64_t bits = bit_cast<int64_t>(rounded);
-  const int64_t away = (error > 0) != (bits < 0) ? 1 : -1;
+  const int64_t away = choose<int64_t>((error > 0) != (bits < 0), 1, -1);
   const bool change = ((error > 0) | (error < 0)) & !(bits & 1);
-  return bit_cast<double>(bits + (change ? away : 0));
+  return bit_cast<double>(bits + choose<int64_t>(change, away, 0));
 }
 
 PTX_INLINE float to_odd_float(double x) {
   const float rounded = static_cast<float>(x);
   const double error = x - static_cast<double>(rounded);
   const int32_t bits = bit_cast<int32_t>(rounded);
-  const int32_t away = (error > 0) != (bits < 0) ? 1 : -1;
+  const int32_t away = choose<int32_t>((error > 0) != (bits < 0), 1, -1);
   const bool change = ((error > 0) | (error < 0)) & !(bits & 1);
-  return bit_cast<float>(bits + (change ? away : 0));
+  return bit_cast<float>(bits + choose<int32_t>(change, away, 0));
 }
 
 // Moves the bits of a value rounded to nearest by one where `M` rounds to its other neighbour.
@@ -129,7 +131,7 @@ PTX_INLINE double odd_sum(double x, double y) {
 
 PTX_INLINE float flush(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
-  return bit_cast<float>((bits & 0x7f800000u) ? bits : bits & 0x80000000u);
+  return bit_cast<float>(choose((bits & 0x7f800000u) != 0, bits, bits & 0x80000000u));
 }
 PTX_INLINE Float16 flush(Float16 x) {
   return {static_cast<uint16_t>((x.bits & 0x7c00) ? x.bits : x.bits & 0x8000)};
