@@ -78,19 +78,24 @@ PTX_INLINE Float16 nearest<Float16>(float x) {
 
 // The sum that `rounded` approximates, less `rounded`, has the sign of `error`: rounds to odd.
 PTX_INLINE double to_odd(double rounded, double error) {
-  const int64_t bits = bit_cast<int64_t>(rounded);
-  const int64_t away = choose<int64_t>((error > 0) != (bits < 0), 1, -1);
-  const bool change = ((error > 0) | (error < 0)) & !(bits & 1);
-  return bit_cast<double>(bits + choose<int64_t>(change, away, 0));
+  const uint64_t bits = bit_cast<uint64_t>(rounded);
+  const uint64_t differ = (bit_cast<uint64_t>(error) ^ bits) >> 63;
+  const uint64_t step = (uint64_t(1) - 2 * differ) & (uint64_t(0) - (~bits & 1));
+  return bit_cast<double>(bits + choose(std::fabs(error) > 0, step, uint64_t(0)));
 }
 
 PTX_INLINE float to_odd_float(double x) {
   const float rounded = static_cast<float>(x);
   const double error = x - static_cast<double>(rounded);
-  const int32_t bits = bit_cast<int32_t>(rounded);
-  const int32_t away = choose<int32_t>((error > 0) != (bits < 0), 1, -1);
-  const bool change = ((error > 0) | (error < 0)) & !(bits & 1);
-  return bit_cast<float>(bits + choose<int32_t>(change, away, 0));
+  const uint32_t bits = bit_cast<uint32_t>(rounded);
+  // An error of any size, but not the NaN of an infinite x. Integers of 32 bits vectorize.
+  const uint64_t error_bits = bit_cast<uint64_t>(error);
+  const uint32_t high = static_cast<uint32_t>(error_bits >> 32);
+  const uint32_t size = high & 0x7fffffffu;
+  const bool inexact = ((size | static_cast<uint32_t>(error_bits)) != 0) & (size <= 0x7ff00000u);
+  const uint32_t differ = (high ^ bits) >> 31;
+  const uint32_t step = (1u - 2 * differ) & (0u - (~bits & 1));
+  return bit_cast<float>(bits + choose(inexact, step, 0u));
 }
 
 // Moves the bits of a value rounded to nearest by one where `M` rounds to its other neighbour.

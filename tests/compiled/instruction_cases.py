@@ -49,7 +49,9 @@ def decode(bits: int, kind: str) -> float:
     return sign * math.ldexp(fraction + (1 << mantissa), field - bias - mantissa)
 
 
-def encode(value: Fraction | float, kind: str, mode: str = "rn", negative_zero: bool = False) -> int:
+def encode(
+    value: Fraction | float, kind: str, mode: str = "rn", negative_zero: bool = False
+) -> int:
     """The bits of `value` rounded once; a NaN has all bits except the sign."""
     mantissa, exponent = FORMATS[kind]
     sign_bit = 1 << mantissa + exponent
@@ -365,7 +367,9 @@ def inputs(kind: str, count: int, generator: np.random.Generator) -> np.ndarray:
         infinity, sign = ((1 << exponent) - 1) << mantissa, 1 << mantissa + exponent
         one = ((1 << exponent - 1) - 1) << mantissa
         table = [0, 1, infinity, infinity + 1, infinity - 1, (1 << mantissa) - 1, one, one + 1]
-        special = generator.choice(np.array([x | s for x in table for s in (0, sign)], np.uint64), count)
+        special = generator.choice(
+            np.array([x | s for x in table for s in (0, sign)], np.uint64), count
+        )
         # Exponents near that of 1, so that sums and integers are not trivial.
         low = one - (8 << mantissa)
         small = generator.integers(low, low + (20 << mantissa), count).astype(np.uint64)
