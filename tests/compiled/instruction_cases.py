@@ -100,8 +100,8 @@ def rounded(kind: str, sources: tuple[str, ...], function: Callable, mode: str =
 
     def oracle(*arrays: np.ndarray) -> np.ndarray:
         result = np.empty(len(arrays[0]), BITS[kind])
-        for i, bits in enumerate(zip(*arrays)):
-            values = [decode(int(b), s) for b, s in zip(bits, sources)]
+        for i, bits in enumerate(zip(*arrays, strict=True)):
+            values = [decode(int(b), s) for b, s in zip(bits, sources, strict=True)]
             value, negative = exact(values, function, function)
             result[i] = encode(value, kind, mode, negative)
         return result
@@ -117,7 +117,7 @@ def wrapped(kind: str, function: Callable) -> Callable:
         unsigned = np.dtype(BITS[kind]).str.replace("i", "u")
         values = [
             function(*map(int, row)) & int(info.max) * (1 if info.min == 0 else 2) + (info.min != 0)
-            for row in zip(*arrays)
+            for row in zip(*arrays, strict=True)
         ]
         return np.array(values, unsigned).view(BITS[kind])
 
@@ -336,7 +336,9 @@ def comparison(kind: str, name: str) -> Callable:
         table = {"eq": a == b, "ne": a != b, "lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b}
         return int(name not in ordered if nan else table[base])
 
-    return lambda a, b: np.array([one(int(x), int(y)) for x, y in zip(a, b)], np.uint32)
+    return lambda a, b: np.array(
+        [one(int(x), int(y)) for x, y in zip(a, b, strict=True)], np.uint32
+    )
 
 
 def comparison_cases() -> Iterator[Case]:
