@@ -249,7 +249,7 @@ void bind_set(Binder& binder) {
 
 template <class T>
 PTX_INLINE T select(T a, T b, bool c) {
-  return c ? a : b;
+  return choose(c, a, b);
 }
 template <class T>
 PTX_INLINE T select_sign(T a, T b, int32_t c) {

@@ -65,7 +65,7 @@ PTX_INLINE T integral(T x) {
 
 PTX_INLINE float tf32_away(float x) {
   const uint32_t bits = (bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u;
-  return x != x ? bit_cast<float>(NAN_F32) : bit_cast<float>(bits);
+  return choose(x != x, bit_cast<float>(NAN_F32), bit_cast<float>(bits));
 }
 template <Rounding R, bool SATURATE, bool RELU_>
 PTX_INLINE float tf32(float x) {
@@ -88,11 +88,11 @@ PTX_INLINE uint32_t encode8(float x) {
   const float size = bit_cast<float>(uint32_t(127 + 24 - BIAS - MANTISSA) << 23);
   const uint32_t subnormal =
       bit_cast<uint32_t>(bit_cast<float>(magnitude) + size) - bit_cast<uint32_t>(size);
-  uint32_t code = magnitude < (uint32_t(128 - BIAS) << 23) ? subnormal : normal;
+  uint32_t code = choose(magnitude < (uint32_t(128 - BIAS) << 23), subnormal, normal);
   code = code > LARGEST ? LARGEST : code;
   code |= bits >> 24 & 0x80u;
   if (RELU_) code = code & 0x80u ? 0 : code;
-  return magnitude > 0x7f800000u ? 0x7fu : code;
+  return choose(magnitude > 0x7f800000u, 0x7fu, code);
 }
 template <bool RELU_>
 PTX_INLINE uint16_t to_e4m3x2(float a, float b) {

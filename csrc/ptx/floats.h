@@ -20,7 +20,9 @@ enum Mode { RN, RZ, RM, RP };
 constexpr uint32_t NAN_F32 = 0x7fffffff;
 constexpr uint16_t NAN_16 = 0x7fff;
 
-PTX_INLINE float canonical(float x) { return x != x ? bit_cast<float>(NAN_F32) : x; }
+PTX_INLINE float canonical(float x) {
+  return choose(x != x, bit_cast<float>(NAN_F32), x);
+}
 
 // ---- 16 bits to float
 
@@ -34,10 +36,10 @@ PTX_INLINE float to_float(Float16 x) {
   const uint32_t normal = magnitude + (112u << 23);
   // A subnormal has the exponent of 2^-14: the subtraction removes the implicit bit.
   const float subnormal = bit_cast<float>(magnitude + (113u << 23)) - bit_cast<float>(113u << 23);
-  const uint32_t special = magnitude == 0x0f800000u ? 0x7f800000u : NAN_F32;
-  uint32_t bits = magnitude < 0x00800000u ? bit_cast<uint32_t>(subnormal) : normal;
-  bits = magnitude >= 0x0f800000u ? special : bits;
-  return bit_cast<float>(bits | (bits == NAN_F32 ? 0 : sign));
+  const uint32_t special = choose(magnitude == 0x0f800000u, 0x7f800000u, NAN_F32);
+  uint32_t bits = choose(magnitude < 0x00800000u, bit_cast<uint32_t>(subnormal), normal);
+  bits = choose(magnitude >= 0x0f800000u, special, bits);
+  return bit_cast<float>(bits | choose(bits == NAN_F32, 0u, sign));
 }
 
 // ---- float to 16 bits, to nearest even
@@ -54,7 +56,7 @@ template <>
 PTX_INLINE BFloat16 nearest<BFloat16>(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  return {static_cast<uint16_t>(x != x ? uint32_t(NAN_16) : rounded)};
+  return {static_cast<uint16_t>(choose(x != x, uint32_t(NAN_16), rounded))};
 }
 
 template <>
@@ -67,28 +69,33 @@ PTX_INLINE Float16 nearest<Float16>(float x) {
   const float half = 0.5f;
   const uint32_t subnormal =
       bit_cast<uint32_t>(bit_cast<float>(magnitude) + half) - bit_cast<uint32_t>(half);
-  uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
-  result = magnitude >= 0x47800000u ? 0x7c00u : result;
-  return {static_cast<uint16_t>(magnitude > 0x7f800000u ? uint32_t(NAN_16) : result | sign)};
+  uint32_t result = choose(magnitude < (113u << 23), subnormal, normal);
+  result = choose(magnitude >= 0x47800000u, 0x7c00u, result);
+  return {static_cast<uint16_t>(choose(magnitude > 0x7f800000u, uint32_t(NAN_16), result | sign))};
 }
 
 // ---- rounding modes
 
 // The sum that `rounded` approximates, less `rounded`, has the sign of `error`: rounds to odd.
 PTX_INLINE double to_odd(double rounded, double error) {
-  const int64_t bits = bit_cast<int64_t>(rounded);
-  const int64_t away = (error > 0) != (bits < 0) ? 1 : -1;
-  const bool change = ((error > 0) | (error < 0)) & !(bits & 1);
-  return bit_cast<double>(bits + (change ? away : 0));
+  const uint64_t bits = bit_cast<uint64_t>(rounded);
+  const uint64_t differ = (bit_cast<uint64_t>(error) ^ bits) >> 63;
+  const uint64_t step = (uint64_t(1) - 2 * differ) & (uint64_t(0) - (~bits & 1));
+  return bit_cast<double>(bits + choose(std::fabs(error) > 0, step, uint64_t(0)));
 }
 
 PTX_INLINE float to_odd_float(double x) {
   const float rounded = static_cast<float>(x);
   const double error = x - static_cast<double>(rounded);
-  const int32_t bits = bit_cast<int32_t>(rounded);
-  const int32_t away = (error > 0) != (bits < 0) ? 1 : -1;
-  const bool change = ((error > 0) | (error < 0)) & !(bits & 1);
-  return bit_cast<float>(bits + (change ? away : 0));
+  const uint32_t bits = bit_cast<uint32_t>(rounded);
+  // An error of any size, but not the NaN of an infinite x. Integers of 32 bits vectorize.
+  const uint64_t error_bits = bit_cast<uint64_t>(error);
+  const uint32_t high = static_cast<uint32_t>(error_bits >> 32);
+  const uint32_t size = high & 0x7fffffffu;
+  const bool inexact = ((size | static_cast<uint32_t>(error_bits)) != 0) & (size <= 0x7ff00000u);
+  const uint32_t differ = (high ^ bits) >> 31;
+  const uint32_t step = (1u - 2 * differ) & (0u - (~bits & 1));
+  return bit_cast<float>(bits + choose(inexact, step, 0u));
 }
 
 // Moves the bits of a value rounded to nearest by one where `M` rounds to its other neighbour.
@@ -129,7 +136,7 @@ PTX_INLINE double odd_sum(double x, double y) {
 
 PTX_INLINE float flush(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
-  return bit_cast<float>((bits & 0x7f800000u) ? bits : bits & 0x80000000u);
+  return bit_cast<float>(choose((bits & 0x7f800000u) != 0, bits, bits & 0x80000000u));
 }
 PTX_INLINE Float16 flush(Float16 x) {
   return {static_cast<uint16_t>((x.bits & 0x7c00) ? x.bits : x.bits & 0x8000)};

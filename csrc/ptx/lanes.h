@@ -36,6 +36,16 @@ PTX_INLINE To bit_cast(From from) {
   return to;
 }
 
+// condition ? yes : no as arithmetic. The compiler makes a branch of some conditional expressions,
+// and a loop with a branch does not vectorize.
+template <class T>
+PTX_INLINE T choose(bool condition, T yes, T no) {
+  using U = std::conditional_t<sizeof(T) == 8, uint64_t,
+                               std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  const U take = static_cast<U>(U(0) - U(condition));
+  return bit_cast<T>(static_cast<U>((bit_cast<U>(yes) & take) | (bit_cast<U>(no) & ~take)));
+}
+
 // Registers of 8, 16 and 32 bits take a lane of 32 bits, zero-extended.
 template <class T>
 using Lane = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
@@ -163,15 +173,27 @@ struct PairLanes<F, E (*)(S...)> {
   static PTX_INLINE E element(Element bits) {
     if constexpr (std::is_integral_v<E>) {
       return static_cast<E>(bits);
+    } else if constexpr (sizeof(E) == 2) {
+      return E{bits};
     } else {
       return bit_cast<E>(bits);
+    }
+  }
+
+  static PTX_INLINE Element bits_of(E value) {
+    if constexpr (std::is_integral_v<E>) {
+      return static_cast<Element>(value);
+    } else if constexpr (sizeof(E) == 2) {
+      return value.bits;
+    } else {
+      return bit_cast<Element>(value);
     }
   }
 
   template <class... P>
   static PTX_INLINE void compute(Element* out, P... sources) {
 #pragma GCC ivdep
-    for (int k = 0; k < 2 * LANES; ++k) out[k] = bit_cast<Element>(F(element(sources[k])...));
+    for (int k = 0; k < 2 * LANES; ++k) out[k] = bits_of(F(element(sources[k])...));
   }
 
   template <size_t... K>

@@ -48,7 +48,8 @@ Status unpack(Warp& warp, const Instruction& instruction, uint32_t mask) {
 
 int part_bits(Binder& binder, int bits, size_t parts) {
   const int part = parts ? bits / static_cast<int>(parts) : 0;
-  if (parts < 2 || part * static_cast<int>(parts) != bits || (part != 8 && part != 16 && part != 32)) {
+  const bool has_width = part == 8 || part == 16 || part == 32;
+  if (parts < 2 || part * static_cast<int>(parts) != bits || !has_width) {
     binder.fail("a vector of " + std::to_string(parts) + " does not fill " + std::to_string(bits) +
                 " bits");
   }

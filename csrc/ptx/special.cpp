@@ -19,11 +19,12 @@ namespace {
 // 2^x in float64 without a call, so that the loop over lanes vectorizes. The Taylor series of
 // exp(y) for |y| <= ln(2) / 2 has a remainder of 4e-18 after the term y^13.
 PTX_INLINE double exp2_of(double x) {
-  const double bounded = x > 1000 ? 1000.0 : x < -1000 ? -1000.0 : x;
+  double bounded = choose(x > 1000, 1000.0, x);
+  bounded = choose(bounded < -1000, -1000.0, bounded);
   constexpr double SHIFT = 6755399441055744.0;  // 1.5 * 2^52: the addition rounds to an integer
-  const double shifted = (x != x ? 0 : bounded) + SHIFT;
+  const double shifted = bounded + SHIFT;
   const double whole = shifted - SHIFT;
-  const double y = ((x != x ? 0 : bounded) - whole) * 0.69314718055994530942;
+  const double y = (bounded - whole) * 0.69314718055994530942;
   double sum = 1.0 / 6227020800.0;
   sum = sum * y + 1.0 / 479001600.0;
   sum = sum * y + 1.0 / 39916800.0;
@@ -41,7 +42,7 @@ PTX_INLINE double exp2_of(double x) {
   // The low bits of `shifted` are the integer. It goes to the exponent of a power of two.
   const uint64_t exponent = (bit_cast<uint64_t>(shifted) + 1023) << 52;
   const double result = sum * bit_cast<double>(exponent);
-  return x != x ? x : result;
+  return choose(x != x, x, result);
 }
 
 PTX_INLINE double lg2_of(double x) { return std::log2(x); }

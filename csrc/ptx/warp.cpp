@@ -82,8 +82,33 @@ int shuffle_source(int lane, uint32_t b, uint32_t c, bool& valid) {
   return valid ? source : lane;
 }
 
+bool all_equal(const uint32_t* lanes) {
+  uint32_t difference = 0;
+  for (int lane = 1; lane < LANES; ++lane) difference |= lanes[lane] ^ lanes[0];
+  return difference == 0;
+}
+
+// All lanes execute it with one xor mask, which is how a warp reduces: no lane can be absent.
+bool shuffle_full_butterfly(Warp& warp, const Instruction& instruction, uint32_t mask) {
+  const uint32_t* b = warp.u32(instruction.b);
+  const uint32_t* c = warp.u32(instruction.c);
+  const uint32_t* members = warp.u32(instruction.e);
+  if (mask != ALL_LANES || members[0] != ALL_LANES || (c[0] & 0x1f1f) != 0x1f) return false;
+  if (!all_equal(b) || !all_equal(c) || !all_equal(members)) return false;
+  uint32_t source[LANES];
+  std::memcpy(source, warp.u32(instruction.a), sizeof(source));
+  const int distance = b[0] & 31;
+  if (instruction.d >= 0) {
+    uint32_t* d = warp.u32(instruction.d);
+    for (int lane = 0; lane < LANES; ++lane) d[lane] = source[lane ^ distance];
+  }
+  if (!instruction.list.empty()) set_predicate(warp, instruction.list[0], mask, ALL_LANES);
+  return true;
+}
+
 template <ShuffleMode M>
 Status shuffle(Warp& warp, const Instruction& instruction, uint32_t mask) {
+  if (M == BFLY && shuffle_full_butterfly(warp, instruction, mask)) return Status::NEXT;
   const uint32_t* a = warp.u32(instruction.a);
   const uint32_t* b = warp.u32(instruction.b);
   const uint32_t* c = warp.u32(instruction.c);
