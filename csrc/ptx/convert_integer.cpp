@@ -241,8 +241,8 @@ bool bind_integer_conversion(Binder& binder) {
   c.saturates = saturates;
   binder.instruction.run = convert_general;
   binder.instruction.kind = Class::CONVERT;
-  binder.instruction.d = binder.destination(0, c.bits);
-  binder.instruction.a = binder.source(1, c.source_bits);
+  binder.instruction.d = binder.destination(0, c.register_bits == 64 ? 64 : c.bits);
+  binder.instruction.a = binder.source(1, c.source_wide ? 64 : c.source_bits);
   binder.instruction.extra = std::make_shared<IntegerConversion>(c);
   return true;
 }
