@@ -6,7 +6,7 @@ each pytest process (for each of xdist's) and has collected the same files. Its 
 as xdist's do; fixtures, parameters, marks and output work as in any test. A crash of the machine
 fails the test that ran, and the next one gets a new worker.
 
-Where kernels do not interpret (a GPU, or TRITON_INTERPRET=0) the tests run in this process.
+`TRITON_INTERPRET=0 pytest tests/compiled` runs the tests in one process, for a debugger.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Worker:
     def __init__(self, config: pytest.Config):
         answers, write_end = os.pipe()
         path = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-        env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(path)}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        env |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
         for name in [n for n in env if n.startswith(("PYTEST_", "DEEPKERN_COMPILED"))]:
             del env[name]
         command = [sys.executable, str(HERE / "worker.py"), str(write_end), str(config.rootpath)]
@@ -52,7 +53,10 @@ class Worker:
         if not answer:
             code = self.process.wait()
             raise ChildProcessError(f"{test}: the worker of tests/compiled ended with code {code}")
-        return json.loads(answer)
+        reports = json.loads(answer)
+        if isinstance(reports, str):
+            raise ChildProcessError(reports)
+        return reports
 
     def stop(self) -> None:
         if self.process.stdin is not None:
@@ -75,7 +79,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
-    if not _is_ours(item) or os.environ.get("TRITON_INTERPRET") != "1":
+    if not _is_ours(item) or os.environ.get("TRITON_INTERPRET") == "0":
         return None
     hook, config = item.ihook, item.config
     hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -95,13 +99,13 @@ def _reports(item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.Tes
     following = nextitem.nodeid if nextitem is not None and _is_ours(nextitem) else None
     try:
         reports = worker.run(item.nodeid, following)
-    except (ChildProcessError, BrokenPipeError) as error:
+    except (ChildProcessError, BrokenPipeError, pytest.fail.Exception) as error:  # or a timeout
         _stop_worker(config)
         failed = pytest.TestReport(
             item.nodeid, item.location, {}, "failed", str(error), "call", start=0.0, stop=0.0
         )
         return [failed]
-    except BaseException:  # a timeout, or Ctrl-C
+    except BaseException:  # Ctrl-C
         _stop_worker(config)
         raise
     restore = config.hook.pytest_report_from_serializable

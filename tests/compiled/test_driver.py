@@ -53,7 +53,7 @@ def failure(call, *args, **kwargs) -> str:
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_90a"])
 def test_ptx_for_the_device_or_an_older_one_loads(target):
     with deepkern.compiled("sm_90"):
-        PtxModule(ptx(target)).launch("nothing")
+        PtxModule(ptx(target)).run_kernel("nothing")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_text_that_is_not_ptx_is_refused(text, error):
 
 def test_unknown_kernel_is_refused():
     with deepkern.compiled("sm_90"):
-        message = failure(PtxModule(ptx()).launch, "other")
+        message = failure(PtxModule(ptx()).run_kernel, "other")
     assert "CUDA_ERROR_NOT_FOUND: no kernel other" in message
 
 
@@ -103,7 +103,7 @@ def test_kernel_of_another_device_is_refused():
     with deepkern.compiled("sm_90"):
         module = PtxModule(ptx("sm_80"))
     with deepkern.compiled("sm_100"):
-        message = failure(module.launch, "nothing")
+        message = failure(module.run_kernel, "nothing")
     assert "CUDA_ERROR_INVALID_CONTEXT" in message and "was loaded for sm_90" in message
 
 
@@ -123,7 +123,7 @@ def test_kernel_of_another_device_is_refused():
 )
 def test_bad_grid_is_refused(grid, reason):
     with deepkern.compiled("sm_90"):
-        message = failure(PtxModule(ptx()).launch, "nothing", grid=grid)
+        message = failure(PtxModule(ptx()).run_kernel, "nothing", grid=grid)
     assert "CUDA_ERROR_INVALID_VALUE: grid" in message and reason in message
 
 
@@ -143,7 +143,7 @@ def test_bad_grid_is_refused(grid, reason):
 def test_bad_block_is_refused(directives, block, reason):
     with deepkern.compiled("sm_90"):
         module = PtxModule(ptx(directives=directives))
-        message = failure(module.launch, "nothing", block=block)
+        message = failure(module.run_kernel, "nothing", block=block)
     assert "CUDA_ERROR_INVALID_VALUE: block" in message and reason in message
 
 
@@ -154,15 +154,15 @@ SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "
 def test_shared_memory_up_to_the_targets_limit(target):
     with deepkern.compiled(target):
         module = PtxModule(ptx("sm_80"))
-        module.launch("nothing", shared=SHARED[target])
-        message = failure(module.launch, "nothing", shared=SHARED[target] + 1)
+        module.run_kernel("nothing", shared=SHARED[target])
+        message = failure(module.run_kernel, "nothing", shared=SHARED[target] + 1)
     assert "CUDA_ERROR_INVALID_VALUE" in message and f"at most {SHARED[target]}" in message
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89"])
 def test_cluster_on_a_target_without_clusters_is_refused(target):
     with deepkern.compiled(target):
-        message = failure(PtxModule(ptx("sm_80")).launch, "nothing", grid=(2,), cluster=(2,))
+        message = failure(PtxModule(ptx("sm_80")).run_kernel, "nothing", grid=(2,), cluster=(2,))
     assert "CUDA_ERROR_NOT_SUPPORTED" in message and f"{target} has no clusters" in message
 
 
@@ -181,7 +181,7 @@ def test_cluster_on_a_target_without_clusters_is_refused(target):
 def test_bad_cluster_is_refused(target, directives, grid, cluster, reason):
     with deepkern.compiled(target):
         module = PtxModule(ptx(target, directives=directives))
-        message = failure(module.launch, "nothing", grid=grid, cluster=cluster)
+        message = failure(module.run_kernel, "nothing", grid=grid, cluster=cluster)
     assert "CUDA_ERROR_INVALID_CLUSTER_SIZE: cluster" in message and reason in message
 
 
@@ -281,7 +281,7 @@ def test_pointer_to_no_tensor_is_refused():
     def code(address: int) -> int:
         return query(ctypes.byref(result), 3, ctypes.c_uint64(address))
 
-    assert code(begin) == 1 and "lies in no tensor" in ptx_library.message()
+    assert code(begin) == 1 and "is in no tensor" in ptx_library.message()
     with deepkern.reachable(x=x):
         codes = [code(a) for a in (begin - 1, begin, end - 1, end)]
     assert codes == [1, 0, 0, 1]
@@ -623,7 +623,7 @@ def test_environment_variable():
         ({"DEEPKERN_COMPILED": "sm_90", "TRITON_INTERPRET": "1"}, "without TRITON_INTERPRET"),
         ({}, "with deepkern.compiled"),
     ],
-    ids=["target", "interpreting", "not asked for"],
+    ids=["target", "interpreting", "unset"],
 )
 def test_bad_environment(env, message):
     done = run(OP, **env)
@@ -639,7 +639,7 @@ with deepkern.compiled("sm_90"):
     import triton
     print(triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"])
     module = ptx_library.PtxModule(os.environ["PTX"])
-    module.launch("nothing")
+    module.run_kernel("nothing")
 """
 
 

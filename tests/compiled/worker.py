@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
+HERE = Path(__file__).parent
+
 
 class Loop:
-    """A plugin that runs the tests that are asked for, in the place of all."""
+    """A plugin that runs the requested tests, in the place of all."""
 
     def __init__(self, descriptor: int):
         self.answers = os.fdopen(descriptor, "w")
@@ -28,18 +30,24 @@ class Loop:
         items = {item.nodeid: item for item in session.items}
         for line in self.requests:
             test, following = json.loads(line)
+            if test not in items:
+                self.answer(f"{test}: an error while tests/compiled was collected: pytest {HERE}")
+                continue
             reports = runtestprotocol(items[test], nextitem=items.get(following), log=False)
             serialize = session.config.hook.pytest_report_to_serializable
-            data = [serialize(config=session.config, report=report) for report in reports]
-            self.answers.write(json.dumps(data, default=str) + "\n")
-            self.answers.flush()
+            self.answer([serialize(config=session.config, report=report) for report in reports])
         return True
+
+    def answer(self, reports: list[dict] | str) -> None:
+        """Sends the reports of a test, or why there are none."""
+        self.answers.write(json.dumps(reports, default=str) + "\n")
+        self.answers.flush()
 
 
 def main() -> int:
     descriptor, root = int(sys.argv[1]), sys.argv[2]
-    arguments = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:timeout", "-q"]
-    arguments += [f"--rootdir={root}", str(Path(__file__).parent)]
+    arguments = ["-p", "no:cacheprovider"]
+    arguments += [f"--rootdir={root}", str(HERE)]
     return pytest.main(arguments, plugins=[Loop(descriptor)])
 
 
