@@ -63,7 +63,7 @@ class Driver {
 
   uint64_t add_allocation(uint64_t address, uint64_t bytes, const char* name);
   bool remove_allocation(uint64_t id);
-  // The allocation that `address` lies in; false if there is none.
+  // The allocation that holds `address`; false if there is none.
   bool find_allocation(uint64_t address, Allocation& found);
   // Sorted by address, without duplicates and without empty ones. They overlap where tensors do.
   std::vector<Allocation> allocations();

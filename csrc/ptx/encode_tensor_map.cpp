@@ -132,7 +132,7 @@ std::string check_box(const Arguments& a) {
            " bytes are no multiple of 16";
   }
   uint64_t limit = static_cast<uint64_t>(SWIZZLE_BYTES[a.swizzle]);
-  // Packed elements lie at 16 for each 8 (or 12) bytes in shared memory; a row of 128 fills 128 B.
+  // Shared memory holds 8 (or 12) bytes of packed elements in each 16, so a row of 128 has 128.
   if (limit != 0 && !a.align_16b() && bits / 8 > limit) {
     return at("boxDim", 0, a.box[0]) + "its " + std::to_string(bits / 8) +
            " bytes exceed the swizzle of " + std::to_string(limit);

@@ -1,4 +1,4 @@
-// What Python calls through ctypes beside the CUDA functions; see runtime/compiled.py.
+// What Python calls through ctypes, apart from the CUDA functions; see runtime/ptx_library.py.
 //
 // A function that can fail returns a CUresult, or a null pointer; deepkern_ptx_message then has the
 // reason.

@@ -61,7 +61,7 @@ std::string check_shared(const Device& device, const Function& function, uint32_
          std::to_string(function.max_dynamic_shared);
 }
 
-// The cluster that a launch asks for must be the one that the kernel declares, if it declares one.
+// A kernel that declares a cluster runs with that one; a launch may not request another.
 CUresult settle_cluster(const char* api, const Function& function, LaunchConfig& config) {
   const int* declared = function.kernel->cluster;
   if (declared[0] == 0) return CUDA_SUCCESS;

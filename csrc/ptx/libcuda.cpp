@@ -258,7 +258,7 @@ DEEPKERN_API CUresult cuPointerGetAttribute(void* data, int attribute, CUdevicep
     char address[32];
     std::snprintf(address, sizeof(address), "%#llx", pointer);
     return refuse(CUDA_ERROR_INVALID_VALUE, api,
-                  std::string(address) + " lies in no tensor of this launch");
+                  std::string(address) + " is in no tensor of this launch");
   }
   switch (attribute) {
     case CU_POINTER_ATTRIBUTE_CONTEXT: *static_cast<CUcontext*>(data) = the_context(); break;
@@ -352,7 +352,7 @@ DEEPKERN_API CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction han
   LaunchRequest request = request_of(*config);
   CUresult checked = read_attributes(api, *config, request);
   if (checked == CUDA_SUCCESS) {
-    // Triton asks with a block of 128 threads, whatever the kernel requires.
+    // Triton's request has a block of 128 threads for any kernel.
     int threads = function->max_threads();
     request.config.block[0] = static_cast<uint32_t>(threads);
     const int* required = function->kernel->required_threads;

@@ -75,7 +75,7 @@ def test_wheel_works_outside_the_checkout(tmp_path):
         "with deepkern.backend('cpu'): q, s = deepkern.cast_per_token(x)\n"
         "with deepkern.backend('torch'): q2, s2 = deepkern.cast_per_token(x)\n"
         "assert torch.equal(s, s2) and torch.equal(q.view(torch.uint8), q2.view(torch.uint8))\n"
-        "modules = [deepkern, native.load('_C')[0], native.load('_host')[0]]\n"
+        "modules = [deepkern, *(native.load(n)[0] for n in ('_C', '_host', '_ptx'))]\n"
         "print(*[m.__file__ for m in modules if m])\n"
     )
     files = run([sys.executable, "-c", script], tmp_path, PYTHONPATH=str(site)).split()

@@ -2,8 +2,8 @@
 
 Inside `with deepkern.compiled("sm_90"):` a launch of any `@triton.jit` kernel on CPU tensors takes
 the path that it takes on a GPU: Triton specializes the arguments, compiles for the target as far as
-PTX, and calls its own NVIDIA launcher. Under the launcher lies this package's libcuda, which
-executes the PTX (csrc/ptx). An op called inside with the `triton` backend runs in the same way.
+PTX, and calls its own NVIDIA launcher. The launcher calls this package's libcuda, which executes
+the PTX (csrc/ptx). An op called inside with the `triton` backend runs in the same way.
 DEEPKERN_COMPILED=sm_90 does this for every op that the `triton` backend serves on CPU tensors.
 """
 
@@ -134,7 +134,7 @@ def requested() -> str | None:
 
 
 def run(launch: Callable, args: tuple):
-    """Calls a Triton launcher on CPU tensors, as DEEPKERN_COMPILED asks."""
+    """Calls a Triton launcher on CPU tensors, as DEEPKERN_COMPILED says."""
     target = requested()
     if target is None or _active or arch.compiling_for():
         return launch(*args)

@@ -19,6 +19,7 @@ import contextlib
 import functools
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def stages_hook(previous: Callable | None) -> Callable:
     """The hook for Triton's pipeline that passes PTX on as the binary, after a `previous` one."""
 
     def hook(backend=None, stages=None, options=None, language=None, capability=None):
-        if backend is None:  # asks for a key and a hash for the caches
+        if backend is None:  # Triton requests a key and a hash for its caches
             key, digest = previous() if previous else ("", "")
             return key + PIPELINE, digest + PIPELINE
         if previous:
@@ -186,7 +187,7 @@ def reported(function: Callable, *args):
 
 
 class Scratch:
-    """Memory from Triton's allocator, at an address with the alignment that was asked for."""
+    """Memory from Triton's allocator, at an address with the requested alignment."""
 
     def __init__(self, buffer, size: int, alignment: int):
         self.buffer = buffer  # keeps the memory alive
@@ -253,7 +254,13 @@ def compile_module(src: str, name: str, **options):
         raise RuntimeError(f"deepkern.compiled: the C code of Triton {triton.__version__} does not "
                            f"open {opened}: this version is not supported")  # fmt: skip
     src = src.replace(opened, json.dumps(ptx_library.path()))
-    return build.compile_module_from_src(src=src, name=name, **options)
+    try:
+        return build.compile_module_from_src(src=src, name=name, **options)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(
+            "deepkern.compiled: Triton's launcher does not compile (see above); it needs a C "
+            "compiler and Python's headers (python3-dev)"
+        ) from error
 
 
 def compile_module_from_file(src_path: str, name: str, **options):

@@ -6,7 +6,7 @@ the functions below. Failures raise `KernelFailure` with the library's message.
 `PtxModule` runs kernels of PTX text without Triton:
 
     with deepkern.compiled("sm_90", seed=1):
-        PtxModule(text).launch("scale", x, ctypes.c_int32(64), grid=(4,), block=(32,))
+        PtxModule(text).run_kernel("scale", x, ctypes.c_int32(64), grid=(4,), block=(32,))
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class PtxModule:
         if not self.handle:
             raise KernelFailure(message())
 
-    def launch(
+    def run_kernel(
         self,
         kernel: str,
         *arguments: object,
