@@ -16,7 +16,7 @@ SIZES = {"f16": 2, "bf16": 2, "tf32": 4}
 F32, F16, S32 = range(3)  # ptx::Accumulators
 MMA, WGMMA, TCGEN05 = range(3)  # ptx::Unit
 
-# name: (index in hooks.cpp, exponent bits, mantissa bits, has infinity, codes above the largest)
+# name: (index in hooks.cpp, exponent bits, mantissa bits, has infinity)
 FORMATS = {"f16": (0, 5, 10, True), "bf16": (1, 8, 7, True), "tf32": (2, 8, 10, True),
            "e4m3": (3, 4, 3, False), "e5m2": (4, 5, 2, True), "e3m2": (5, 3, 2, False),
            "e2m3": (6, 2, 3, False), "e2m1": (7, 2, 1, False)}  # fmt: skip
