@@ -37,7 +37,9 @@ def sources() -> dict[str, str]:
     paths = [p for p in (CSRC / "emulator").rglob("*") if p.is_file()]
     paths += [p for p in (CSRC / "sm90").iterdir() if p.suffix == ".cuh"]
     paths += [CSRC / "sm90" / f"{name}.h" for name in ("choose", "fp8_gemm_tiles", "launch")]
-    paths += [CSRC / "fp8_gemm.h"]
+    paths += [CSRC / "fp8_gemm.h", CSRC / "ptx" / "tensor_core.cpp"]
+    paths += [CSRC / "ptx" / f"{n}.h"
+              for n in ("matrix_descriptor", "numbers", "program", "tensor_core")]  # fmt: skip
     found = {str(p.relative_to(CSRC)): p.read_text() for p in sorted(paths)}
     return {name: text for name, text in found.items() if not name.startswith("emulator/cuda/")}
 
@@ -70,7 +72,7 @@ def compile_one(name: str, sources: dict[str, str], *flags: str) -> Path:
 
 def of_machine(name: str) -> bool:
     """Whether a source belongs to the emulator, not to a kernel that runs on it."""
-    return name.startswith("emulator/") and name.count("/") == 1
+    return name.startswith(("emulator/", "ptx/")) and name.count("/") == 1
 
 
 def link(parts: list[Path], *flags: str) -> Path:
@@ -102,7 +104,8 @@ def ops() -> ctypes.CDLL:
     names = [n for n in whole if n.endswith(".cu") or n == "sm90/ops.cpp"]
     names += [n for n in whole if n.startswith("emulator/cuda/") and n.endswith(".cpp")]
     parts = [compile_one(n, whole, *flags) for n in names]
-    parts += [compile_one(n, whole) for n in whole if of_machine(n) and n.endswith(".cpp")]
+    machine = sources()
+    parts += [compile_one(n, machine) for n in machine if of_machine(n) and n.endswith(".cpp")]
     library = link(parts, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10")
     native.missing_reason()  # loads deepkern_native, which defines the schemas
     schemas = torch.library.Library(LIBRARY, "DEF")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -38,6 +39,12 @@ def seed(request) -> int:
     value = int(os.environ.get("DEEPKERN_SEED") or torch.seed() % 2**31)
     request.node.user_properties.append(("seed", value))
     return value
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """NumPy's generator from the test's seed."""
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ struct Launch {
   int registers = 0;                           // per thread at launch; 0: the maximum
   uint64_t seed = 0;
   Order order = Order::random;
-  int accumulator_bits = 0;  // mantissa bits kept in an FP8 sum; 0: float32
+  int accumulator_bits = 0;  // kept in an FP8 sum, 14 on Hopper; 0: float32
 };
 
 struct Block;

@@ -3,11 +3,15 @@
 // How: the last of the 128 threads to issue it schedules the product, which reads A and B through
 // their descriptors when it runs. The accumulators stay in the machine until wgmma_wait.
 //
+// The FP8 sums of a launch with accumulator_bits are those of ../ptx/tensor_core.h: aligned to the
+// largest exponent and truncated, as on Hopper with 14 bits.
+//
 // Limit: scalar loops, 64 * N * K multiplications and the address arithmetic of each operand.
 #include <algorithm>
 #include <array>
 #include <cmath>
 
+#include "../ptx/tensor_core.h"
 #include "primitives.h"
 
 namespace emulator {
@@ -55,6 +59,15 @@ struct Tile {
   }
 
   float at(int row, int k) const {
+    const uint32_t offset = offset_of(row, k);
+    if (element_bytes == 1) return from_e4m3(static_cast<uint8_t>(block.shared[offset]));
+    uint16_t bits;
+    std::memcpy(&bits, block.shared + offset, 2);
+    return from_bf16(bits);
+  }
+
+  // The offset in shared memory, checked.
+  uint32_t offset_of(int row, int k) const {
     uint32_t offset = start;
     if (k_major) {
       offset += row / 8 * stride + row % 8 * 128 + k * element_bytes;
@@ -68,10 +81,15 @@ struct Tile {
            std::to_string(block.unfenced_writer[offset] - 1) +
            " wrote and no fence_async_proxy followed");
     }
-    if (element_bytes == 1) return from_e4m3(static_cast<uint8_t>(block.shared[offset]));
-    uint16_t bits;
-    std::memcpy(&bits, block.shared + offset, 2);
-    return from_bf16(bits);
+    return offset;
+  }
+
+  std::vector<uint8_t> codes(int rows, int K) const {
+    std::vector<uint8_t> codes(static_cast<size_t>(rows) * K);
+    for (int i = 0; i < rows * K; ++i) {
+      codes[i] = static_cast<uint8_t>(block.shared[offset_of(i / K, i % K)]);
+    }
+    return codes;
   }
 };
 
@@ -79,26 +97,38 @@ struct Tile {
 int accumulator_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
 int accumulator_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
-// The sum a · b + c of a tensor core that keeps `bits` mantissa bits relative to the largest
-// summand and truncates the rest. 0 bits: float32.
-float dot(const float* a, const float* b, int K, float c, int bits) {
-  if (bits == 0) {
-    double exact = 0;
-    for (int k = 0; k < K; ++k) exact += double{a[k]} * b[k];
-    return static_cast<float>(c + exact);
-  }
-  double largest = std::fabs(c);
-  for (int k = 0; k < K; ++k) largest = std::max(largest, std::fabs(double{a[k]} * b[k]));
-  if (largest == 0 || !std::isfinite(largest)) {
-    return dot(a, b, K, c, 0);
-  }
-  const double unit = std::ldexp(1.0, std::ilogb(largest) - bits + 1);
-  double sum = std::trunc(c / unit);
-  for (int k = 0; k < K; ++k) sum += std::trunc(double{a[k]} * b[k] / unit);
-  return static_cast<float>(sum * unit);
+float dot(const float* a, const float* b, int K, float c) {
+  double exact = 0;
+  for (int k = 0; k < K; ++k) exact += double{a[k]} * b[k];
+  return static_cast<float>(c + exact);
+}
+
+// An FP8 product with the sums of the hardware, which keeps `bits` bits of a number.
+void execute_truncated(Block& block, int group, const Wgmma& w, int bits) {
+  constexpr auto E4M3 = deepkern::ptx::Element::E4M3;
+  const std::vector<uint8_t> left = Tile(block, w.a, 1, true).codes(64, w.K);
+  const std::vector<uint8_t> right = Tile(block, w.b, 1, true).codes(w.N, w.K);
+  std::vector<float> sums(64 * w.N);
+  const auto for_each = [&](auto move) {
+    for (int t = 0; t < WARPGROUP_SIZE; ++t) {
+      Thread& thread = *block.threads[group * WARPGROUP_SIZE + t];
+      auto& values = thread.accumulators.at(w.accumulators[t]).values;
+      for (int i = 0; i < w.N / 2; ++i) {
+        move(values[i], sums[accumulator_row(t, i) * w.N + accumulator_column(t, i)]);
+      }
+    }
+  };
+  if (w.accumulate) for_each([](float& value, float& sum) { sum = value; });
+  deepkern::ptx::Sums rule;
+  rule.fraction_bits = rule.result_bits = bits - 1;
+  deepkern::ptx::multiply_add(64, w.N, w.K, E4M3, E4M3, left.data(), right.data(), sums.data(),
+                              rule);
+  for_each([](float& value, float& sum) { value = sum; });
 }
 
 void execute(Block& block, int group, const Wgmma& w) {
+  const int bits = block.launch().accumulator_bits;
+  if (w.fp8 && bits) return execute_truncated(block, group, w, bits);
   const Tile b(block, w.b, w.fp8 ? 1 : 2, w.b_k_major);
   std::vector<float> left(64 * w.K), right(w.N * w.K);
   for (int n = 0; n < w.N; ++n) {
@@ -118,14 +148,13 @@ void execute(Block& block, int group, const Wgmma& w) {
       for (int k = 0; k < w.K; ++k) left[m * w.K + k] = a.at(m, k);
     }
   }
-  const int bits = w.fp8 ? block.launch().accumulator_bits : 0;
   for (int t = 0; t < WARPGROUP_SIZE; ++t) {
     Thread& thread = *block.threads[group * WARPGROUP_SIZE + t];
     auto& values = thread.accumulators.at(w.accumulators[t]).values;
     for (int i = 0; i < w.N / 2; ++i) {
       const float* row = &left[accumulator_row(t, i) * w.K];
       const float* column = &right[accumulator_column(t, i) * w.K];
-      values[i] = dot(row, column, w.K, w.accumulate ? values[i] : 0.0f, bits);
+      values[i] = dot(row, column, w.K, w.accumulate ? values[i] : 0.0f);
     }
   }
 }

@@ -93,10 +93,10 @@ constexpr uint32_t encode_parts(bool negative, uint64_t mantissa, int exponent,
   int shift = binade - format.mantissa_bits - exponent;
   uint64_t kept = 0;
   if (shift <= 0) {
-    // The mantissa has fewer bits than the format. A binade beyond the largest needs no bits.
+    // The mantissa has fewer bits than the format.
     kept = mantissa << -shift;
   } else {
-    if (shift > 54) shift = 54;  // below half of the last bit, whatever the distance
+    if (shift > 54) shift = 54;  // below half of the last bit
     kept = mantissa >> shift;
     const uint64_t rest = mantissa & ((uint64_t{1} << shift) - 1);
     kept += rounds_up(rounding, negative, kept, rest, uint64_t{1} << (shift - 1));

@@ -43,7 +43,7 @@ Element element_of(uint32_t code, TensorKind kind, const char* operand) {
 
 int lane_of_row(int M, int row) { return M == 128 ? row : row / 16 * 32 + row % 16; }
 
-// Checks that rows x columns of an operand at `address` lie in tensor memory.
+// Checks that rows x columns of an operand at `address` are in tensor memory.
 void check_place(const char* what, int M, uint32_t address, int columns) {
   const int lane = lane_of(address), column = column_of(address);
   if (lane != 0 && (M == 128 || lane != 16)) {

@@ -136,9 +136,10 @@ int least_exponent(Element element) {
 }
 
 // Subnormal numbers have the exponent of the smallest normal one.
-int exponent_of(float x, int least) {
-  if (x == 0) return ZERO_EXPONENT;
-  return std::max(static_cast<int>(float_bits(x) >> 23 & 255) - 127, least);
+inline int exponent_of(float x, int least) {
+  const uint32_t magnitude = float_bits(x) & 0x7fffffff;
+  const int exponent = std::max(static_cast<int>(magnitude >> 23) - 127, least);
+  return magnitude == 0 ? ZERO_EXPONENT : exponent;
 }
 
 // `x` is [rows, K] if `row` is K and `column` 1, else [K, rows].
@@ -162,10 +163,10 @@ Parts split(const std::vector<float>& x, Element element, int rows, int K, int r
 inline double power_of_two(int e) { return bits_double(static_cast<uint64_t>(e + 1023) << 52); }
 
 // Rounded to `bits` fraction bits towards zero; a zero is +0.
-inline float truncate(double x, int bits) {
+inline __attribute__((always_inline)) float truncate(double x, int bits) {
   const int exponent =
       std::max(static_cast<int>(double_bits(x) >> 52 & 2047) - 1023, LEAST_EXPONENT);
-  const double kept = std::trunc(x * power_of_two(bits - exponent));
+  const double kept = __builtin_trunc(x * power_of_two(bits - exponent));
   return static_cast<float>(kept * power_of_two(exponent - bits) + 0.0);
 }
 
@@ -174,13 +175,15 @@ constexpr int COLUMNS = 8;
 // c[j] += the products k0 <= k < k1 of one row of A and COLUMNS columns of B, as one sum without
 // rounding: every term is aligned to the largest exponent and truncated. All values are integers
 // below 2^53 multiples of a power of two, so double arithmetic is exact.
-FOR_EACH_CPU void fused_sums(const double* a, const int32_t* a_exponents, const double* b,
-                             const int32_t* b_exponents, int N, int k0, int k1,
-                             int fraction_bits, const double* c, const int32_t* c_exponents,
-                             double* sums) {
+inline __attribute__((always_inline)) void fused_sums(const double* a, const int32_t* a_exponents,
+                                                      const double* b, const int32_t* b_exponents,
+                                                      int N, int k0, int k1, int fraction_bits,
+                                                      int least, const float* c, double* sums) {
   int32_t largest[COLUMNS];
   double scale[COLUMNS], total[COLUMNS];
-  for (int j = 0; j < COLUMNS; ++j) largest[j] = std::max(c_exponents[j], LEAST_EXPONENT);
+  for (int j = 0; j < COLUMNS; ++j) {
+    largest[j] = std::max(exponent_of(c[j], least), LEAST_EXPONENT);
+  }
   for (int k = k0; k < k1; ++k) {
     for (int j = 0; j < COLUMNS; ++j) {
       largest[j] = std::max(largest[j], a_exponents[k] + b_exponents[k * N + j]);
@@ -206,37 +209,60 @@ float special_sum(const float* a, const float* b, int N, int k0, int k1, float c
   return std::isinf(sum) ? static_cast<float>(sum) : 0.0f;
 }
 
-float round_result(double sum, const Sums& sums) {
-  if (!sums.f16) return truncate(sum, sums.result_bits);
-  const auto code = static_cast<uint16_t>(encode(sum + 0.0, F16, Rounding::RN));
-  return f16_to_float(code);
+inline __attribute__((always_inline)) void round_results(const double* exact, const Sums& sums,
+                                                         float* d) {
+  for (int j = 0; j < COLUMNS; ++j) {
+    if (sums.f16) {
+      const auto code = static_cast<uint16_t>(encode(exact[j] + 0.0, F16, Rounding::RN));
+      d[j] = f16_to_float(code);
+    } else {
+      d[j] = truncate(exact[j], sums.result_bits);
+    }
+  }
 }
 
-void multiply_hardware(int M, int N, int K, Element a, Element b, const std::vector<float>& left,
-                       const std::vector<float>& right, float* D, const Sums& sums) {
-  const Parts A = split(left, a, M, K, K, 1), B = split(right, b, N, K, 1, N);
+// Replaces results by those of special_sum where an operand is infinite or NaN.
+void correct_special(const float* a, const float* b, int N, int k0, int k1, const float* c,
+                     bool special_row, const uint8_t* special_columns, float* d) {
+  for (int j = 0; j < COLUMNS; ++j) {
+    if (!special_row && !special_columns[j] && std::isfinite(c[j])) continue;
+    const float special = special_sum(a, b + j, N, k0, k1, c[j]);
+    if (special != 0) d[j] = special;
+  }
+}
+
+// d[0] to d[COLUMNS - 1] of row m, columns n and up.
+inline __attribute__((always_inline)) void multiply_cells(int m, int n, int N, int K,
+                                                          const Parts& A, const Parts& B,
+                                                          const float* left, const float* right,
+                                                          const Sums& sums, float* d) {
   const int block = sums.block ? sums.block : K, least = sums.f16 ? -14 : LEAST_EXPONENT;
-  double c[COLUMNS], result[COLUMNS];
-  int32_t c_exponents[COLUMNS];
+  double exact[COLUMNS];
+  float c[COLUMNS], finite[COLUMNS];
+  for (int k = 0; k < K; k += block) {
+    const int end = std::min(k + block, K);
+    uint32_t special = A.special[m];
+    for (int j = 0; j < COLUMNS; ++j) {
+      const uint32_t infinite = (float_bits(d[j]) & 0x7f800000) == 0x7f800000;
+      c[j] = d[j];
+      finite[j] = bits_float(float_bits(d[j]) & (infinite - 1));
+      special |= B.special[n + j] | infinite;
+    }
+    fused_sums(&A.values[m * K], &A.exponents[m * K], &B.values[n], &B.exponents[n], N, k, end,
+               sums.fraction_bits, least, finite, exact);
+    round_results(exact, sums, d);
+    if (special) {
+      correct_special(left + m * K, right + n, N, k, end, c, A.special[m], &B.special[n], d);
+    }
+  }
+}
+
+FOR_EACH_CPU void multiply_hardware(int M, int N, int K, const Parts& A, const Parts& B,
+                                    const float* left, const float* right, const Sums& sums,
+                                    float* D) {
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; n += COLUMNS) {
-      float* d = D + m * N + n;
-      for (int k = 0; k < K; k += block) {
-        const int end = std::min(k + block, K);
-        for (int j = 0; j < COLUMNS; ++j) {
-          c[j] = std::isfinite(d[j]) ? d[j] : 0.0f;
-          c_exponents[j] = exponent_of(static_cast<float>(c[j]), least);
-        }
-        fused_sums(&A.values[m * K], &A.exponents[m * K], &B.values[n], &B.exponents[n], N, k, end,
-                   sums.fraction_bits, c, c_exponents, result);
-        for (int j = 0; j < COLUMNS; ++j) {
-          float special = 0;
-          if (A.special[m] || B.special[n + j] || !std::isfinite(d[j])) {
-            special = special_sum(&left[m * K], &right[n + j], N, k, end, d[j]);
-          }
-          d[j] = special != 0 ? special : round_result(result[j], sums);
-        }
-      }
+      multiply_cells(m, n, N, K, A, B, left, right, sums, D + m * N + n);
     }
   }
 }
@@ -280,7 +306,8 @@ void multiply_add(int M, int N, int K, Element a, Element b, const uint8_t* A, c
   decode_matrix(a, M, K, A, false, left.data());
   decode_matrix(b, N, K, B, true, right.data());
   if (sums.fraction_bits) {
-    multiply_hardware(M, N, K, a, b, left, right, D, sums);
+    const Parts x = split(left, a, M, K, K, 1), y = split(right, b, N, K, 1, N);
+    multiply_hardware(M, N, K, x, y, left.data(), right.data(), sums, D);
   } else {
     multiply_float32(M, N, K, left.data(), right.data(), D);
     finish_float32(M * N, D, sums);

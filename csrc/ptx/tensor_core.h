@@ -23,7 +23,7 @@ constexpr Sums FLOAT32 = {};
 
 enum class Unit { MMA, WGMMA, TCGEN05 };
 
-// The sums of the hardware of sm_`target`. Throws InvalidProgram where nobody has measured them:
+// The sums of the hardware of sm_`target`. Throws InvalidProgram where they are not published:
 // mma.sync of FP8 on sm_90 and sm_100, which ptxas translates into several f16 instructions.
 Sums hardware_sums(int target, Unit unit, Element a);
 

@@ -1,9 +1,8 @@
-"""The PTX machine's number formats, tensor-core products and layouts, each against an oracle."""
+"""Products, fragments and wgmma of csrc/ptx/tensor_core.h, each against an oracle."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from fractions import Fraction
 
 import mmaemu.model
@@ -12,180 +11,27 @@ import pytest
 import torch
 from numpy import ndarray
 
-from bench.emulator import CSRC, build
-
-PARTS = ("tensor_core", "fragments", "matrix_descriptor", "tcgen05_layout", "hooks")
-ELEMENTS = ("f16", "bf16", "tf32", "e4m3", "e5m2", "s8", "u8")  # ptx::Element
-SIZES = {"f16": 2, "bf16": 2, "tf32": 4}
-F32, F16, S32 = range(3)  # ptx::Accumulators
-MMA, WGMMA, TCGEN05 = range(3)  # ptx::Unit
-
-# name: (index in hooks.cpp, exponent bits, mantissa bits, has infinity, codes above the largest)
-FORMATS = {"f16": (0, 5, 10, True), "bf16": (1, 8, 7, True), "tf32": (2, 8, 10, True),
-           "e4m3": (3, 4, 3, False), "e5m2": (4, 5, 2, True), "e3m2": (5, 3, 2, False),
-           "e2m3": (6, 2, 3, False), "e2m1": (7, 2, 1, False)}  # fmt: skip
-NANS = {"f16": 0x7FFF, "bf16": 0x7FFF, "tf32": 0x3FFFF, "e4m3": 0x7F, "e5m2": 0x7F, "e3m2": 0x1F,
-        "e2m3": 0x1F, "e2m1": 0x7}  # fmt: skip
-ROUNDINGS = ("rn", "rz", "rm", "rp", "rna")
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    names = [f"ptx/{p}.cpp" for p in PARTS]
-    names += [str(p.relative_to(CSRC)) for p in (CSRC / "ptx").glob("*.h")]
-    loaded = build({name: (CSRC / name).read_text() for name in names})
-    loaded.deepkern_ptx_test_error.restype = ctypes.c_char_p
-    return loaded
-
-
-def pointer(x: ndarray | None) -> ctypes.c_void_p | None:
-    return None if x is None else ctypes.c_void_p(x.ctypes.data)
-
-
-@pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-@functools.cache
-def finite_values(name: str) -> ndarray:
-    """The magnitude of each code from 0 to the largest finite one, by the format's definition."""
-    _, exponent_bits, mantissa_bits, infinity = FORMATS[name]
-    bias = 2 ** (exponent_bits - 1) - 1
-    count = 2 ** (exponent_bits + mantissa_bits)
-    count -= 2**mantissa_bits if infinity else 1 if name == "e4m3" else 0
-    codes = np.arange(count)
-    exponent, mantissa = codes >> mantissa_bits, codes % 2**mantissa_bits / 2.0**mantissa_bits
-    normal = (1 + mantissa) * 2.0 ** (exponent - bias)
-    return np.where(exponent > 0, normal, mantissa * 2.0 ** (1 - bias))
-
-
-def values_of(codes: ndarray, name: str) -> ndarray:
-    """float64 of an array of codes, none of which is infinite or NaN."""
-    if name in ("s8", "u8"):
-        return codes.view(np.int8 if name == "s8" else np.uint8).astype(np.float64)
-    if name == "tf32":
-        return (codes & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
-    sign = 1 << 8 * SIZES.get(name, 1) - 1
-    return finite_values(name)[codes & (sign - 1)] * np.where(codes & sign, -1, 1)
-
-
-def random_codes(rng: np.random.Generator, shape: tuple[int, ...], name: str) -> ndarray:
-    """Any finite code; bf16 and tf32 have exponents near 0, so that products are normal."""
-    if name in ("bf16", "tf32"):
-        x = rng.standard_normal(shape).astype(np.float32) * 2.0 ** rng.integers(-20, 20, shape)
-        bits = x.astype(np.float32).view(np.uint32)
-        return (bits >> 16).astype(np.uint16) if name == "bf16" else bits
-    if name in ("s8", "u8"):
-        return rng.integers(0, 256, shape, dtype=np.uint8)
-    dtype = np.uint16 if name == "f16" else np.uint8
-    codes = rng.integers(0, len(finite_values(name)), shape)
-    sign = 1 << 8 * SIZES.get(name, 1) - 1
-    return (codes + sign * rng.integers(0, 2, shape)).astype(dtype)
-
-
-def rounded(x: ndarray, name: str, rounding: str, saturate: bool) -> ndarray:
-    """Codes of finite x: a search in the table of all values."""
-    values = finite_values(name)
-    step = values[-1] - values[-2]
-    table = np.append(values, values[-1] + step)  # the first value past the largest
-    magnitude, negative = np.abs(x), np.signbit(x)
-    low = np.searchsorted(table, magnitude, side="right") - 1
-    high = np.minimum(low + (table[low] < magnitude), len(values))
-    below, above = magnitude - table[low], table[high] - magnitude
-    nearest = np.where(below < above, low, high)
-    tie = below == above
-    even = np.where(low % 2 == 0, low, high)
-    chosen = {"rn": np.where(tie, even, nearest), "rna": np.where(tie, high, nearest), "rz": low,
-              "rm": np.where(negative, high, low), "rp": np.where(negative, low, high)}  # fmt: skip
-    codes = chosen[rounding]
-    beyond = codes >= len(values)
-    towards_zero = {"rz": True, "rm": ~negative, "rp": negative}.get(rounding, False)
-    limit = len(values) - 1
-    infinity = limit + 1 if FORMATS[name][3] or name == "e4m3" else limit
-    codes = np.where(beyond, np.where(saturate | towards_zero, limit, infinity), codes)
-    sign = 1 << FORMATS[name][1] + FORMATS[name][2]
-    return (codes + np.where(negative, sign, 0)).astype(np.uint32)
-
-
-@pytest.mark.parametrize("saturate", [False, True], ids=["", "satfinite"])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("name", FORMATS)
-def test_conversion_rounds_to_a_neighbour(
-    rng: np.random.Generator, name: str, rounding: str, saturate: bool
-):
-    values, count = finite_values(name), 20_000
-    i = rng.integers(0, len(values) - 1, count)
-    between = values[i] + (values[i + 1] - values[i]) * rng.choice([0, 0.5, 0.25, 0.75], count)
-    any_size = 2.0 ** rng.uniform(np.log2(values[1]) - 4, np.log2(values[-1]) + 2, count)
-    edges = values[-1] * np.array([1, 1 + 1e-9, 1.02, 1.04, 1.07, 1.13, 1.2, 1.5, 4])
-    x = np.concatenate([between, any_size, edges, [0.0]])
-    x *= rng.choice([-1, 1], len(x))
-    codes = np.empty(len(x), np.uint32)
-    index = FORMATS[name][0]
-    library().deepkern_ptx_test_encode(
-        pointer(x), len(x), index, ROUNDINGS.index(rounding), saturate, pointer(codes)
-    )
-    assert codes.tolist() == rounded(x, name, rounding, saturate).tolist()
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_conversion_of_infinity_and_nan(name: str):
-    x, codes = np.array([np.inf, -np.inf, np.nan, -np.nan]), np.empty(4, np.uint32)
-    library().deepkern_ptx_test_encode(pointer(x), 4, FORMATS[name][0], 0, 1, pointer(codes))
-    largest = len(finite_values(name)) - 1
-    sign = 1 << FORMATS[name][1] + FORMATS[name][2]
-    assert codes.tolist() == [largest, largest + sign, NANS[name], NANS[name]]
-
-
-@pytest.mark.parametrize("name", ["bf16", "f16"])
-def test_16_bit_fma_rounds_once(rng: np.random.Generator, name: str):
-    values, count = finite_values(name), 3000
-    index = rng.integers(0, len(values), (3, count))
-    # Addends near half of the last bit of the product make ties and near-ties.
-    if name == "bf16":
-        index[:2] = rng.integers(100 << 7, 140 << 7, (2, count))
-        index[2] = (index[0] >> 7) + (index[1] >> 7) - 127 + rng.integers(-12, 12, count) << 7
-    negative = rng.integers(0, 2, (3, count))
-    codes = (index + (negative << 15)).astype(np.uint16)
-    d = np.empty(count, np.uint16)
-    library().deepkern_ptx_test_fma(
-        *(pointer(c) for c in codes), count, ("bf16", "f16").index(name), pointer(d)
-    )
-    for i in range(count):
-        a, b, c = (Fraction(values[k]) * (1 - 2 * int(n))
-                   for k, n in zip(index[:, i], negative[:, i], strict=True))  # fmt: skip
-        exact = a * b + c
-        if exact == 0:
-            continue  # the sign of a zero sum is the default rounding's
-        error = [abs(abs(exact) - Fraction(v)) for v in _near(values, float(abs(exact)))]
-        got = int(d[i]) & 0x7FFF
-        if abs(exact) >= Fraction(values[-1]) + Fraction(values[-1] - values[-2]) / 2:
-            assert got == len(values)
-            continue
-        best = abs(abs(exact) - Fraction(values[got]))
-        assert best == min(error), (codes[:, i], d[i])
-        assert error.count(best) == 1 or got % 2 == 0, (codes[:, i], d[i])
-        assert (d[i] >> 15 == 1) == (exact < 0)
-
-
-def _near(values: ndarray, x: float) -> ndarray:
-    i = int(np.searchsorted(values, x))
-    return values[max(i - 2, 0) : i + 2]
-
-
-def multiply(
-    a: ndarray, b: ndarray, name: str, c: ndarray, target: int = 0, unit: int = 0, f16: bool = False
-) -> ndarray:
-    """multiply_add of codes a[M, K], b[N, K]; float32 sums if target is 0."""
-    d = np.ascontiguousarray(c, np.float32).copy()
-    element = ELEMENTS.index(name)
-    failed = library().deepkern_ptx_test_multiply(
-        len(a), len(b), a.shape[1], element, element, pointer(a), pointer(b), pointer(d), target,
-        unit, f16
-    )  # fmt: skip
-    assert not failed, library().deepkern_ptx_test_error()
-    return d
+from tests.compiled.operands import (
+    CASES,
+    ELEMENTS,
+    F16,
+    F32,
+    MMA,
+    S32,
+    SIZES,
+    TCGEN05,
+    WGMMA,
+    Stored,
+    a_place,
+    b_place,
+    c_place,
+    fragment,
+    library,
+    multiply,
+    pointer,
+    random_codes,
+    values_of,
+)
 
 
 @pytest.mark.parametrize("name", ELEMENTS[:5])
@@ -290,54 +136,14 @@ def test_sums_of_an_unknown_unit_are_refused():
         multiply(a, a, "e4m3", np.zeros((8, 8), np.float32), 90, MMA)
 
 
-# ---- fragments; the formulas are those of the PTX ISA, element by element
+MMA_SHAPES = [("tf32", 4, F32), ("tf32", 8, F32), ("f16", 8, F32), ("f16", 16, F32),
+              ("f16", 8, F16), ("f16", 16, F16), ("bf16", 8, F32), ("bf16", 16, F32),
+              ("e4m3", 16, F32), ("e4m3", 32, F32), ("e4m3", 32, F16), ("e5m2", 32, F32),
+              ("s8", 16, S32), ("s8", 32, S32)]  # fmt: skip
 
 
-def a_place(name: str, K: int, lane: int, i: int) -> tuple[int, int]:
-    """Row and column of element a_i."""
-    group, thread = lane >> 2, lane % 4
-    if name == "tf32":
-        return group + 8 * (i % 2), thread + 4 * (i >= 2)
-    if SIZES.get(name, 1) == 2:
-        row = group if i < 2 or 4 <= i < 6 else group + 8
-        return row, thread * 2 + (i & 1) + (8 if i >= 4 else 0)
-    row = group if i < 4 or 8 <= i < 12 else group + 8
-    return row, thread * 4 + (i & 3) + (16 if i >= 8 else 0)
-
-
-def b_place(name: str, lane: int, i: int) -> tuple[int, int]:
-    """Column of B and k of element b_i."""
-    group, thread = lane >> 2, lane % 4
-    if name == "tf32":
-        return group, thread + 4 * i
-    if SIZES.get(name, 1) == 2:
-        return group, thread * 2 + (i & 1) + 8 * (i >= 2)
-    return group, thread * 4 + (i & 3) + 16 * (i >= 4)
-
-
-def c_place(lane: int, i: int) -> tuple[int, int]:
-    return (lane >> 2) + 8 * (i % 4 >= 2), (lane % 4) * 2 + (i & 1) + i // 4 * 8
-
-
-def fragment(x: ndarray, registers: int, place) -> ndarray:
-    """Registers [registers][32 lanes] of matrix x."""
-    per = 4 // x.itemsize
-    words = np.zeros((registers, 32, per), x.dtype)
-    for lane in range(32):
-        for i in range(registers * per):
-            words[i // per, lane, i % per] = x[place(lane, i)]
-    return words.view(np.uint32)[..., 0].copy()
-
-
-MMA_SHAPES = [("tf32", 4), ("tf32", 8), ("f16", 8), ("f16", 16), ("bf16", 8), ("bf16", 16),
-              ("e4m3", 16), ("e4m3", 32), ("e5m2", 32), ("s8", 16), ("s8", 32)]  # fmt: skip
-
-
-@pytest.mark.parametrize("accumulators", [F32, F16], ids=["f32", "f16"])
-@pytest.mark.parametrize(("name", "K"), MMA_SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "K", "accumulators"), MMA_SHAPES, ids=str)
 def test_mma_sync_fragments(rng: np.random.Generator, name: str, K: int, accumulators: int):
-    if name in ("tf32", "bf16", "s8") and accumulators == F16:
-        return
     a, b = random_codes(rng, (16, K), name), random_codes(rng, (8, K), name)
     row_bytes = K * a.itemsize
     left = np.zeros((4, 32), np.uint32)
@@ -347,7 +153,6 @@ def test_mma_sync_fragments(rng: np.random.Generator, name: str, K: int, accumul
     if name == "s8":
         c = rng.integers(-1000, 1000, (16, 8)).astype(np.int32)
         expected = c + (values_of(a, name) @ values_of(b, name).T).astype(np.int32)
-        accumulators = S32
     else:
         c = rng.standard_normal((16, 8)).astype(np.float16 if accumulators == F16 else np.float32)
         expected = multiply(a, b, name, c, f16=accumulators == F16).astype(c.dtype)
@@ -375,44 +180,7 @@ def test_ldmatrix_and_stmatrix(rng: np.random.Generator, matrices: int, transpos
     assert (back == x).all()
 
 
-# ---- operands in shared memory
-
-SWIZZLES = (16, 32, 64, 128)  # bytes of a row
 WGMMA_MODES = {16: 0, 128: 1, 64: 2, 32: 3}
-TCGEN05_MODES = {16: 0, 128: 2, 64: 4, 32: 6}
-
-
-class Stored:
-    """A matrix x[rows, K] in shared memory, written as a TMA copy with that swizzle writes it."""
-
-    def __init__(self, rng: np.random.Generator, x: ndarray, width: int, mn_major: bool):
-        self.memory = rng.integers(0, 256, 64 * 1024, dtype=np.uint8)
-        self.start, self.used = 4096, np.zeros(64 * 1024, bool)
-        rows, K = x.shape
-        lines = x.T if mn_major else x  # of contiguous elements
-        per_line = width // x.itemsize
-        self.leading, self.stride = 16, 8 * width
-        for line in range(len(lines)):
-            for i in range(lines.shape[1]):
-                tile, byte = divmod(i * x.itemsize, width)
-                # Tiles of `width` bytes by all lines, one after another.
-                base = self.start + tile * width * -(-len(lines) // 8) * 8 + line * width
-                chunk = (
-                    byte // 16 ^ {16: 0, 32: line // 4 % 2, 64: line // 2 % 4, 128: line % 8}[width]
-                )
-                at = base + chunk * 16 + byte % 16
-                self.memory[at : at + x.itemsize] = lines[line, i : i + 1].view(np.uint8)
-                self.used[at : at + x.itemsize] = True
-        tile_bytes = width * -(-len(lines) // 8) * 8
-        if width == 16 and mn_major:  # the offsets exchange their parts
-            self.leading, self.stride = 8 * width, tile_bytes
-        elif width == 16 or mn_major:
-            self.leading = tile_bytes
-        assert per_line * x.itemsize == width
-
-    def descriptor(self, mode_bits: int, extra: int = 0) -> int:
-        fields = self.start >> 4 | self.leading >> 4 << 16 | self.stride >> 4 << 32
-        return fields | mode_bits | extra
 
 
 def wgmma(shape, a, b, d, flags, memory, ranges) -> int:
@@ -424,22 +192,21 @@ def wgmma(shape, a, b, d, flags, memory, ranges) -> int:
     )  # fmt: skip
 
 
-CASES = [(name, width, mn) for name in ("bf16", "f16", "e4m3", "tf32") for width in SWIZZLES
-         for mn in (False, True) if not mn or SIZES.get(name, 1) == 2]  # fmt: skip
+# An MN-major operand has at least `width` bytes of rows.
+WGMMA_CASES = [
+    (*case, N) for case in CASES for N in (8, 64, 256) if not case[2] or case[1] <= 2 * N
+]
 
 
 @pytest.mark.parametrize("a_place_", ["registers", "shared"])
-@pytest.mark.parametrize(("name", "width", "mn_major"), CASES, ids=str)
-@pytest.mark.parametrize("N", [8, 64, 256])
+@pytest.mark.parametrize(("name", "width", "mn_major", "N"), WGMMA_CASES, ids=str)
 def test_wgmma(
     rng: np.random.Generator, name: str, width: int, mn_major: bool, N: int, a_place_: str
 ):
-    if mn_major and N * 2 < width:
-        return  # an atom has `width` bytes of rows
     K = 32 // SIZES.get(name, 1)
-    a, b = random_codes(rng, (64, K), name), random_codes(rng, (N, K), name)
-    right = Stored(rng, b, width, mn_major)
-    left = Stored(rng, a, width, mn_major)
+    right = Stored(rng, N, K, name, width, mn_major)
+    left = Stored(rng, 64, K, name, width, mn_major)
+    a, b = left.x, right.x
     memory = np.concatenate([right.memory, left.memory])
     left.start += len(right.memory)
     mode = WGMMA_MODES[width] << 62
@@ -447,6 +214,7 @@ def test_wgmma(
     place = [fragment(c[16 * w : 16 * w + 16], N // 2, c_place) for w in range(4)]
     d = np.concatenate(place)
     flags = 32 | 4 * mn_major | 2 * mn_major | 16
+    operand: ndarray | int
     if a_place_ == "registers":
         parts = [fragment(a[16 * w : 16 * w + 16], 4, lambda t, i: a_place(name, K, t, i))
                  for w in range(4)]  # fmt: skip
@@ -469,112 +237,9 @@ def test_wgmma(
 
 
 def test_wgmma_outside_shared_memory_fails(rng: np.random.Generator):
-    b = Stored(rng, random_codes(rng, (64, 16), "bf16"), 32, False)
+    b = Stored(rng, 64, 16, "bf16", 32, False)
     d, a = np.zeros((4 * 32, 32), np.uint32), np.zeros((16, 32), np.uint32)
     memory, ranges = b.memory[:5000].copy(), np.zeros((10, 2), np.uint32)
     got = wgmma((64, 16, "bf16"), a, b.descriptor(3 << 62), d, 1, memory, ranges)
     assert got == -1
     assert b"wgmma: B: reads shared memory at" in library().deepkern_ptx_test_error()
-
-
-# ---- tcgen05
-
-KINDS = {"f16": 0, "bf16": 0, "tf32": 1, "e4m3": 2, "e5m2": 2}
-CODES = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 0, "e5m2": 1}
-
-
-def instruction(name: str, M: int, N: int, a_mn: bool = False, b_mn: bool = False) -> int:
-    types = CODES[name] << 7 | CODES[name] << 10
-    return 1 << 4 | types | a_mn << 15 | b_mn << 16 | N >> 3 << 17 | M >> 4 << 24
-
-
-def tcgen05(word, kind, d, in_tensor, a, b, accumulate, memory, cells) -> int:
-    u64 = ctypes.c_uint64
-    return library().deepkern_ptx_test_tcgen05(
-        word, kind, d, in_tensor, u64(a), u64(b), accumulate, pointer(memory), len(memory),
-        pointer(cells)
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("M", "lane"), [(128, 0), (64, 0), (64, 16)], ids=str)
-@pytest.mark.parametrize(
-    ("name", "width", "mn_major"),
-    [*CASES, ("e4m3", 128, True), ("e5m2", 64, False)],
-    ids=str,
-)
-@pytest.mark.parametrize("a_in_tensor_memory", [False, True], ids=["", "A in tensor memory"])
-def test_tcgen05_mma(
-    rng: np.random.Generator, name: str, width: int, mn_major: bool, M: int, lane: int,
-    a_in_tensor_memory: bool
-):  # fmt: skip
-    if a_in_tensor_memory and M == 64:
-        return
-    N, K = 128, 32 // SIZES.get(name, 1)
-    a, b = random_codes(rng, (M, K), name), random_codes(rng, (N, K), name)
-    right, left = Stored(rng, b, width, mn_major), Stored(rng, a, width, mn_major)
-    left.start += len(right.memory)
-    memory = np.concatenate([right.memory, left.memory])
-    cells = rng.standard_normal((128, 512)).astype(np.float32)
-    column, rows = 64, np.arange(M)
-    lanes = rows if M == 128 else rows // 16 * 32 + rows % 16 + lane
-    if a_in_tensor_memory:
-        cells[:, 8:16] = a.reshape(M, -1).view(np.float32)
-    expected = cells.copy()
-    expected[lanes, column : column + N] = multiply(a, b, name, cells[lanes, column : column + N])
-    mode = TCGEN05_MODES[width] << 61 | 1 << 46
-    operand = 8 if a_in_tensor_memory else left.descriptor(mode)
-    word = instruction(name, M, N, mn_major and not a_in_tensor_memory, mn_major)
-    d = lane << 16 | column
-    failed = tcgen05(word, KINDS[name], d, a_in_tensor_memory, operand, right.descriptor(mode), 1,
-                     memory, cells)  # fmt: skip
-    assert not failed, library().deepkern_ptx_test_error()
-    assert cells.tobytes() == expected.tobytes()
-
-
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        (instruction("f16", 128, 64) | 4, "sparse"),
-        (instruction("f16", 128, 64) & ~16, "f16 accumulators"),
-        (instruction("f16", 128, 8), "N: expected a multiple of 16 up to 256, got 8"),
-        (instruction("f16", 256, 64), "M: expected 64 or 128, got 256"),
-        (instruction("tf32", 128, 64), "A: type 2 is not valid"),
-    ],
-    ids=["sparse", "f16 sums", "N", "M", "type"],
-)
-def test_tcgen05_refuses_an_instruction(word: int, message: str):
-    cells, memory = np.zeros((128, 512), np.uint32), np.zeros(65536, np.uint8)
-    assert tcgen05(word, 0, 0, 0, 1 << 46, 1 << 46, 0, memory, cells)
-    assert message in library().deepkern_ptx_test_error().decode()
-
-
-def tensor_cells(shape: int, registers: int, half_offset: int = 0) -> ndarray:
-    """[32 lanes][registers] -> lane of tensor memory, column."""
-    cells = np.zeros((32, registers, 2), np.int32)
-    for lane in range(32):
-        for reg in range(registers):
-            library().deepkern_ptx_test_tensor_cell(
-                shape, lane, reg, half_offset, pointer(cells[lane, reg])
-            )
-    return cells
-
-
-SHAPES = {"32x32b": (0, 1, 32, 1), "16x64b": (1, 1, 16, 2), "16x128b": (2, 2, 16, 4),
-          "16x256b": (3, 4, 16, 8), "16x32bx2": (4, 1, 16, 2)}  # fmt: skip
-
-
-@pytest.mark.parametrize("number", [1, 2, 8])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_tensor_memory_shapes_access_each_cell_once(shape: str, number: int):
-    index, per, lanes, columns = SHAPES[shape]
-    cells = tensor_cells(index, per * number, half_offset=number)
-    expected = {(i, j) for i in range(lanes) for j in range(columns * number)}
-    assert sorted(map(tuple, cells.reshape(-1, 2).tolist())) == sorted(expected)
-
-
-def test_tensor_memory_shapes_are_those_of_fragments():
-    """The ISA draws 16x256b as the accumulators of m16n8, 16x128b as m16n8k8's A of 32 bits."""
-    wide, half = tensor_cells(3, 8), tensor_cells(2, 2)
-    for lane in range(32):
-        assert [tuple(c) for c in wide[lane]] == [c_place(lane, i) for i in range(8)]
-        assert [tuple(c) for c in half[lane]] == [a_place("tf32", 4, lane, i) for i in range(2)]
