@@ -124,7 +124,8 @@ Status wait_bulk(Warp& warp, const Instruction& i, uint32_t) {
 
 const TensorMap& read_map(Warp& warp, const Instruction& i, int lane, uint64_t address) {
   if (address % 64) warp.fail(i, lane, "a tensor map at an address that 64 does not divide");
-  Target target = translate(warp, i, lane, address, 128, Space::GENERIC, "reads a tensor map of");
+  translate(warp, i, lane, address + 64, 64, Space::GENERIC, "reads a tensor map of");
+  Target target = translate(warp, i, lane, address, 64, Space::GENERIC, "reads a tensor map of");
   const auto& map = *reinterpret_cast<const TensorMap*>(target.data);
   if (map.magic != TensorMap::MAGIC)
     warp.fail(i, lane, "the bytes at " + hexadecimal(address) + " are no tensor map");

@@ -214,7 +214,7 @@ void Grid::start_warp(Warp& warp, int index) {
   warp.predicates.assign(kernel.predicates, 0);
   warp.predicates[1] = ~0u;
   warp.in_flight.assign(kernel.slots, 0);
-  if (kernel.has_wgmma) warp.written.assign(kernel.slots, 0);
+  if (kernel.has_wgmma) warp.written.assign(kernel.slots, {});
   warp.local.assign(size_t(kernel.local_bytes) * LANES, 0xff);
   for (const Constant& c : kernel.constants)
     for (int lane = 0; lane < LANES; lane++) {
@@ -355,7 +355,7 @@ void Grid::step(Warp& warp) {
   }
   if (warp.in_flight_count) check_in_flight(warp, i);
   if (kernel.has_wgmma && i.kind != Class::TENSOR_CORE)
-    for (int slot : i.writes) warp.written[slot] = warp.executed;
+    for (int slot : i.writes) warp.written[slot] = {warp.executed, i.statement};
   if (i.run(warp, i, mask) == Status::NEXT) warp.paths.back().pc++;
   if (options.max_instructions && executed > options.max_instructions)
     warp.fail(i, -1, "executed " + std::to_string(executed) + " instructions, more than the limit");

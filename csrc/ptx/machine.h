@@ -85,7 +85,11 @@ struct Warp {
   std::vector<int32_t> wgmma_slots;  // registers of the open group
   std::deque<std::vector<int32_t>> wgmma_groups;  // and of those committed
   PendingPointer last_wgmma;  // MMAs of a warp complete in order
-  std::vector<uint64_t> written;  // [slots]: value of `executed` at the last write, with wgmma only
+  struct LastWrite {
+    uint64_t executed = 0;
+    int32_t statement = 0;
+  };
+  std::vector<LastWrite> written;  // [slots], in kernels with wgmma
   uint64_t fenced_at = 0;  // value of `executed` at the last wgmma.fence
   int wgmma_executed = 0;
   int tensor_store_agent = -1;  // tcgen05.st before tcgen05.wait::st
@@ -236,15 +240,16 @@ Target translate_shared(Warp&, const Instruction&, int lane, uint32_t address, u
 enum class Touch { READ, WRITE, ATOMIC };
 void touch_shared(Warp& warp, const Instruction& instruction, int lane, Block& block,
                   uint32_t offset, uint32_t bytes, Touch touch, int agent, Clock clock, Proxy proxy,
-                  const View& view);
+                  const View& view, const uint8_t* value = nullptr);
 void touch_global(Warp& warp, const Instruction& instruction, int lane, uint64_t address,
                   uint32_t bytes, Touch touch, int agent, Clock clock, Proxy proxy,
-                  const View& view);
-// An access by the warp itself.
+                  const View& view, const uint8_t* value = nullptr);
+// An access by the warp itself. Compilers let several warps store the same value at one place: a
+// store of `value` does not race with a store of the same bytes.
 void touch_shared(Warp& warp, const Instruction& instruction, int lane, Block& block,
-                  uint32_t offset, uint32_t bytes, Touch touch);
+                  uint32_t offset, uint32_t bytes, Touch touch, const uint8_t* value = nullptr);
 void touch_global(Warp& warp, const Instruction& instruction, int lane, uint64_t address,
-                  uint32_t bytes, Touch touch);
+                  uint32_t bytes, Touch touch, const uint8_t* value = nullptr);
 
 // mbarrier.cpp: `count` arrivals at an mbarrier, or bytes that a copy has brought.
 void arrive(Warp& warp, const Instruction& instruction, int lane, const Target& target,

@@ -33,19 +33,24 @@ Status move_matrices(Warp& warp, const Instruction& i, uint32_t mask, bool loads
   check_whole_warp(warp, i, mask);
   const auto& move = *static_cast<const MatrixMove*>(i.extra.get());
   uint8_t* rows[LANES];
+  uint32_t* registers[4];
+  for (int k = 0; k < move.matrices; k++) registers[k] = warp.u32(i.list[k]);
+  uint8_t stored[LANES][16];
+  uint8_t* stored_rows[LANES];
+  for (int lane = 0; lane < LANES; lane++) stored_rows[lane] = stored[lane];
+  if (!loads) stmatrix(move.matrices, move.transposed, stored_rows, registers);
   std::vector<uint64_t> addresses;
   for (int lane = 0; lane < 8 * move.matrices; lane++) {
     uint64_t address = (i.mode ? warp.u64(i.a)[lane] : warp.u32(i.a)[lane]) + i.immediate;
     Target t = translate(warp, i, lane, address, 16, Space::SHARED, loads ? "loads" : "stores");
-    touch_shared(warp, i, lane, *t.block, t.offset, 16, loads ? Touch::READ : Touch::WRITE);
+    touch_shared(warp, i, lane, *t.block, t.offset, 16, loads ? Touch::READ : Touch::WRITE,
+                 loads ? nullptr : stored[lane]);
+    if (!loads) std::memcpy(t.data, stored[lane], 16);
     rows[lane] = t.data;
     addresses.push_back(address);
   }
   if (warp.grid->profile) warp.grid->profile->count_shared(i, addresses, 16);
-  uint32_t* registers[4];
-  for (int k = 0; k < move.matrices; k++) registers[k] = warp.u32(i.list[k]);
   if (loads) ldmatrix(move.matrices, move.transposed, rows, registers);
-  else stmatrix(move.matrices, move.transposed, rows, registers);
   return Status::NEXT;
 }
 
@@ -131,8 +136,11 @@ void mark(Warp& warp, const std::vector<int32_t>& slots, uint8_t as) {
 
 void check_fenced(Warp& warp, const Instruction& i, const std::vector<int32_t>& slots) {
   for (int32_t slot : slots)
-    if (warp.in_flight[slot] == 0 && warp.written[slot] > warp.fenced_at)
-      warp.fail(i, -1, "a register was written after the last wgmma.fence");
+    if (warp.in_flight[slot] == 0 && warp.written[slot].executed > warp.fenced_at) {
+      const Statement& s = warp.kernel->statements[warp.written[slot].statement];
+      warp.fail(i, -1, "reads a register that was written after the last wgmma.fence, at PTX line " +
+                           std::to_string(s.line) + " (" + s.text() + ")");
+    }
 }
 
 // list: accumulators; more: A in registers, or empty; a, b: descriptors; d: scale-d predicate.

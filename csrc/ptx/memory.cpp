@@ -108,18 +108,22 @@ std::string place_of(const Kernel& kernel, int32_t instruction) {
   warp.fail(i, lane, text);
 }
 
+bool is_same_store(const Conflict& c, const uint8_t* present, uint32_t bytes, const uint8_t* value) {
+  return value && !c.uninitialized && c.previous_is_write && std::memcmp(present, value, bytes) == 0;
+}
+
 uint8_t shadow_lane(int lane) { return lane < 0 ? NO_LANE : static_cast<uint8_t>(lane); }
 
 }  // namespace
 
 void touch_shared(Warp& warp, const Instruction& i, int lane, Block& block, uint32_t offset,
                   uint32_t bytes, Touch touch, int agent, Clock clock, Proxy proxy,
-                  const View& view) {
+                  const View& view, const uint8_t* value) {
   Access access{static_cast<uint16_t>(agent), proxy, shadow_lane(lane), clock, i.statement};
   Conflict c = touch == Touch::READ    ? block.shadow.read(offset, bytes, access, view, warp.epoch)
                : touch == Touch::WRITE ? block.shadow.write(offset, bytes, access, view, warp.epoch)
                                        : block.shadow.atomic(offset, bytes, access, view, warp.epoch);
-  if (!c.found) return;
+  if (!c.found || is_same_store(c, block.shared.data() + offset, bytes, value)) return;
   std::string where = "byte " + std::to_string(c.address - SHARED_BASE) + " of shared memory";
   std::string who = block.cluster->agent_name(c.previous.agent);
   if (c.previous.agent == agent) who = "lane " + std::to_string(c.previous.lane) + " of the same warp";
@@ -127,7 +131,7 @@ void touch_shared(Warp& warp, const Instruction& i, int lane, Block& block, uint
 }
 
 void touch_shared(Warp& warp, const Instruction& i, int lane, Block& block, uint32_t offset,
-                  uint32_t bytes, Touch touch) {
+                  uint32_t bytes, Touch touch, const uint8_t* value) {
   if (offset < block.mbarrier_end && offset + bytes > block.mbarrier_begin)
     for (uint32_t at = offset & ~7u; at < offset + bytes; at += 8)
       if (block.mbarriers.count(at))
@@ -136,18 +140,19 @@ void touch_shared(Warp& warp, const Instruction& i, int lane, Block& block, uint
                                " of shared memory by an ordinary access");
   Clock clock = block.cluster->agents.now(warp.agent);
   touch_shared(warp, i, lane, block, offset, bytes, touch, warp.agent, clock, Proxy::GENERIC,
-               warp.view());
+               warp.view(), value);
 }
 
 void touch_global(Warp& warp, const Instruction& i, int lane, uint64_t address, uint32_t bytes,
-                  Touch touch, int agent, Clock clock, Proxy proxy, const View& view) {
+                  Touch touch, int agent, Clock clock, Proxy proxy, const View& view,
+                  const uint8_t* value) {
   Grid& grid = *warp.grid;
   uint32_t cluster = warp.block->cluster->number;
   Access access{static_cast<uint16_t>(agent), proxy, shadow_lane(lane), clock, i.statement};
   Conflict c = touch == Touch::READ    ? grid.order.read(address, bytes, cluster, access, view)
                : touch == Touch::WRITE ? grid.order.write(address, bytes, cluster, access, view)
                                        : grid.order.atomic(address, bytes, cluster, access, view);
-  if (!c.found) return;
+  if (!c.found || is_same_store(c, reinterpret_cast<uint8_t*>(address), bytes, value)) return;
   uint32_t other = grid.order.previous_cluster(c);
   bool clusters = warp.block->cluster->blocks.size() > 1;
   std::string who = other != cluster
@@ -157,9 +162,10 @@ void touch_global(Warp& warp, const Instruction& i, int lane, uint64_t address, 
 }
 
 void touch_global(Warp& warp, const Instruction& i, int lane, uint64_t address, uint32_t bytes,
-                  Touch touch) {
+                  Touch touch, const uint8_t* value) {
   Clock clock = warp.block->cluster->agents.now(warp.agent);
-  touch_global(warp, i, lane, address, bytes, touch, warp.agent, clock, Proxy::GENERIC, warp.view());
+  touch_global(warp, i, lane, address, bytes, touch, warp.agent, clock, Proxy::GENERIC, warp.view(),
+               value);
 }
 
 uint64_t address_of(Warp& warp, const Instruction& i, const MemoryAccess& m, int lane) {
@@ -181,11 +187,11 @@ void count_access(Warp& warp, const Instruction& i, const MemoryAccess& m, uint3
 namespace {
 
 void touch(Warp& warp, const Instruction& i, int lane, const Target& target, uint32_t bytes,
-           Touch kind) {
+           Touch kind, const uint8_t* value = nullptr) {
   if (target.space == Space::SHARED)
-    touch_shared(warp, i, lane, *target.block, target.offset, bytes, kind);
+    touch_shared(warp, i, lane, *target.block, target.offset, bytes, kind, value);
   else if (target.space == Space::GLOBAL)
-    touch_global(warp, i, lane, reinterpret_cast<uint64_t>(target.data), bytes, kind);
+    touch_global(warp, i, lane, reinterpret_cast<uint64_t>(target.data), bytes, kind, value);
 }
 
 // After a load at an address that other blocks may have released.
@@ -250,12 +256,14 @@ Status store(Warp& warp, const Instruction& i, uint32_t mask) {
     uint64_t address = address_of(warp, i, m, lane);
     Target target = translate(warp, i, lane, address, bytes, m.space, "stores");
     if (target.space == Space::PARAM) warp.fail(i, lane, "stores to a kernel parameter");
-    touch(warp, i, lane, target, bytes, strong ? Touch::ATOMIC : Touch::WRITE);
-    if (strong) before_write(warp, m, reinterpret_cast<uint64_t>(target.data), false);
+    uint8_t value[64];
     for (int e = 0; e < m.count; e++) {
-      uint64_t value = read_register(warp, i.list[e], lane, m);
-      std::memcpy(target.data + e * m.element_bytes, &value, m.element_bytes);
+      uint64_t element = read_register(warp, i.list[e], lane, m);
+      std::memcpy(value + e * m.element_bytes, &element, m.element_bytes);
     }
+    touch(warp, i, lane, target, bytes, strong ? Touch::ATOMIC : Touch::WRITE, value);
+    if (strong) before_write(warp, m, reinterpret_cast<uint64_t>(target.data), false);
+    std::memcpy(target.data, value, bytes);
   }
   if (strong) warp.grid->progress();
   return Status::NEXT;
