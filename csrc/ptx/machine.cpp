@@ -111,9 +111,10 @@ std::string Grid::describe(uint64_t address) const {
   if (least == 0)
     return text + " (" + nearest->name + ", byte " + std::to_string(address - nearest->address) + ")";
   if (least > (1u << 20)) return text + " (far from every tensor; null pointer or wild address)";
-  bool before = address < nearest->address;
-  return text + " (" + std::to_string(least) + (before ? " bytes before " : " bytes past the end of ") +
-         nearest->name + ")";
+  if (address < nearest->address)
+    return text + " (" + std::to_string(least) + " bytes before " + nearest->name + ")";
+  std::string behind = least == 1 ? "right" : std::to_string(least - 1) + " bytes";
+  return text + " (" + behind + " past the end of " + nearest->name + ")";
 }
 
 PendingPointer Grid::start(std::string what, std::function<void()> complete) {
