@@ -25,7 +25,7 @@ HEADER = """.version 8.7
 .reg .f32 %f<16>;
 .reg .pred %p<8>, %first, %lane0, %warp0, %warp1, %block0, %block1, %yes, %no;
 .shared .align 1024 .b8 memory[8192];
-.shared .align 16 .b8 objects[64];
+.shared .align 16 .b8 objects[1024];
 ld.param.u64 %x, [p_x];
 ld.param.u64 %y, [p_y];
 mov.b64 %map, p_map;
@@ -64,6 +64,8 @@ class Check:
     cluster: int = 1
     map: dict = field(default_factory=dict)
     located: bool = True  # the report names the line, block and warp
+    named: bool = True  # the report names the kernel
+    orders: tuple[str, ...] = ORDERS  # that have to report it
 
     def broken(self) -> str:
         assert self.edit[0] in self.body, self.name
@@ -94,19 +96,28 @@ def text(body: str, target: str = "sm_90") -> str:
     return "\n".join([*lines, "ret;", "}", '.file 1 "checked.cu"', ""])
 
 
+def distinct(checks: list[Check]) -> list[Check]:
+    """One check for each kernel; several break the same one."""
+    return list({(c.body, c.target, c.grid, c.block, c.cluster): c for c in checks}.values())
+
+
 def assert_passes(check: Check, seed: int) -> None:
     for order in ORDERS:
         check.run(check.body, seed, order)
 
 
 def assert_reported(check: Check, seed: int) -> None:
-    """Every order reports the broken kernel, with the place."""
-    for order in ORDERS:
+    """Every order of the check reports the broken kernel, with the place."""
+    for order in check.orders:
         with pytest.raises(deepkern.KernelFailure) as caught:
             check.run(check.broken(), seed, order)
         message = str(caught.value)
         patterns = check.report
         if check.located:
-            patterns += (r"\n  at checked.cu:\d+", r"PTX line \d+: ", r"block \(\d+, 0, 0\), warp \d")
-        for pattern in ("checked: ", *patterns):
+            patterns += (
+                r"\n  at checked.cu:\d+",
+                r"PTX line \d+: ",
+                r"block \(\d+, 0, 0\), warp \d",
+            )
+        for pattern in ("checked: " if check.named else "", *patterns):
             assert re.search(pattern, message), f"{pattern!r} is not in\n{message}"
