@@ -209,7 +209,7 @@ void Grid::start_warp(Warp& warp, int index) {
   int threads = static_cast<int>(threads_per_block()) - index * LANES;
   warp.live = threads >= LANES ? ~0u : (1u << threads) - 1;
   warp.paths.push_back({0, -1, warp.live});
-  // Registers that nobody wrote hold a pattern that is a NaN as a float and no valid address.
+  // Registers without a value hold a pattern that is a NaN as a float and no valid address.
   warp.registers.assign(size_t(kernel.slots) * LANES, 0xffbadbad);
   warp.predicates.assign(kernel.predicates, 0);
   warp.predicates[1] = ~0u;
@@ -425,7 +425,7 @@ void Grid::report_deadlock() {
         shown++;
         const Statement& s = kernel.statements[warp.current().statement];
         text += "\n  block " + std::to_string(block->number) + ", warp " + std::to_string(warp.index) +
-                " waits for " + (warp.blocked ? warp.waits_for : "memory that nobody changes") + " at " +
+                " waits for " + (warp.blocked ? warp.waits_for : "memory that no warp changes") + " at " +
                 (s.location >= 0 ? kernel.locations[s.location].text : "?") + " (PTX line " +
                 std::to_string(s.line) + ")";
       }
