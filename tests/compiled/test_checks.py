@@ -93,12 +93,12 @@ SHARED = [
           ("stores 8 bytes misaligned", "in shared memory", "lane 0")),
     Check("shared memory of a block that does not exist", "@%first st.shared::cluster.b32 "
           "[%slot], %lane;", ("[%slot]", "[%slot+33554432]"), ("of block 2 of a cluster of 1", )),
-    Check("nobody wrote", "st.shared.b32 [%slot], %lane;\nld.shared.b32 %r1, [%slot];",
+    Check("nothing wrote", "st.shared.b32 [%slot], %lane;\nld.shared.b32 %r1, [%slot];",
           ("ld.shared.b32 %r1, [%slot]", "ld.shared.b32 %r1, [%slot+128]"),
-          ("reads 4 bytes at byte 128 of shared memory, which nobody wrote", "lane 0")),
-    Check("half of it nobody wrote", "st.shared.b16 [%slot], 1;\nst.shared.b16 [%slot+2], 1;\n"
+          ("reads 4 bytes at byte 128 of shared memory, which nothing wrote", "lane 0")),
+    Check("half of it nothing wrote", "st.shared.b16 [%slot], 1;\nst.shared.b16 [%slot+2], 1;\n"
           "ld.shared.b32 %r1, [%slot];", ("st.shared.b16 [%slot+2], 1;", ""),
-          ("reads 4 bytes at byte 2 of shared memory, which nobody wrote", )),
+          ("reads 4 bytes at byte 2 of shared memory, which nothing wrote", )),
     Check("two warps write", "@%first st.shared.b32 [%shared], %thread;", ("%first", "%lane0"),
           ("race: writes 4 bytes at byte 0 of shared memory, which warp [01] wrote at "
            "checked.cu:1", "lane 0"), block=64),
@@ -114,7 +114,7 @@ SHARED = [
            "wrote", )),
     Check("atomic against a store", "@%first st.shared.b32 [%shared], 0;\nbar.sync 0;\n"
           "red.shared.add.u32 [%shared], 1;", ("bar.sync 0;", ""),
-          ("race|nobody wrote", "byte 0 of shared memory"), block=64),
+          ("race|nothing wrote", "byte 0 of shared memory"), block=64),
 ]  # fmt: skip
 BARRIERS = [
     Check("divergent bar.sync", "setp.lt.u32 %p1, %lane, 16;\nbar.sync 0;",
