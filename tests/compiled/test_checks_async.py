@@ -241,7 +241,7 @@ MATRICES = [
           ("reads a register that was written after the last wgmma.fence, at PTX line \\d+", ),
           block=128),
     Check("no wgmma.fence", WGMMA, ("wgmma.fence.sync.aligned;", ""),
-          ("reads a register that was written after the last wgmma.fence", ), block=128),
+          ("is issued before the first wgmma.fence of the warp", ), block=128),
     Check("wgmma by a part of the warp", WGMMA, ("wgmma.mma_async", "@%lane0 wgmma.mma_async"),
           ("the whole warp has to execute it", ), block=128),
     Check("scale-d differs between lanes", WGMMA, ("%yes, 1", "%lane0, 1"),
@@ -255,9 +255,6 @@ MATRICES = [
           ("writes a register of a tcgen05.ld before tcgen05.wait::ld", ), "sm_100", block=128),
     Check("column not allocated", TENSOR, ("{%r16}, [%r15]", "{%r16}, [%r15+32]"),
           (r"column \d+ of tensor memory is not allocated", ), "sm_100", block=128),
-    Check("column nothing wrote", TENSOR, ("{%r16}, [%r15]", "{%r16}, [%r15+16]"),
-          (r"reads lane \d+, column \d+ of tensor memory, which nothing wrote", ), "sm_100",
-          block=128),
     Check("lanes of another warp", TENSOR, ("{%r16}, [%r15]", "{%r16}, [%r12]"),
           (r"warp \d accesses lane 0 of tensor memory, expected \d+ to", ), "sm_100", block=128),
     Check("not deallocated", TENSOR, ("@%warp0 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r12,"
@@ -265,11 +262,14 @@ MATRICES = [
     Check("deallocated twice", TENSOR, ("@%warp0 tcgen05.dealloc", "@%warp0 tcgen05.dealloc."
           "cta_group::1.sync.aligned.b32 %r12, 32;\n@%warp0 tcgen05.dealloc"),
           ("frees tensor memory that is not allocated", ), "sm_100", block=128),
+    Check("deallocated while others read", TENSOR, ("tcgen05.fence::before_thread_sync;\n"
+          "bar.sync 0;", ""), (r"race: writes lane \d+, column \d+ of tensor memory, which warp "
+          r"\d read|is not allocated", ), "sm_100", block=128),
     Check("48 columns", TENSOR, ("%r11, 32", "%r11, 48"), ("allocates 48 columns", ), "sm_100",
           block=128),
     Check("product read before the commit's mbarrier", TENSOR, (AGAIN.strip(), ""),
           (r"race: reads lane \d+, column \d+ of tensor memory, which a tcgen05.mma wrote"
-           "|nothing wrote", ), "sm_100", block=128),
+           r"|race: writes lane \d+, column \d+ of tensor memory, which warp \d read", ), "sm_100", block=128),
     Check("product without a commit", TENSOR, ("@%first tcgen05.commit", "@%no tcgen05.commit"),
           ("deadlock", ON + ".*misses 1 of 1 arrivals|memory that nobody changes"), "sm_100",
           block=128, located=False),
