@@ -119,7 +119,8 @@ def extended(a: int, n: int, signed: bool) -> int:
 
 PRMT: dict[str, Callable[[int, int], int]] = {
     "f4e": lambda k, n: k + n, "b4e": lambda k, n: (n - k) % 8, "rc8": lambda k, n: n,
-    "ecl": lambda k, n: max(k, n), "ecr": lambda k, n: min(k, n), "rc16": lambda k, n: n % 2 * 2 + k % 2,
+    "ecl": lambda k, n: max(k, n), "ecr": lambda k, n: min(k, n),
+    "rc16": lambda k, n: n % 2 * 2 + k % 2,
 }  # fmt: skip
 
 
@@ -198,10 +199,14 @@ def mask_of(flags: list[bool]) -> int:
     return sum(1 << k for k, flag in enumerate(flags) if flag)
 
 
+def matches(warp: list[int]) -> list[int]:
+    return [mask_of([(x ^ y) & 3 == 0 for y in warp]) for x in warp]
+
+
 def warp_cases() -> Iterator[Case]:
     small = "and.b32 %d, %a, 3;\n"
     yield Case(small + "match.any.sync.b32 %d, %d, -1", "u32", ("u32",),
-               by_warp("u32", lambda w: [mask_of([(x ^ y) & 3 == 0 for y in w]) for x in w]))  # fmt: skip
+               by_warp("u32", matches))  # fmt: skip
     for mode, count in (("any", 1), ("all", 32)):
         vote = by_warp("u32", lambda w, n=count: [int(sum(x % 4 < 3 for x in w) >= n)] * 32)
         yield Case(

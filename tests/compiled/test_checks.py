@@ -138,7 +138,7 @@ BARRIERS = [
           block=64, located=False),
     Check("spin on memory", "SPIN:\nld.relaxed.gpu.global.b32 %r1, [%y];\n"
           "setp.eq.b32 %p1, %r1, 1;\n@%p1 bra SPIN;", ("setp.eq", "setp.ne"),
-          ("deadlock", "block 0, warp 0 waits for memory that nobody changes at checked.cu:[234]"),
+          ("deadlock", "block 0, warp 0 waits for memory that no warp changes at checked.cu:[234]"),
           located=False),
     Check("cluster barrier twice", "barrier.cluster.arrive.aligned;\n"
           "barrier.cluster.wait.aligned;", ("arrive.aligned;\nbarrier.cluster.wait.aligned",
@@ -152,6 +152,13 @@ BARRIERS = [
     Check("trap", "@%no trap;", ("@%no", "@%lane0"), ("trap", "lane 0")),
     Check("bra.uni that diverges", "@%yes bra.uni END;\nEND:", ("%yes", "%lane0"),
           ("bra.uni is not taken by every active lane", )),
+    Check("mapa to a block that does not exist", "mov.u32 %r2, 1;\n"
+          "mapa.shared::cluster.u32 %r1, %bar, %r2;", ("%r2, 1", "%r2, 2"),
+          ("mapa to block 2 of a cluster of 2", "lane 0"), grid=2, cluster=2),
+    Check("cvta of an address elsewhere", "cvt.u64.u32 %d2, %shared;\ncvta.shared.u64 %d1, %d2;\n"
+          "cvta.to.shared.u64 %d1, %d1;",
+          ("cvta.to.shared.u64 %d1, %d1", "cvta.to.shared.u64 %d1, %x"),
+          ("the address is not one of shared memory", "lane 0")),
     Check("shfl without its lane", "shfl.sync.bfly.b32 %r1, %lane, 1, 31, -1;", ("-1", "-2"),
           ("mask", "lane")),
     Check("shfl by a part of the members", "setp.lt.u32 %p1, %lane, 16;\n"
@@ -160,7 +167,8 @@ BARRIERS = [
           "vote.sync.ballot.b32 %r1, %p1, -1;", ("vote", "@%p1 vote"), ("mask", )),
     Check("ldmatrix by a part of the warp", "mad.lo.u32 %r1, %lane, 16, %shared;\n"
           "st.shared.v4.b32 [%r1], {%lane, %lane, %lane, %lane};\nbar.warp.sync -1;\n"
-          "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];", ("ldmatrix", "@%lane0 ldmatrix"),
+          "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];",
+          ("ldmatrix", "@%lane0 ldmatrix"),
           ("the whole warp has to execute it", )),
 ]  # fmt: skip
 CHECKS = GLOBAL + SHARED + BARRIERS
@@ -211,4 +219,32 @@ def test_unknown_instruction_is_named(statement: str, report: str):
         PtxModule(text(statement)).run_kernel("checked", *[torch.zeros(4)] * 2, bytes(128))
     message = str(caught.value)
     opcode = statement.split()[0].rstrip(";")
-    assert report in message and re.search(rf"PTX line \d+: .*{opcode}|checked: unknown special register", message)
+    assert report in message and re.search(
+        rf"PTX line \d+: .*{opcode}|checked: unknown special register", message
+    )
+
+
+def test_addresses_of_the_cluster():
+    """mapa, cvta and isspacep: block 1 stores to block 0, through a generic address."""
+    body = """
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+        mapa.shared::cluster.u32 %r1, %slot, %zero;
+        cvt.u64.u32 %d1, %r1;
+        cvta.shared::cluster.u64 %d2, %d1;
+        isspacep.shared::cluster %p1, %d2;
+        isspacep.global %p2, %d2;
+        selp.b32 %r2, 1, 0, %p1;
+        selp.b32 %r3, 16, 0, %p2;
+        add.u32 %r4, %r2, %r3;
+        add.u32 %r4, %r4, %lane;
+        @%block1 st.b32 [%d2], %r4;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+        mad.wide.u32 %d5, %lane, 4, %y;
+        @%block1 ret;
+        ld.shared.b32 %r5, [%slot];
+        st.global.b32 [%d5], %r5;
+    """
+    y = Check("", body, ("", ""), (), grid=2, cluster=2).run(body, 0, "random")
+    assert y[:32].tolist() == list(range(1, 33))

@@ -44,13 +44,15 @@ barrier.cluster.wait.aligned;
 mov.b16 %h1, 3;
 mad.lo.u32 %r3, %block, 1024, %thread;
 setp.eq.u32 %p3, %r3, 0;
-@%p3 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%shared], [%map, {%zero, %zero}], [%bar], %h1;
+@%p3 TENSOR_COPY.multicast::cluster [%shared], [%map, {%zero, %zero}], [%bar], %h1;
 AGAIN:
 mbarrier.try_wait.parity.shared::cta.b64 %p1, [%bar], 0;
 @!%p1 bra.uni AGAIN;
 barrier.cluster.arrive.aligned;
 barrier.cluster.wait.aligned;
-"""
+""".replace(
+    "TENSOR_COPY", "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+)
 COPY = """
 cp.async.ca.shared.global [%slot], [%a], 4;
 cp.async.commit_group;
@@ -90,14 +92,14 @@ mov.b32 %f1, 0f00000000;
 mov.b32 %f2, 0f00000000;
 mov.b32 %f3, 0f00000000;
 wgmma.fence.sync.aligned;
-wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %d2, %d3, %yes, 1, 1, 0, 0;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %d2, %d3, %yes, SIGNS;
 wgmma.commit_group.sync.aligned;
 wgmma.wait_group.sync.aligned 0;
 add.f32 %f4, %f0, %f1;
 mov.b32 %f1, 0f00000000;
 bar.sync 0;
 st.shared.b32 [%slot], %zero;
-"""
+""".replace("SIGNS", "1, 1, 0, 0")
 )
 TENSOR = """
 mov.b32 %r11, 32;
@@ -160,7 +162,7 @@ MBARRIERS = [
 ]  # fmt: skip
 COPIES = [
     Check("too few bytes expected", TMA, ("1024;", "1008;"),
-          ("deadlock", "misses 0 of 1 arrivals and -16 bytes|memory that nobody changes"),
+          ("deadlock", "misses 0 of 1 arrivals and -16 bytes|memory that no warp changes"),
           located=False),
     Check("read before the wait", TMA, (AGAIN, ""),
           (r"race: reads 4 bytes at byte \d+ of shared memory, which a copy on the mbarrier", )),
@@ -186,7 +188,8 @@ COPIES = [
           located=False, named=False),
     Check("copy over the mbarrier", TMA, (LOAD, "sub.u32 %shared, %bar, 128;\n" + LOAD),
           ("a copy writes over the mbarrier at byte 8192", )),
-    Check("copy on no mbarrier", TMA, (LOAD, LOAD.replace("[%bar]", "[%r20]").replace("@", "add.u32 %r20, %bar, 8;\n@")),
+    Check("copy on no mbarrier", TMA, (LOAD, 
+          LOAD.replace("[%bar]", "[%r20]").replace("@", "add.u32 %r20, %bar, 8;\n@")),
           ("was not initialized", )),
     Check("multicast to a missing block", MULTICAST, ("%h1, 3", "%h1, 7"),
           ("a multicast to blocks outside the cluster", ), grid=2, cluster=2),
@@ -204,7 +207,8 @@ COPIES = [
     Check("cp.async misaligned", COPY, ("[%a], 4", "[%a+2], 4"), ("misaligned", )),
     Check("bulk store overwritten before wait_group.read", STORE,
           ("@%first cp.async.bulk.wait_group.read 0;", ""),
-          (r"race: writes 4 bytes at byte \d+ of shared memory, which a bulk copy of warp 0 read", )),
+          (r"race: writes 4 bytes at byte \d+ of shared memory, which a bulk copy of warp 0 read",
+           )),
     Check("bulk store without fence.proxy.async", STORE, ("fence.proxy.async.shared::cta;", ""),
           ("race: reads 128 bytes", "there is no fence.proxy.async between the two")),
     Check("bulk store never committed", STORE, ("@%first cp.async.bulk.commit_group;\n"
@@ -246,8 +250,9 @@ MATRICES = [
           ("the whole warp has to execute it", ), block=128),
     Check("scale-d differs between lanes", WGMMA, ("%yes, 1", "%lane0, 1"),
           ("scale-d differs between lanes", ), block=128),
-    Check("descriptor differs between lanes", WGMMA, ("%d3, %d2, 256;", "%d3, %d2, 256;\ncvt.u64.u32"
-          " %d4, %lane;\nadd.u64 %d3, %d3, %d4;"), ("the descriptor of B differs", ), block=128),
+    Check("descriptor differs between lanes", WGMMA, ("%d3, %d2, 256;",
+          "%d3, %d2, 256;\ncvt.u64.u32 %d4, %lane;\nadd.u64 %d3, %d3, %d4;"),
+          ("the descriptor of B differs", ), block=128),
     Check("tcgen05.ld read before wait::ld", TENSOR, ("tcgen05.wait::ld.sync.aligned;", ""),
           ("reads a register of a tcgen05.ld before tcgen05.wait::ld", ), "sm_100", block=128),
     Check("tcgen05.ld overwritten before wait::ld", TENSOR, ("tcgen05.wait::ld.sync.aligned;\n"
@@ -269,9 +274,10 @@ MATRICES = [
           block=128),
     Check("product read before the commit's mbarrier", TENSOR, (AGAIN.strip(), ""),
           (r"race: reads lane \d+, column \d+ of tensor memory, which a tcgen05.mma wrote"
-           r"|race: writes lane \d+, column \d+ of tensor memory, which warp \d read", ), "sm_100", block=128),
+           r"|race: writes lane \d+, column \d+ of tensor memory, which warp \d read", ), "sm_100",
+          block=128),
     Check("product without a commit", TENSOR, ("@%first tcgen05.commit", "@%no tcgen05.commit"),
-          ("deadlock", ON + ".*misses 1 of 1 arrivals|memory that nobody changes"), "sm_100",
+          ("deadlock", ON + ".*misses 1 of 1 arrivals|memory that no warp changes"), "sm_100",
           block=128, located=False),
     Check("tcgen05 operand without fence.proxy.async", TENSOR, ("fence.proxy.async.shared::cta;",
           ""), ("race: reads .* bytes", "there is no fence.proxy.async between the two"), "sm_100",

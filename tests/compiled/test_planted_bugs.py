@@ -112,7 +112,6 @@ BUGS = [
     cast("narrower store", NARROW_STORE, VALUE),
     norm("no barrier", NO_BARRIER, RACE),
     norm("no last barrier", NO_LAST_BARRIER, RACE),
-    norm("another shift of an address", OTHER_SHIFT, VALUE),
     norm("no reduction over lanes", OTHER_LANE, VALUE),
     norm("narrower store", NARROW_STORE, VALUE),
     norm("last shared store to a wrong offset", SHIFTED_LAST_SHARED_STORE, f"{VALUE}|{RACE}"),
