@@ -454,6 +454,8 @@ void bind_coordinates(Binder& b, size_t operand) {
   const OperandText& list = parts[0];
   if (list.kind != OperandText::LIST) b.instruction.list.push_back(b.source(list, 32));
   for (const OperandText& c : list.parts) b.instruction.list.push_back(b.source(c, 32));
+  std::string rank = std::to_string(b.instruction.list.size()) + "d";
+  if (!b.has(rank.c_str())) b.fail("a number of coordinates other than that of the dimensions");
 }
 
 void bind_tensor(Binder& b) {
@@ -512,6 +514,8 @@ bool bind_async(Binder& b) {
   if (op[0] == "mbarrier") return bind_mbarrier(b);
   if (op[0] == "mapa") {
     i.mode = b.has("u64");
+    if (b.statement.text() != (i.mode ? "mapa.u64" : "mapa.shared::cluster.u32"))
+      b.fail("unknown modifier");
     int bits = i.mode ? 64 : 32;
     i.d = b.destination(0, bits);
     i.a = b.source(1, bits);
