@@ -70,7 +70,7 @@ struct Consumer {
   }
   // Issues sum += P·V of a tile, with this warpgroup's P in registers.
   SM90_DEVICE void multiply_own_p(const uint32_t (&packed)[4][4], int tile) {
-    if (!FP8) wgmma_fence();
+    if (!FP8) wgmma_fence(reinterpret_cast<float(&)[128]>(sum));
 #pragma unroll
     for (int step = 0; step < 4; ++step) multiply_step(packed[step], TokenTile(smem, tile), step);
     if (!FP8) wgmma_commit();

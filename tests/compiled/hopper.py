@@ -29,7 +29,8 @@ HERE, BUILD = Path(__file__).parent, ROOT / "build" / "hopper"
 NVCC = shutil.which("nvcc")
 # The flags of setup.py, with PTX in the place of machine code, and line numbers.
 NVCC_FLAGS = ["-gencode", "arch=compute_90a,code=compute_90a", "-no-compress", "-lineinfo"]
-NVCC_FLAGS += ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC"]
+# Without -fno-gnu-unique, the pointer to cuTensorMapEncodeTiled would be the emulator's.
+NVCC_FLAGS += ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fno-gnu-unique"]
 HOST_FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-Wall", "-Wextra"]
 LIBRARY = "deepkern_machine"
 
