@@ -234,6 +234,7 @@ SM90_DEVICE void store_output(const float (&sum)[2][64], SoftmaxState& state,
   const int lane = lane_index();
   const int warp_row = thread_index() % 128 / 32 * 16, row = warp_row + lane / 4;
   // Exchange the row sums between the warpgroups.
+  warp_sync();  // orders this warp's reads of maxima before the sums that replace them
   char* row_sums = smem + MlaTile::ROW_STATS_OFFSET;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
