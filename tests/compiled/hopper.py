@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -58,6 +59,8 @@ def cached(content: list[str], suffix: str) -> Path:
 def compile_kernels(name: str, changed: dict[str, str], flags: tuple[str, ...]) -> Path:
     """sm90/`name`.cu with its headers, compiled by nvcc once for each content."""
     texts = {p: t for p, t in (sources() | changed).items() if p == name or not p.endswith(".cu")}
+    if "mla" in name:  # does not depend on the tiles, which its headers may still include
+        texts["sm90/fp8_gemm_tiles.h"] = sources()["sm90/fp8_gemm_tiles.h"]
     assert NVCC is not None
     done = cached([*NVCC_FLAGS, *flags, *(x for item in sorted(texts.items()) for x in item)], ".o")
     if not done.exists():
@@ -94,15 +97,17 @@ def link(parts: list[Path], *flags: str) -> Path:
 
 
 @functools.cache
-def kernels(*flags: str, tiles: str | None = None) -> ctypes.CDLL:
+def kernels(bug: str = "", of: str = "", tiles: str = "") -> ctypes.CDLL:
     """The launchers and kernels of csrc/sm90 over the machine.
 
-    `flags` are compiler flags that plant a bug, `tiles` replaces the list of tiles.
+    `bug` is a hook of sm90/`of`.cu that plants it, `tiles` replaces the list of tiles.
     """
-    changed = {} if tiles is None else {"sm90/fp8_gemm_tiles.h": tiles}
-    include = ("-isystem", str(toolkit() / "include"))
-    parts = [compile_kernels(f"sm90/{n}.cu", changed, flags) for n in ("fp8_gemm", "mla_decode")]
-    parts.append(compile_host(HERE / "cudart.cpp", *include))
+    changed = {"sm90/fp8_gemm_tiles.h": tiles} if tiles else {}
+    parts = []
+    for name in ("fp8_gemm", "mla_decode"):
+        flags = (f"-DPLANT_{bug}=1",) if name == of else ()
+        parts.append(compile_kernels(f"sm90/{name}.cu", changed, flags))
+    parts.append(compile_host(HERE / "cudart.cpp", "-isystem", str(toolkit() / "include")))
     loaded = ctypes.CDLL(str(link(parts)), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     loaded.machine_launches.restype = ctypes.c_char_p
     for launcher in (loaded.machine_fp8_gemm_launcher, loaded.machine_mla_launcher):
@@ -172,6 +177,23 @@ def call(name: str, *args):
             return getattr(getattr(torch.ops, LIBRARY), name).default(*args)
         finally:
             ops().machine_end_op()
+
+
+def tiles() -> list[str]:
+    """The lines of the list of tiles."""
+    lines = sources()["sm90/fp8_gemm_tiles.h"].splitlines()
+    return [line for line in lines if line.startswith("TILE(")]
+
+
+def tile_of(kernel: str) -> str | None:
+    """The line of the tile in a mangled name of a kernel; None for other kernels."""
+    found = re.search(r"11GemmVariantE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)ELi(\d+)E", kernel)
+    if found is None:
+        return None
+    variant, *sizes, swapped, b_rows = found.groups()
+    names = ("dense", "contiguous", "masked", "k_grouped")  # deepkern::GemmVariant
+    swaps = "true" if swapped == "1" else "false"
+    return f"TILE({', '.join([names[int(variant)], *sizes, swaps, b_rows])})"
 
 
 def launches(library: ctypes.CDLL | None = None) -> list[tuple[int, int, str]]:
