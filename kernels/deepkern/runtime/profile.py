@@ -92,13 +92,18 @@ def profiled(every: int = 1) -> Iterator[list[Launch]]:
     library = ptx_library.library()
     library.deepkern_ptx_take_profile()
     launches: list[Launch] = []
-    library.deepkern_ptx_profile(every)
+    run_every(every)
     try:
         yield launches
     finally:
-        library.deepkern_ptx_profile(0)
+        run_every(0)
         text = library.deepkern_ptx_take_profile().decode(errors="replace")
         launches += map(_launch, json.loads(text))
+
+
+def run_every(every: int) -> None:
+    """Inside `profiled`: the argument `every` of the launches that follow."""
+    ptx_library.library().deepkern_ptx_profile(every)
 
 
 def _launch(record: dict) -> Launch:
