@@ -18,18 +18,11 @@ const Forms& forms() {
   return all;
 }
 
-bool is_signed_integer(const std::string& type) { return type == "s8" || type == "s16"; }
-
 void bind_cvt(Binder& binder) {
   const std::vector<std::string>& words = binder.statement.opcode;
   if (binder.count() < 2 || words.size() < 3) binder.fail("it has a wrong number of operands");
-  std::string key = binder.statement.text();
   const int width = binder.width(0);
-  const std::string& type = words[words.size() - 2];
-  if (is_signed_integer(type) && width > std::stoi(type.substr(1)) && width <= 32) {
-    key += "/" + std::to_string(width);
-  }
-  const auto form = forms().find(key);
+  const auto form = forms().find(binder.statement.text());
   bool wide = form == forms().end();
   if (!wide) {
     const std::vector<uint8_t>& bits = *form->second.operands;
@@ -40,7 +33,7 @@ void bind_cvt(Binder& binder) {
   }
   if (!wide) {
     bind_form(binder, form->second);
-  } else if (!bind_integer_conversion(binder)) {
+  } else if (!bind_integer_conversion(binder) && !bind_number_conversion(binder)) {
     binder.fail("this conversion, or this width of its registers, is unknown");
   }
 }
@@ -128,7 +121,7 @@ void bind_mapa(Binder& binder) {
   } else if (opcode == "mapa.u64") {
     bind_form(binder, generic);
   } else {
-    binder.fail("this form is unknown");
+    binder.fail("this variant is unknown");
   }
 }
 

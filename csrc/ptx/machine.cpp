@@ -111,9 +111,10 @@ std::string Grid::describe(uint64_t address) const {
   if (least == 0)
     return text + " (" + nearest->name + ", byte " + std::to_string(address - nearest->address) + ")";
   if (least > (1u << 20)) return text + " (far from every tensor; null pointer or wild address)";
-  bool before = address < nearest->address;
-  return text + " (" + std::to_string(least) + (before ? " bytes before " : " bytes past the end of ") +
-         nearest->name + ")";
+  if (address < nearest->address)
+    return text + " (" + std::to_string(least) + " bytes before " + nearest->name + ")";
+  std::string behind = least == 1 ? "right" : std::to_string(least - 1) + " bytes";
+  return text + " (" + behind + " past the end of " + nearest->name + ")";
 }
 
 PendingPointer Grid::start(std::string what, std::function<void()> complete) {
@@ -209,7 +210,7 @@ void Grid::start_warp(Warp& warp, int index) {
   int threads = static_cast<int>(threads_per_block()) - index * LANES;
   warp.live = threads >= LANES ? ~0u : (1u << threads) - 1;
   warp.paths.push_back({0, -1, warp.live});
-  // Registers that nobody wrote hold a pattern that is a NaN as a float and no valid address.
+  // Registers without a value hold a pattern that is a NaN as a float and no valid address.
   warp.registers.assign(size_t(kernel.slots) * LANES, 0xffbadbad);
   warp.predicates.assign(kernel.predicates, 0);
   warp.predicates[1] = ~0u;
@@ -412,7 +413,7 @@ void Grid::report_deadlock() {
         shown++;
         const Statement& s = kernel.statements[warp.current().statement];
         text += "\n  block " + std::to_string(block->number) + ", warp " + std::to_string(warp.index) +
-                " waits for " + (warp.blocked ? warp.waits_for : "memory that nobody changes") + " at " +
+                " waits for " + (warp.blocked ? warp.waits_for : "memory that no warp changes") + " at " +
                 (s.location >= 0 ? kernel.locations[s.location].text : "?") + " (PTX line " +
                 std::to_string(s.line) + ")";
       }

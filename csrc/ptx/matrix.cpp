@@ -234,7 +234,7 @@ Accumulators read_accumulators(Binder& b, const std::string& name) {
   b.fail("unknown accumulator type " + name);
 }
 
-// The sums of the hardware where they are known; a run that asks for unknown ones fails there.
+// The sums of the hardware where they are known; float32 sums where they are not.
 Sums sums_of(Binder& b, Unit unit, Element a) {
   try {
     return hardware_sums(b.target(), unit, a);

@@ -1,4 +1,4 @@
-// Reads PTX text: directives, declarations and statements. It knows no opcode.
+// Reads PTX text: directives, declarations and statements. Opcodes are read as words.
 //
 // Names declared in a nested { } scope get a suffix, so that a kernel has one flat set of names.
 // Source: PTX ISA 9.0, sections 4 (syntax), 5 (state spaces) and 11 (directives).

@@ -101,7 +101,7 @@ void touch_cells(Warp& warp, const Instruction& i, int lane, int column, int col
   if (!c.found) return;
   std::string cell = "lane " + std::to_string(c.address / TENSOR_COLUMNS) + ", column " +
                      std::to_string(c.address % TENSOR_COLUMNS) + " of tensor memory";
-  if (c.uninitialized) warp.fail(i, -1, "reads " + cell + ", which nobody wrote");
+  if (c.uninitialized) warp.fail(i, -1, "reads " + cell + ", which nothing wrote");
   const Statement& s = warp.kernel->statements[c.previous.instruction];
   warp.fail(i, -1, std::string("race: ") + (write ? "writes " : "reads ") + cell + ", which " +
                        warp.block->cluster->agent_name(c.previous.agent) +
