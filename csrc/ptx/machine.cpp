@@ -317,8 +317,24 @@ void Grid::run_warp(Warp& warp, uint64_t quantum) {
 
 namespace {
 
+// LLVM moves copies of the registers of a tcgen05.ld above tcgen05.wait::ld, because it sees no
+// dependency between the two. The copies may not be used before the wait either.
+bool copies_tensor_load(Warp& warp, const Instruction& i) {
+  if (warp.kernel->statements[i.statement].opcode[0] != "mov") return false;
+  if (std::none_of(i.reads.begin(), i.reads.end(),
+                   [&warp](int slot) { return warp.in_flight[slot] == 3; }))
+    return false;
+  for (int slot : i.writes) {
+    warp.in_flight_count += warp.in_flight[slot] == 0;
+    warp.in_flight[slot] = 3;
+    warp.tensor_loads.push_back(slot);
+  }
+  return true;
+}
+
 void check_in_flight(Warp& warp, const Instruction& i) {
   if (warp.kernel->statements[i.statement].opcode[0] == "wgmma") return;
+  if (copies_tensor_load(warp, i)) return;
   for (int slot : i.reads) {
     if (warp.in_flight[slot] == 1)
       warp.fail(i, -1, "reads an accumulator of a wgmma.mma_async before wgmma.wait_group");

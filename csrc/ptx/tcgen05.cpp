@@ -64,7 +64,11 @@ Status allocate(Warp& warp, const Instruction& i, uint32_t mask) {
   std::fill(memory.allocated + found, memory.allocated + found + units, true);
   Target t = translate_shared(warp, i, 0, warp.u32(i.a)[0] + static_cast<uint32_t>(i.immediate), 4,
                               "writes an address to");
+  // PTX names no proxy for this write. Triton gives the place to bulk copies behind a barrier, with
+  // no fence.proxy.async: the async proxy sees the write as the generic proxy does.
   touch_shared(warp, i, -1, *t.block, t.offset, 4, Touch::WRITE);
+  touch_shared(warp, i, -1, *t.block, t.offset, 4, Touch::WRITE, warp.agent,
+               warp.block->cluster->agents.now(warp.agent), Proxy::ASYNC, warp.view());
   uint32_t address = found * 32;
   std::memcpy(t.data, &address, 4);
   return Status::NEXT;
