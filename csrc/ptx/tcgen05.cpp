@@ -3,6 +3,8 @@
 // An MMA is computed between its issue and the arrival of the next tcgen05.commit; MMAs of a block
 // complete in order. Loads and stores of tensor memory move their data at once, but their registers
 // and cells may be used only behind tcgen05.wait.
+// An MMA may not read cells that nobody wrote. A tcgen05.ld of them gives NaN and is no error: a
+// loop that Triton pipelined loads a result before it looks whether the MMA was issued.
 // Source: PTX ISA 9.0, section 9.7.17 (tcgen05).
 #include <algorithm>
 
@@ -11,6 +13,8 @@
 #include "tcgen05_layout.h"
 
 namespace deepkern::ptx {
+
+constexpr uint32_t UNWRITTEN = 0xffbadbad;  // a NaN in float32, and twice in bf16
 
 struct BlockTensorMemory {
   std::vector<uint32_t> cells;
@@ -22,7 +26,7 @@ struct BlockTensorMemory {
   PendingPointer last;
 
   BlockTensorMemory(const Options& options, int mma_agent)
-      : cells(TENSOR_LANES * TENSOR_COLUMNS, 0xffbadbad),
+      : cells(TENSOR_LANES * TENSOR_COLUMNS, UNWRITTEN),
         shadow(TENSOR_LANES * TENSOR_COLUMNS, options.check_races, options.check_initialized),
         agent(mma_agent) {}
 };
@@ -62,6 +66,11 @@ Status allocate(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   if (found < 0) warp.fail(i, -1, "allocates " + std::to_string(columns) + " columns: too few are free");
   std::fill(memory.allocated + found, memory.allocated + found + units, true);
+  for (int lane = 0; lane < TENSOR_LANES; lane++) {
+    uint32_t begin = lane * TENSOR_COLUMNS + found * 32;
+    memory.shadow.forget(begin, columns);
+    std::fill_n(memory.cells.begin() + begin, columns, UNWRITTEN);
+  }
   Target t = translate_shared(warp, i, 0, warp.u32(i.a)[0] + static_cast<uint32_t>(i.immediate), 4,
                               "writes an address to");
   // PTX names no proxy for this write. Triton gives the place to bulk copies behind a barrier, with
@@ -102,7 +111,8 @@ void touch_cells(Warp& warp, const Instruction& i, int lane, int column, int col
   uint32_t begin = lane * TENSOR_COLUMNS + column;
   Conflict c = write ? memory.shadow.write(begin, columns, access, warp.view(), warp.epoch)
                      : memory.shadow.read(begin, columns, access, warp.view(), warp.epoch);
-  if (!c.found) return;
+  bool is_mma = agent == memory.agent;
+  if (!c.found || (c.uninitialized && !is_mma)) return;
   std::string cell = "lane " + std::to_string(c.address / TENSOR_COLUMNS) + ", column " +
                      std::to_string(c.address % TENSOR_COLUMNS) + " of tensor memory";
   if (c.uninitialized) warp.fail(i, -1, "reads " + cell + ", which nothing wrote");
@@ -164,6 +174,7 @@ Status wait_loads(Warp& warp, const Instruction& i, uint32_t mask) {
     warp.in_flight[slot] = 0;
   }
   warp.tensor_loads.clear();
+  warp.publish();  // its loads come before its next tcgen05.st
   return Status::NEXT;
 }
 
