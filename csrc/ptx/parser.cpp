@@ -48,9 +48,22 @@ class Parser {
   int target_ = 0;
   std::shared_ptr<Module> module_;
   std::shared_ptr<Kernel> kernel_;  // while its body is read
+  struct Located {
+    std::shared_ptr<Kernel> kernel;
+    size_t location;
+    int file;
+  };
   std::unordered_map<int, std::string> files_;
-  std::vector<int> location_files_;  // of the kernel's locations
-  std::vector<std::pair<std::shared_ptr<Kernel>, std::vector<int>>> located_;
+  std::vector<Located> located_;  // .file directives come behind the kernels
+
+  void name_files() {
+    for (auto& [kernel, index, file] : located_) {
+      Location& l = kernel->locations[index];
+      l.file = files_[file];
+      if (l.text.empty())
+        l.text = l.file.substr(l.file.rfind('/') + 1) + ":" + std::to_string(l.line);
+    }
+  }
   std::map<std::string, Variable> globals_;  // variables of the module
   std::vector<std::unordered_map<std::string, std::string>> scopes_;  // name -> unique name
   int scopes_opened_ = 0;
@@ -234,8 +247,6 @@ class Parser {
     scopes_.assign(1, {});
     while (!scopes_.empty()) body();
     module_->kernels[kernel_->name] = kernel_;
-    located_.emplace_back(kernel_, std::move(location_files_));
-    location_files_.clear();
     kernel_.reset();
   }
 
@@ -363,27 +374,14 @@ class Parser {
     location.line = static_cast<int>(integer());
     integer();
     while (p_ < end_ && *p_ != '\n' && !(p_[0] == '/' && p_[1] == '/')) p_++;
-    location_files_.push_back(file);
     if (p_ < end_ && *p_ == '/') {
       const char* begin = p_ + 2;
       skip_line();
       while (begin < p_ && *begin == ' ') begin++;
       location.text.assign(begin, p_);
     }
+    located_.push_back({kernel_, kernel_->locations.size(), file});
     kernel_->locations.push_back(location);
-  }
-
-  // LLVM writes the names of the files behind the kernels.
-  void name_files() {
-    for (auto& [kernel, files] : located_)
-      for (size_t k = 0; k < files.size(); k++) {
-        Location& location = kernel->locations[k];
-        auto found = files_.find(files[k]);
-        if (found != files_.end()) location.file = found->second;
-        if (location.text.empty())
-          location.text = location.file.substr(location.file.rfind('/') + 1) + ":" +
-                          std::to_string(location.line);
-      }
   }
 
   bool label() {
