@@ -1,4 +1,4 @@
-"""The command line: `python -m bench [ops [NAME] | model | inspect [OP] | profile OP | tune [OP] | ...]`."""
+"""The command line: `python -m bench [ops | model | inspect | profile | tune | verify | gpu]`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ _STAGE = typer.Option([], help="one stage, repeatable; all by default")
 _OUT = typer.Option(Path("gpu-results"), help="folder for the results")
 _SIZE = typer.Option([], help="such as M=64,N=7168,K=2048, repeatable; SIZES.gpu by default")
 _TARGET = typer.Option([], help="a GPU target such as sm_90, repeatable; all by default")
+_ONE_SIZE = typer.Option(
+    [], help="such as M=64 or lengths=8192,4096, repeatable; the committed figures' by default"
+)
+_EVERY = typer.Option([], help="KERNEL=N, repeatable: run every N-th cluster of its grids only")
+_HTML = typer.Option(None, help="write the report to this HTML file")
+_JSON = typer.Option(None, help="write the report to this JSON file")
 _DRY_RUN = typer.Option(False, help="print the stages, their commands and limits; run nothing")
 
 
@@ -82,14 +88,10 @@ def inspect(
 def profile(
     op: str = typer.Argument(None, help="one op; all with --write-figures and --check"),
     target: list[str] = _TARGET,
-    size: list[str] = typer.Option(
-        [], help="such as M=64 or lengths=8192,4096, repeatable; the committed figures' by default"
-    ),
-    every: list[str] = typer.Option(
-        [], help="KERNEL=N, repeatable: run every N-th cluster of its grids only, for equal blocks"
-    ),
-    html: Path = typer.Option(None, help="write the report to this HTML file"),
-    json: Path = typer.Option(None, help="write the report to this JSON file"),
+    size: list[str] = _ONE_SIZE,
+    every: list[str] = _EVERY,
+    html: Path = _HTML,
+    json: Path = _JSON,
     check: bool = typer.Option(False, help="compare with the committed figures"),
     write_figures: bool = typer.Option(False, help="rewrite the committed figures"),
 ) -> None:

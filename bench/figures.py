@@ -178,7 +178,12 @@ def table(figures: dict[tuple[str, str], dict]) -> Table:
 
 
 def report(
-    op: str, targets: list[str], words: list[str], every: list[str], html: Path | None, out: Path | None
+    op: str,
+    targets: list[str],
+    words: list[str],
+    every: list[str],
+    html: Path | None,
+    out: Path | None,
 ) -> int:
     """Profiles one op and shows the report; writes it to files as HTML or JSON."""
     try:

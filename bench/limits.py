@@ -10,10 +10,13 @@ takes at least as long as its longest limit. Two kinds:
 
 Sources. Operations per SM and clock: CUDA C++ Best Practices Guide, "Throughput of native
 arithmetic instructions"; conversions to narrower floats are its 16 per clock. Tensor FLOPS per SM
-and clock: NVIDIA's white papers of A100, H100, Ada, Blackwell; with the peak in runtime/arch.py they
-give the clock. 128 bytes per clock of L1 and shared memory, 4 instructions per clock: the same
-papers. L2: 5120 bytes per clock on A100 (its white paper) and on H100 (PMC10448217, table 3); no
-figure is published for the others, and L2 is no limit there.
+and clock: NVIDIA's white papers of A100, H100, Ada and Blackwell; with the peak in runtime/arch.py
+they give the clock. Shared memory has 32 banks of 4 bytes per clock and an SM 4 schedulers (CUDA
+programming guide). L2: 5120 bytes per clock on A100 and H100 (PMC10448217, table 3, has 7219 and
+8986 GB/s at 1410 and 1755 MHz); of the others no figure is known here, and L2 is no limit there.
+
+Shared memory counts operands that wgmma and tcgen05 read and bytes that copies write, without
+conflicts.
 """
 
 from __future__ import annotations
