@@ -126,7 +126,8 @@ def row(goal: Goal, report: Profile) -> str:
     slowest = max(times, key=lambda t: max(t.values()))
     cells = (
         f"`{goal.op}`", goal.shape, f"{report.predicted:.0%}", f"{report.bound:.0%}",
-        profile_table.microseconds(report.roof), limits.NAMES[profile.binding(slowest)],
+        profile_table.microseconds(report.roof),
+        "the roof" if report.predicted > 0.99 else limits.NAMES[profile.binding(slowest)],
         causes(report), goal.note,
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
