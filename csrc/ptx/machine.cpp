@@ -234,7 +234,8 @@ void Grid::start_warp(Warp& warp, int index) {
 void Grid::admit() {
   auto cluster = std::make_unique<Cluster>();
   cluster->grid = this;
-  cluster->number = next_cluster++;
+  cluster->number = next_cluster;
+  next_cluster += profile ? profile->every : 1;
   const uint32_t* c = config.cluster;
   uint32_t across[2] = {config.grid[0] / c[0], config.grid[1] / c[1]};
   uint32_t n = cluster->number;
@@ -365,15 +366,17 @@ void Grid::step(Warp& warp) {
   if (i.guard >= 0) mask &= i.guard_negated ? ~warp.predicates[i.guard] : warp.predicates[i.guard];
   executed++;
   warp.executed++;
-  if (profile) profile->count(i, mask);
   if (mask == 0) {
+    if (profile) profile->count(i, mask, warp.block->number);
     path.pc++;
     return;
   }
   if (warp.in_flight_count) check_in_flight(warp, i);
   if (kernel.has_wgmma && i.kind != Class::TENSOR_CORE)
     for (int slot : i.writes) warp.written[slot] = {warp.executed, i.statement};
-  if (i.run(warp, i, mask) == Status::NEXT) warp.paths.back().pc++;
+  Status status = i.run(warp, i, mask);
+  if (status == Status::NEXT) warp.paths.back().pc++;
+  if (profile && status != Status::BLOCKED) profile->count(i, mask, warp.block->number);
   if (options.max_instructions && executed > options.max_instructions)
     warp.fail(i, -1, "executed " + std::to_string(executed) + " instructions, more than the limit");
 }

@@ -183,6 +183,10 @@ Status issue_wgmma(Warp& warp, const Instruction& i, uint32_t mask) {
   warp.wgmma_slots.insert(warp.wgmma_slots.end(), i.more.begin(), i.more.end());
   warp.wgmma_executed++;
   count_flops(warp, i, 2ull * 16 * w.shape.N * w.shape.K);
+  // 32 bytes of each row. The four warps of a warp group read B once.
+  if (warp.grid->profile)
+    warp.grid->profile->statements[i.statement].bytes +=
+        32ull * (w.a_in_registers ? 0 : 16) + 32ull * w.shape.N / 4;
   return Status::NEXT;
 }
 

@@ -246,8 +246,12 @@ void issue_mma(Warp& warp, const Instruction& i, int lane) {
     tcgen05_mma(instruction, d, in_tensor_memory, a, b, accumulate, reader(),
                 TensorMemory{block->tensor_memory->cells.data()}, sums);
   });
-  if (grid->profile)
-    grid->profile->statements[i.statement].flops += 2ull * instruction.M * instruction.N * instruction.K;
+  if (grid->profile) {
+    Counts& c = grid->profile->statements[i.statement];
+    c.flops += 2ull * instruction.M * instruction.N * instruction.K;
+    // 32 bytes of each row of A, unless it is in tensor memory, and of B.
+    c.bytes += 32ull * ((in_tensor_memory ? 0 : instruction.M) + instruction.N);
+  }
 }
 
 Status issue_mmas(Warp& warp, const Instruction& i, uint32_t mask) {
