@@ -130,7 +130,7 @@ def permuted(mode: str, a: int, b: int, c: int) -> int:
 
 
 def field(a: int, position: int, length: int, width: int) -> int:
-    """bfe of a signed type: bits beyond the sign bit repeat it, a field of no bits is 0."""
+    """bfe of a signed type: bits past the sign bit repeat it, a field of no bits is 0."""
     position, length = position & 255, length & 255
     if length == 0:
         return 0
