@@ -1,8 +1,8 @@
-// cvt, and the instructions that convert addresses: cvta, isspacep, mapa.
+// cvt, and the instructions that convert addresses: cvta, isspacep.
 //
 // A generic address of global, local, constant or parameter memory is the address itself. That of
 // shared memory is the shared address plus GENERIC_SHARED_BASE.
-// Source: PTX ISA 9.0, section 9.7.9: cvt, cvta, isspacep, mapa.
+// Source: PTX ISA 9.0, section 9.7.9: cvt, cvta, isspacep.
 #include "convert.h"
 
 namespace deepkern::ptx {
@@ -102,29 +102,6 @@ void bind_isspacep(Binder& binder) {
   }
 }
 
-// The same offset in the shared memory of block `rank` of the cluster.
-PTX_INLINE uint32_t map_address(uint32_t address, uint32_t rank) {
-  return (address & ((1u << RANK_SHIFT) - 1)) | rank << RANK_SHIFT;
-}
-PTX_INLINE uint64_t map_generic(uint64_t address, uint32_t rank) {
-  return GENERIC_SHARED_BASE + map_address(static_cast<uint32_t>(address), rank);
-}
-
-void bind_mapa(Binder& binder) {
-  static const Form narrow = {handler_of<Lanes<map_address>>(), Class::INTEGER,
-                              &Lanes<map_address>::operands};
-  static const Form generic = {handler_of<Lanes<map_generic>>(), Class::INTEGER,
-                               &Lanes<map_generic>::operands};
-  const std::string opcode = binder.statement.text();
-  if (opcode == "mapa.shared::cluster.u32") {
-    bind_form(binder, narrow);
-  } else if (opcode == "mapa.u64") {
-    bind_form(binder, generic);
-  } else {
-    binder.fail("this variant is unknown");
-  }
-}
-
 }  // namespace
 
 bool bind_convert(Binder& binder) {
@@ -135,8 +112,6 @@ bool bind_convert(Binder& binder) {
     bind_cvta(binder);
   } else if (name == "isspacep") {
     bind_isspacep(binder);
-  } else if (name == "mapa") {
-    bind_mapa(binder);
   } else {
     return false;
   }

@@ -381,12 +381,31 @@ void Grid::step(Warp& warp) {
     warp.fail(i, -1, "executed " + std::to_string(executed) + " instructions, more than the limit");
 }
 
+namespace {
+
+void check_mbarriers(Warp& warp, Cluster& cluster) {
+  const Instruction& last = warp.kernel->instructions.back();
+  for (auto& block : cluster.blocks)
+    for (auto& [offset, barrier] : block->mbarriers) {
+      if (barrier.bytes == 0) continue;
+      std::string text = "exits while the mbarrier at byte " + std::to_string(offset - SHARED_BASE) +
+                         " of shared memory ";
+      if (barrier.bytes > 0)
+        text += "misses " + std::to_string(barrier.bytes) + " bytes of copies";
+      else
+        text += "gets " + std::to_string(-barrier.bytes) + " bytes of copies that it did not expect";
+      warp.fail(last, -1, text);
+    }
+}
+
+}  // namespace
+
 // A warp has exited: its block and cluster may be done.
 void Grid::retire(Warp& warp) {
   const Instruction& last = kernel.instructions.back();
   for (Groups* groups : {&warp.copies, &warp.wgmma, &warp.bulk}) {
     bool open = groups->uncommitted();
-    bool flying = !groups->committed.empty() && groups != &warp.bulk;
+    bool flying = !groups->committed.empty();
     const char* name = groups == &warp.copies ? "cp.async" : groups == &warp.bulk ? "bulk copy" : "wgmma";
     if (open) warp.fail(last, -1, std::string("exits with a ") + name + " group that was never committed");
     if (flying) warp.fail(last, -1, std::string("exits with a ") + name + " group in flight");
@@ -398,16 +417,13 @@ void Grid::retire(Warp& warp) {
   cluster.wake();
   block.live_warps--;
   if (--cluster.live_warps > 0) return;
-  for (auto& b : cluster.blocks) {
-    for (auto& [offset, barrier] : b->mbarriers)
-      if (barrier.bytes != 0)
-        warp.fail(last, -1, "exits while the mbarrier at shared address " + hexadecimal(offset) +
-                                " misses " + std::to_string(barrier.bytes) + " bytes of copies");
-    if (b->tensor_memory) check_tensor_memory_is_free(warp, last);
-  }
+  check_mbarriers(warp, cluster);
+  for (auto& block : cluster.blocks)
+    if (block->tensor_memory) check_tensor_memory_is_free(warp, last);
   for (auto& work : pending)
     if (!work->done) finish(*work);  // work refers to the cluster
   pending.clear();
+  check_mbarriers(warp, cluster);  // copies that no mbarrier expected
   for (auto it = resident.begin(); it != resident.end(); ++it)
     if (it->get() == &cluster) {
       resident.erase(it);

@@ -154,6 +154,7 @@ Status issue_wgmma(Warp& warp, const Instruction& i, uint32_t mask) {
   uint64_t b = uniform(warp, i, i.b, "the descriptor of B");
   // Triton's LLVM moves conversions of A in registers behind the wgmma.fence, so the rule is
   // checked for accumulators only.
+  if (warp.fenced_at == 0) warp.fail(i, -1, "is issued before the first wgmma.fence of the warp");
   if (scale) check_fenced(warp, i, i.list);
   try {
     touch_operands(warp, i, w, a, b);

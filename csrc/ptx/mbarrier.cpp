@@ -166,6 +166,7 @@ void complete_bytes(Block& block, uint32_t offset, int64_t bytes) {
   auto found = block.mbarriers.find(offset);
   if (found == block.mbarriers.end()) return;  // invalidated: reported there
   found->second.bytes -= bytes;
+  block.cluster->wake();  // a warp that goes on waiting reports the new number of bytes
   complete_phase(found->second, *block.cluster);
 }
 
