@@ -27,6 +27,8 @@ _U8 = torch.uint8
 _GEMM, _GROUPED = "fp8_gemm_nt_kernel", "m_grouped_fp8_gemm_nt_kernel"
 _DECODE = {"mla_decode_kernel": 509, "mla_combine_splits_kernel": 1021}
 
+_BACKWARD = {f"mla_prefill_backward_{name}_kernel": 101 for name in ("delta", "dkv", "dq")}
+
 
 class Goal(NamedTuple):
     op: str
@@ -54,8 +56,8 @@ GOALS = [
     Goal("m_grouped_fp8_gemm_nt_masked", "4 x 256, 4096 x 7168",
          {"G": 4, "M": 256, "N": 4096, "K": 7168, "expected_m": 256}, {_GROUPED: 67}),
     Goal("k_grouped_fp8_gemm_nt", "4 groups, 4096 x 7168 x 32768",
-         {"M": 4096, "N": 7168, "K": 4096, "G": 4, "equal": True},
-         {"k_grouped_fp8_gemm_nt_kernel": 67}, "K 4096"),
+         {"M": 4096, "N": 7168, "K": 32768, "G": 4, "equal": True},
+         {"k_grouped_fp8_gemm_nt_kernel": 131}),
     Goal("cast_per_token", "4096 x 7168", {"M": 4096, "K": 7168}, {"cast_per_token_kernel": 97}),
     Goal("cast_per_block", "4096 x 7168", {"N": 4096, "K": 7168}, {"cast_per_block_kernel": 97}),
     Goal("cast_per_channel", "4096 x 7168", {"M": 4096, "K": 7168},
@@ -84,7 +86,7 @@ GOALS = [
     Goal("mla_prefill", "8K causal, H 128", {"lengths": (8192,), "H": 16},
          {"mla_prefill_kernel": 101}, "16 heads; unequal blocks: every 101st"),
     Goal("mla_prefill_backward", "8K causal, H 128", {"lengths": (8192,), "H": 16},
-         {"mla_prefill_backward_kernel": 101}, "16 heads"),
+         _BACKWARD, "16 heads; unequal blocks: every 101st"),
     Goal("mqa_logits", "4096 x 32K", {"S": 512, "Skv": 8192}, {"mqa_logits_kernel": 61},
          "512 x 8K"),
     Goal("topk_indices", "2048 of 32K", {"S": 1, "N": 32768, "k": 2048}),
