@@ -66,7 +66,11 @@ int bind_predicate_source(Binder& binder, size_t operand, bool negatable) {
 
 bool bind_arithmetic(Binder& binder) {
   if (bind_move(binder) || bind_compare(binder) || bind_logic(binder)) return true;
-  const auto form = forms().find(binder.statement.text());
+  auto form = forms().find(binder.statement.text());
+  if (binder.count() == 4 && binder.target() >= 100) {
+    const auto longer = forms().find(binder.statement.text() + THREE_SOURCES);
+    if (longer != forms().end()) form = longer;
+  }
   if (form == forms().end()) {
     if (is_known(binder.statement.opcode.at(0))) {
       binder.fail("this combination of modifiers is unknown");

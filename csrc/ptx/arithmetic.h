@@ -5,6 +5,10 @@
 
 namespace deepkern::ptx {
 
+// Ends the name of a form that has three sources where the opcode has a form with two as well.
+// Such a form needs sm_100 or newer.
+constexpr const char* THREE_SOURCES = " d, a, b, c";
+
 void add_integer_forms(Forms& forms);  // arithmetic_integer.cpp
 void add_logic_forms(Forms& forms);  // logic.cpp: bits, shifts, prmt
 void add_float_forms(Forms& forms);  // arithmetic_float.cpp: f32, f64, f32x2

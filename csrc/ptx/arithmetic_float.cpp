@@ -71,6 +71,10 @@ template <bool MAX, bool NAN_WINS, int FLAGS>
 PTX_INLINE float extreme(float a, float b) {
   return finish<FLAGS>(extremum<MAX, NAN_WINS>(in<FLAGS>(a), in<FLAGS>(b)));
 }
+template <bool MAX, bool NAN_WINS, int FLAGS>
+PTX_INLINE float extreme3(float a, float b, float c) {
+  return extreme<MAX, NAN_WINS, FLAGS>(extreme<MAX, NAN_WINS, FLAGS>(a, b), c);
+}
 template <int FLAGS>
 PTX_INLINE float neg(float a) {
   return negate(in<FLAGS>(a));
@@ -170,14 +174,21 @@ void add_mixed_forms(Forms& forms, const std::string& flags, const std::string& 
   add_form<fma_mixed<H, M, FLAGS>>(forms, "fma" + end, Class::FLOAT);
 }
 
+// sm_100 and newer take a third source.
+template <bool MAX, bool NAN_WINS, int FLAGS>
+void add_extreme(Forms& forms, const std::string& opcode) {
+  add_form<extreme<MAX, NAN_WINS, FLAGS>>(forms, opcode, Class::FLOAT);
+  add_form<extreme3<MAX, NAN_WINS, FLAGS>>(forms, opcode + THREE_SOURCES, Class::FLOAT);
+}
+
 template <int FLAGS>
 void add_flag_forms(Forms& forms, const std::string& flags) {
   add_form<neg<FLAGS>>(forms, "neg" + flags + ".f32", Class::FLOAT);
   add_form<abs<FLAGS>>(forms, "abs" + flags + ".f32", Class::FLOAT);
-  add_form<extreme<false, false, FLAGS>>(forms, "min" + flags + ".f32", Class::FLOAT);
-  add_form<extreme<false, true, FLAGS>>(forms, "min" + flags + ".NaN.f32", Class::FLOAT);
-  add_form<extreme<true, false, FLAGS>>(forms, "max" + flags + ".f32", Class::FLOAT);
-  add_form<extreme<true, true, FLAGS>>(forms, "max" + flags + ".NaN.f32", Class::FLOAT);
+  add_extreme<false, false, FLAGS>(forms, "min" + flags + ".f32");
+  add_extreme<false, true, FLAGS>(forms, "min" + flags + ".NaN.f32");
+  add_extreme<true, false, FLAGS>(forms, "max" + flags + ".f32");
+  add_extreme<true, true, FLAGS>(forms, "max" + flags + ".NaN.f32");
 }
 
 template <class T>

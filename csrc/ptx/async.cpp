@@ -43,11 +43,12 @@ void wait_groups(Warp& warp, Groups& groups, size_t left) {
 
 namespace {
 
-void count_bytes(Warp& warp, const Instruction& i, uint64_t bytes, uint64_t sectors) {
-  if (!warp.grid->profile) return;
-  Counts& c = warp.grid->profile->statements[i.statement];
-  c.bytes += bytes;
-  c.sectors += sectors;
+void count_bytes(Warp& warp, const Instruction& i, uint64_t bytes) {
+  if (warp.grid->profile) warp.grid->profile->statements[i.statement].bytes += bytes;
+}
+
+void count_sectors(Warp& warp, const Instruction& i, uint64_t address, uint64_t bytes) {
+  if (warp.grid->profile) warp.grid->profile->count_copy(i, address, bytes);
 }
 
 // cp.async: a: shared address, b: global address, c: bytes that are read, -1 for all.
@@ -187,10 +188,6 @@ uint32_t box_bytes(const TensorMap& map) {
 
 namespace {
 
-uint64_t sectors(uint64_t address, uint64_t bytes) {
-  return bytes ? (address + bytes - 1) / 32 - address / 32 + 1 : 0;
-}
-
 void check_no_mbarrier(Warp& warp, const Instruction& i, int lane, Block& block, uint32_t offset,
                        uint32_t bytes) {
   for (auto& [at, barrier] : block.mbarriers)
@@ -220,9 +217,11 @@ void load_row(uint8_t* shared, const Row& row, uint32_t row_bytes, const TensorM
   }
 }
 
-// One box into the shared memory of one block. Bytes outside the tensor count as brought.
+// One box into the shared memory of one block. Bytes outside the tensor count as brought. A
+// multicast reads the sectors of global memory once, for its first block.
 void load_box(Warp& warp, const Instruction& i, int lane, const TensorMap& map,
-              const int32_t* coordinates, Block& block, uint32_t offset, uint32_t barrier_offset) {
+              const int32_t* coordinates, Block& block, uint32_t offset, uint32_t barrier_offset,
+              bool first) {
   Target barrier_target{block.shared.data() + barrier_offset, Space::SHARED, &block, barrier_offset};
   Mbarrier& barrier = find_mbarrier(warp, i, lane, barrier_target);
   uint32_t total = box_bytes(map);
@@ -231,18 +230,17 @@ void load_box(Warp& warp, const Instruction& i, int lane, const TensorMap& map,
   check_no_mbarrier(warp, i, lane, block, offset, total);
   Clock clock = static_cast<Clock>(barrier.phase + 1);
   auto rows = rows_of_box(map, coordinates, offset);
-  uint64_t read = 0;
   for (const Row& row : rows) {
     if (!row.bytes) continue;
     translate(warp, i, lane, row.address, 1, Space::GLOBAL, "copies from");
     translate(warp, i, lane, row.address + row.bytes - 1, 1, Space::GLOBAL, "copies from");
     touch_global(warp, i, -1, row.address, row.bytes, Touch::READ, barrier.agent, clock,
                  Proxy::ASYNC, warp.view());
-    read += sectors(row.address, row.bytes);
+    if (first) count_sectors(warp, i, row.address, row.bytes);
   }
   touch_shared(warp, i, -1, block, offset, total, Touch::WRITE, barrier.agent, clock, Proxy::ASYNC,
                warp.view());
-  count_bytes(warp, i, total, read);
+  count_bytes(warp, i, total);
   TensorMap copy = map;
   Block* to = &block;
   warp.grid->start("tensor copy", [rows, copy, to, barrier_offset, total] {
@@ -268,7 +266,7 @@ Status load_tensor(Warp& warp, const Instruction& i, uint32_t mask) {
     check_map(warp, i, lane, map, static_cast<int>(i.list.size()), to.offset);
     if (i.e < 0) {
       if (to.block != barrier.block) warp.fail(i, lane, "a copy to one block with the mbarrier of another");
-      load_box(warp, i, lane, map, coordinates, *to.block, to.offset, barrier.offset);
+      load_box(warp, i, lane, map, coordinates, *to.block, to.offset, barrier.offset, true);
       continue;
     }
     auto& blocks = warp.block->cluster->blocks;
@@ -276,7 +274,8 @@ Status load_tensor(Warp& warp, const Instruction& i, uint32_t mask) {
     if (members >> blocks.size()) warp.fail(i, lane, "a multicast to blocks outside the cluster");
     for (size_t rank = 0; rank < blocks.size(); rank++)
       if (members >> rank & 1)
-        load_box(warp, i, lane, map, coordinates, *blocks[rank], to.offset, barrier.offset);
+        load_box(warp, i, lane, map, coordinates, *blocks[rank], to.offset, barrier.offset,
+                 rank == size_t(__builtin_ctz(members)));
   }
   return Status::NEXT;
 }
@@ -323,18 +322,17 @@ void touch_store(Warp& warp, const Instruction& i, int lane, const std::vector<R
   int reads = agent_of(warp, warp.bulk.agent, "a bulk copy");
   int writes = agent_of(warp, warp.bulk_write_agent, "a bulk copy");
   Clock clock = warp.bulk.clock();
-  uint64_t written = 0;
   for (const Row& row : rows) {
     if (!row.bytes) continue;
     translate(warp, i, lane, row.address, 1, Space::GLOBAL, "copies to");
     translate(warp, i, lane, row.address + row.bytes - 1, 1, Space::GLOBAL, "copies to");
     touch_global(warp, i, -1, row.address, row.bytes, reduction ? Touch::ATOMIC : Touch::WRITE,
                  writes, clock, Proxy::ASYNC, warp.view());
-    written += sectors(row.address, row.bytes);
+    count_sectors(warp, i, row.address, row.bytes);
   }
   touch_shared(warp, i, -1, block, offset, total, Touch::READ, reads, clock, Proxy::ASYNC,
                warp.view());
-  count_bytes(warp, i, total, written);
+  count_bytes(warp, i, total);
 }
 
 // a: shared address, b: tensor map, list: coordinates, mode: 1 adds float32.
@@ -378,7 +376,8 @@ Status load_bulk(Warp& warp, const Instruction& i, uint32_t mask) {
     touch_global(warp, i, -1, from, bytes, Touch::READ, barrier.agent, clock, Proxy::ASYNC, warp.view());
     touch_shared(warp, i, -1, *to.block, to.offset, bytes, Touch::WRITE, barrier.agent, clock,
                  Proxy::ASYNC, warp.view());
-    count_bytes(warp, i, bytes, sectors(from, bytes));
+    count_bytes(warp, i, bytes);
+    count_sectors(warp, i, from, bytes);
     warp.grid->start("bulk copy", [to, at, from, bytes] {
       std::memcpy(to.data, reinterpret_cast<const uint8_t*>(from), bytes);
       complete_bytes(*at.block, at.offset, bytes);
@@ -454,6 +453,8 @@ void bind_coordinates(Binder& b, size_t operand) {
   const OperandText& list = parts[0];
   if (list.kind != OperandText::LIST) b.instruction.list.push_back(b.source(list, 32));
   for (const OperandText& c : list.parts) b.instruction.list.push_back(b.source(c, 32));
+  std::string rank = std::to_string(b.instruction.list.size()) + "d";
+  if (!b.has(rank.c_str())) b.fail("a number of coordinates other than that of the dimensions");
 }
 
 void bind_tensor(Binder& b) {
@@ -512,6 +513,8 @@ bool bind_async(Binder& b) {
   if (op[0] == "mbarrier") return bind_mbarrier(b);
   if (op[0] == "mapa") {
     i.mode = b.has("u64");
+    if (b.statement.text() != (i.mode ? "mapa.u64" : "mapa.shared::cluster.u32"))
+      b.fail("unknown modifier");
     int bits = i.mode ? 64 : 32;
     i.d = b.destination(0, bits);
     i.a = b.source(1, bits);

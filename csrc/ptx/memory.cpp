@@ -100,7 +100,7 @@ std::string place_of(const Kernel& kernel, int32_t instruction) {
                                 Touch touch, uint32_t bytes, const std::string& where,
                                 const std::string& who) {
   std::string text = std::string(verb(touch)) + " " + std::to_string(bytes) + " bytes at " + where;
-  if (c.uninitialized) warp.fail(i, lane, text + ", which nobody wrote");
+  if (c.uninitialized) warp.fail(i, lane, text + ", which nothing wrote");
   text = "race: " + text + ", which " + who + (c.previous_is_write ? " wrote" : " read") + " at " +
          place_of(*warp.kernel, c.previous.instruction) +
          (c.proxy_fence_is_missing ? "; there is no fence.proxy.async between the two"
@@ -363,6 +363,7 @@ Status no_effect(Warp&, const Instruction&, uint32_t) { return Status::NEXT; }
 bool bind_fence(Binder& b) {
   Instruction& i = b.instruction;
   i.kind = Class::BARRIER;
+  if (b.has("tensormap::generic")) return bind_tensor_map(b);
   if (b.has("proxy")) {
     if (!b.has("async") && !b.has("async::generic") && b.statement.text().find("proxy.async") ==
         std::string::npos)
@@ -382,6 +383,7 @@ bool bind_fence(Binder& b) {
 bool bind_memory(Binder& b) {
   Instruction& i = b.instruction;
   const std::string& name = b.statement.opcode[0];
+  if (name == "tensormap") return bind_tensor_map(b);
   if (name == "fence" || name == "membar") return bind_fence(b);
   if (name == "ld" || name == "ldu") {
     bind_access(b, 1, 0);

@@ -32,5 +32,6 @@ void count_access(Warp& warp, const Instruction& i, const MemoryAccess& m, uint3
 // Operand numbers of the address and of the registers of a load or a store (memory_bind.cpp).
 void bind_access(Binder& binder, size_t address, size_t registers);
 void bind_atomic(Binder& binder);
+bool bind_tensor_map(Binder& binder);  // tensor_map.cpp: tensormap, fence.proxy.tensormap
 
 }  // namespace deepkern::ptx

@@ -3,6 +3,8 @@
 // An MMA is computed between its issue and the arrival of the next tcgen05.commit; MMAs of a block
 // complete in order. Loads and stores of tensor memory move their data at once, but their registers
 // and cells may be used only behind tcgen05.wait.
+// An MMA may not read cells that nobody wrote. A tcgen05.ld of them gives NaN and is no error: a
+// loop that Triton pipelined loads a result before it looks whether the MMA was issued.
 // Source: PTX ISA 9.0, section 9.7.17 (tcgen05).
 #include <algorithm>
 
@@ -11,6 +13,8 @@
 #include "tcgen05_layout.h"
 
 namespace deepkern::ptx {
+
+constexpr uint32_t UNWRITTEN = 0xffbadbad;  // a NaN in float32, and twice in bf16
 
 struct BlockTensorMemory {
   std::vector<uint32_t> cells;
@@ -22,7 +26,7 @@ struct BlockTensorMemory {
   PendingPointer last;
 
   BlockTensorMemory(const Options& options, int mma_agent)
-      : cells(TENSOR_LANES * TENSOR_COLUMNS, 0xffbadbad),
+      : cells(TENSOR_LANES * TENSOR_COLUMNS, UNWRITTEN),
         shadow(TENSOR_LANES * TENSOR_COLUMNS, options.check_races, options.check_initialized),
         agent(mma_agent) {}
 };
@@ -62,23 +66,20 @@ Status allocate(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   if (found < 0) warp.fail(i, -1, "allocates " + std::to_string(columns) + " columns: too few are free");
   std::fill(memory.allocated + found, memory.allocated + found + units, true);
+  for (int lane = 0; lane < TENSOR_LANES; lane++) {
+    uint32_t begin = lane * TENSOR_COLUMNS + found * 32;
+    memory.shadow.forget(begin, columns);
+    std::fill_n(memory.cells.begin() + begin, columns, UNWRITTEN);
+  }
   Target t = translate_shared(warp, i, 0, warp.u32(i.a)[0] + static_cast<uint32_t>(i.immediate), 4,
                               "writes an address to");
+  // PTX names no proxy for this write. Triton gives the place to bulk copies behind a barrier, with
+  // no fence.proxy.async: the async proxy sees the write as the generic proxy does.
   touch_shared(warp, i, -1, *t.block, t.offset, 4, Touch::WRITE);
+  touch_shared(warp, i, -1, *t.block, t.offset, 4, Touch::WRITE, warp.agent,
+               warp.block->cluster->agents.now(warp.agent), Proxy::ASYNC, warp.view());
   uint32_t address = found * 32;
   std::memcpy(t.data, &address, 4);
-  return Status::NEXT;
-}
-
-Status deallocate(Warp& warp, const Instruction& i, uint32_t mask) {
-  check_warp(warp, i, mask);
-  BlockTensorMemory& memory = memory_of(warp);
-  int first = column_of(warp.u32(i.a)[0]) / 32, units = static_cast<int>(warp.u32(i.b)[0] / 32);
-  if (first + units > TENSOR_COLUMNS / 32) warp.fail(i, -1, "frees columns that do not exist");
-  for (int k = first; k < first + units; k++) {
-    if (!memory.allocated[k]) warp.fail(i, -1, "frees tensor memory that is not allocated");
-    memory.allocated[k] = false;
-  }
   return Status::NEXT;
 }
 
@@ -98,15 +99,31 @@ void touch_cells(Warp& warp, const Instruction& i, int lane, int column, int col
   uint32_t begin = lane * TENSOR_COLUMNS + column;
   Conflict c = write ? memory.shadow.write(begin, columns, access, warp.view(), warp.epoch)
                      : memory.shadow.read(begin, columns, access, warp.view(), warp.epoch);
-  if (!c.found) return;
+  bool is_mma = agent == memory.agent;
+  if (!c.found || (c.uninitialized && !is_mma)) return;
   std::string cell = "lane " + std::to_string(c.address / TENSOR_COLUMNS) + ", column " +
                      std::to_string(c.address % TENSOR_COLUMNS) + " of tensor memory";
-  if (c.uninitialized) warp.fail(i, -1, "reads " + cell + ", which nobody wrote");
+  if (c.uninitialized) warp.fail(i, -1, "reads " + cell + ", which nothing wrote");
   const Statement& s = warp.kernel->statements[c.previous.instruction];
   warp.fail(i, -1, std::string("race: ") + (write ? "writes " : "reads ") + cell + ", which " +
                        warp.block->cluster->agent_name(c.previous.agent) +
                        (c.previous_is_write ? " wrote" : " read") + " at PTX line " +
                        std::to_string(s.line) + "; nothing orders the two");
+}
+
+Status deallocate(Warp& warp, const Instruction& i, uint32_t mask) {
+  check_warp(warp, i, mask);
+  BlockTensorMemory& memory = memory_of(warp);
+  int first = column_of(warp.u32(i.a)[0]) / 32, units = static_cast<int>(warp.u32(i.b)[0] / 32);
+  if (first + units > TENSOR_COLUMNS / 32) warp.fail(i, -1, "frees columns that do not exist");
+  for (int k = first; k < first + units; k++)
+    if (!memory.allocated[k]) warp.fail(i, -1, "frees tensor memory that is not allocated");
+  // Accesses of the columns have to happen before.
+  for (int lane = 0; lane < TENSOR_LANES; lane++)
+    touch_cells(warp, i, lane, first * 32, units * 32, true, warp.agent,
+                warp.block->cluster->agents.now(warp.agent));
+  std::fill(memory.allocated + first, memory.allocated + first + units, false);
+  return Status::NEXT;
 }
 
 struct TensorMove {
@@ -160,6 +177,7 @@ Status wait_loads(Warp& warp, const Instruction& i, uint32_t mask) {
     warp.in_flight[slot] = 0;
   }
   warp.tensor_loads.clear();
+  warp.publish();  // its loads come before its next tcgen05.st
   return Status::NEXT;
 }
 
@@ -228,8 +246,12 @@ void issue_mma(Warp& warp, const Instruction& i, int lane) {
     tcgen05_mma(instruction, d, in_tensor_memory, a, b, accumulate, reader(),
                 TensorMemory{block->tensor_memory->cells.data()}, sums);
   });
-  if (grid->profile)
-    grid->profile->statements[i.statement].flops += 2ull * instruction.M * instruction.N * instruction.K;
+  if (grid->profile) {
+    Counts& c = grid->profile->statements[i.statement];
+    c.flops += 2ull * instruction.M * instruction.N * instruction.K;
+    // 32 bytes of each row of A, unless it is in tensor memory, and of B.
+    c.bytes += 32ull * ((in_tensor_memory ? 0 : instruction.M) + instruction.N);
+  }
 }
 
 Status issue_mmas(Warp& warp, const Instruction& i, uint32_t mask) {
