@@ -163,7 +163,7 @@ BUGS = {
     "no_clearing_of_k_tail": ("fp8_gemm", K_GROUPED, "wrong result"),
     "one_block_not_notified": ("fp8_gemm", SPLITS, "deadlock|wait"),
     "no_wait_for_partials": ("fp8_gemm", SPLITS, "."),
-    "no_wait_for_p": ("mla_decode", "", "race|phase|written|wgmma"),
+    "no_wait_for_p": ("mla_decode", "", "race|phase|wrote|writes"),
     "no_fence_after_gather": ("mla_decode", "", "proxy"),
 }
 
