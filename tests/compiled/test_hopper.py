@@ -25,7 +25,7 @@ GEMMS = {
 ORDERS = ("random", "earliest", "latest")
 # For each tile a product that the launcher chooses it for: M, N, K, groups, SMs of the GPU.
 PRODUCTS = [
-    (150, 72, 2064, 1, 64), (150, 72, 2064, 1, 132), (150, 72, 1040, 1, 16),
+    (9, 200, 2064, 1, 16), (150, 100, 272, 1, 32), (150, 72, 1040, 1, 16),
     (150, 72, 1040, 1, 1), (257, 200, 400, 1, 1), (150, 72, 2064, 1, 8), (150, 72, 1040, 1, 1),
     (150, 72, 2064, 1, 8), (150, 72, 400, 2, 1), (150, 72, 400, 2, 8), (150, 72, 400, 2, 1),
     (150, 200, 272, 3, 1), (150, 200, 272, 3, 32), (150, 200, 272, 3, 1), (150, 72, 400, 2, 1),
@@ -115,10 +115,10 @@ def test_decode(kind, order, lengths, Sq, H, page, seed, generator):
 
 
 def test_hopper_sums(generator):
-    """FP8 sums of 14 bits, as Hopper's: other bits than float32 sums, within the bound."""
+    """FP8 sums of 14 bits, as Hopper's: other bits than float32 sums, a small error."""
     args = gemm_args("dense", generator, 40, 72, 1024, 1, 128, torch.float32)
     got = run("fp8_gemm_nt", args, hardware_sums=True)
-    compare.assert_matches("fp8_gemm_nt", got, deepkern.reference.fp8_gemm_nt(*args))
+    assert compare.diff(got, deepkern.reference.fp8_gemm_nt(*args)) < 1e-6
     assert not torch.equal(got, run("fp8_gemm_nt", args))
 
 
@@ -142,7 +142,7 @@ def random_call(kind: str, rng, generator) -> tuple[str, list | tuple, dict]:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("kind", [*GEMMS, "mla_decode"])
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_random_calls(kind, part, rng, generator):
     for _ in range(20):
         name, args, how = random_call(kind, rng, generator)
@@ -163,7 +163,7 @@ BUGS = {
     "no_clearing_of_k_tail": ("fp8_gemm", K_GROUPED, "wrong result"),
     "one_block_not_notified": ("fp8_gemm", SPLITS, "deadlock|wait"),
     "no_wait_for_partials": ("fp8_gemm", SPLITS, "."),
-    "no_wait_for_p": ("mla_decode", "", "."),
+    "no_wait_for_p": ("mla_decode", "", "race|phase|wrote|writes"),
     "no_fence_after_gather": ("mla_decode", "", "proxy"),
 }
 
@@ -172,7 +172,7 @@ def find_error(bug: str, generator) -> str:
     """What the machine reports, or "wrong result"; empty if it finds nothing in 30 runs."""
     kernel, tile, _ = BUGS[bug]
     line = next((t for t in hopper.tiles() if tile and t.startswith(tile)), "")
-    library = hopper.kernels(bug, kernel, f"{line}\n" * len(hopper.tiles()))
+    library = hopper.kernels(bug, kernel, f"{line}\n" * len(hopper.tiles()) if line else "")
     name, size = "mla_decode", {"lengths": (200, 577), "Sq": 2, "H": 3, "page": 16}
     if kernel == "fp8_gemm":
         name = GEMMS[line[5:].split(",")[0]]
