@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -74,9 +75,23 @@ def hash_of_sm90() -> str:
 
 
 class BuildExt(build_ext):
-    """Compiles csrc/sm90 with nvcc and links it into deepkern._C."""
+    """Compiles several files at once, and csrc/sm90 with nvcc for deepkern._C."""
 
     def build_extension(self, extension: Extension) -> None:
+        compile_files = self.compiler.compile
+
+        def compile_in_parallel(files, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda file: compile_files([file], **options), files))
+            return sum(objects, [])
+
+        self.compiler.compile = compile_in_parallel
+        try:
+            self.build_with_sm90(extension)
+        finally:
+            self.compiler.compile = compile_files
+
+    def build_with_sm90(self, extension: Extension) -> None:
         toolkit = cuda_toolkit() if extension.name == "deepkern._C" else None
         if toolkit:
             folder = Path(self.build_temp, "sm90")

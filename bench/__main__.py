@@ -1,4 +1,4 @@
-"""The command line: `python -m bench [ops [NAME] | model | inspect [OP] | tune [OP] | ...]`."""
+"""The command line: `python -m bench [ops | model | inspect | profile | tune | verify | gpu]`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from .command_line import FOLDER, KEEP, NAMES, SECONDS, known_ops
 
 # Without a GPU the Triton kernels are interpreted. deepkern reads this when it imports Triton.
-if "inspect" not in sys.argv[1:2] and not torch.cuda.is_available():
+if sys.argv[1:2] not in (["inspect"], ["profile"]) and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
@@ -24,6 +24,12 @@ _STAGE = typer.Option([], help="one stage, repeatable; all by default")
 _OUT = typer.Option(Path("gpu-results"), help="folder for the results")
 _SIZE = typer.Option([], help="such as M=64,N=7168,K=2048, repeatable; SIZES.gpu by default")
 _TARGET = typer.Option([], help="a GPU target such as sm_90, repeatable; all by default")
+_ONE_SIZE = typer.Option(
+    [], help="such as M=64 or lengths=8192,4096, repeatable; the committed figures' by default"
+)
+_EVERY = typer.Option([], help="KERNEL=N, repeatable: run every N-th cluster of its grids only")
+_HTML = typer.Option(None, help="write the report to this HTML file")
+_JSON = typer.Option(None, help="write the report to this JSON file")
 _DRY_RUN = typer.Option(False, help="print the stages, their commands and limits; run nothing")
 
 
@@ -76,6 +82,32 @@ def inspect(
         raise typer.BadParameter(f"no target {unknown[0]!r}; there are {', '.join(ARCHS)}")
     ops = known_ops([op] if op else None)
     raise typer.Exit(inspection.run(ops, target or list(ARCHS), check, write_budgets, processes))
+
+
+@app.command()
+def profile(
+    op: str = typer.Argument(None, help="one op; all with --write-figures and --check"),
+    target: list[str] = _TARGET,
+    size: list[str] = _ONE_SIZE,
+    every: list[str] = _EVERY,
+    html: Path = _HTML,
+    json: Path = _JSON,
+    check: bool = typer.Option(False, help="compare with the committed figures"),
+    write_figures: bool = typer.Option(False, help="rewrite the committed figures"),
+) -> None:
+    """Counts what an op's compiled kernels execute, without a GPU; says what bounds their speed."""
+    from . import figures
+
+    for name in target:
+        if name not in figures.TARGETS:
+            known = ", ".join(figures.TARGETS)
+            raise typer.BadParameter(f"no target {name!r}; there are {known}")
+    ops = known_ops([op] if op else None)
+    if check or write_figures:
+        raise typer.Exit(figures.run(ops, target or list(figures.TARGETS), check, write_figures))
+    if op is None:
+        raise typer.BadParameter("expected an op")
+    raise typer.Exit(figures.report(op, target[:1], size, every, html, json))
 
 
 @app.command()

@@ -367,6 +367,27 @@ def seesaw() -> Figure:
     return f
 
 
+def caught_bug() -> Figure:
+    """The first program of compiled.md and the report of its bug."""
+    _, program, _, report, *_ = (FOLDER.parent / "compiled.md").read_text().split("```", 4)
+    code = program.split("\n\n\n")[1].splitlines()
+    first, *rest = report.strip().splitlines()
+    summary, place = first.removeprefix("deepkern.KernelFailure: ").split("bounds: ")
+    lines = [summary + "bounds:", "  " + place, *rest]
+    f = Figure(780, 330, "A load without its mask, and the report of the machine")
+    f.text(20, 28, "my_kernel.py", 11, "start", GRAY, mono=True)
+    for i, line in enumerate(code):
+        y = 52 + 21 * i
+        if "mask is missing" in line:
+            f.rect(14, y - 15, 752, 21, "#fee2e2", 3, "#fca5a5")
+        f.text(24, y, line.replace(" ", "\u00a0"), 13, "start", mono=True)
+    f.rect(14, 190, 752, 124, INK, 6, INK)
+    for i, line in enumerate(lines):
+        color = "#fca5a5" if i < 2 else "#e5e7eb"
+        f.text(26, 216 + 22 * i, line.replace(" ", "\u00a0"), 12, "start", color, mono=True)
+    return f
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "call_path": call_path,
     "block_scaling": block_scaling,
@@ -375,6 +396,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "moe_layer": moe_layer,
     "producer_consumer": producer_consumer,
     "seesaw": seesaw,
+    "caught_bug": caught_bug,
 }
 
 

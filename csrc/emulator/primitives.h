@@ -133,6 +133,10 @@ void tma_store_wait() {
 // WGMMA.
 uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes);
 void wgmma_fence();
+template <int N>
+void wgmma_fence(float (&)[N]) {
+  wgmma_fence();
+}
 void wgmma_commit();
 void wgmma_wait_groups(int pending);
 template <int PENDING>

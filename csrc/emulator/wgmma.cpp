@@ -97,7 +97,11 @@ struct Tile {
 int accumulator_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
 int accumulator_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
-float dot(const float* a, const float* b, int K, float c) {
+float dot(const float* a, const float* b, int K, float c, bool in_order) {
+  if (in_order) {
+    for (int k = 0; k < K; ++k) c += a[k] * b[k];
+    return c;
+  }
   double exact = 0;
   for (int k = 0; k < K; ++k) exact += double{a[k]} * b[k];
   return static_cast<float>(c + exact);
@@ -129,6 +133,7 @@ void execute_truncated(Block& block, int group, const Wgmma& w, int bits) {
 void execute(Block& block, int group, const Wgmma& w) {
   const int bits = block.launch().accumulator_bits;
   if (w.fp8 && bits) return execute_truncated(block, group, w, bits);
+  const bool in_order = block.launch().sums_in_order;
   const Tile b(block, w.b, w.fp8 ? 1 : 2, w.b_k_major);
   std::vector<float> left(64 * w.K), right(w.N * w.K);
   for (int n = 0; n < w.N; ++n) {
@@ -154,7 +159,7 @@ void execute(Block& block, int group, const Wgmma& w) {
     for (int i = 0; i < w.N / 2; ++i) {
       const float* row = &left[accumulator_row(t, i) * w.K];
       const float* column = &right[accumulator_column(t, i) * w.K];
-      values[i] = dot(row, column, w.K, w.accumulate ? values[i] : 0.0f);
+      values[i] = dot(row, column, w.K, w.accumulate ? values[i] : 0.0f, in_order);
     }
   }
 }

@@ -46,8 +46,8 @@ struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Runs a whole grid. `parameters` holds a pointer to each parameter's bytes, as cuLaunchKernel
-// takes them. Throws Failure.
+// Runs a whole grid. `parameters` has the address of each parameter's bytes, as for
+// cuLaunchKernel. Throws Failure.
 void launch(const Kernel& kernel, Module& module, const LaunchConfig& config,
             void* const* parameters, const std::vector<Allocation>& allocations,
             const Options& options, Profile* profile);

@@ -22,6 +22,7 @@ struct Row {
 uint32_t swizzled(uint32_t offset, int swizzle);
 std::vector<Row> rows_of_box(const TensorMap& map, const int32_t* coordinates, uint32_t offset);
 uint32_t box_bytes(const TensorMap& map);
+void bind_bulk(Binder& binder);  // bulk_copy.cpp
 bool bind_mbarrier(Binder& binder);  // mbarrier.cpp
 
 }  // namespace deepkern::ptx

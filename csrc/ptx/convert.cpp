@@ -1,8 +1,8 @@
-// cvt, and the instructions that convert addresses: cvta, isspacep, mapa.
+// cvt, and the instructions that convert addresses: cvta, isspacep.
 //
 // A generic address of global, local, constant or parameter memory is the address itself. That of
 // shared memory is the shared address plus GENERIC_SHARED_BASE.
-// Source: PTX ISA 9.0, section 9.7.9: cvt, cvta, isspacep, mapa.
+// Source: PTX ISA 9.0, section 9.7.9: cvt, cvta, isspacep.
 #include "convert.h"
 
 namespace deepkern::ptx {
@@ -18,18 +18,11 @@ const Forms& forms() {
   return all;
 }
 
-bool is_signed_integer(const std::string& type) { return type == "s8" || type == "s16"; }
-
 void bind_cvt(Binder& binder) {
   const std::vector<std::string>& words = binder.statement.opcode;
   if (binder.count() < 2 || words.size() < 3) binder.fail("it has a wrong number of operands");
-  std::string key = binder.statement.text();
   const int width = binder.width(0);
-  const std::string& type = words[words.size() - 2];
-  if (is_signed_integer(type) && width > std::stoi(type.substr(1)) && width <= 32) {
-    key += "/" + std::to_string(width);
-  }
-  const auto form = forms().find(key);
+  const auto form = forms().find(binder.statement.text());
   bool wide = form == forms().end();
   if (!wide) {
     const std::vector<uint8_t>& bits = *form->second.operands;
@@ -40,7 +33,7 @@ void bind_cvt(Binder& binder) {
   }
   if (!wide) {
     bind_form(binder, form->second);
-  } else if (!bind_integer_conversion(binder)) {
+  } else if (!bind_integer_conversion(binder) && !bind_number_conversion(binder)) {
     binder.fail("this conversion, or this width of its registers, is unknown");
   }
 }
@@ -109,29 +102,6 @@ void bind_isspacep(Binder& binder) {
   }
 }
 
-// The same offset in the shared memory of block `rank` of the cluster.
-PTX_INLINE uint32_t map_address(uint32_t address, uint32_t rank) {
-  return (address & ((1u << RANK_SHIFT) - 1)) | rank << RANK_SHIFT;
-}
-PTX_INLINE uint64_t map_generic(uint64_t address, uint32_t rank) {
-  return GENERIC_SHARED_BASE + map_address(static_cast<uint32_t>(address), rank);
-}
-
-void bind_mapa(Binder& binder) {
-  static const Form narrow = {handler_of<Lanes<map_address>>(), Class::INTEGER,
-                              &Lanes<map_address>::operands};
-  static const Form generic = {handler_of<Lanes<map_generic>>(), Class::INTEGER,
-                               &Lanes<map_generic>::operands};
-  const std::string opcode = binder.statement.text();
-  if (opcode == "mapa.shared::cluster.u32") {
-    bind_form(binder, narrow);
-  } else if (opcode == "mapa.u64") {
-    bind_form(binder, generic);
-  } else {
-    binder.fail("this form is unknown");
-  }
-}
-
 }  // namespace
 
 bool bind_convert(Binder& binder) {
@@ -142,8 +112,6 @@ bool bind_convert(Binder& binder) {
     bind_cvta(binder);
   } else if (name == "isspacep") {
     bind_isspacep(binder);
-  } else if (name == "mapa") {
-    bind_mapa(binder);
   } else {
     return false;
   }

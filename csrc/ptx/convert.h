@@ -5,10 +5,10 @@
 
 namespace deepkern::ptx {
 
-// A key is the opcode with its modifiers. "/16" or "/32" follows where a narrow signed result is
-// sign-extended to a register of that width.
+// A key is the opcode with its modifiers.
 void add_integer_conversions(Forms& forms);  // convert_integer.cpp: from and to integers
 void add_float_conversions(Forms& forms);  // convert_float.cpp
-bool bind_integer_conversion(Binder& binder);  // the forms that are absent from the table
+bool bind_integer_conversion(Binder& binder);  // those absent from the table
+bool bind_number_conversion(Binder& binder);  // between integers and floats, absent from the table
 
 }  // namespace deepkern::ptx

@@ -4,6 +4,7 @@
 // reason.
 #include "../python_module.h"
 #include "driver.h"
+#include "profile.h"
 
 using namespace deepkern::ptx;
 
@@ -78,6 +79,16 @@ DEEPKERN_API CUresult deepkern_ptx_launch(CUmodule module, const char* name, con
   CUlaunchConfig config = {sizes[0], sizes[1],   sizes[2], sizes[3], sizes[4],
                            sizes[5], dynamic_shared_bytes, nullptr,  attributes, 2};
   return cuLaunchKernelEx(&config, handle, parameters, nullptr);
+}
+
+// Counts the launches from now on, with every `every`-th cluster of a grid alone; 0 ends that.
+DEEPKERN_API void deepkern_ptx_profile(uint32_t every) { ProfileLog::get().turn_on(every); }
+
+// The profiles of the launches since the last call, as JSON; valid until this thread's next call.
+DEEPKERN_API const char* deepkern_ptx_take_profile() {
+  thread_local std::string text;
+  text = ProfileLog::get().take();
+  return text.c_str();
 }
 
 DEEPKERN_EMPTY_PYTHON_MODULE(_ptx)

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "driver.h"
+#include "profile.h"
 
 using namespace deepkern::ptx;
 
@@ -111,9 +112,11 @@ CUresult run(const Function& function, const LaunchRequest& request, void** para
     uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
     options.resident_blocks = std::max(options.resident_blocks, static_cast<int>(blocks));
   }
+  std::unique_ptr<Profile> profile = ProfileLog::get().start(*kernel, request.config);
   try {
     launch(*kernel, *module, request.config, parameters, Driver::get().allocations(), options,
-           nullptr);
+           profile.get());
+    if (profile) ProfileLog::get().keep(kernel, request.config, *profile);
   } catch (const Failure& failure) {
     return fail(CUDA_ERROR_LAUNCH_FAILED, failure.what());
   } catch (const InvalidProgram& error) {

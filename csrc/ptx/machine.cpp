@@ -111,9 +111,10 @@ std::string Grid::describe(uint64_t address) const {
   if (least == 0)
     return text + " (" + nearest->name + ", byte " + std::to_string(address - nearest->address) + ")";
   if (least > (1u << 20)) return text + " (far from every tensor; null pointer or wild address)";
-  bool before = address < nearest->address;
-  return text + " (" + std::to_string(least) + (before ? " bytes before " : " bytes past the end of ") +
-         nearest->name + ")";
+  if (address < nearest->address)
+    return text + " (" + std::to_string(least) + " bytes before " + nearest->name + ")";
+  std::string behind = least == 1 ? "right" : std::to_string(least - 1) + " bytes";
+  return text + " (" + behind + " past the end of " + nearest->name + ")";
 }
 
 PendingPointer Grid::start(std::string what, std::function<void()> complete) {
@@ -209,7 +210,7 @@ void Grid::start_warp(Warp& warp, int index) {
   int threads = static_cast<int>(threads_per_block()) - index * LANES;
   warp.live = threads >= LANES ? ~0u : (1u << threads) - 1;
   warp.paths.push_back({0, -1, warp.live});
-  // Registers that nobody wrote hold a pattern that is a NaN as a float and no valid address.
+  // Registers without a value hold a pattern that is a NaN as a float and no valid address.
   warp.registers.assign(size_t(kernel.slots) * LANES, 0xffbadbad);
   warp.predicates.assign(kernel.predicates, 0);
   warp.predicates[1] = ~0u;
@@ -233,7 +234,8 @@ void Grid::start_warp(Warp& warp, int index) {
 void Grid::admit() {
   auto cluster = std::make_unique<Cluster>();
   cluster->grid = this;
-  cluster->number = next_cluster++;
+  cluster->number = next_cluster;
+  next_cluster += profile ? profile->every : 1;
   const uint32_t* c = config.cluster;
   uint32_t across[2] = {config.grid[0] / c[0], config.grid[1] / c[1]};
   uint32_t n = cluster->number;
@@ -364,25 +366,46 @@ void Grid::step(Warp& warp) {
   if (i.guard >= 0) mask &= i.guard_negated ? ~warp.predicates[i.guard] : warp.predicates[i.guard];
   executed++;
   warp.executed++;
-  if (profile) profile->count(i, mask);
   if (mask == 0) {
+    if (profile) profile->count(i, mask, warp.block->number);
     path.pc++;
     return;
   }
   if (warp.in_flight_count) check_in_flight(warp, i);
   if (kernel.has_wgmma && i.kind != Class::TENSOR_CORE)
     for (int slot : i.writes) warp.written[slot] = {warp.executed, i.statement};
-  if (i.run(warp, i, mask) == Status::NEXT) warp.paths.back().pc++;
+  Status status = i.run(warp, i, mask);
+  if (status == Status::NEXT) warp.paths.back().pc++;
+  if (profile && status != Status::BLOCKED) profile->count(i, mask, warp.block->number);
   if (options.max_instructions && executed > options.max_instructions)
     warp.fail(i, -1, "executed " + std::to_string(executed) + " instructions, more than the limit");
 }
+
+namespace {
+
+void check_mbarriers(Warp& warp, Cluster& cluster) {
+  const Instruction& last = warp.kernel->instructions.back();
+  for (auto& block : cluster.blocks)
+    for (auto& [offset, barrier] : block->mbarriers) {
+      if (barrier.bytes == 0) continue;
+      std::string text = "exits while the mbarrier at byte " + std::to_string(offset - SHARED_BASE) +
+                         " of shared memory ";
+      if (barrier.bytes > 0)
+        text += "misses " + std::to_string(barrier.bytes) + " bytes of copies";
+      else
+        text += "gets " + std::to_string(-barrier.bytes) + " bytes of copies that it did not expect";
+      warp.fail(last, -1, text);
+    }
+}
+
+}  // namespace
 
 // A warp has exited: its block and cluster may be done.
 void Grid::retire(Warp& warp) {
   const Instruction& last = kernel.instructions.back();
   for (Groups* groups : {&warp.copies, &warp.wgmma, &warp.bulk}) {
     bool open = groups->uncommitted();
-    bool flying = !groups->committed.empty() && groups != &warp.bulk;
+    bool flying = !groups->committed.empty();
     const char* name = groups == &warp.copies ? "cp.async" : groups == &warp.bulk ? "bulk copy" : "wgmma";
     if (open) warp.fail(last, -1, std::string("exits with a ") + name + " group that was never committed");
     if (flying) warp.fail(last, -1, std::string("exits with a ") + name + " group in flight");
@@ -394,16 +417,13 @@ void Grid::retire(Warp& warp) {
   cluster.wake();
   block.live_warps--;
   if (--cluster.live_warps > 0) return;
-  for (auto& b : cluster.blocks) {
-    for (auto& [offset, barrier] : b->mbarriers)
-      if (barrier.bytes != 0)
-        warp.fail(last, -1, "exits while the mbarrier at shared address " + hexadecimal(offset) +
-                                " misses " + std::to_string(barrier.bytes) + " bytes of copies");
-    if (b->tensor_memory) check_tensor_memory_is_free(warp, last);
-  }
+  check_mbarriers(warp, cluster);
+  for (auto& block : cluster.blocks)
+    if (block->tensor_memory) check_tensor_memory_is_free(warp, last);
   for (auto& work : pending)
     if (!work->done) finish(*work);  // work refers to the cluster
   pending.clear();
+  check_mbarriers(warp, cluster);  // copies that no mbarrier expected
   for (auto it = resident.begin(); it != resident.end(); ++it)
     if (it->get() == &cluster) {
       resident.erase(it);
@@ -425,7 +445,7 @@ void Grid::report_deadlock() {
         shown++;
         const Statement& s = kernel.statements[warp.current().statement];
         text += "\n  block " + std::to_string(block->number) + ", warp " + std::to_string(warp.index) +
-                " waits for " + (warp.blocked ? warp.waits_for : "memory that nobody changes") + " at " +
+                " waits for " + (warp.blocked ? warp.waits_for : "memory that no warp changes") + " at " +
                 (s.location >= 0 ? kernel.locations[s.location].text : "?") + " (PTX line " +
                 std::to_string(s.line) + ")";
       }

@@ -115,7 +115,7 @@ struct Warp {
 
 struct Barrier {
   int arrived = 0;  // threads
-  int expected = 0;  // threads; 0 while nobody has arrived
+  int expected = 0;  // threads; 0 before the first arrival
   int64_t generation = 0;
   View view;  // of those that arrived
   View released;  // of the last generation that completed

@@ -154,6 +154,7 @@ Status issue_wgmma(Warp& warp, const Instruction& i, uint32_t mask) {
   uint64_t b = uniform(warp, i, i.b, "the descriptor of B");
   // Triton's LLVM moves conversions of A in registers behind the wgmma.fence, so the rule is
   // checked for accumulators only.
+  if (warp.fenced_at == 0) warp.fail(i, -1, "is issued before the first wgmma.fence of the warp");
   if (scale) check_fenced(warp, i, i.list);
   try {
     touch_operands(warp, i, w, a, b);
@@ -182,6 +183,10 @@ Status issue_wgmma(Warp& warp, const Instruction& i, uint32_t mask) {
   warp.wgmma_slots.insert(warp.wgmma_slots.end(), i.more.begin(), i.more.end());
   warp.wgmma_executed++;
   count_flops(warp, i, 2ull * 16 * w.shape.N * w.shape.K);
+  // 32 bytes of each row. The four warps of a warp group read B once.
+  if (warp.grid->profile)
+    warp.grid->profile->statements[i.statement].bytes +=
+        32ull * (w.a_in_registers ? 0 : 16) + 32ull * w.shape.N / 4;
   return Status::NEXT;
 }
 
@@ -230,7 +235,7 @@ Accumulators read_accumulators(Binder& b, const std::string& name) {
   b.fail("unknown accumulator type " + name);
 }
 
-// The sums of the hardware where they are known; a run that asks for unknown ones fails there.
+// The sums of the hardware where they are known; float32 sums where they are not.
 Sums sums_of(Binder& b, Unit unit, Element a) {
   try {
     return hardware_sums(b.target(), unit, a);

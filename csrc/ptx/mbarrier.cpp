@@ -128,8 +128,10 @@ Status wait(Warp& warp, const Instruction& i, uint32_t mask) {
     complete |= 1u << lane;
     warp.view().join(barrier.completed);
   }
-  // try_wait may give up after a time that the target chooses.
-  bool gives_up = warp.grid->options.order == Options::RANDOM && warp.grid->random() % 8 == 0;
+  // try_wait may give up after a time that the target chooses. It does not in a profile, whose
+  // counts do not depend on the order.
+  bool gives_up = warp.grid->options.order == Options::RANDOM && !warp.grid->profile &&
+                  warp.grid->random() % 8 == 0;
   if (!complete && i.mode & TRY && !gives_up) {
     int lane = first_lane(mask);
     Target t = barrier_address(warp, i, lane, "waits at an mbarrier at");
@@ -168,6 +170,7 @@ void complete_bytes(Block& block, uint32_t offset, int64_t bytes) {
   auto found = block.mbarriers.find(offset);
   if (found == block.mbarriers.end()) return;  // invalidated: reported there
   found->second.bytes -= bytes;
+  block.cluster->wake();  // a warp that goes on waiting reports the new number of bytes
   complete_phase(found->second, *block.cluster);
 }
 

@@ -100,7 +100,7 @@ std::string place_of(const Kernel& kernel, int32_t instruction) {
                                 Touch touch, uint32_t bytes, const std::string& where,
                                 const std::string& who) {
   std::string text = std::string(verb(touch)) + " " + std::to_string(bytes) + " bytes at " + where;
-  if (c.uninitialized) warp.fail(i, lane, text + ", which nobody wrote");
+  if (c.uninitialized) warp.fail(i, lane, text + ", which nothing wrote");
   text = "race: " + text + ", which " + who + (c.previous_is_write ? " wrote" : " read") + " at " +
          place_of(*warp.kernel, c.previous.instruction) +
          (c.proxy_fence_is_missing ? "; there is no fence.proxy.async between the two"

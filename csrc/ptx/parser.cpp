@@ -1,4 +1,4 @@
-// Reads PTX text: directives, declarations and statements. It knows no opcode.
+// Reads PTX text: directives, declarations and statements. Opcodes are read as words.
 //
 // Names declared in a nested { } scope get a suffix, so that a kernel has one flat set of names.
 // Source: PTX ISA 9.0, sections 4 (syntax), 5 (state spaces) and 11 (directives).
@@ -37,6 +37,7 @@ class Parser {
   std::shared_ptr<Module> run() {
     for (skip(); p_ < end_; skip()) directive();
     if (target_ == 0) fail("no .target");
+    name_files();
     return module_;
   }
 
@@ -47,7 +48,22 @@ class Parser {
   int target_ = 0;
   std::shared_ptr<Module> module_;
   std::shared_ptr<Kernel> kernel_;  // while its body is read
+  struct Located {
+    std::shared_ptr<Kernel> kernel;
+    size_t location;
+    int file;
+  };
   std::unordered_map<int, std::string> files_;
+  std::vector<Located> located_;  // .file directives come behind the kernels
+
+  void name_files() {
+    for (auto& [kernel, index, file] : located_) {
+      Location& l = kernel->locations[index];
+      l.file = files_[file];
+      if (l.text.empty())
+        l.text = l.file.substr(l.file.rfind('/') + 1) + ":" + std::to_string(l.line);
+    }
+  }
   std::map<std::string, Variable> globals_;  // variables of the module
   std::vector<std::unordered_map<std::string, std::string>> scopes_;  // name -> unique name
   int scopes_opened_ = 0;
@@ -358,17 +374,13 @@ class Parser {
     location.line = static_cast<int>(integer());
     integer();
     while (p_ < end_ && *p_ != '\n' && !(p_[0] == '/' && p_[1] == '/')) p_++;
-    auto found = files_.find(file);
-    if (found != files_.end()) location.file = found->second;
     if (p_ < end_ && *p_ == '/') {
       const char* begin = p_ + 2;
       skip_line();
       while (begin < p_ && *begin == ' ') begin++;
       location.text.assign(begin, p_);
-    } else {
-      location.text = location.file.substr(location.file.rfind('/') + 1) + ":" +
-                      std::to_string(location.line);
     }
+    located_.push_back({kernel_, kernel_->locations.size(), file});
     kernel_->locations.push_back(location);
   }
 

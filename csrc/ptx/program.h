@@ -2,7 +2,7 @@
 //
 // read_module parses the text once into statements. bind_kernel turns each statement into an
 // Instruction: a handler and the register slots of its operands. Immediates, special registers and
-// addresses of symbols become slots as well, so that a handler reads nothing but slots.
+// addresses of symbols become slots as well, so that a handler reads only slots.
 #pragma once
 
 #include <cstdint>

@@ -83,18 +83,6 @@ Status allocate(Warp& warp, const Instruction& i, uint32_t mask) {
   return Status::NEXT;
 }
 
-Status deallocate(Warp& warp, const Instruction& i, uint32_t mask) {
-  check_warp(warp, i, mask);
-  BlockTensorMemory& memory = memory_of(warp);
-  int first = column_of(warp.u32(i.a)[0]) / 32, units = static_cast<int>(warp.u32(i.b)[0] / 32);
-  if (first + units > TENSOR_COLUMNS / 32) warp.fail(i, -1, "frees columns that do not exist");
-  for (int k = first; k < first + units; k++) {
-    if (!memory.allocated[k]) warp.fail(i, -1, "frees tensor memory that is not allocated");
-    memory.allocated[k] = false;
-  }
-  return Status::NEXT;
-}
-
 Status relinquish(Warp& warp, const Instruction& i, uint32_t mask) {
   check_warp(warp, i, mask);
   memory_of(warp).permit = false;
@@ -115,12 +103,27 @@ void touch_cells(Warp& warp, const Instruction& i, int lane, int column, int col
   if (!c.found || (c.uninitialized && !is_mma)) return;
   std::string cell = "lane " + std::to_string(c.address / TENSOR_COLUMNS) + ", column " +
                      std::to_string(c.address % TENSOR_COLUMNS) + " of tensor memory";
-  if (c.uninitialized) warp.fail(i, -1, "reads " + cell + ", which nobody wrote");
+  if (c.uninitialized) warp.fail(i, -1, "reads " + cell + ", which nothing wrote");
   const Statement& s = warp.kernel->statements[c.previous.instruction];
   warp.fail(i, -1, std::string("race: ") + (write ? "writes " : "reads ") + cell + ", which " +
                        warp.block->cluster->agent_name(c.previous.agent) +
                        (c.previous_is_write ? " wrote" : " read") + " at PTX line " +
                        std::to_string(s.line) + "; nothing orders the two");
+}
+
+Status deallocate(Warp& warp, const Instruction& i, uint32_t mask) {
+  check_warp(warp, i, mask);
+  BlockTensorMemory& memory = memory_of(warp);
+  int first = column_of(warp.u32(i.a)[0]) / 32, units = static_cast<int>(warp.u32(i.b)[0] / 32);
+  if (first + units > TENSOR_COLUMNS / 32) warp.fail(i, -1, "frees columns that do not exist");
+  for (int k = first; k < first + units; k++)
+    if (!memory.allocated[k]) warp.fail(i, -1, "frees tensor memory that is not allocated");
+  // Accesses of the columns have to happen before.
+  for (int lane = 0; lane < TENSOR_LANES; lane++)
+    touch_cells(warp, i, lane, first * 32, units * 32, true, warp.agent,
+                warp.block->cluster->agents.now(warp.agent));
+  std::fill(memory.allocated + first, memory.allocated + first + units, false);
+  return Status::NEXT;
 }
 
 struct TensorMove {
@@ -243,8 +246,12 @@ void issue_mma(Warp& warp, const Instruction& i, int lane) {
     tcgen05_mma(instruction, d, in_tensor_memory, a, b, accumulate, reader(),
                 TensorMemory{block->tensor_memory->cells.data()}, sums);
   });
-  if (grid->profile)
-    grid->profile->statements[i.statement].flops += 2ull * instruction.M * instruction.N * instruction.K;
+  if (grid->profile) {
+    Counts& c = grid->profile->statements[i.statement];
+    c.flops += 2ull * instruction.M * instruction.N * instruction.K;
+    // 32 bytes of each row of A, unless it is in tensor memory, and of B.
+    c.bytes += 32ull * ((in_tensor_memory ? 0 : instruction.M) + instruction.N);
+  }
 }
 
 Status issue_mmas(Warp& warp, const Instruction& i, uint32_t mask) {

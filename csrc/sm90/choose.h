@@ -74,7 +74,8 @@ inline double estimate_seconds(const Sm90Tile& t, int64_t M, int64_t N, int64_t 
   constexpr double SMEM_RATE = 220e9;    // bytes/s per SM
   constexpr double CLUSTER_REDUCE = 1e-6;  // s: partial sums through smem and a cluster barrier
   const int splits = choose_num_splits(t.variant, N, K), cluster = cluster_size(t, splits);
-  const int64_t usable_sms = cluster > 2 ? num_sms * CLUSTER_SMS / 132 : num_sms;
+  const int64_t usable_sms =
+      cluster > 2 ? std::max<int64_t>(num_sms * CLUSTER_SMS / 132, 1) : num_sms;
   const int64_t rounds = (count_blocks(t, M, N, groups, splits) + usable_sms - 1) / usable_sms;
   const int64_t resident = std::min<int64_t>(rounds, t.resident_blocks());
   if (rounds == 0) return 0;

@@ -70,7 +70,7 @@ struct Consumer {
   }
   // Issues sum += P·V of a tile, with this warpgroup's P in registers.
   SM90_DEVICE void multiply_own_p(const uint32_t (&packed)[4][4], int tile) {
-    if (!FP8) wgmma_fence();
+    if (!FP8) wgmma_fence(reinterpret_cast<float(&)[128]>(sum));
 #pragma unroll
     for (int step = 0; step < 4; ++step) multiply_step(packed[step], TokenTile(smem, tile), step);
     if (!FP8) wgmma_commit();
@@ -234,6 +234,7 @@ SM90_DEVICE void store_output(const float (&sum)[2][64], SoftmaxState& state,
   const int lane = lane_index();
   const int warp_row = thread_index() % 128 / 32 * 16, row = warp_row + lane / 4;
   // Exchange the row sums between the warpgroups.
+  warp_sync();  // orders this warp's reads of maxima before the sums that replace them
   char* row_sums = smem + MlaTile::ROW_STATS_OFFSET;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

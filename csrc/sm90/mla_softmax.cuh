@@ -113,7 +113,7 @@ SM90_DEVICE void score_fp8_tile(float (&score)[32], const char* q, const TokenTi
   UNLESS_PLANTED(no_wait_for_fp8_tile, barrier_wait(full + 1, phase));
 #pragma unroll
   for (int j = 0; j < MlaTile::SCALE_BLOCKS; ++j) {
-    wgmma_fence();
+    wgmma_fence(score);
     multiply_qk<2>(score, q, tile.tokens, 2 * j, PLANT(scores_of_last_block_only, false, j > 0));
     wgmma_commit();
     UNLESS_PLANTED(no_wait_for_block_scores, wgmma_wait<0>());
@@ -127,7 +127,7 @@ SM90_DEVICE void score_fp8_tile(float (&score)[32], const char* q, const TokenTi
       score[i + 2] *= ratio.low, score[i + 3] *= ratio.high;
     }
   }
-  wgmma_fence();
+  wgmma_fence(score);
   const int rope_column = MlaTile::COLUMNS - PLANT(no_rope_in_scores, 2, 1);
   multiply_qk<1>(score, q, tile.tokens, rope_column, true);
   wgmma_commit();
@@ -210,7 +210,7 @@ SM90_DEVICE void multiply_pv_fp8(float (&sum)[2][64], SoftmaxState& state,
     }
   }
   const char* v = tile.tokens + HALF * MlaTile::PIECE_0_COLUMNS * MlaTile::COLUMN_BYTES;
-  wgmma_fence();
+  wgmma_fence(reinterpret_cast<float(&)[128]>(sum));
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
     const char* rows = v + b * 2 * MlaTile::COLUMN_BYTES + first * 128;

@@ -281,6 +281,17 @@ SM90_DEVICE uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes,
 }
 // Makes earlier register writes visible to the WGMMAs that follow.
 SM90_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// For accumulators that the thread has written. The empty instructions keep those writes before the
+// fence: the compiler moves arithmetic behind an asm statement that does not use its result.
+template <int N>
+SM90_DEVICE void wgmma_fence(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 8) {
+    asm volatile("" : "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]),
+                 "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]));
+  }
+  wgmma_fence();
+}
 SM90_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most PENDING WGMMA groups are in flight.
 template <int PENDING>

@@ -45,6 +45,7 @@ from .quant.swiglu_cast import swiglu_cast, swiglu_cast_backward
 from .runtime.backends import BackendError, Explanation, backend, explain
 from .runtime.compiled import compiled, reachable
 from .runtime.op import OPS
+from .runtime.profile import profiled
 from .runtime.ptx_library import KernelFailure
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "paged_mqa_logits",
     "placement_bound",
     "plan_moves",
+    "profiled",
     "reachable",
     "rebalance_experts",
     "reference",

@@ -1,4 +1,4 @@
-// An emulated CUDA runtime with one device. The emulator runs the kernels that are launched.
+// An emulated CUDA runtime. The emulator runs the kernels that are launched.
 #include "cuda_runtime.h"
 
 #include <cstring>
@@ -18,6 +18,7 @@ struct LaunchSettings {
   emulator::Order order = emulator::Order::random;
   int multiprocessors = 132;
   bool launches_run = true;
+  bool sums_in_order = false;
 } settings;
 bool reject_launches = false;
 std::map<const void*, size_t> max_shared_bytes;  // dynamic shared memory of each kernel
@@ -55,13 +56,15 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : failure.c_str();
 }
 
+// Each number of multiprocessors is a device of its own, because launchers cache properties by
+// device.
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = settings.multiprocessors;
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = settings.multiprocessors;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = device;
   return cudaSuccess;
 }
 
@@ -114,6 +117,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   launch.shared_bytes = static_cast<uint32_t>(config.dynamicSmemBytes);
   launch.seed = settings.seed;
   launch.order = settings.order;
+  launch.sums_in_order = settings.sums_in_order;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const auto& attribute = config.attrs[i];
     if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
@@ -144,8 +148,10 @@ bool current_stream(int, void** stream) {
 }  // namespace deepkern
 
 // Sets how later launches run.
-extern "C" void emulate_how(uint64_t seed, int order, int multiprocessors, int launches_run) {
-  settings = {seed, static_cast<emulator::Order>(order), multiprocessors, launches_run != 0};
+extern "C" void emulate_how(uint64_t seed, int order, int multiprocessors, int launches_run,
+                            int sums_in_order) {
+  settings = {seed, static_cast<emulator::Order>(order), multiprocessors, launches_run != 0,
+              sums_in_order != 0};
 }
 
 // Makes later launches fail (1) or run (0).

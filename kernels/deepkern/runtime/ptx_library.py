@@ -48,6 +48,8 @@ def library() -> ctypes.CDLL:
         "unregister": (i32, [u64]),
         "load": (pointer, [ctypes.c_char_p]),
         "unload": (i32, [pointer]),
+        "profile": (None, [u32]),
+        "take_profile": (ctypes.c_char_p, []),
         "launch": (i32, [pointer, ctypes.c_char_p, pointer, u32, i32, pointer]),
     }
     for name, (result, arguments) in signatures.items():
