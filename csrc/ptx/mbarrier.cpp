@@ -72,7 +72,11 @@ Status invalidate(Warp& warp, const Instruction& i, uint32_t mask) {
     Mbarrier& barrier = find_mbarrier(warp, i, lane, t);
     if (barrier.bytes != 0)
       warp.fail(i, lane, "invalidates " + place(t) + " while copies are in flight");
+    // The place may be used for anything else behind a barrier: its next writer may be a bulk copy,
+    // with no fence.proxy.async, since mbarrier.inval leaves no value that could arrive late.
     touch_barrier(warp, i, lane, t, Touch::WRITE);
+    touch_shared(warp, i, lane, *t.block, t.offset, 8, Touch::WRITE, warp.agent,
+                 warp.block->cluster->agents.now(warp.agent), Proxy::ASYNC, warp.view());
     t.block->mbarriers.erase(t.offset);
   }
   return Status::NEXT;
