@@ -30,9 +30,9 @@ struct Options {
   // How warps and asynchronous work are ordered: RANDOM, or the extremes. EARLIEST completes a copy
   // or an MMA as it is issued, LATEST when nothing else can run.
   enum Order { RANDOM, EARLIEST, LATEST } order = RANDOM;
-  bool check_races = true;  // shared and global memory
+  bool check_races = true;        // shared and global memory
   bool check_initialized = true;  // shared and tensor memory
-  bool hardware_sums = false;  // tensor cores add as the target's hardware does, else in float32
+  bool hardware_sums = false;     // tensor cores add as the target's hardware does, else in float32
   int resident_blocks = 8;
   uint64_t max_instructions = 0;  // of warps in all; 0: no limit
 };

@@ -127,12 +127,18 @@ PTX_INLINE bool testp(T x) {
   const T largest = sizeof(T) == 8 ? T(__DBL_MAX__) : T(__FLT_MAX__);
   const T smallest = sizeof(T) == 8 ? T(__DBL_MIN__) : T(__FLT_MIN__);
   switch (TEST) {
-    case FINITE: return size <= largest;
-    case INFINITE: return size > largest;
-    case NUMBER: return x == x;
-    case NOT_A_NUMBER: return x != x;
-    case NORMAL: return size >= smallest && size <= largest;
-    case SUBNORMAL: return size < smallest && x != 0;
+    case FINITE:
+      return size <= largest;
+    case INFINITE:
+      return size > largest;
+    case NUMBER:
+      return x == x;
+    case NOT_A_NUMBER:
+      return x != x;
+    case NORMAL:
+      return size >= smallest && size <= largest;
+    case SUBNORMAL:
+      return size < smallest && x != 0;
   }
   return false;
 }

@@ -53,22 +53,26 @@ Status copy(Warp& warp, const Instruction& i, uint32_t mask) {
   for (uint32_t rest = mask; rest; rest &= rest - 1) {
     int lane = first_lane(rest);
     uint32_t read = i.c >= 0 ? warp.u32(i.c)[lane] : bytes;
-    if (read > bytes) warp.fail(i, lane, "copies " + std::to_string(read) + " of " +
-                                             std::to_string(bytes) + " bytes");
-    uint64_t to = warp.u32(i.a)[lane] + i.immediate, from = warp.u64(i.b)[lane] + i.second_immediate;
+    if (read > bytes)
+      warp.fail(i, lane,
+                "copies " + std::to_string(read) + " of " + std::to_string(bytes) + " bytes");
+    uint64_t to = warp.u32(i.a)[lane] + i.immediate,
+             from = warp.u64(i.b)[lane] + i.second_immediate;
     Target target = translate(warp, i, lane, to, bytes, Space::SHARED, "copies to");
     const uint8_t* data = nullptr;
     if (read > 0) {
-      if (from % bytes) warp.fail(i, lane, "copies " + std::to_string(bytes) +
-                                               " bytes from a misaligned address " + hexadecimal(from));
+      if (from % bytes)
+        warp.fail(i, lane,
+                  "copies " + std::to_string(bytes) + " bytes from a misaligned address " +
+                      hexadecimal(from));
       data = translate(warp, i, lane, from, 1, Space::GLOBAL, "copies from").data;
       translate(warp, i, lane, from + read - 1, 1, Space::GLOBAL, "copies from");
       touch_global(warp, i, lane, from, read, Touch::READ, agent, warp.copies.clock(),
                    Proxy::GENERIC, warp.view());
       sources.push_back(from);
     }
-    touch_shared(warp, i, -1, block, target.offset, bytes, Touch::WRITE, agent,
-                 warp.copies.clock(), Proxy::GENERIC, warp.view());
+    touch_shared(warp, i, -1, block, target.offset, bytes, Touch::WRITE, agent, warp.copies.clock(),
+                 Proxy::GENERIC, warp.view());
     moves.push_back({target.data, {data, read}});
   }
   if (grid.profile && !sources.empty()) grid.profile->count_global(i, sources, bytes);
@@ -99,13 +103,16 @@ Status map_rank(Warp& warp, const Instruction& i, uint32_t mask) {
     int lane = first_lane(rest);
     uint32_t rank = warp.u32(i.b)[lane];
     if (rank >= warp.block->cluster->blocks.size())
-      warp.fail(i, lane, "mapa to block " + std::to_string(rank) + " of a cluster of " +
-                             std::to_string(warp.block->cluster->blocks.size()));
+      warp.fail(i, lane,
+                "mapa to block " + std::to_string(rank) + " of a cluster of " +
+                    std::to_string(warp.block->cluster->blocks.size()));
     uint32_t offset = (i.mode ? static_cast<uint32_t>(warp.u64(i.a)[lane]) : warp.u32(i.a)[lane]) &
                       ((1u << RANK_SHIFT) - 1);
     uint32_t address = rank << RANK_SHIFT | offset;
-    if (i.mode) warp.u64(i.d)[lane] = GENERIC_SHARED_BASE + address;
-    else warp.u32(i.d)[lane] = address;
+    if (i.mode)
+      warp.u64(i.d)[lane] = GENERIC_SHARED_BASE + address;
+    else
+      warp.u32(i.d)[lane] = address;
   }
   return Status::NEXT;
 }
@@ -151,8 +158,10 @@ bool bind_async(Binder& b) {
     return true;
   }
   if (op[0] != "cp") return false;
-  if (b.has("bulk")) bind_bulk(b);
-  else bind_copy(b);
+  if (b.has("bulk"))
+    bind_bulk(b);
+  else
+    bind_copy(b);
   return true;
 }
 

@@ -12,9 +12,9 @@ namespace deepkern::ptx {
 // permuted by the swizzle.
 struct Row {
   uint64_t address;  // of the first byte inside the tensor
-  uint32_t shared;  // offset of the row's first byte, before swizzling
-  uint32_t skip;  // bytes of the row before the tensor begins
-  uint32_t bytes;  // bytes inside the tensor
+  uint32_t shared;   // offset of the row's first byte, before swizzling
+  uint32_t skip;     // bytes of the row before the tensor begins
+  uint32_t bytes;    // bytes inside the tensor
 };
 
 // 16-byte chunks of each 128-byte line of shared memory are permuted by the line's number.
@@ -22,7 +22,7 @@ struct Row {
 uint32_t swizzled(uint32_t offset, int swizzle);
 std::vector<Row> rows_of_box(const TensorMap& map, const int32_t* coordinates, uint32_t offset);
 uint32_t box_bytes(const TensorMap& map);
-void bind_bulk(Binder& binder);  // bulk_copy.cpp
+void bind_bulk(Binder& binder);      // bulk_copy.cpp
 bool bind_mbarrier(Binder& binder);  // mbarrier.cpp
 
 }  // namespace deepkern::ptx

@@ -250,8 +250,10 @@ std::vector<int> find_post_dominators(const Flow& flow) {
         if (order[n] < 0 || idom[n] < 0) continue;
         if (found < 0) found = n;
         for (int m = n; m != found;) {
-          if (order[m] < order[found]) m = idom[m];
-          else found = idom[found];
+          if (order[m] < order[found])
+            m = idom[m];
+          else
+            found = idom[found];
         }
       }
       if (found != idom[b]) idom[b] = found, changed = true;

@@ -89,13 +89,18 @@ std::vector<Row> rows_of_box(const TensorMap& map, const int32_t* coordinates, u
 void check_map(Warp& warp, const Instruction& i, int lane, const TensorMap& map, int rank,
                uint32_t offset) {
   if (map.rank != rank)
-    warp.fail(i, lane, "a tensor map of rank " + std::to_string(map.rank) + ", expected " +
-                           std::to_string(rank));
-  if (map.interleave || map.swizzle > 3) warp.fail(i, lane, "an interleaved tensor map or a swizzle of atoms is not supported");
+    warp.fail(
+        i, lane,
+        "a tensor map of rank " + std::to_string(map.rank) + ", expected " + std::to_string(rank));
+  if (map.interleave || map.swizzle > 3)
+    warp.fail(i, lane, "an interleaved tensor map or a swizzle of atoms is not supported");
   for (int d = 0; d < rank; d++)
-    if (map.element_stride[d] != 1) warp.fail(i, lane, "a tensor map with element strides is not supported");
-  if (offset % 128) warp.fail(i, lane, "a tensor copy at shared address " + hexadecimal(offset) +
-                                           ", which 128 does not divide");
+    if (map.element_stride[d] != 1)
+      warp.fail(i, lane, "a tensor map with element strides is not supported");
+  if (offset % 128)
+    warp.fail(
+        i, lane,
+        "a tensor copy at shared address " + hexadecimal(offset) + ", which 128 does not divide");
 }
 
 uint32_t box_bytes(const TensorMap& map) {
@@ -110,8 +115,9 @@ void check_no_mbarrier(Warp& warp, const Instruction& i, int lane, Block& block,
                        uint32_t bytes) {
   for (auto& [at, barrier] : block.mbarriers)
     if (at + 8 > offset && at < offset + bytes)
-      warp.fail(i, lane, "a copy writes over the mbarrier at byte " +
-                             std::to_string(at - SHARED_BASE) + " of shared memory");
+      warp.fail(i, lane,
+                "a copy writes over the mbarrier at byte " + std::to_string(at - SHARED_BASE) +
+                    " of shared memory");
 }
 
 // The bytes of a NaN of the element type, for parts of a box outside the tensor.
@@ -120,7 +126,8 @@ void fill(uint8_t* to, uint32_t bytes, const TensorMap& map) {
     std::memset(to, 0, bytes);
     return;
   }
-  for (uint32_t k = 0; k < bytes; k++) to[k] = k % map.element_bytes == map.element_bytes - 1u ? 0x7f : 0xff;
+  for (uint32_t k = 0; k < bytes; k++)
+    to[k] = k % map.element_bytes == map.element_bytes - 1u ? 0x7f : 0xff;
 }
 
 void load_row(uint8_t* shared, const Row& row, uint32_t row_bytes, const TensorMap& map) {
@@ -140,7 +147,8 @@ void load_row(uint8_t* shared, const Row& row, uint32_t row_bytes, const TensorM
 void load_box(Warp& warp, const Instruction& i, int lane, const TensorMap& map,
               const int32_t* coordinates, Block& block, uint32_t offset, uint32_t barrier_offset,
               bool first) {
-  Target barrier_target{block.shared.data() + barrier_offset, Space::SHARED, &block, barrier_offset};
+  Target barrier_target{block.shared.data() + barrier_offset, Space::SHARED, &block,
+                        barrier_offset};
   Mbarrier& barrier = find_mbarrier(warp, i, lane, barrier_target);
   uint32_t total = box_bytes(map);
   if (offset + uint64_t(total) > block.shared.size())
@@ -183,7 +191,8 @@ Status load_tensor(Warp& warp, const Instruction& i, uint32_t mask) {
     Target barrier = translate_shared(warp, i, lane, warp.u32(i.c)[lane], 8, "completes on");
     check_map(warp, i, lane, map, static_cast<int>(i.list.size()), to.offset);
     if (i.e < 0) {
-      if (to.block != barrier.block) warp.fail(i, lane, "a copy to one block with the mbarrier of another");
+      if (to.block != barrier.block)
+        warp.fail(i, lane, "a copy to one block with the mbarrier of another");
       load_box(warp, i, lane, map, coordinates, *to.block, to.offset, barrier.offset, true);
       continue;
     }
@@ -218,7 +227,8 @@ void store_rows(const std::vector<Row>& rows, const std::vector<uint8_t>& bytes,
 }
 
 // Reads shared memory, then writes global memory: two pieces of work.
-void start_store(Warp& warp, const std::vector<Row>& rows, Block& block, int swizzle, int reduction) {
+void start_store(Warp& warp, const std::vector<Row>& rows, Block& block, int swizzle,
+                 int reduction) {
   auto bytes = std::make_shared<std::vector<uint8_t>>();
   Block* from = &block;
   auto read = warp.grid->start("bulk read", [rows, bytes, from, swizzle] {
@@ -263,7 +273,8 @@ Status store_tensor(Warp& warp, const Instruction& i, uint32_t mask) {
     uint32_t total = box_bytes(map);
     Target from = translate_shared(warp, i, lane, warp.u32(i.a)[lane], total, "copies from");
     check_map(warp, i, lane, map, static_cast<int>(i.list.size()), from.offset);
-    if (i.mode && map.type != 7) warp.fail(i, lane, "a reduction of anything but float32 is not supported");
+    if (i.mode && map.type != 7)
+      warp.fail(i, lane, "a reduction of anything but float32 is not supported");
     auto rows = rows_of_box(map, coordinates, from.offset);
     touch_store(warp, i, lane, rows, *from.block, from.offset, total, static_cast<int>(i.mode));
     start_store(warp, rows, *from.block, map.swizzle, static_cast<int>(i.mode));
@@ -271,10 +282,12 @@ Status store_tensor(Warp& warp, const Instruction& i, uint32_t mask) {
   return Status::NEXT;
 }
 
-void check_bulk(Warp& warp, const Instruction& i, int lane, uint64_t a, uint64_t b, uint32_t bytes) {
+void check_bulk(Warp& warp, const Instruction& i, int lane, uint64_t a, uint64_t b,
+                uint32_t bytes) {
   if (a % 16 || b % 16 || bytes % 16)
-    warp.fail(i, lane, "a bulk copy of " + std::to_string(bytes) + " bytes from " + hexadecimal(b) +
-                           " to " + hexadecimal(a) + ": expected multiples of 16");
+    warp.fail(i, lane,
+              "a bulk copy of " + std::to_string(bytes) + " bytes from " + hexadecimal(b) + " to " +
+                  hexadecimal(a) + ": expected multiples of 16");
 }
 
 // a: shared address, b: global address, c: bytes, d: mbarrier.
@@ -291,7 +304,8 @@ Status load_bulk(Warp& warp, const Instruction& i, uint32_t mask) {
     Mbarrier& barrier = find_mbarrier(warp, i, lane, at);
     check_no_mbarrier(warp, i, lane, *to.block, to.offset, bytes);
     Clock clock = static_cast<Clock>(barrier.phase + 1);
-    touch_global(warp, i, -1, from, bytes, Touch::READ, barrier.agent, clock, Proxy::ASYNC, warp.view());
+    touch_global(warp, i, -1, from, bytes, Touch::READ, barrier.agent, clock, Proxy::ASYNC,
+                 warp.view());
     touch_shared(warp, i, -1, *to.block, to.offset, bytes, Touch::WRITE, barrier.agent, clock,
                  Proxy::ASYNC, warp.view());
     count_bytes(warp, i, bytes);

@@ -16,20 +16,34 @@ template <Comparison C, class V>
 PTX_INLINE bool compare(V a, V b) {
   const bool unordered = a != a || b != b;
   switch (C) {
-    case EQ: return a == b;
-    case NE: return a != b && !unordered;
-    case LT: return a < b;
-    case LE: return a <= b;
-    case GT: return a > b;
-    case GE: return a >= b;
-    case EQU: return a == b || unordered;
-    case NEU: return a != b;
-    case LTU: return !(a >= b);
-    case LEU: return !(a > b);
-    case GTU: return !(a <= b);
-    case GEU: return !(a < b);
-    case NUM: return !unordered;
-    case NOT_NUM: return unordered;
+    case EQ:
+      return a == b;
+    case NE:
+      return a != b && !unordered;
+    case LT:
+      return a < b;
+    case LE:
+      return a <= b;
+    case GT:
+      return a > b;
+    case GE:
+      return a >= b;
+    case EQU:
+      return a == b || unordered;
+    case NEU:
+      return a != b;
+    case LTU:
+      return !(a >= b);
+    case LEU:
+      return !(a > b);
+    case GTU:
+      return !(a <= b);
+    case GEU:
+      return !(a < b);
+    case NUM:
+      return !unordered;
+    case NOT_NUM:
+      return unordered;
   }
   return false;
 }
@@ -219,8 +233,7 @@ const Comparer& find_comparer(Binder& binder, const std::string& key) {
 
 void bind_setp(Binder& binder) {
   Instruction& instruction = binder.instruction;
-  const Comparer& comparer =
-      find_comparer(binder, comparison_key(binder, binder.statement.opcode));
+  const Comparer& comparer = find_comparer(binder, comparison_key(binder, binder.statement.opcode));
   const OperandText& destination = binder.statement.operands.at(0);
   const bool pair = destination.kind == OperandText::PAIR;
   if (comparer.packed && !pair) binder.fail("a comparison of packed values needs p|q");

@@ -51,8 +51,10 @@ Status nothing(Warp&, const Instruction&, uint32_t) { return Status::NEXT; }
 void check_converged(Warp& warp, const Instruction& i, uint32_t mask) {
   if (mask == warp.live) return;
   warp.fail(i, first_lane(warp.live & ~mask),
-            "lanes " + hexadecimal(warp.live & ~mask) + " of the warp do not reach this aligned "
-            "instruction together with lanes " + hexadecimal(mask));
+            "lanes " + hexadecimal(warp.live & ~mask) +
+                " of the warp do not reach this aligned "
+                "instruction together with lanes " +
+                hexadecimal(mask));
 }
 
 // A barrier is complete: whoever arrived goes on.
@@ -84,12 +86,14 @@ void arrive_at(Warp& warp, const Instruction& i, uint32_t mask, Barrier& barrier
   int all = static_cast<int>(warp.block->warps.size()) * LANES;
   int expected = i.a >= 0 ? static_cast<int>(warp.u32(i.a)[first_lane(mask)]) : all;
   if (expected % LANES || expected <= 0 || expected > all)
-    warp.fail(i, -1, "barrier " + std::to_string(number) + " for " + std::to_string(expected) +
-                         " threads, expected a multiple of 32 up to " + std::to_string(all));
+    warp.fail(i, -1,
+              "barrier " + std::to_string(number) + " for " + std::to_string(expected) +
+                  " threads, expected a multiple of 32 up to " + std::to_string(all));
   if (barrier.expected && barrier.expected != expected)
-    warp.fail(i, -1, "barrier " + std::to_string(number) + " is used for " +
-                         std::to_string(barrier.expected) + " and for " +
-                         std::to_string(expected) + " threads at once");
+    warp.fail(i, -1,
+              "barrier " + std::to_string(number) + " is used for " +
+                  std::to_string(barrier.expected) + " and for " + std::to_string(expected) +
+                  " threads at once");
   barrier.expected = expected;
   barrier.arrived += LANES;
   barrier.view.join(warp.publish());
@@ -128,8 +132,9 @@ Status bar_arrive(Warp& warp, const Instruction& i, uint32_t mask) {
 Status bar_warp_sync(Warp& warp, const Instruction& i, uint32_t mask) {
   uint32_t members = warp.u32(i.a)[first_lane(mask)];
   if ((members & warp.live) != mask)
-    warp.fail(i, first_lane(mask), "bar.warp.sync with member mask " + hexadecimal(members) +
-                                       " is executed by lanes " + hexadecimal(mask));
+    warp.fail(i, first_lane(mask),
+              "bar.warp.sync with member mask " + hexadecimal(members) + " is executed by lanes " +
+                  hexadecimal(mask));
   warp.epoch++;
   return Status::NEXT;
 }
@@ -137,7 +142,8 @@ Status bar_warp_sync(Warp& warp, const Instruction& i, uint32_t mask) {
 Status cluster_arrive(Warp& warp, const Instruction& i, uint32_t mask) {
   if (i.mode & 1) check_converged(warp, i, mask);
   Cluster& cluster = *warp.block->cluster;
-  if (warp.cluster_ticket >= 0) warp.fail(i, -1, "arrives twice at the cluster barrier without a wait");
+  if (warp.cluster_ticket >= 0)
+    warp.fail(i, -1, "arrives twice at the cluster barrier without a wait");
   warp.cluster_ticket = cluster.barrier.generation;
   if (!(i.mode & 2)) cluster.barrier.view.join(warp.publish());
   warp.epoch++;

@@ -81,8 +81,8 @@ PTX_INLINE uint32_t encode8(float x) {
   constexpr int DROPPED = 23 - MANTISSA;
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - (uint32_t(127 - BIAS) << 23) +
-                           ((1u << (DROPPED - 1)) - 1) + (magnitude >> DROPPED & 1)) >>
+  const uint32_t normal = (magnitude - (uint32_t(127 - BIAS) << 23) + ((1u << (DROPPED - 1)) - 1) +
+                           (magnitude >> DROPPED & 1)) >>
                           DROPPED;
   // A float32 of this size has the smallest subnormal as its last bit.
   const float size = bit_cast<float>(uint32_t(127 + 24 - BIAS - MANTISSA) << 23);

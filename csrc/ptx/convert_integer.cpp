@@ -105,9 +105,12 @@ PTX_INLINE double odd_of(I x) {
 
 template <class T, class I, Mode M>
 PTX_INLINE T from_integer(I x) {
-  if constexpr (std::is_same_v<T, double>) return static_cast<double>(x);
-  else if constexpr (std::is_same_v<T, float> && M == RN) return static_cast<float>(x);
-  else return round_to<T, M>(odd_of(x));
+  if constexpr (std::is_same_v<T, double>)
+    return static_cast<double>(x);
+  else if constexpr (std::is_same_v<T, float> && M == RN)
+    return static_cast<float>(x);
+  else
+    return round_to<T, M>(odd_of(x));
 }
 
 template <class I>
@@ -128,10 +131,14 @@ struct NumberConversion {
 template <class T, class I>
 uint64_t round_as(I x, Mode mode) {
   switch (mode) {
-    case RN: return to_lane<T>(from_integer<T, I, RN>(x));
-    case RZ: return to_lane<T>(from_integer<T, I, RZ>(x));
-    case RM: return to_lane<T>(from_integer<T, I, RM>(x));
-    case RP: return to_lane<T>(from_integer<T, I, RP>(x));
+    case RN:
+      return to_lane<T>(from_integer<T, I, RN>(x));
+    case RZ:
+      return to_lane<T>(from_integer<T, I, RZ>(x));
+    case RM:
+      return to_lane<T>(from_integer<T, I, RM>(x));
+    case RP:
+      return to_lane<T>(from_integer<T, I, RP>(x));
   }
   return 0;
 }
@@ -157,8 +164,10 @@ Status convert_to_float(Warp& warp, const Instruction& i, uint32_t mask) {
                                : float_of(static_cast<uint64_t>(value), c);
     low[lane] = static_cast<uint32_t>(result[lane]);
   }
-  if (c.float_bits == 64) blend(warp.u64(i.d), result, mask);
-  else blend(warp.u32(i.d), low, mask);
+  if (c.float_bits == 64)
+    blend(warp.u64(i.d), result, mask);
+  else
+    blend(warp.u32(i.d), low, mask);
   return Status::NEXT;
 }
 
@@ -166,10 +175,14 @@ Status convert_to_float(Warp& warp, const Instruction& i, uint32_t mask) {
 
 PTX_INLINE double integral(double x, Mode mode) {
   switch (mode) {
-    case RN: return __builtin_rint(x);
-    case RZ: return __builtin_trunc(x);
-    case RM: return __builtin_floor(x);
-    case RP: return __builtin_ceil(x);
+    case RN:
+      return __builtin_rint(x);
+    case RZ:
+      return __builtin_trunc(x);
+    case RM:
+      return __builtin_floor(x);
+    case RP:
+      return __builtin_ceil(x);
   }
   return x;
 }
@@ -206,10 +219,14 @@ uint64_t integer_of(double value, const NumberConversion& c) {
     const double rounded = integral(value, c.mode);
     const double end = 2.0 * static_cast<double>(uint64_t(1) << (digits - 1));
     const double least = c.is_signed ? -end : 0;
-    if (rounded >= end) result = most;
-    else if (rounded < least) result = c.is_signed ? ~most : 0;
-    else if (c.is_signed) result = static_cast<uint64_t>(static_cast<int64_t>(rounded));
-    else result = static_cast<uint64_t>(rounded);
+    if (rounded >= end)
+      result = most;
+    else if (rounded < least)
+      result = c.is_signed ? ~most : 0;
+    else if (c.is_signed)
+      result = static_cast<uint64_t>(static_cast<int64_t>(rounded));
+    else
+      result = static_cast<uint64_t>(rounded);
   }
   return static_cast<uint64_t>(extend(result, c.integer_bits, c.is_signed));
 }
@@ -224,8 +241,10 @@ Status convert_to_integer(Warp& warp, const Instruction& i, uint32_t mask) {
     result[lane] = static_cast<uint64_t>(extend(value, c.register_bits, false));
     low[lane] = static_cast<uint32_t>(result[lane]);
   }
-  if (c.register_bits == 64) blend(warp.u64(i.d), result, mask);
-  else blend(warp.u32(i.d), low, mask);
+  if (c.register_bits == 64)
+    blend(warp.u64(i.d), result, mask);
+  else
+    blend(warp.u32(i.d), low, mask);
   return Status::NEXT;
 }
 

@@ -25,9 +25,9 @@ DEEPKERN_API CUresult deepkern_ptx_set_options(uint64_t seed, int order, int che
                                                int check_initialized, int hardware_sums,
                                                int resident_blocks, uint64_t max_instructions) {
   if (order < 0 || order > Options::LATEST || resident_blocks < 1) {
-    return refuse(CUDA_ERROR_INVALID_VALUE, "deepkern_ptx_set_options",
-                  "order " + std::to_string(order) + ", resident_blocks " +
-                      std::to_string(resident_blocks));
+    return refuse(
+        CUDA_ERROR_INVALID_VALUE, "deepkern_ptx_set_options",
+        "order " + std::to_string(order) + ", resident_blocks " + std::to_string(resident_blocks));
   }
   Options options;
   options.seed = seed;
@@ -76,8 +76,9 @@ DEEPKERN_API CUresult deepkern_ptx_launch(CUmodule module, const char* name, con
   attributes[0].value.clusterDim = {sizes[6], sizes[7], sizes[8]};
   attributes[1].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
   attributes[1].value.programmaticStreamSerializationAllowed = programmatic;
-  CUlaunchConfig config = {sizes[0], sizes[1],   sizes[2], sizes[3], sizes[4],
-                           sizes[5], dynamic_shared_bytes, nullptr,  attributes, 2};
+  CUlaunchConfig config = {
+      sizes[0], sizes[1],   sizes[2], sizes[3], sizes[4], sizes[5], dynamic_shared_bytes,
+      nullptr,  attributes, 2};
   return cuLaunchKernelEx(&config, handle, parameters, nullptr);
 }
 

@@ -20,9 +20,7 @@ enum Mode { RN, RZ, RM, RP };
 constexpr uint32_t NAN_F32 = 0x7fffffff;
 constexpr uint16_t NAN_16 = 0x7fff;
 
-PTX_INLINE float canonical(float x) {
-  return choose(x != x, bit_cast<float>(NAN_F32), x);
-}
+PTX_INLINE float canonical(float x) { return choose(x != x, bit_cast<float>(NAN_F32), x); }
 
 // ---- 16 bits to float
 

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int PAGE_SHIFT = 16;
 constexpr uint64_t PAGE_BYTES = 1ull << PAGE_SHIFT;
-constexpr uint32_t FLAG = 1u << 31;  // Cell::write: split; Cell::since: a list
+constexpr uint32_t FLAG = 1u << 31;        // Cell::write: split; Cell::since: a list
 constexpr uint32_t HAS_ATOMIC = 1u << 30;  // Cell::since: an event or a list with an atomic
 constexpr uint32_t INDEX = HAS_ATOMIC - 1;
 constexpr int MAX_LIST = 16;  // a list of more accesses ignores new ones: they cost time and memory
@@ -131,7 +131,7 @@ struct GlobalOrder::State {
   bool is_registered(uint64_t number) const;
 
   bool check_races, communicates;
-  uint32_t last_cluster = 0;  // of the last conflict
+  uint32_t last_cluster = 0;                            // of the last conflict
   std::vector<std::pair<uint64_t, uint64_t>> memories;  // first and last page number
   std::unordered_map<uint64_t, Page> pages;
   struct Recent {
@@ -382,8 +382,8 @@ Conflict GlobalOrder::write(uint64_t begin, uint32_t bytes, uint32_t cluster, co
   return state_->access<Kind::WRITE>(begin, bytes, cluster, access, view);
 }
 
-Conflict GlobalOrder::atomic(uint64_t begin, uint32_t bytes, uint32_t cluster,
-                             const Access& access, const View& view) {
+Conflict GlobalOrder::atomic(uint64_t begin, uint32_t bytes, uint32_t cluster, const Access& access,
+                             const View& view) {
   return state_->access<Kind::ATOMIC>(begin, bytes, cluster, access, view);
 }
 

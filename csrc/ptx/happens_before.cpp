@@ -17,8 +17,8 @@ namespace {
 
 constexpr uint8_t NO_LANE = 255;
 constexpr uint16_t NO_AGENT = 0xFFFF;  // no access
-constexpr uint16_t SEVERAL = 0xFFFE;  // in Cell::since: `clock` is the index of a Node
-constexpr uint16_t SPLIT = 0xFFFD;  // in Cell::write: `clock` is the index of four cells
+constexpr uint16_t SEVERAL = 0xFFFE;   // in Cell::since: `clock` is the index of a Node
+constexpr uint16_t SPLIT = 0xFFFD;     // in Cell::write: `clock` is the index of four cells
 
 enum class Kind { READ, WRITE, ATOMIC };
 
@@ -352,8 +352,7 @@ void Shadow::Cells::split(Cell& cell) {
 
 // Bytes of one cell that is split, or that the access does not cover.
 template <Kind KIND>
-void Shadow::Cells::visit_bytes(uint32_t begin, uint32_t end, const Now& now,
-                                Conflict& conflict) {
+void Shadow::Cells::visit_bytes(uint32_t begin, uint32_t end, const Now& now, Conflict& conflict) {
   Cell& cell = cells[begin / 4];
   split(cell);
   uint32_t index = cell.write.clock;

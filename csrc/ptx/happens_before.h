@@ -26,7 +26,7 @@ enum class Proxy : uint8_t { GENERIC, ASYNC };
 
 struct Clocks {
   std::vector<Clock> generic;  // [agents]; agents added later count as 0
-  std::vector<Clock> async;  // the same, for what the async proxy may see
+  std::vector<Clock> async;    // the same, for what the async proxy may see
 
   void join(const Clocks& other);
   void fence_proxy();  // async = max(async, generic)
@@ -53,7 +53,7 @@ struct Conflict {
   bool uninitialized = false;
   bool previous_is_write = false;
   bool proxy_fence_is_missing = false;  // ordered, except for a fence.proxy.async
-  uint64_t address = 0;  // first byte concerned
+  uint64_t address = 0;                 // first byte concerned
   Access previous = {};
 };
 

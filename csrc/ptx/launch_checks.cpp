@@ -97,8 +97,7 @@ CUresult check_cluster(const char* api, const Device& device, const Function& fu
     problem = ": at most " + std::to_string(device.max_cluster) + " blocks on sm_" +
               std::to_string(device.capability);
   } else if (size > PORTABLE_CLUSTER && !function.allows_non_portable_cluster) {
-    problem =
-        ": more than 8 blocks need CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED";
+    problem = ": more than 8 blocks need CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED";
   } else {
     for (int i = 0; i < 3; ++i) {
       if (config.grid[i] % c[i] != 0) problem = " does not divide grid " + text(config.grid);

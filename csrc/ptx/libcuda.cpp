@@ -36,32 +36,75 @@ bool attribute_of(const Device& d, int attribute, int& value) {
   switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
     case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X:
-    case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y: value = 1024; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Z: value = 64; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X: value = 2147483647; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y:
+      value = 1024;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Z:
+      value = 64;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X:
+      value = 2147483647;
+      break;
     case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y:
-    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z: value = 65535; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: value = SHARED_WITHOUT_ATTRIBUTE; break;
-    case CU_DEVICE_ATTRIBUTE_WARP_SIZE: value = LANES; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z:
+      value = 65535;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK:
+      value = SHARED_WITHOUT_ATTRIBUTE;
+      break;
+    case CU_DEVICE_ATTRIBUTE_WARP_SIZE:
+      value = LANES;
+      break;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK:
-    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR: value = 65536; break;
-    case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: value = d.clock_khz; break;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: value = d.num_sms; break;
-    case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: value = d.memory_clock_khz; break;
-    case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: value = d.bus_bits; break;
-    case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: value = d.l2_bytes; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: value = d.threads_per_sm; break;
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: value = d.capability / 10; break;
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: value = d.capability % 10; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: value = d.shared_per_sm; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR:
+      value = 65536;
+      break;
+    case CU_DEVICE_ATTRIBUTE_CLOCK_RATE:
+      value = d.clock_khz;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+      value = d.num_sms;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE:
+      value = d.memory_clock_khz;
+      break;
+    case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH:
+      value = d.bus_bits;
+      break;
+    case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE:
+      value = d.l2_bytes;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR:
+      value = d.threads_per_sm;
+      break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+      value = d.capability / 10;
+      break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
+      value = d.capability % 10;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR:
+      value = d.shared_per_sm;
+      break;
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
-    case CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH: value = 1; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: value = d.shared_per_block; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: value = d.blocks_per_sm; break;
-    case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: value = RESERVED_SHARED; break;
+    case CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH:
+      value = 1;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
+      value = d.shared_per_block;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR:
+      value = d.blocks_per_sm;
+      break;
+    case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK:
+      value = RESERVED_SHARED;
+      break;
     case CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH:
-    case CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED: value = d.capability >= 90; break;
-    default: return false;
+    case CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED:
+      value = d.capability >= 90;
+      break;
+    default:
+      return false;
   }
   return true;
 }
@@ -72,7 +115,8 @@ CUresult read_attributes(const char* api, const CUlaunchConfig& source, LaunchRe
     switch (attribute.id) {
       case CU_LAUNCH_ATTRIBUTE_IGNORE:
       case CU_LAUNCH_ATTRIBUTE_PRIORITY:
-      case CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE: break;
+      case CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE:
+        break;
       case CU_LAUNCH_ATTRIBUTE_COOPERATIVE:
         request.cooperative = attribute.value.cooperative != 0;
         break;
@@ -129,23 +173,38 @@ CUresult run(const Function& function, const LaunchRequest& request, void** para
 
 const char* description(CUresult code) {
   switch (code) {
-    case CUDA_SUCCESS: return "no error";
-    case CUDA_ERROR_INVALID_VALUE: return "invalid argument";
-    case CUDA_ERROR_INVALID_DEVICE: return "invalid device ordinal";
-    case CUDA_ERROR_INVALID_IMAGE: return "device kernel image is invalid";
-    case CUDA_ERROR_INVALID_CONTEXT: return "invalid device context";
-    case CUDA_ERROR_UNSUPPORTED_LIMIT: return "limit is not supported on this architecture";
-    case CUDA_ERROR_INVALID_PTX: return "a PTX JIT compilation failed";
+    case CUDA_SUCCESS:
+      return "no error";
+    case CUDA_ERROR_INVALID_VALUE:
+      return "invalid argument";
+    case CUDA_ERROR_INVALID_DEVICE:
+      return "invalid device ordinal";
+    case CUDA_ERROR_INVALID_IMAGE:
+      return "device kernel image is invalid";
+    case CUDA_ERROR_INVALID_CONTEXT:
+      return "invalid device context";
+    case CUDA_ERROR_UNSUPPORTED_LIMIT:
+      return "limit is not supported on this architecture";
+    case CUDA_ERROR_INVALID_PTX:
+      return "a PTX JIT compilation failed";
     case CUDA_ERROR_UNSUPPORTED_PTX_VERSION:
       return "the provided PTX was compiled with an unsupported toolchain.";
-    case CUDA_ERROR_INVALID_HANDLE: return "invalid resource handle";
-    case CUDA_ERROR_NOT_FOUND: return "named symbol not found";
-    case CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: return "too many resources requested for launch";
-    case CUDA_ERROR_LAUNCH_FAILED: return "unspecified launch failure";
-    case CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE: return "too many blocks in cooperative launch";
-    case CUDA_ERROR_NOT_SUPPORTED: return "operation not supported";
-    case CUDA_ERROR_INVALID_CLUSTER_SIZE: return "cluster misconfiguration";
-    case CUDA_ERROR_UNKNOWN: return "unknown error";
+    case CUDA_ERROR_INVALID_HANDLE:
+      return "invalid resource handle";
+    case CUDA_ERROR_NOT_FOUND:
+      return "named symbol not found";
+    case CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES:
+      return "too many resources requested for launch";
+    case CUDA_ERROR_LAUNCH_FAILED:
+      return "unspecified launch failure";
+    case CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE:
+      return "too many blocks in cooperative launch";
+    case CUDA_ERROR_NOT_SUPPORTED:
+      return "operation not supported";
+    case CUDA_ERROR_INVALID_CLUSTER_SIZE:
+      return "cluster misconfiguration";
+    case CUDA_ERROR_UNKNOWN:
+      return "unknown error";
   }
   return nullptr;
 }
@@ -264,14 +323,24 @@ DEEPKERN_API CUresult cuPointerGetAttribute(void* data, int attribute, CUdevicep
                   std::string(address) + " is in no tensor of this launch");
   }
   switch (attribute) {
-    case CU_POINTER_ATTRIBUTE_CONTEXT: *static_cast<CUcontext*>(data) = the_context(); break;
-    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: *static_cast<unsigned*>(data) = 2; break;  // device
-    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *static_cast<CUdeviceptr*>(data) = pointer; break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *static_cast<int*>(data) = 0; break;
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+      *static_cast<CUcontext*>(data) = the_context();
+      break;
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+      *static_cast<unsigned*>(data) = 2;
+      break;  // device
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+      *static_cast<CUdeviceptr*>(data) = pointer;
+      break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+      *static_cast<int*>(data) = 0;
+      break;
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
       *static_cast<CUdeviceptr*>(data) = found.address;
       break;
-    case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *static_cast<size_t*>(data) = found.bytes; break;
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+      *static_cast<size_t*>(data) = found.bytes;
+      break;
     default:
       return refuse(CUDA_ERROR_NOT_SUPPORTED, api, "attribute " + std::to_string(attribute));
   }
@@ -286,8 +355,7 @@ DEEPKERN_API CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 
 DEEPKERN_API CUresult cuModuleUnload(CUmodule module) { return Driver::get().unload(module); }
 
-DEEPKERN_API CUresult cuModuleGetFunction(CUfunction* function, CUmodule module,
-                                          const char* name) {
+DEEPKERN_API CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   return Driver::get().find_function(module, name, function);
 }
 
@@ -297,12 +365,22 @@ DEEPKERN_API CUresult cuFuncGetAttribute(int* value, int attribute, CUfunction h
   if (!function) return refuse(CUDA_ERROR_INVALID_HANDLE, api, "no such kernel");
   const Kernel& kernel = *function->kernel;
   switch (attribute) {
-    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = function->max_threads(); break;
-    case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *value = kernel.static_shared_bytes; break;
-    case CU_FUNC_ATTRIBUTE_CONST_SIZE_BYTES: *value = 0; break;
-    case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: *value = kernel.local_bytes; break;
+    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+      *value = function->max_threads();
+      break;
+    case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES:
+      *value = kernel.static_shared_bytes;
+      break;
+    case CU_FUNC_ATTRIBUTE_CONST_SIZE_BYTES:
+      *value = 0;
+      break;
+    case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES:
+      *value = kernel.local_bytes;
+      break;
     // PTX has no registers of a thread yet: the limit that it states, or 0.
-    case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = kernel.max_registers; break;
+    case CU_FUNC_ATTRIBUTE_NUM_REGS:
+      *value = kernel.max_registers;
+      break;
     case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
       *value = function->max_dynamic_shared;
       break;
@@ -335,7 +413,8 @@ DEEPKERN_API CUresult cuFuncSetAttribute(CUfunction handle, int attribute, int v
       function->allows_non_portable_cluster = value != 0;
       break;
     case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT:
-    case CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE: break;
+    case CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE:
+      break;
     default:
       return refuse(CUDA_ERROR_INVALID_VALUE, api, "attribute " + std::to_string(attribute));
   }

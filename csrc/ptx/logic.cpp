@@ -150,8 +150,8 @@ struct PermuteByConstant {
     const int h = shift[0], i = shift[1], j = shift[2], k = shift[3];
 #pragma GCC ivdep
     for (int lane = 0; lane < LANES; ++lane) {
-      out[lane] = (p[lane] >> h & 0xff) | (q[lane] >> i & 0xff) << 8 |
-                  (r[lane] >> j & 0xff) << 16 | (s[lane] >> k & 0xff) << 24;
+      out[lane] = (p[lane] >> h & 0xff) | (q[lane] >> i & 0xff) << 8 | (r[lane] >> j & 0xff) << 16 |
+                  (s[lane] >> k & 0xff) << 24;
     }
   }
 
@@ -187,10 +187,10 @@ struct Lop3 {
     uint32_t result[LANES];
     for (int lane = 0; lane < LANES; ++lane) {
       const uint32_t x = a[lane], y = b[lane], z = c[lane];
-      const uint32_t low = (~y & ((~z & terms[0]) | (z & terms[1]))) |
-                           (y & ((~z & terms[2]) | (z & terms[3])));
-      const uint32_t high = (~y & ((~z & terms[4]) | (z & terms[5]))) |
-                            (y & ((~z & terms[6]) | (z & terms[7])));
+      const uint32_t low =
+          (~y & ((~z & terms[0]) | (z & terms[1]))) | (y & ((~z & terms[2]) | (z & terms[3])));
+      const uint32_t high =
+          (~y & ((~z & terms[4]) | (z & terms[5]))) | (y & ((~z & terms[6]) | (z & terms[7])));
       result[lane] = (~x & low) | (x & high);
     }
     blend(warp.u32(instruction.d), result, mask);

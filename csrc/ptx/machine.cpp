@@ -41,8 +41,8 @@ void Warp::fail(const Instruction& instruction, int lane, const std::string& mes
   std::string text = kernel->name + ": " + message;
   std::string place = s.location >= 0 ? kernel->locations[s.location].text : "no source line";
   text += "\n  at " + place + " (PTX line " + std::to_string(s.line) + ": " + s.text() + ")";
-  text += "\n  block (" + std::to_string(block->id[0]) + ", " + std::to_string(block->id[1]) + ", " +
-          std::to_string(block->id[2]) + "), warp " + std::to_string(index);
+  text += "\n  block (" + std::to_string(block->id[0]) + ", " + std::to_string(block->id[1]) +
+          ", " + std::to_string(block->id[2]) + "), warp " + std::to_string(index);
   if (lane >= 0) text += ", lane " + std::to_string(lane);
   text += ", seed " + std::to_string(grid->options.seed);
   throw Failure(text);
@@ -61,19 +61,24 @@ void Cluster::wake() {
       if (warp.blocked) warp.blocked = false, grid->stale_ = true;
 }
 
-Grid::Grid(const Kernel& kernel, Module& module, const LaunchConfig& config,
-           void* const* values, const std::vector<Allocation>& memory, const Options& options,
-           Profile* profile)
-    : kernel(kernel), module(module), config(config), options(options), profile(profile),
-      parameters(kernel.parameter_bytes), allocations(memory),
-      order(options.check_races, kernel.communicates), random(options.seed) {
+Grid::Grid(const Kernel& kernel, Module& module, const LaunchConfig& config, void* const* values,
+           const std::vector<Allocation>& memory, const Options& options, Profile* profile)
+    : kernel(kernel),
+      module(module),
+      config(config),
+      options(options),
+      profile(profile),
+      parameters(kernel.parameter_bytes),
+      allocations(memory),
+      order(options.check_races, kernel.communicates),
+      random(options.seed) {
   for (size_t i = 0; i < kernel.parameters.size(); i++) {
     const Parameter& p = kernel.parameters[i];
     std::memcpy(parameters.data() + p.offset, values[i], p.bytes);
   }
   for (auto& [name, content] : module.globals)
-    allocations.push_back({reinterpret_cast<uint64_t>(content.data()), content.size(),
-                           "module variable " + name});
+    allocations.push_back(
+        {reinterpret_cast<uint64_t>(content.data()), content.size(), "module variable " + name});
   std::sort(allocations.begin(), allocations.end(),
             [](const Allocation& a, const Allocation& b) { return a.address < b.address; });
   for (const Allocation& a : allocations) {
@@ -109,7 +114,8 @@ std::string Grid::describe(uint64_t address) const {
   std::string text = hexadecimal(address);
   if (!nearest) return text + " (no tensor was passed)";
   if (least == 0)
-    return text + " (" + nearest->name + ", byte " + std::to_string(address - nearest->address) + ")";
+    return text + " (" + nearest->name + ", byte " + std::to_string(address - nearest->address) +
+           ")";
   if (least > (1u << 20)) return text + " (far from every tensor; null pointer or wild address)";
   if (address < nearest->address)
     return text + " (" + std::to_string(least) + " bytes before " + nearest->name + ")";
@@ -219,14 +225,18 @@ void Grid::start_warp(Warp& warp, int index) {
   warp.local.assign(size_t(kernel.local_bytes) * LANES, 0xff);
   for (const Constant& c : kernel.constants)
     for (int lane = 0; lane < LANES; lane++) {
-      if (c.bits == 64) warp.u64(c.slot)[lane] = c.value;
-      else warp.u32(c.slot)[lane] = static_cast<uint32_t>(c.value);
+      if (c.bits == 64)
+        warp.u64(c.slot)[lane] = c.value;
+      else
+        warp.u32(c.slot)[lane] = static_cast<uint32_t>(c.value);
     }
   for (const SpecialUse& use : kernel.specials)
     for (int lane = 0; lane < LANES; lane++) {
       uint64_t value = special_value(*this, warp, use.name, lane);
-      if (use.bits == 64) warp.u64(use.slot)[lane] = value;
-      else warp.u32(use.slot)[lane] = static_cast<uint32_t>(value);
+      if (use.bits == 64)
+        warp.u64(use.slot)[lane] = value;
+      else
+        warp.u32(use.slot)[lane] = static_cast<uint32_t>(value);
     }
 }
 
@@ -241,8 +251,7 @@ void Grid::admit() {
   uint32_t n = cluster->number;
   uint32_t first[3] = {n % across[0] * c[0], n / across[0] % across[1] * c[1],
                        n / across[0] / across[1] * c[2]};
-  uint32_t shared_bytes =
-      SHARED_BASE + kernel.dynamic_shared_offset + config.dynamic_shared_bytes;
+  uint32_t shared_bytes = SHARED_BASE + kernel.dynamic_shared_offset + config.dynamic_shared_bytes;
   uint32_t warps = (threads_per_block() + LANES - 1) / LANES;
   for (uint32_t rank = 0; rank < c[0] * c[1] * c[2]; rank++) {
     auto block = std::make_unique<Block>(shared_bytes, options);
@@ -343,9 +352,10 @@ void check_in_flight(Warp& warp, const Instruction& i) {
   }
   for (int slot : i.writes)
     if (warp.in_flight[slot])
-      warp.fail(i, -1, warp.in_flight[slot] == 3
-                           ? "writes a register of a tcgen05.ld before tcgen05.wait::ld"
-                           : "writes a register of a wgmma.mma_async before wgmma.wait_group");
+      warp.fail(i, -1,
+                warp.in_flight[slot] == 3
+                    ? "writes a register of a tcgen05.ld before tcgen05.wait::ld"
+                    : "writes a register of a wgmma.mma_async before wgmma.wait_group");
 }
 
 }  // namespace
@@ -388,12 +398,13 @@ void check_mbarriers(Warp& warp, Cluster& cluster) {
   for (auto& block : cluster.blocks)
     for (auto& [offset, barrier] : block->mbarriers) {
       if (barrier.bytes == 0) continue;
-      std::string text = "exits while the mbarrier at byte " + std::to_string(offset - SHARED_BASE) +
-                         " of shared memory ";
+      std::string text = "exits while the mbarrier at byte " +
+                         std::to_string(offset - SHARED_BASE) + " of shared memory ";
       if (barrier.bytes > 0)
         text += "misses " + std::to_string(barrier.bytes) + " bytes of copies";
       else
-        text += "gets " + std::to_string(-barrier.bytes) + " bytes of copies that it did not expect";
+        text +=
+            "gets " + std::to_string(-barrier.bytes) + " bytes of copies that it did not expect";
       warp.fail(last, -1, text);
     }
 }
@@ -406,8 +417,11 @@ void Grid::retire(Warp& warp) {
   for (Groups* groups : {&warp.copies, &warp.wgmma, &warp.bulk}) {
     bool open = groups->uncommitted();
     bool flying = !groups->committed.empty();
-    const char* name = groups == &warp.copies ? "cp.async" : groups == &warp.bulk ? "bulk copy" : "wgmma";
-    if (open) warp.fail(last, -1, std::string("exits with a ") + name + " group that was never committed");
+    const char* name = groups == &warp.copies ? "cp.async"
+                       : groups == &warp.bulk ? "bulk copy"
+                                              : "wgmma";
+    if (open)
+      warp.fail(last, -1, std::string("exits with a ") + name + " group that was never committed");
     if (flying) warp.fail(last, -1, std::string("exits with a ") + name + " group in flight");
   }
   stale_ = true;
@@ -432,7 +446,8 @@ void Grid::retire(Warp& warp) {
 }
 
 void Grid::report_deadlock() {
-  std::string text = kernel.name + ": deadlock: no warp can go on, seed " + std::to_string(options.seed);
+  std::string text =
+      kernel.name + ": deadlock: no warp can go on, seed " + std::to_string(options.seed);
   int shown = 0, hidden = 0;
   for (auto& cluster : resident)
     for (auto& block : cluster->blocks)
@@ -444,8 +459,9 @@ void Grid::report_deadlock() {
         }
         shown++;
         const Statement& s = kernel.statements[warp.current().statement];
-        text += "\n  block " + std::to_string(block->number) + ", warp " + std::to_string(warp.index) +
-                " waits for " + (warp.blocked ? warp.waits_for : "memory that no warp changes") + " at " +
+        text += "\n  block " + std::to_string(block->number) + ", warp " +
+                std::to_string(warp.index) + " waits for " +
+                (warp.blocked ? warp.waits_for : "memory that no warp changes") + " at " +
                 (s.location >= 0 ? kernel.locations[s.location].text : "?") + " (PTX line " +
                 std::to_string(s.line) + ")";
       }

@@ -41,7 +41,7 @@ struct Path {
 
 // A copy or an MMA that was issued and has not completed.
 struct Pending {
-  uint64_t due;  // turn of the scheduler; UINT64_MAX: when nothing else can run
+  uint64_t due;                    // turn of the scheduler; UINT64_MAX: when nothing else can run
   std::function<void()> complete;  // moves the data
   std::string what;
   bool done = false;
@@ -64,33 +64,34 @@ struct Warp {
   const Kernel* kernel;
   int index;  // in the block
   int agent;
-  Clock epoch = 0;  // counts synchronizations of the warp's lanes
-  uint32_t live = 0;  // lanes that have not exited
-  std::vector<Path> paths;  // the last one is executed
-  std::vector<uint32_t> registers;  // [slots][LANES]
+  Clock epoch = 0;                   // counts synchronizations of the warp's lanes
+  uint32_t live = 0;                 // lanes that have not exited
+  std::vector<Path> paths;           // the last one is executed
+  std::vector<uint32_t> registers;   // [slots][LANES]
   std::vector<uint32_t> predicates;  // a lane is a bit
-  std::vector<uint8_t> local;  // [LANES][Kernel::local_bytes]
+  std::vector<uint8_t> local;        // [LANES][Kernel::local_bytes]
   bool blocked = false;
   std::string waits_for;  // while blocked, for the report of a deadlock
-  int64_t ticket = -1;  // generation of the barrier at which the warp waits
+  int64_t ticket = -1;    // generation of the barrier at which the warp waits
   int64_t cluster_ticket = -1;
   View fenced;  // the view at the last fence.acq_rel: relaxed stores behind it publish this
   bool has_fenced = false;
   std::set<uint64_t> relaxed_reads;  // addresses: a fence makes the reads acquires
-  Groups copies, bulk, wgmma;  // cp.async; reads of shared memory by bulk stores; wgmma
-  int bulk_write_agent = -1;  // writes of global memory by bulk stores
+  Groups copies, bulk, wgmma;        // cp.async; reads of shared memory by bulk stores; wgmma
+  int bulk_write_agent = -1;         // writes of global memory by bulk stores
   std::vector<PendingPointer> bulk_writes;  // their bytes were read and may not be written yet
-  std::vector<uint8_t> in_flight;  // [slots]: 1 an accumulator of a wgmma, 2 its A operand, 3 tcgen05.ld
+  std::vector<uint8_t>
+      in_flight;  // [slots]: 1 an accumulator of a wgmma, 2 its A operand, 3 tcgen05.ld
   int in_flight_count = 0;
-  std::vector<int32_t> wgmma_slots;  // registers of the open group
+  std::vector<int32_t> wgmma_slots;               // registers of the open group
   std::deque<std::vector<int32_t>> wgmma_groups;  // and of those committed
-  PendingPointer last_wgmma;  // MMAs of a warp complete in order
+  PendingPointer last_wgmma;                      // MMAs of a warp complete in order
   struct LastWrite {
     uint64_t executed = 0;
     int32_t statement = 0;
   };
   std::vector<LastWrite> written;  // [slots], in kernels with wgmma
-  uint64_t fenced_at = 0;  // value of `executed` at the last wgmma.fence
+  uint64_t fenced_at = 0;          // value of `executed` at the last wgmma.fence
   int wgmma_executed = 0;
   int tensor_store_agent = -1;  // tcgen05.st before tcgen05.wait::st
   Clock tensor_stores = 0;
@@ -114,16 +115,16 @@ struct Warp {
 };
 
 struct Barrier {
-  int arrived = 0;  // threads
+  int arrived = 0;   // threads
   int expected = 0;  // threads; 0 before the first arrival
   int64_t generation = 0;
-  View view;  // of those that arrived
+  View view;      // of those that arrived
   View released;  // of the last generation that completed
 };
 
 struct Mbarrier {
   uint32_t expected;  // arrivals in a phase
-  int64_t pending;  // arrivals that are missing
+  int64_t pending;    // arrivals that are missing
   int64_t bytes = 0;  // that transactions still have to bring
   uint64_t phase = 0;
   int agent;  // of the copies that complete on it
@@ -143,14 +144,15 @@ struct Block {
   std::vector<uint8_t> shared;  // starts at address 0 of the block's window
   Shadow shadow;
   Barrier barriers[16];
-  std::unordered_map<uint32_t, Mbarrier> mbarriers;  // by offset in `shared`
+  std::unordered_map<uint32_t, Mbarrier> mbarriers;        // by offset in `shared`
   uint32_t mbarrier_begin = UINT32_MAX, mbarrier_end = 0;  // offsets that hold mbarriers
   std::shared_ptr<BlockTensorMemory> tensor_memory;
   int live_warps = 0;
   bool triggered = false;  // griddepcontrol.launch_dependents
 
   Block(uint32_t shared_bytes, const Options& options)
-      : shared(shared_bytes), shadow(shared_bytes, options.check_races, options.check_initialized) {}
+      : shared(shared_bytes),
+        shadow(shared_bytes, options.check_races, options.check_initialized) {}
 };
 
 struct Cluster {
@@ -175,7 +177,7 @@ struct Grid {
   Profile* profile;
   std::vector<uint8_t> parameters;
   std::vector<Allocation> allocations;  // sorted by address
-  std::vector<uint64_t> last_byte;  // greatest end of allocations [0, i]
+  std::vector<uint64_t> last_byte;      // greatest end of allocations [0, i]
   size_t last_found = 0;
   GlobalOrder order;
   std::mt19937_64 random;
@@ -221,7 +223,8 @@ inline int first_lane(uint32_t mask) { return __builtin_ctz(mask); }
 
 std::string hexadecimal(uint64_t value);
 
-// Where an address leads. `data` points to the bytes; `offset` is that in the block's shared window.
+// Where an address leads. `data` points to the bytes; `offset` is that in the block's shared
+// window.
 struct Target {
   uint8_t* data;
   Space space;

@@ -15,8 +15,9 @@ namespace {
 
 void check_whole_warp(Warp& warp, const Instruction& i, uint32_t mask) {
   if (mask != ~0u)
-    warp.fail(i, first_lane(~mask), "is executed by lanes " + hexadecimal(mask) +
-                                        " only; the whole warp has to execute it");
+    warp.fail(
+        i, first_lane(~mask),
+        "is executed by lanes " + hexadecimal(mask) + " only; the whole warp has to execute it");
 }
 
 void count_flops(Warp& warp, const Instruction& i, uint64_t flops) {
@@ -100,15 +101,14 @@ struct Toucher {
 void touch_operand(void* context, uint32_t address, uint32_t bytes) {
   auto& t = *static_cast<Toucher*>(context);
   Warp& warp = *t.warp;
-  touch_shared(warp, *t.instruction, -1, *warp.block, address, bytes, Touch::READ,
-               warp.wgmma.agent, warp.wgmma.clock(), Proxy::ASYNC, warp.view());
+  touch_shared(warp, *t.instruction, -1, *warp.block, address, bytes, Touch::READ, warp.wgmma.agent,
+               warp.wgmma.clock(), Proxy::ASYNC, warp.view());
 }
 
 uint64_t uniform(Warp& warp, const Instruction& i, int slot, const char* what) {
   const uint64_t* values = warp.u64(slot);
   for (int lane = 1; lane < LANES; lane++)
-    if (values[lane] != values[0])
-      warp.fail(i, lane, std::string(what) + " differs between lanes");
+    if (values[lane] != values[0]) warp.fail(i, lane, std::string(what) + " differs between lanes");
   return values[0];
 }
 
@@ -122,7 +122,8 @@ void touch_operands(Warp& warp, const Instruction& i, const Wgmma& w, uint64_t a
                       touch_operand, &toucher};
   uint8_t codes[256 * 32];
   if (!w.a_in_registers)
-    read_operand(read_wgmma_descriptor(a, "A"), 64, w.shape.a, w.shape.a_mn_major, reader, "A", codes);
+    read_operand(read_wgmma_descriptor(a, "A"), 64, w.shape.a, w.shape.a_mn_major, reader, "A",
+                 codes);
   read_operand(read_wgmma_descriptor(b, "B"), w.shape.N, w.shape.b, w.shape.b_mn_major, reader, "B",
                codes);
 }
@@ -138,8 +139,9 @@ void check_fenced(Warp& warp, const Instruction& i, const std::vector<int32_t>& 
   for (int32_t slot : slots)
     if (warp.in_flight[slot] == 0 && warp.written[slot].executed > warp.fenced_at) {
       const Statement& s = warp.kernel->statements[warp.written[slot].statement];
-      warp.fail(i, -1, "reads a register that was written after the last wgmma.fence, at PTX line " +
-                           std::to_string(s.line) + " (" + s.text() + ")");
+      warp.fail(i, -1,
+                "reads a register that was written after the last wgmma.fence, at PTX line " +
+                    std::to_string(s.line) + " (" + s.text() + ")");
     }
 }
 
@@ -316,10 +318,13 @@ void bind_wgmma_mma(Binder& b) {
   w->a_in_registers = b.statement.operands.at(1).kind == OperandText::LIST;
   b.sources(0, 32);  // read as well, unless scale-d is false
   i.list = b.destinations(0, 32);
-  if (static_cast<int>(i.list.size()) != w->shape.N / (w->shape.accumulators == Accumulators::F16 ? 4 : 2))
+  if (static_cast<int>(i.list.size()) !=
+      w->shape.N / (w->shape.accumulators == Accumulators::F16 ? 4 : 2))
     b.fail("wrong number of accumulators");
-  if (w->a_in_registers) i.more = b.sources(1, 32);
-  else i.a = b.source(1, 64);
+  if (w->a_in_registers)
+    i.more = b.sources(1, 32);
+  else
+    i.a = b.source(1, 64);
   i.b = b.source(2, 64);
   i.d = b.predicate(3);
   size_t rest = b.count() - 4;
@@ -357,10 +362,14 @@ void bind_wgmma(Binder& b) {
 
 bool bind_matrix(Binder& b) {
   const std::string& name = b.statement.opcode[0];
-  if (name == "ldmatrix" || name == "stmatrix") bind_move(b, name == "ldmatrix");
-  else if (name == "mma") bind_mma(b);
-  else if (name == "wgmma") bind_wgmma(b);
-  else return false;
+  if (name == "ldmatrix" || name == "stmatrix")
+    bind_move(b, name == "ldmatrix");
+  else if (name == "mma")
+    bind_mma(b);
+  else if (name == "wgmma")
+    bind_wgmma(b);
+  else
+    return false;
   return true;
 }
 

@@ -47,9 +47,9 @@ uint32_t k_major_unit(const MatrixDescriptor& d, uint32_t r, uint32_t c) {
 uint32_t mn_major_unit(const MatrixDescriptor& d, uint32_t g, uint32_t k) {
   if (d.row_bytes == UNIT) return d.start + g * d.stride + k % 8 * UNIT + k / 8 * d.leading;
   const uint32_t units = d.row_bytes / UNIT;
-  return swizzled(d.start + g % units * UNIT + g / units * d.leading + k % 8 * d.row_bytes +
-                      k / 8 * d.stride,
-                  d.row_bytes);
+  return swizzled(
+      d.start + g % units * UNIT + g / units * d.leading + k % 8 * d.row_bytes + k / 8 * d.stride,
+      d.row_bytes);
 }
 
 // Calls touch once for each run of consecutive units.

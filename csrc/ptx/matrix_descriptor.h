@@ -35,14 +35,14 @@ struct MatrixDescriptor {
   uint32_t row_bytes;  // of the swizzle: 16 (none), 32, 64 or 128
 };
 
-// Throw OperandError for a descriptor with a field that is not valid or not supported; `what` names the
-// operand in its message.
+// Throw OperandError for a descriptor with a field that is not valid or not supported; `what` names
+// the operand in its message.
 MatrixDescriptor read_wgmma_descriptor(uint64_t descriptor, const char* what);
 MatrixDescriptor read_tcgen05_descriptor(uint64_t descriptor, const char* what);
 
 // Reads a matrix of rows x 32 bytes (K elements) into codes[rows, 32]. In an MN-major matrix the
-// rows, not the K elements of a row, are contiguous in shared memory. Throws OperandError if a part of
-// it is outside the shared memory.
+// rows, not the K elements of a row, are contiguous in shared memory. Throws OperandError if a part
+// of it is outside the shared memory.
 void read_operand(const MatrixDescriptor& descriptor, int rows, Element element, bool mn_major,
                   const SharedReader& shared, const char* what, uint8_t* codes);
 

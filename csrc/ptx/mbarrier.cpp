@@ -13,7 +13,8 @@ constexpr int64_t MOST = (1 << 20) - 1;  // arrivals and bytes that the object c
 enum Mode : uint32_t { PARITY = 1, EXPECT = 2, TRY = 4, REMOTE = 8 };
 
 std::string place(const Target& target) {
-  return "the mbarrier at byte " + std::to_string(target.offset - SHARED_BASE) + " of shared memory";
+  return "the mbarrier at byte " + std::to_string(target.offset - SHARED_BASE) +
+         " of shared memory";
 }
 
 Target barrier_address(Warp& warp, const Instruction& i, int lane, const char* what) {
@@ -86,8 +87,9 @@ void expect_bytes(Warp& warp, const Instruction& i, int lane, const Target& t, i
   Mbarrier& barrier = find_mbarrier(warp, i, lane, t);
   barrier.bytes += bytes;
   if (barrier.bytes > MOST)
-    warp.fail(i, lane, place(t) + " expects " + std::to_string(barrier.bytes) +
-                           " bytes, more than 2^20 - 1");
+    warp.fail(
+        i, lane,
+        place(t) + " expects " + std::to_string(barrier.bytes) + " bytes, more than 2^20 - 1");
 }
 
 // d: the state, or -1; b: the count or the bytes, or -1.
@@ -150,8 +152,7 @@ Status wait(Warp& warp, const Instruction& i, uint32_t mask) {
 
 Mbarrier& find_mbarrier(Warp& warp, const Instruction& i, int lane, const Target& t) {
   auto found = t.block->mbarriers.find(t.offset);
-  if (found == t.block->mbarriers.end())
-    warp.fail(i, lane, place(t) + " was not initialized");
+  if (found == t.block->mbarriers.end()) warp.fail(i, lane, place(t) + " was not initialized");
   return found->second;
 }
 
@@ -159,8 +160,9 @@ void arrive(Warp& warp, const Instruction& i, int lane, const Target& t, int64_t
             const View& view) {
   Mbarrier& barrier = find_mbarrier(warp, i, lane, t);
   if (count > barrier.pending)
-    warp.fail(i, lane, place(t) + " gets more than its " + std::to_string(barrier.expected) +
-                           " arrivals in phase " + std::to_string(barrier.phase));
+    warp.fail(i, lane,
+              place(t) + " gets more than its " + std::to_string(barrier.expected) +
+                  " arrivals in phase " + std::to_string(barrier.phase));
   barrier.arriving.join(view);
   barrier.pending -= count;
   complete_phase(barrier, *t.block->cluster);

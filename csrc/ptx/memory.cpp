@@ -14,10 +14,14 @@ namespace {
 
 const char* space_name(Space space) {
   switch (space) {
-    case Space::SHARED: return "shared memory";
-    case Space::LOCAL: return "local memory";
-    case Space::PARAM: return "kernel parameters";
-    default: return "global memory";
+    case Space::SHARED:
+      return "shared memory";
+    case Space::LOCAL:
+      return "local memory";
+    case Space::PARAM:
+      return "kernel parameters";
+    default:
+      return "global memory";
   }
 }
 
@@ -41,9 +45,9 @@ Target translate_shared(Warp& warp, const Instruction& i, int lane, uint32_t add
   uint32_t rank = address >> RANK_SHIFT;
   uint32_t offset = address & ((1u << RANK_SHIFT) - 1);
   if (rank >= cluster.blocks.size())
-    fail_at(warp, i, lane, what, "shared address " + hexadecimal(address) + " of block " +
-                                     std::to_string(rank) + " of a cluster of " +
-                                     std::to_string(cluster.blocks.size()));
+    fail_at(warp, i, lane, what,
+            "shared address " + hexadecimal(address) + " of block " + std::to_string(rank) +
+                " of a cluster of " + std::to_string(cluster.blocks.size()));
   Block& block = *cluster.blocks[rank];
   if (offset < SHARED_BASE || offset + uint64_t(bytes) > block.shared.size())
     fail_at(warp, i, lane, what,
@@ -51,8 +55,8 @@ Target translate_shared(Warp& warp, const Instruction& i, int lane, uint32_t add
                 std::to_string(int64_t(offset) - SHARED_BASE) + " of " +
                 std::to_string(block.shared.size() - SHARED_BASE));
   if (&block != warp.block && block.live_warps == 0)
-    fail_at(warp, i, lane, what, "shared memory of block " + std::to_string(rank) +
-                                     " of the cluster, which has exited");
+    fail_at(warp, i, lane, what,
+            "shared memory of block " + std::to_string(rank) + " of the cluster, which has exited");
   return {block.shared.data() + offset, Space::SHARED, &block, offset};
 }
 
@@ -76,9 +80,9 @@ Target translate(Warp& warp, const Instruction& i, int lane, uint64_t address, u
   uint64_t size = space == Space::PARAM ? grid.parameters.size() : warp.kernel->local_bytes;
   uint64_t offset = address - base;
   if (offset + bytes > size)
-    fail_at(warp, i, lane, what, std::to_string(bytes) + " bytes out of bounds of " +
-                                     space_name(space) + ": byte " + std::to_string(offset) +
-                                     " of " + std::to_string(size));
+    fail_at(warp, i, lane, what,
+            std::to_string(bytes) + " bytes out of bounds of " + space_name(space) + ": byte " +
+                std::to_string(offset) + " of " + std::to_string(size));
   uint8_t* data = space == Space::PARAM ? grid.parameters.data() + offset
                                         : warp.local.data() + lane * size + offset;
   return {data, space, nullptr, 0};
@@ -108,8 +112,10 @@ std::string place_of(const Kernel& kernel, int32_t instruction) {
   warp.fail(i, lane, text);
 }
 
-bool is_same_store(const Conflict& c, const uint8_t* present, uint32_t bytes, const uint8_t* value) {
-  return value && !c.uninitialized && c.previous_is_write && std::memcmp(present, value, bytes) == 0;
+bool is_same_store(const Conflict& c, const uint8_t* present, uint32_t bytes,
+                   const uint8_t* value) {
+  return value && !c.uninitialized && c.previous_is_write &&
+         std::memcmp(present, value, bytes) == 0;
 }
 
 uint8_t shadow_lane(int lane) { return lane < 0 ? NO_LANE : static_cast<uint8_t>(lane); }
@@ -120,13 +126,15 @@ void touch_shared(Warp& warp, const Instruction& i, int lane, Block& block, uint
                   uint32_t bytes, Touch touch, int agent, Clock clock, Proxy proxy,
                   const View& view, const uint8_t* value) {
   Access access{static_cast<uint16_t>(agent), proxy, shadow_lane(lane), clock, i.statement};
-  Conflict c = touch == Touch::READ    ? block.shadow.read(offset, bytes, access, view, warp.epoch)
-               : touch == Touch::WRITE ? block.shadow.write(offset, bytes, access, view, warp.epoch)
-                                       : block.shadow.atomic(offset, bytes, access, view, warp.epoch);
+  Conflict c = touch == Touch::READ ? block.shadow.read(offset, bytes, access, view, warp.epoch)
+               : touch == Touch::WRITE
+                   ? block.shadow.write(offset, bytes, access, view, warp.epoch)
+                   : block.shadow.atomic(offset, bytes, access, view, warp.epoch);
   if (!c.found || is_same_store(c, block.shared.data() + offset, bytes, value)) return;
   std::string where = "byte " + std::to_string(c.address - SHARED_BASE) + " of shared memory";
   std::string who = block.cluster->agent_name(c.previous.agent);
-  if (c.previous.agent == agent) who = "lane " + std::to_string(c.previous.lane) + " of the same warp";
+  if (c.previous.agent == agent)
+    who = "lane " + std::to_string(c.previous.lane) + " of the same warp";
   fail_conflict(warp, i, lane, c, touch, bytes, where, who);
 }
 
@@ -135,9 +143,9 @@ void touch_shared(Warp& warp, const Instruction& i, int lane, Block& block, uint
   if (offset < block.mbarrier_end && offset + bytes > block.mbarrier_begin)
     for (uint32_t at = offset & ~7u; at < offset + bytes; at += 8)
       if (block.mbarriers.count(at))
-        warp.fail(i, lane, std::string(verb(touch)) + " the mbarrier at byte " +
-                               std::to_string(at - SHARED_BASE) +
-                               " of shared memory by an ordinary access");
+        warp.fail(i, lane,
+                  std::string(verb(touch)) + " the mbarrier at byte " +
+                      std::to_string(at - SHARED_BASE) + " of shared memory by an ordinary access");
   Clock clock = block.cluster->agents.now(warp.agent);
   touch_shared(warp, i, lane, block, offset, bytes, touch, warp.agent, clock, Proxy::GENERIC,
                warp.view(), value);
@@ -220,8 +228,10 @@ void write_register(Warp& warp, int slot, int lane, const MemoryAccess& m, const
     int shift = 64 - 8 * m.element_bytes;
     value = static_cast<uint64_t>(static_cast<int64_t>(value << shift) >> shift);
   }
-  if (m.register_bits == 64) warp.u64(slot)[lane] = value;
-  else warp.u32(slot)[lane] = m.register_bits == 16 ? value & 0xffff : static_cast<uint32_t>(value);
+  if (m.register_bits == 64)
+    warp.u64(slot)[lane] = value;
+  else
+    warp.u32(slot)[lane] = m.register_bits == 16 ? value & 0xffff : static_cast<uint32_t>(value);
 }
 
 uint64_t read_register(Warp& warp, int slot, int lane, const MemoryAccess& m) {
@@ -272,21 +282,31 @@ Status store(Warp& warp, const Instruction& i, uint32_t mask) {
 template <class T>
 T combine(Atomic operation, T old, T value) {
   switch (operation) {
-    case Atomic::ADD: return old + value;
-    case Atomic::MIN: return value < old ? value : old;
-    case Atomic::MAX: return old < value ? value : old;
-    case Atomic::INC: return old >= value ? T(0) : T(old + 1);
-    case Atomic::DEC: return old == T(0) || value < old ? value : T(old - 1);
-    default: return value;
+    case Atomic::ADD:
+      return old + value;
+    case Atomic::MIN:
+      return value < old ? value : old;
+    case Atomic::MAX:
+      return old < value ? value : old;
+    case Atomic::INC:
+      return old >= value ? T(0) : T(old + 1);
+    case Atomic::DEC:
+      return old == T(0) || value < old ? value : T(old - 1);
+    default:
+      return value;
   }
 }
 
 uint64_t logic(Atomic operation, uint64_t old, uint64_t value) {
   switch (operation) {
-    case Atomic::AND: return old & value;
-    case Atomic::OR: return old | value;
-    case Atomic::XOR: return old ^ value;
-    default: return value;
+    case Atomic::AND:
+      return old & value;
+    case Atomic::OR:
+      return old | value;
+    case Atomic::XOR:
+      return old ^ value;
+    default:
+      return value;
   }
 }
 
@@ -305,8 +325,10 @@ uint64_t update(const MemoryAccess& m, uint64_t old, uint64_t value, uint64_t ot
   if (m.atomic == Atomic::CAS) return old == value ? other : old;
   if (m.atomic == Atomic::EXCH || m.atomic >= Atomic::AND) return logic(m.atomic, old, value);
   switch (m.number) {
-    case Number::F32: return combine_bits<float>(m.atomic, old, value);
-    case Number::F64: return combine_bits<double>(m.atomic, old, value);
+    case Number::F32:
+      return combine_bits<float>(m.atomic, old, value);
+    case Number::F64:
+      return combine_bits<double>(m.atomic, old, value);
     case Number::SIGNED:
       return m.element_bytes == 8 ? combine_bits<int64_t>(m.atomic, old, value)
                                   : combine_bits<int32_t>(m.atomic, old, value);
@@ -365,8 +387,8 @@ bool bind_fence(Binder& b) {
   i.kind = Class::BARRIER;
   if (b.has("tensormap::generic")) return bind_tensor_map(b);
   if (b.has("proxy")) {
-    if (!b.has("async") && !b.has("async::generic") && b.statement.text().find("proxy.async") ==
-        std::string::npos)
+    if (!b.has("async") && !b.has("async::generic") &&
+        b.statement.text().find("proxy.async") == std::string::npos)
       b.fail("only fence.proxy.async is supported");
     i.run = fence_proxy;
   } else if (b.has("mbarrier_init")) {

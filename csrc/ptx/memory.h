@@ -13,7 +13,7 @@ struct MemoryAccess {
   Number number = Number::UNSIGNED;
   Atomic atomic = Atomic::NONE;
   int element_bytes = 4;
-  int count = 1;  // elements of a vector
+  int count = 1;           // elements of a vector
   int register_bits = 32;  // 16, 32 or 64
   int address_bits = 64;
   bool sign_extend = false;

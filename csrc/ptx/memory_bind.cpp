@@ -10,21 +10,30 @@ bool starts(const std::string& word, const char* with) { return word.rfind(with,
 
 // True if the word is a state space; sets it.
 bool read_space(const std::string& word, MemoryAccess& m) {
-  if (word == "global" || word == "const") m.space = Space::GLOBAL;
+  if (word == "global" || word == "const")
+    m.space = Space::GLOBAL;
   else if (word == "shared" || word == "shared::cta" || word == "shared::cluster")
     m.space = Space::SHARED;
-  else if (word == "local") m.space = Space::LOCAL;
-  else if (word == "param" || word == "param::entry") m.space = Space::PARAM;
-  else return false;
+  else if (word == "local")
+    m.space = Space::LOCAL;
+  else if (word == "param" || word == "param::entry")
+    m.space = Space::PARAM;
+  else
+    return false;
   return true;
 }
 
 bool read_order(const std::string& word, MemoryAccess& m) {
-  if (word == "relaxed" || word == "volatile" || word == "mmio") m.relaxed = true;
-  else if (word == "acquire") m.acquire = true;
-  else if (word == "release") m.release = true;
-  else if (word == "acq_rel") m.acquire = m.release = true;
-  else return false;
+  if (word == "relaxed" || word == "volatile" || word == "mmio")
+    m.relaxed = true;
+  else if (word == "acquire")
+    m.acquire = true;
+  else if (word == "release")
+    m.release = true;
+  else if (word == "acq_rel")
+    m.acquire = m.release = true;
+  else
+    return false;
   return true;
 }
 
@@ -56,8 +65,8 @@ std::shared_ptr<MemoryAccess> attach(Binder& b) {
 }
 
 void set_kind(Instruction& i, const MemoryAccess& m) {
-  i.kind = m.atomic != Atomic::NONE   ? Class::ATOMIC
-           : m.space == Space::SHARED ? Class::SHARED
+  i.kind = m.atomic != Atomic::NONE                                ? Class::ATOMIC
+           : m.space == Space::SHARED                              ? Class::SHARED
            : m.space == Space::GLOBAL || m.space == Space::GENERIC ? Class::GLOBAL
                                                                    : Class::MOVE;
 }
@@ -73,7 +82,7 @@ void bind_address(Binder& b, size_t operand, MemoryAccess& m) {
 
 Atomic read_operation(const std::string& word) {
   static const std::pair<const char*, Atomic> NAMES[] = {
-      {"add", Atomic::ADD}, {"min", Atomic::MIN}, {"max", Atomic::MAX}, {"inc", Atomic::INC},
+      {"add", Atomic::ADD}, {"min", Atomic::MIN}, {"max", Atomic::MAX},   {"inc", Atomic::INC},
       {"dec", Atomic::DEC}, {"cas", Atomic::CAS}, {"exch", Atomic::EXCH}, {"and", Atomic::AND},
       {"or", Atomic::OR},   {"xor", Atomic::XOR}};
   for (auto& [name, operation] : NAMES)
@@ -87,7 +96,8 @@ void bind_access(Binder& b, size_t address, size_t registers) {
   auto m = attach(b);
   const auto& op = b.statement.opcode;
   for (size_t k = 1; k < op.size(); k++) {
-    if (op[k] == "v2" || op[k] == "v4" || op[k] == "v8") m->count = op[k][1] - '0';
+    if (op[k] == "v2" || op[k] == "v4" || op[k] == "v8")
+      m->count = op[k][1] - '0';
     else if (!read_space(op[k], *m) && !read_order(op[k], *m) && !is_hint(op[k]) &&
              !read_type(op[k], *m))
       b.fail("unknown modifier ." + op[k]);
@@ -100,8 +110,7 @@ void bind_access(Binder& b, size_t address, size_t registers) {
   int count = is_list ? static_cast<int>(list.parts.size()) : 1;
   if (count != m->count) b.fail("expected " + std::to_string(m->count) + " registers");
   int width = 0;
-  for (int e = 0; e < count; e++)
-    width = std::max(width, b.width(is_list ? list.parts[e] : list));
+  for (int e = 0; e < count; e++) width = std::max(width, b.width(is_list ? list.parts[e] : list));
   if (width == 0) width = m->element_bytes == 8 ? 64 : 32;
   m->register_bits = width == 8 ? 16 : width;
   m->sign_extend = loads && m->number == Number::SIGNED && width > 8 * m->element_bytes;
@@ -116,7 +125,8 @@ void bind_atomic(Binder& b) {
   const auto& op = b.statement.opcode;
   for (size_t k = 1; k < op.size(); k++) {
     Atomic operation = read_operation(op[k]);
-    if (operation != Atomic::NONE) m->atomic = operation;
+    if (operation != Atomic::NONE)
+      m->atomic = operation;
     else if (!read_space(op[k], *m) && !read_order(op[k], *m) && !is_hint(op[k]) &&
              !read_type(op[k], *m))
       b.fail("unknown modifier ." + op[k]);

@@ -98,8 +98,8 @@ bool bind_move(Binder& binder) {
     bind_vector(binder, bits, packs);
     return true;
   }
-  instruction.run = bits == 64 ? handler_of<Lanes<copy<uint64_t>>>()
-                               : handler_of<Lanes<copy<uint32_t>>>();
+  instruction.run =
+      bits == 64 ? handler_of<Lanes<copy<uint64_t>>>() : handler_of<Lanes<copy<uint32_t>>>();
   instruction.d = binder.destination(0, bits);
   instruction.a = binder.source(1, bits);
   return true;

@@ -265,8 +265,8 @@ inline double fma_to_odd(float a, float b, float c) {
 }
 
 inline uint16_t bf16_fma(uint16_t a, uint16_t b, uint16_t c, Rounding rounding = Rounding::RN) {
-  return static_cast<uint16_t>(encode(
-      fma_to_odd(bf16_to_float(a), bf16_to_float(b), bf16_to_float(c)), BF16, rounding));
+  return static_cast<uint16_t>(
+      encode(fma_to_odd(bf16_to_float(a), bf16_to_float(b), bf16_to_float(c)), BF16, rounding));
 }
 // 1 * a + b keeps the sign of zeros; so does a * b - 0.
 inline uint16_t bf16_add(uint16_t a, uint16_t b) { return bf16_fma(a, 0x3f80, b); }
@@ -274,8 +274,8 @@ inline uint16_t bf16_sub(uint16_t a, uint16_t b) { return bf16_fma(b, 0xbf80, a)
 inline uint16_t bf16_mul(uint16_t a, uint16_t b) { return bf16_fma(a, b, 0x8000); }
 
 inline uint16_t f16_fma(uint16_t a, uint16_t b, uint16_t c, Rounding rounding = Rounding::RN) {
-  return static_cast<uint16_t>(encode(
-      fma_to_odd(f16_to_float(a), f16_to_float(b), f16_to_float(c)), F16, rounding));
+  return static_cast<uint16_t>(
+      encode(fma_to_odd(f16_to_float(a), f16_to_float(b), f16_to_float(c)), F16, rounding));
 }
 inline uint16_t f16_add(uint16_t a, uint16_t b) { return f16_fma(a, 0x3c00, b); }
 inline uint16_t f16_sub(uint16_t a, uint16_t b) { return f16_fma(b, 0xbc00, a); }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "lexer.h"
 #include "program.h"
 
 namespace deepkern::ptx {
@@ -25,12 +26,10 @@ bool Statement::has(const char* modifier) const {
 
 namespace {
 
-bool is_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$'; }
-
-class Parser {
+class Parser : Lexer {
  public:
   explicit Parser(const std::string& text)
-      : p_(text.data()), end_(text.data() + text.size()), module_(std::make_shared<Module>()) {
+      : Lexer(text), module_(std::make_shared<Module>()) {
     module_->text = text;
   }
 
@@ -42,9 +41,6 @@ class Parser {
   }
 
  private:
-  const char* p_;
-  const char* end_;
-  int line_ = 1;
   int target_ = 0;
   std::shared_ptr<Module> module_;
   std::shared_ptr<Kernel> kernel_;  // while its body is read
@@ -64,90 +60,9 @@ class Parser {
         l.text = l.file.substr(l.file.rfind('/') + 1) + ":" + std::to_string(l.line);
     }
   }
-  std::map<std::string, Variable> globals_;  // variables of the module
+  std::map<std::string, Variable> globals_;                           // variables of the module
   std::vector<std::unordered_map<std::string, std::string>> scopes_;  // name -> unique name
   int scopes_opened_ = 0;
-
-  [[noreturn]] void fail(const std::string& message) const {
-    throw InvalidProgram("PTX line " + std::to_string(line_) + ": " + message);
-  }
-
-  // Skips blanks and comments.
-  void skip() {
-    while (p_ < end_) {
-      if (*p_ == '\n') line_++, p_++;
-      else if (std::isspace(static_cast<unsigned char>(*p_))) p_++;
-      else if (p_ + 1 < end_ && p_[0] == '/' && p_[1] == '/') skip_line();
-      else if (p_ + 1 < end_ && p_[0] == '/' && p_[1] == '*') skip_comment();
-      else break;
-    }
-  }
-
-  void skip_line() {
-    while (p_ < end_ && *p_ != '\n') p_++;
-  }
-
-  void skip_comment() {
-    for (p_ += 2; p_ + 1 < end_ && !(p_[0] == '*' && p_[1] == '/'); p_++)
-      if (*p_ == '\n') line_++;
-    p_ += 2;
-  }
-
-  bool at(char c) {
-    skip();
-    return p_ < end_ && *p_ == c;
-  }
-
-  bool take(char c) {
-    if (!at(c)) return false;
-    p_++;
-    return true;
-  }
-
-  void expect(char c) {
-    if (!take(c))
-      fail(std::string("expected '") + c + "', got '" + (p_ < end_ ? std::string(1, *p_) : "end") +
-           "'");
-  }
-
-  // A run of characters of names; dots and colons too if `dotted`.
-  std::string word(bool dotted = false) {
-    skip();
-    const char* begin = p_;
-    if (p_ < end_ && (*p_ == '%' || *p_ == '.')) p_++;
-    while (p_ < end_ && (is_name(*p_) || (dotted && (*p_ == '.' || *p_ == ':')))) p_++;
-    if (p_ == begin) fail(std::string("expected a name, got '") + (p_ < end_ ? *p_ : ' ') + "'");
-    return std::string(begin, p_);
-  }
-
-  int64_t integer() {
-    skip();
-    bool negative = p_ < end_ && *p_ == '-';
-    if (negative) p_++;
-    char* after = nullptr;
-    uint64_t value = std::strtoull(p_, &after, 0);
-    if (after == p_) fail("expected an integer");
-    p_ = after;
-    while (p_ < end_ && (*p_ == 'U' || *p_ == 'u' || *p_ == 'L')) p_++;
-    return negative ? -static_cast<int64_t>(value) : static_cast<int64_t>(value);
-  }
-
-  std::string quoted() {
-    expect('"');
-    const char* begin = p_;
-    while (p_ < end_ && *p_ != '"') p_++;
-    std::string result(begin, p_);
-    expect('"');
-    return result;
-  }
-
-  void skip_braces() {
-    expect('{');
-    for (int depth = 1; depth > 0 && p_ < end_; p_++) {
-      if (*p_ == '\n') line_++;
-      depth += *p_ == '{' ? 1 : *p_ == '}' ? -1 : 0;
-    }
-  }
 
   // Directives outside of kernels.
   void directive() {
@@ -203,8 +118,10 @@ class Parser {
     int element = 1;
     std::string part = word();
     for (; part[0] == '.'; part = word()) {
-      if (part == ".align") variable.align = static_cast<int>(integer());
-      else element = bytes_of(part);
+      if (part == ".align")
+        variable.align = static_cast<int>(integer());
+      else
+        element = bytes_of(part);
     }
     variable.name = part;
     int64_t count = 1;
@@ -280,7 +197,7 @@ class Parser {
 
   void read_performance_directive() {
     std::string name = word();
-    int* sizes = name == ".reqntid"           ? kernel_->required_threads
+    int* sizes = name == ".reqntid"             ? kernel_->required_threads
                  : name == ".reqnctapercluster" ? kernel_->cluster
                                                 : nullptr;
     if (sizes) {
@@ -311,7 +228,8 @@ class Parser {
       declaration();
     } else if (take(';')) {
       return;
-    } else if (*p_ == '@' || *p_ == '_' || *p_ == '$' || std::isalpha(static_cast<unsigned char>(*p_))) {
+    } else if (*p_ == '@' || *p_ == '_' || *p_ == '$' ||
+               std::isalpha(static_cast<unsigned char>(*p_))) {
       if (!label()) statement();
     } else {
       fail(std::string("unexpected '") + *p_ + "'");
@@ -483,8 +401,10 @@ class Parser {
     operand.name = base.name;
     operand.bits = base.bits;
     if (base.kind == OperandText::LIST) fail("expected an address");
-    if (take('+')) operand.bits += integer();
-    else if (at('-')) operand.bits += integer();
+    if (take('+'))
+      operand.bits += integer();
+    else if (at('-'))
+      operand.bits += integer();
     while (take(',')) operand.parts.push_back(read_simple());
     expect(']');
     return operand;

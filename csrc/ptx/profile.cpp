@@ -1,5 +1,6 @@
 // Sectors and bank conflicts of one access by a warp.
-// Source: CUDA C++ programming guide, performance guidelines (32-byte sectors, 32 banks of 4 bytes).
+// Source: CUDA C++ programming guide, performance guidelines (32-byte sectors, 32 banks of 4
+// bytes).
 #include "profile.h"
 
 #include <algorithm>

@@ -19,13 +19,14 @@ namespace deepkern::ptx {
 
 struct Counts {
   uint64_t issued = 0;  // executions by a warp, with or without active lanes
-  uint64_t warps = 0;  // executions by a warp with at least one active lane
-  uint64_t lanes = 0;  // executions by a lane
-  uint64_t bytes = 0;  // that lanes ask for, that a copy moves, or operands of MMAs in shared memory
-  uint64_t sectors = 0;  // distinct 32-byte sectors of global memory in one execution
-  uint64_t wavefronts = 0;  // passes over the 32 banks of shared memory
+  uint64_t warps = 0;   // executions by a warp with at least one active lane
+  uint64_t lanes = 0;   // executions by a lane
+  uint64_t bytes =
+      0;  // that lanes ask for, that a copy moves, or operands of MMAs in shared memory
+  uint64_t sectors = 0;           // distinct 32-byte sectors of global memory in one execution
+  uint64_t wavefronts = 0;        // passes over the 32 banks of shared memory
   uint64_t least_wavefronts = 0;  // that the same bytes would take without bank conflicts
-  uint64_t flops = 0;  // of tensor cores, 2 for a multiply-add
+  uint64_t flops = 0;             // of tensor cores, 2 for a multiply-add
 };
 
 // The sectors of global memory that a launch reads and writes, each once.
@@ -43,8 +44,8 @@ class Sectors {
 
 struct Profile {
   std::vector<Counts> statements;  // [Kernel::statements]
-  std::vector<uint32_t> blocks;  // instructions issued by each block of the grid
-  uint32_t every = 1;  // the clusters that run: 0, `every`, 2 * `every`, ...
+  std::vector<uint32_t> blocks;    // instructions issued by each block of the grid
+  uint32_t every = 1;              // the clusters that run: 0, `every`, 2 * `every`, ...
   Sectors touched;
 
   Profile(const Kernel& kernel, const LaunchConfig& config, uint32_t every);

@@ -1,16 +1,17 @@
 // The profiles of finished launches as JSON, for runtime/ptx_library.py.
-#include "profile.h"
-
 #include <algorithm>
+
+#include "profile.h"
 
 namespace deepkern::ptx {
 
 namespace {
 
 // By the value of Class.
-constexpr const char* CLASSES[] = {
-    "integer", "float", "half", "special", "convert", "move", "predicate", "shuffle", "branch",
-    "global", "shared", "matrix_move", "atomic", "async_copy", "tensor_core", "barrier", "other"};
+constexpr const char* CLASSES[] = {"integer", "float",       "half",    "special",    "convert",
+                                   "move",    "predicate",   "shuffle", "branch",     "global",
+                                   "shared",  "matrix_move", "atomic",  "async_copy", "tensor_core",
+                                   "barrier", "other"};
 static_assert(sizeof(CLASSES) / sizeof(CLASSES[0]) == size_t(Class::COUNT));
 
 std::string quoted(const std::string& text) {
@@ -32,8 +33,8 @@ std::string of_three(const uint32_t* n) { return list({n[0], n[1], n[2]}); }
 
 // [PTX line, location, class, opcode, then the fields of Counts in their order].
 std::string statement(const Statement& s, Class kind, const Counts& c) {
-  std::string counts = list({c.issued, c.warps, c.lanes, c.bytes, c.sectors, c.wavefronts,
-                             c.least_wavefronts, c.flops});
+  std::string counts = list(
+      {c.issued, c.warps, c.lanes, c.bytes, c.sectors, c.wavefronts, c.least_wavefronts, c.flops});
   return "[" + std::to_string(s.line) + "," + std::to_string(s.location) + ",\"" +
          CLASSES[size_t(kind)] + "\"," + quoted(s.text()) + "," + counts.substr(1);
 }
@@ -48,8 +49,9 @@ std::string blocks_of(const Profile& profile, uint32_t cluster_blocks) {
     least = std::min(least, n);
   }
   return "{\"ran\":" + std::to_string(ran) + ",\"of\":" + std::to_string(profile.blocks.size()) +
-         ",\"in_cluster\":" + std::to_string(cluster_blocks) + ",\"issued\":" + std::to_string(sum) +
-         ",\"least\":" + std::to_string(ran ? least : 0) + ",\"most\":" + std::to_string(most) + "}";
+         ",\"in_cluster\":" + std::to_string(cluster_blocks) +
+         ",\"issued\":" + std::to_string(sum) + ",\"least\":" + std::to_string(ran ? least : 0) +
+         ",\"most\":" + std::to_string(most) + "}";
 }
 
 }  // namespace

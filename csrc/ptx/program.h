@@ -25,10 +25,10 @@ struct InvalidProgram : std::runtime_error {
 struct OperandText {
   enum Kind { REGISTER, IMMEDIATE, SYMBOL, ADDRESS, LIST, PAIR, SINK };
   Kind kind = SINK;
-  std::string name;  // register (%r1, %tid.x), symbol or label; base of an address
+  std::string name;      // register (%r1, %tid.x), symbol or label; base of an address
   bool negated = false;  // !%p1
-  uint64_t bits = 0;  // the immediate; its offset for an address
-  int float_bits = 0;  // 32 for 0f..., 64 for 0d..., 0 for an integer
+  uint64_t bits = 0;     // the immediate; its offset for an address
+  int float_bits = 0;    // 32 for 0f..., 64 for 0d..., 0 for an integer
   // {a, b}; a|b; for an address, the coordinates after the comma of [base, {x, y}]
   std::vector<OperandText> parts;
 };
@@ -39,7 +39,7 @@ struct Statement {
   bool guard_negated = false;
   std::vector<std::string> opcode;  // {"ld", "global", "v2", "b32"}
   std::vector<OperandText> operands;
-  int line = 0;  // 1-based, in the PTX text
+  int line = 0;       // 1-based, in the PTX text
   int location = -1;  // index in Kernel::locations, -1 before the first .loc
 
   std::string text() const;  // the opcode with its dots
@@ -80,26 +80,42 @@ using Handler = Status (*)(Warp&, const Instruction&, uint32_t mask);
 
 // What an instruction costs the hardware; the profile counts by class.
 enum class Class : uint8_t {
-  INTEGER, FLOAT, HALF, SPECIAL, CONVERT, MOVE, PREDICATE, SHUFFLE, BRANCH,
-  GLOBAL, SHARED, MATRIX_MOVE, ATOMIC, ASYNC_COPY, TENSOR_CORE, BARRIER, OTHER, COUNT
+  INTEGER,
+  FLOAT,
+  HALF,
+  SPECIAL,
+  CONVERT,
+  MOVE,
+  PREDICATE,
+  SHUFFLE,
+  BRANCH,
+  GLOBAL,
+  SHARED,
+  MATRIX_MOVE,
+  ATOMIC,
+  ASYNC_COPY,
+  TENSOR_CORE,
+  BARRIER,
+  OTHER,
+  COUNT
 };
 
 struct Instruction {
   Handler run = nullptr;
   int32_t d = -1, a = -1, b = -1, c = -1, e = -1;  // slots: destination, then sources
-  std::vector<int32_t> list;  // slots of a vector operand, or more destinations
-  std::vector<int32_t> more;  // slots of a second vector operand
-  int64_t immediate = 0;  // address offset, barrier number, ...
+  std::vector<int32_t> list;     // slots of a vector operand, or more destinations
+  std::vector<int32_t> more;     // slots of a second vector operand
+  int64_t immediate = 0;         // address offset, barrier number, ...
   int64_t second_immediate = 0;  // offset of a second address
-  uint32_t mode = 0;  // a handler's own: rounding, comparison, cache operator
-  int32_t guard = -1;  // predicate slot
+  uint32_t mode = 0;             // a handler's own: rounding, comparison, cache operator
+  int32_t guard = -1;            // predicate slot
   bool guard_negated = false;
-  int32_t target = -1;  // of a branch: instruction index
+  int32_t target = -1;      // of a branch: instruction index
   int32_t reconverge = -1;  // of a branch: where its lanes meet again; -1: at the exit
   Class kind = Class::OTHER;
   std::vector<int32_t> reads, writes;  // slots of registers, without constants and predicates
-  int32_t statement = -1;  // index in Kernel::statements
-  std::shared_ptr<void> extra;  // a handler's own description, for example of an MMA
+  int32_t statement = -1;              // index in Kernel::statements
+  std::shared_ptr<void> extra;         // a handler's own description, for example of an MMA
 };
 
 // A slot that holds the same bits in every lane from the start of a warp.
@@ -122,15 +138,15 @@ struct Kernel {
   std::vector<Parameter> parameters;
   int parameter_bytes = 0;
   int required_threads[3] = {0, 0, 0};  // .reqntid, 0 where it is absent
-  int max_threads = 0;  // .maxntid
-  int cluster[3] = {0, 0, 0};  // .reqnctapercluster
+  int max_threads = 0;                  // .maxntid
+  int cluster[3] = {0, 0, 0};           // .reqnctapercluster
   int max_registers = 0;
   int static_shared_bytes = 0;
   int dynamic_shared_offset = 0;  // where the .extern .shared array starts
-  int local_bytes = 0;  // for each thread
+  int local_bytes = 0;            // for each thread
   std::vector<Statement> statements;
   std::vector<Location> locations;
-  std::map<std::string, int> labels;  // -> index of the statement that follows
+  std::map<std::string, int> labels;          // -> index of the statement that follows
   std::map<std::string, Variable> variables;  // of the module and of the kernel
 
   // Filled by bind_kernel.
@@ -142,7 +158,7 @@ struct Kernel {
   bool has_wgmma = false;
   bool communicates = false;  // has global atomics, acquire, release or volatile accesses
   std::map<std::string, int> registers;  // name -> slot, or index of a predicate
-  std::map<std::string, int> widths;  // name -> bits; 1 for a predicate
+  std::map<std::string, int> widths;     // name -> bits; 1 for a predicate
 };
 
 struct Module {
@@ -197,15 +213,15 @@ class Binder {
 // Each sets instruction.run, its slots and its class, and returns true, if it knows the opcode
 // (the first word of statement.opcode). A known opcode with an unknown modifier fails.
 bool bind_arithmetic(Binder&);  // arithmetic.cpp: add ... xor, setp, selp, mov, ex2, prmt, ...
-bool bind_convert(Binder&);  // convert.cpp: cvt, cvta
-bool bind_warp(Binder&);  // warp.cpp: shfl, vote, redux, elect, match, activemask
-bool bind_control(Binder&);  // control.cpp: bra, ret, exit, bar, barrier, nop-like instructions
-bool bind_memory(Binder&);  // memory.cpp: ld, st, atom, red, fence, membar, prefetch
-bool bind_async(Binder&);  // async.cpp: cp, mbarrier, fence.proxy, griddepcontrol
-bool bind_matrix(Binder&);  // matrix.cpp: ldmatrix, stmatrix, mma, wgmma
-bool bind_tcgen05(Binder&);  // tcgen05.cpp
+bool bind_convert(Binder&);     // convert.cpp: cvt, cvta
+bool bind_warp(Binder&);        // warp.cpp: shfl, vote, redux, elect, match, activemask
+bool bind_control(Binder&);     // control.cpp: bra, ret, exit, bar, barrier, nop-like instructions
+bool bind_memory(Binder&);      // memory.cpp: ld, st, atom, red, fence, membar, prefetch
+bool bind_async(Binder&);       // async.cpp: cp, mbarrier, fence.proxy, griddepcontrol
+bool bind_matrix(Binder&);      // matrix.cpp: ldmatrix, stmatrix, mma, wgmma
+bool bind_tcgen05(Binder&);     // tcgen05.cpp
 
 std::shared_ptr<Module> read_module(const std::string& text);  // parser.cpp; throws InvalidProgram
-void bind_kernel(Kernel& kernel, Module& module);  // bind.cpp; throws InvalidProgram
+void bind_kernel(Kernel& kernel, Module& module);              // bind.cpp; throws InvalidProgram
 
 }  // namespace deepkern::ptx

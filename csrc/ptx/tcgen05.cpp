@@ -21,8 +21,8 @@ struct BlockTensorMemory {
   Shadow shadow;
   bool allocated[TENSOR_COLUMNS / 32] = {};
   bool permit = true;  // false after tcgen05.relinquish_alloc_permit
-  int agent;  // of the MMAs
-  Clock issued = 1;  // clock of the MMAs since the last commit
+  int agent;           // of the MMAs
+  Clock issued = 1;    // clock of the MMAs since the last commit
   PendingPointer last;
 
   BlockTensorMemory(const Options& options, int mma_agent)
@@ -53,7 +53,9 @@ Status allocate(Warp& warp, const Instruction& i, uint32_t mask) {
   BlockTensorMemory& memory = memory_of(warp);
   uint32_t columns = warp.u32(i.b)[0];
   if (columns < 32 || columns > TENSOR_COLUMNS || (columns & (columns - 1)))
-    warp.fail(i, -1, "allocates " + std::to_string(columns) + " columns, expected 32 to 512, a power of 2");
+    warp.fail(
+        i, -1,
+        "allocates " + std::to_string(columns) + " columns, expected 32 to 512, a power of 2");
   if (!memory.permit) warp.fail(i, -1, "allocates after tcgen05.relinquish_alloc_permit");
   int units = static_cast<int>(columns / 32), all = TENSOR_COLUMNS / 32;
   int shift = static_cast<int>(warp.grid->random() % all), found = -1;
@@ -64,7 +66,8 @@ Status allocate(Warp& warp, const Instruction& i, uint32_t mask) {
                      [](bool used) { return used; }))
       found = first;
   }
-  if (found < 0) warp.fail(i, -1, "allocates " + std::to_string(columns) + " columns: too few are free");
+  if (found < 0)
+    warp.fail(i, -1, "allocates " + std::to_string(columns) + " columns: too few are free");
   std::fill(memory.allocated + found, memory.allocated + found + units, true);
   for (int lane = 0; lane < TENSOR_LANES; lane++) {
     uint32_t begin = lane * TENSOR_COLUMNS + found * 32;
@@ -105,10 +108,11 @@ void touch_cells(Warp& warp, const Instruction& i, int lane, int column, int col
                      std::to_string(c.address % TENSOR_COLUMNS) + " of tensor memory";
   if (c.uninitialized) warp.fail(i, -1, "reads " + cell + ", which nothing wrote");
   const Statement& s = warp.kernel->statements[c.previous.instruction];
-  warp.fail(i, -1, std::string("race: ") + (write ? "writes " : "reads ") + cell + ", which " +
-                       warp.block->cluster->agent_name(c.previous.agent) +
-                       (c.previous_is_write ? " wrote" : " read") + " at PTX line " +
-                       std::to_string(s.line) + "; nothing orders the two");
+  warp.fail(i, -1,
+            std::string("race: ") + (write ? "writes " : "reads ") + cell + ", which " +
+                warp.block->cluster->agent_name(c.previous.agent) +
+                (c.previous_is_write ? " wrote" : " read") + " at PTX line " +
+                std::to_string(s.line) + "; nothing orders the two");
 }
 
 Status deallocate(Warp& warp, const Instruction& i, uint32_t mask) {
@@ -139,9 +143,10 @@ Status move_cells(Warp& warp, const Instruction& i, uint32_t mask, bool loads) {
   uint32_t address = warp.u32(i.a)[0] + static_cast<uint32_t>(i.immediate);
   int quarter = warp.index % 4 * 32;
   if (lane_of(address) < quarter || lane_of(address) >= quarter + 32)
-    warp.fail(i, -1, "warp " + std::to_string(warp.index) + " accesses lane " +
-                         std::to_string(lane_of(address)) + " of tensor memory, expected " +
-                         std::to_string(quarter) + " to " + std::to_string(quarter + 31));
+    warp.fail(i, -1,
+              "warp " + std::to_string(warp.index) + " accesses lane " +
+                  std::to_string(lane_of(address)) + " of tensor memory, expected " +
+                  std::to_string(quarter) + " to " + std::to_string(quarter + 31));
   int agent = loads ? warp.agent : agent_of(warp, warp.tensor_store_agent, "a tcgen05.st");
   Clock clock = loads ? warp.block->cluster->agents.now(agent) : warp.tensor_stores + 1;
   for (size_t r = 0; r < i.list.size(); r++)
@@ -150,8 +155,10 @@ Status move_cells(Warp& warp, const Instruction& i, uint32_t mask, bool loads) {
       int row = lane_of(address) + cell.lane, column = column_of(address) + cell.column;
       touch_cells(warp, i, row, column, 1, !loads, agent, clock);
       uint32_t& value = memory.cells[row * TENSOR_COLUMNS + column];
-      if (loads) warp.u32(i.list[r])[lane] = value;
-      else value = warp.u32(i.list[r])[lane];
+      if (loads)
+        warp.u32(i.list[r])[lane] = value;
+      else
+        value = warp.u32(i.list[r])[lane];
     }
   if (!loads) return Status::NEXT;
   for (int32_t slot : i.list) {
@@ -218,7 +225,8 @@ void issue_mma(Warp& warp, const Instruction& i, int lane) {
   const auto& m = *static_cast<const TensorMma*>(i.extra.get());
   BlockTensorMemory& memory = memory_of(warp);
   uint32_t d = warp.u32(i.d)[lane] + static_cast<uint32_t>(i.immediate);
-  uint64_t a = m.a_in_tensor_memory ? warp.u32(i.a)[lane] + i.second_immediate : warp.u64(i.a)[lane];
+  uint64_t a =
+      m.a_in_tensor_memory ? warp.u32(i.a)[lane] + i.second_immediate : warp.u64(i.a)[lane];
   uint64_t b = warp.u64(i.b)[lane];
   bool accumulate = warp.predicates[i.e] >> lane & 1;
   TensorInstruction instruction;
@@ -289,10 +297,11 @@ Status commit(Warp& warp, const Instruction& i, uint32_t mask) {
 Status nothing(Warp&, const Instruction&, uint32_t) { return Status::NEXT; }
 
 TensorShape read_shape(Binder& b) {
-  static const std::pair<const char*, TensorShape> NAMES[] = {
-      {"32x32b", TensorShape::T32x32b},   {"16x64b", TensorShape::T16x64b},
-      {"16x128b", TensorShape::T16x128b}, {"16x256b", TensorShape::T16x256b},
-      {"16x32bx2", TensorShape::T16x32bx2}};
+  static const std::pair<const char*, TensorShape> NAMES[] = {{"32x32b", TensorShape::T32x32b},
+                                                              {"16x64b", TensorShape::T16x64b},
+                                                              {"16x128b", TensorShape::T16x128b},
+                                                              {"16x256b", TensorShape::T16x256b},
+                                                              {"16x32bx2", TensorShape::T16x32bx2}};
   for (auto& [name, shape] : NAMES)
     if (b.has(name)) return shape;
   b.fail("unknown shape");
@@ -323,10 +332,14 @@ void bind_tensor_mma(Binder& b) {
   auto m = std::make_shared<TensorMma>();
   if (b.count() != 5 || b.statement.opcode.size() != 4) b.fail("unknown modifier");
   const std::string& kind = b.statement.opcode[3];
-  if (kind == "kind::f16") m->kind = TensorKind::F16;
-  else if (kind == "kind::tf32") m->kind = TensorKind::TF32;
-  else if (kind == "kind::f8f6f4") m->kind = TensorKind::F8F6F4;
-  else b.fail("unknown " + kind);
+  if (kind == "kind::f16")
+    m->kind = TensorKind::F16;
+  else if (kind == "kind::tf32")
+    m->kind = TensorKind::TF32;
+  else if (kind == "kind::f8f6f4")
+    m->kind = TensorKind::F8F6F4;
+  else
+    b.fail("unknown " + kind);
   i.d = b.address(0, 32, i.immediate);
   m->a_in_tensor_memory = b.statement.operands[1].kind == OperandText::ADDRESS;
   i.a = m->a_in_tensor_memory ? b.address(1, 32, i.second_immediate) : b.source(1, 64);

@@ -18,7 +18,9 @@ namespace {
 
 constexpr int ROW_BYTES = 32;  // of K elements
 
-[[noreturn]] void fail(const std::string& message) { throw OperandError("tcgen05.mma: " + message); }
+[[noreturn]] void fail(const std::string& message) {
+  throw OperandError("tcgen05.mma: " + message);
+}
 
 uint32_t bits(uint32_t word, int first, int count) { return word >> first & ((1u << count) - 1); }
 
@@ -78,7 +80,7 @@ void check_instruction(const TensorInstruction& i) {
 }  // namespace
 
 int tensor_registers(TensorShape shape, int number) {
-  return shape == TensorShape::T16x256b ? 4 * number
+  return shape == TensorShape::T16x256b   ? 4 * number
          : shape == TensorShape::T16x128b ? 2 * number
                                           : number;
 }

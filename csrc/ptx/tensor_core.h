@@ -59,8 +59,8 @@ struct WgmmaShape {
   bool a_mn_major = false, b_mn_major = false;  // imm-trans-a, imm-trans-b
 };
 
-// The part of one warp of the four: rows 16 * warp to 16 * warp + 15. d has N / 2 registers, or N / 4
-// for f16. A is in 4 registers if `a` is not null, else in shared memory at a_descriptor. The
+// The part of one warp of the four: rows 16 * warp to 16 * warp + 15. d has N / 2 registers, or N /
+// 4 for f16. A is in 4 registers if `a` is not null, else in shared memory at a_descriptor. The
 // accumulators are not read unless `accumulate` (scale-d).
 void wgmma(const WgmmaShape& shape, int warp, const uint32_t* const* a, uint64_t a_descriptor,
            uint64_t b_descriptor, uint32_t* const* d, bool accumulate, const SharedReader& shared,

@@ -18,12 +18,16 @@ struct FieldName {
   Field field;
   bool indexed;  // an operand tells the dimension
 };
-constexpr FieldName FIELDS[] = {
-    {"global_address", ADDRESS, false}, {"rank", RANK, false},
-    {"box_dim", BOX, true},             {"global_dim", SIZE, true},
-    {"global_stride", STRIDE, true},    {"element_stride", STEP, true},
-    {"elemtype", TYPE, false},          {"interleave_layout", INTERLEAVE, false},
-    {"swizzle_mode", SWIZZLE, false},   {"fill_mode", FILL, false}};
+constexpr FieldName FIELDS[] = {{"global_address", ADDRESS, false},
+                                {"rank", RANK, false},
+                                {"box_dim", BOX, true},
+                                {"global_dim", SIZE, true},
+                                {"global_stride", STRIDE, true},
+                                {"element_stride", STEP, true},
+                                {"elemtype", TYPE, false},
+                                {"interleave_layout", INTERLEAVE, false},
+                                {"swizzle_mode", SWIZZLE, false},
+                                {"fill_mode", FILL, false}};
 
 // By the number of .elemtype: the number in CUtensorMapDataType, and the bytes of an element.
 constexpr uint8_t DATA_TYPE[] = {0, 1, 2, 3, 4, 5, 6, 7, 10, 8, 9, 11, 12};
@@ -32,8 +36,9 @@ constexpr uint8_t ELEMENT_BYTES[] = {1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4};
 // An operand of a field as one of 32 bits, checked against the greatest value.
 uint32_t at_most(Warp& warp, const Instruction& i, int lane, uint64_t value, uint64_t most) {
   if (value > most)
-    warp.fail(i, lane, "writes " + std::to_string(value) + " to a field of a tensor map, at most " +
-                           std::to_string(most) + " is possible");
+    warp.fail(i, lane,
+              "writes " + std::to_string(value) + " to a field of a tensor map, at most " +
+                  std::to_string(most) + " is possible");
   return static_cast<uint32_t>(value);
 }
 
@@ -41,19 +46,37 @@ void set_field(Warp& warp, const Instruction& i, int lane, TensorMap& map, uint6
   int at = static_cast<int>(i.mode >> 16);
   auto limited = [&](uint64_t most) { return at_most(warp, i, lane, value, most); };
   switch (static_cast<Field>(i.second_immediate)) {
-    case ADDRESS: map.address = value; break;
-    case RANK: map.rank = static_cast<uint8_t>(limited(4) + 1); break;
-    case BOX: map.box[at] = static_cast<uint16_t>(limited(256)); break;
-    case SIZE: map.size_minus_1[at] = static_cast<uint32_t>(value) - 1; break;
-    case STRIDE: map.stride[at] = value; break;
-    case STEP: map.element_stride[at] = static_cast<uint8_t>(limited(8)); break;
+    case ADDRESS:
+      map.address = value;
+      break;
+    case RANK:
+      map.rank = static_cast<uint8_t>(limited(4) + 1);
+      break;
+    case BOX:
+      map.box[at] = static_cast<uint16_t>(limited(256));
+      break;
+    case SIZE:
+      map.size_minus_1[at] = static_cast<uint32_t>(value) - 1;
+      break;
+    case STRIDE:
+      map.stride[at] = value;
+      break;
+    case STEP:
+      map.element_stride[at] = static_cast<uint8_t>(limited(8));
+      break;
     case TYPE:
       map.type = DATA_TYPE[limited(std::size(DATA_TYPE) - 1)];
       map.element_bytes = ELEMENT_BYTES[value];
       break;
-    case INTERLEAVE: map.interleave = static_cast<uint8_t>(limited(2)); break;
-    case SWIZZLE: map.swizzle = static_cast<uint8_t>(limited(3)); break;
-    case FILL: map.fill_nan = static_cast<uint8_t>(limited(1)); break;
+    case INTERLEAVE:
+      map.interleave = static_cast<uint8_t>(limited(2));
+      break;
+    case SWIZZLE:
+      map.swizzle = static_cast<uint8_t>(limited(3));
+      break;
+    case FILL:
+      map.fill_nan = static_cast<uint8_t>(limited(1));
+      break;
   }
 }
 
@@ -169,8 +192,9 @@ bool bind_tensor_map(Binder& b) {
   i.kind = Class::OTHER;
   if (text.rfind("tensormap.replace.", 0) == 0) {
     bind_replace(b);
-  } else if (text == "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu."
-                     "sync.aligned") {
+  } else if (text ==
+             "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu."
+             "sync.aligned") {
     if (b.immediate(2) != 128) b.fail("its size is not 128");
     i.mode = b.width(1) == 32 ? 32 : 64;
     i.a = b.address(0, 64, i.immediate);

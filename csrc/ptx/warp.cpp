@@ -40,8 +40,8 @@ uint32_t check_group(Warp& warp, const Instruction& instruction, uint32_t mask, 
     const int lane = first_lane(rest);
     if (given[lane] == members) continue;
     warp.fail(instruction, lane,
-              name_of(warp, instruction) + ": the lane gives the member mask " +
-                  hex(given[lane]) + ", lane " + std::to_string(first) + " gives " + hex(members));
+              name_of(warp, instruction) + ": the lane gives the member mask " + hex(given[lane]) +
+                  ", lane " + std::to_string(first) + " gives " + hex(members));
   }
   return group;
 }
@@ -73,10 +73,18 @@ int shuffle_source(int lane, uint32_t b, uint32_t c, bool& valid) {
   const int first = lane & segment;
   int source = 0;
   switch (M) {
-    case UP: source = lane - value; break;
-    case DOWN: source = lane + value; break;
-    case BFLY: source = lane ^ value; break;
-    case IDX: source = first | (value & ~segment); break;
+    case UP:
+      source = lane - value;
+      break;
+    case DOWN:
+      source = lane + value;
+      break;
+    case BFLY:
+      source = lane ^ value;
+      break;
+    case IDX:
+      source = first | (value & ~segment);
+      break;
   }
   valid = M == UP ? source >= last : source <= last;
   return valid ? source : lane;
