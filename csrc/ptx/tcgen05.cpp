@@ -3,7 +3,7 @@
 // An MMA is computed between its issue and the arrival of the next tcgen05.commit; MMAs of a block
 // complete in order. Loads and stores of tensor memory move their data at once, but their registers
 // and cells may be used only behind tcgen05.wait.
-// An MMA may not read cells that nothing wrote. A tcgen05.ld of them gives NaN and is no error: a
+// An MMA may not read unwritten cells. A tcgen05.ld of them gives NaN and is no error: a
 // loop that Triton pipelined loads a result before it looks whether the MMA was issued.
 // Source: PTX ISA 9.0, section 9.7.17 (tcgen05).
 #include <algorithm>
