@@ -142,12 +142,19 @@ def choose_tile(
     causal: bool,
 ) -> Tile:
     """The tile for these widths. It is independent of the numbers of rows and heads."""
-    return fit_tile(_v3_tile(arch.of(q.device), q.dtype), q.shape[2], v.shape[2])
+    target = arch.of(q.device)
+    return fit_tile(_v3_tile(target, q.dtype), target, q.shape[2], v.shape[2])
 
 
-def fit_tile(tile: Tile, Dqk: int, Dv: int) -> Tile:
-    """A tile chosen for the widths 192 and 128, halved until wider heads fit in the same smem."""
+def fit_tile(tile: Tile, target: Arch, Dqk: int, Dv: int) -> Tile:
+    """A tile chosen for the widths 192 and 128, halved until wider heads fit in the same smem.
+
+    One stage on sm_100: Triton 3.7.1 puts the fence.proxy.async of pipelined copies before they
+    have completed, so a product could read old bytes (found by tests/compiled).
+    """
     rows, keys, warps, stages = tile
+    if target.name == "sm_100":
+        stages = 1
     budget, width = (rows + keys) * (192 + 128), sum(split_width(Dqk)) + sum(split_width(Dv))
     while max(rows, keys) > 16 and (rows + keys) * width > budget:
         rows, keys = (rows // 2, keys) if rows > keys else (rows, keys // 2)
@@ -170,16 +177,6 @@ def _v3_tile(target: Arch, dtype: torch.dtype) -> Tile:
 def input_precision(target: Arch) -> str:
     """How `tl.dot` multiplies fp32 operands: in full precision as far as the target supports it."""
     return "tf32x3" if target.backend == "cuda" else "ieee"
-
-
-def needs_fence(target: Arch, dtype: torch.dtype) -> bool:
-    """Whether tensor cores read what cp.async copied, and Triton puts no fence between the two.
-
-    Triton 3.7.1 fences where the copies are issued and not where they have completed: on sm_100 the
-    product with v may read old bytes. The interpreter has neither copies nor fences.
-    """
-    tcgen05 = target.name == "sm_100" and dtype != torch.float32
-    return tcgen05 and isinstance(mla_prefill_kernel, triton.JITFunction)
 
 
 @mla_prefill.op.register_launcher("triton")
@@ -205,7 +202,7 @@ def _launch_triton(
         softmax_scale * LOG2_E.value, T, H, H // Hk, len(tiles),
         CAUSAL=causal, PRECISION=input_precision(arch.of(q.device)),
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, D0=D0, D1=D1, V0=V0, V1=V1,
-        EVEN_QK=Dqk == D0 + D1, EVEN_V=Dv == V0 + V1, FENCE=needs_fence(arch.of(q.device), q.dtype),
+        EVEN_QK=Dqk == D0 + D1, EVEN_V=Dv == V0 + V1,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse
@@ -234,7 +231,6 @@ def mla_prefill_kernel(
     V1: tl.constexpr,
     EVEN_QK: tl.constexpr,  # Dqk is D0 + D1
     EVEN_V: tl.constexpr,  # Dv is V0 + V1
-    FENCE: tl.constexpr,  # of needs_fence
 ):
     head, tile = program_tile(tiles_ptr, num_tiles)
     if tile.first >= tile.end:
@@ -250,11 +246,11 @@ def mla_prefill_kernel(
     acc = zero_split_rows(BLOCK_M, V0, V1)
     acc, row_max, row_sum = online_softmax(
         acc, row_max, row_sum, q_tile, k, v, keys.begin, keys.full_end, keys, score_scale,
-        False, PRECISION, BLOCK_N, D0, D1, V0, V1, EVEN_QK, EVEN_V, FENCE,
+        False, PRECISION, BLOCK_N, D0, D1, V0, V1, EVEN_QK, EVEN_V,
     )  # fmt: skip
     acc, row_max, row_sum = online_softmax(
         acc, row_max, row_sum, q_tile, k, v, keys.full_end, keys.visible_end, keys, score_scale,
-        True, PRECISION, BLOCK_N, D0, D1, V0, V1, EVEN_QK, EVEN_V, FENCE,
+        True, PRECISION, BLOCK_N, D0, D1, V0, V1, EVEN_QK, EVEN_V,
     )  # fmt: skip
 
     out_tile = scale_split_rows(acc, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None])
@@ -316,7 +312,6 @@ def online_softmax(
     V1: tl.constexpr,
     EVEN_QK: tl.constexpr,
     EVEN_V: tl.constexpr,
-    FENCE: tl.constexpr,
 ):
     """acc, row_max and row_sum after the keys from first_key to end_key."""
     for start in range(first_key, end_key, BLOCK_N):
@@ -338,24 +333,11 @@ def online_softmax(
         else:
             weights = tl.exp2(scores * score_scale - finite_max[:, None])
         alpha = tl.exp2(row_max - finite_max)
-        if FENCE:
-            alpha = fence_copies(alpha)
         row_sum = row_sum * alpha + tl.sum(weights, 1)
         row_max = new_max
         acc = scale_split_rows(acc, alpha[:, None])
         acc = add_dot_split_rows(acc, weights.to(v_tile[0].dtype), v_tile, PRECISION)
     return acc, row_max, row_sum
-
-
-@triton.jit
-def fence_copies(x):
-    """x [ROWS], fp32: the fence comes after all on which x depends and before all that uses it.
-
-    It is marked as pure, because Triton pipelines no loop with other inline assembly.
-    """
-    return tl.inline_asm_elementwise(
-        "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [x], tl.float32, True, 1
-    )
 
 
 @mla_prefill.op.register_debug_check

@@ -99,8 +99,8 @@ def choose_tile(q: Tensor, v: Tensor) -> tuple[Tile, Tile]:
     """
     target, Dqk, Dv = arch.of(q.device), q.shape[2], v.shape[2]
     return (
-        fit_tile(_v3_dkv_tile(target, q.dtype), Dqk, Dv),
-        fit_tile(_v3_dq_tile(target, q.dtype), Dqk, Dv),
+        fit_tile(_v3_dkv_tile(target, q.dtype), target, Dqk, Dv),
+        fit_tile(_v3_dq_tile(target, q.dtype), target, Dqk, Dv),
     )
 
 
