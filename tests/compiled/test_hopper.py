@@ -16,6 +16,8 @@ from bench import emulator
 from deepkern.testing import compare, ops
 from tests.compiled import hopper
 
+pytestmark = pytest.mark.slow
+
 GEMMS = {
     "dense": "fp8_gemm_nt",
     "contiguous": "m_grouped_fp8_gemm_nt_contiguous",

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 _, PROGRAM, _, REPORT, *_ = (ROOT / "docs" / "compiled.md").read_text().split("```", 4)
 PROGRAM = PROGRAM.removeprefix("python\n")

@@ -17,9 +17,8 @@ from deepkern.runtime.compiled import TARGETS
 
 # Without and with asynchronous bulk copies and wgmma; `make proof` runs the other targets.
 COMMON = ("sm_80", "sm_90")
-pytestmark = pytest.mark.parametrize(
-    "target", [t if t in COMMON else pytest.param(t, marks=pytest.mark.proof) for t in TARGETS]
-)
+TARGET = [t if t in COMMON else pytest.param(t, marks=pytest.mark.proof) for t in TARGETS]
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("target", TARGET)]
 
 
 @triton.jit
