@@ -112,10 +112,11 @@ HOOK int deepkern_ptx_test_wgmma(int N, int K, int element, int flags, const uin
   Touched touched{ranges, 0, capacity};
   const auto left = registers(a, 16);
   const auto sums = registers(d, 4 * (flags & 64 ? N / 4 : N / 2));
-  const SharedReader reader{shared, size, record, &touched};
   const int failed = guarded([&] {
     const size_t count = sums.size() / 4;
     for (int warp = 0; warp < 4; ++warp) {
+      // Each warp reads all of A and B: the ranges of one are enough.
+      const SharedReader reader{shared, size, warp == 0 ? record : nullptr, &touched};
       wgmma(shape, warp, flags & 1 ? left.data() + 4 * warp : nullptr, a_descriptor, b_descriptor,
             sums.data() + warp * count, flags & 32, reader, FLOAT32);
     }

@@ -208,7 +208,7 @@ def test_tensor_that_is_no_argument_is_out_of_bounds():
         ("add.sideways.u32 %r1, %r2, %r3;", "sideways"),
         ("ld.global.sometimes.b32 %r1, [%x];", "sometimes"),
         ("bar.red.popc.u32 %r1, 0, %p1;", "barrier reductions are not supported"),
-        ("fence.proxy.tensormap::generic.release.gpu;", "only fence.proxy.async is supported"),
+        ("fence.proxy.alias;", "only fence.proxy.async is supported"),
         ("mov.u32 %r1, %nosuch;", "nosuch"),
         ("bra NOWHERE;", "unknown label"),
     ],
