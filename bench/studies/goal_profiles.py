@@ -136,7 +136,7 @@ def row(goal: Goal, report: Profile) -> str:
 
 
 def main() -> None:
-    console, rows = screen(), []
+    console, rows, failures = screen(), [], 0
     for goal in GOALS:
         if len(sys.argv) > 1 and goal.op not in sys.argv[1:]:
             continue
@@ -145,12 +145,15 @@ def main() -> None:
             report = profile.run(goal.op, TARGET, goal.size, goal.every)
         except Exception as error:
             console.print(f"{goal.op} {goal.shape}: {type(error).__name__}: {error}"[:600])
+            failures += 1
             continue
         rows.append((report.predicted, row(goal, report)))
         seconds = time.monotonic() - began
         console.print(escape(f"{rows[-1][1]} {seconds:.0f} s"), soft_wrap=True)
         del report
         gc.collect()
+    if failures:
+        sys.exit(f"{failures} goal shapes failed: {OUT.name} is unchanged")
     if len(sys.argv) == 1:
         before, rest = OUT.read_text().split(BEGIN)
         head = ("| op | shape | predicted | bound | roof | binding limit | counts | run as |\n"

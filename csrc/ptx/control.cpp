@@ -168,11 +168,6 @@ Status cluster_wait(Warp& warp, const Instruction& i, uint32_t mask) {
   return Status::NEXT;
 }
 
-Status launch_dependents(Warp& warp, const Instruction&, uint32_t) {
-  warp.block->triggered = true;
-  return Status::NEXT;
-}
-
 void bind_barrier(Binder& b) {
   Instruction& i = b.instruction;
   i.kind = Class::BARRIER;
@@ -218,7 +213,7 @@ bool bind_control(Binder& b) {
   } else if (name == "bar" || name == "barrier") {
     bind_barrier(b);
   } else if (name == "griddepcontrol") {
-    i.run = b.has("launch_dependents") ? launch_dependents : nothing;
+    i.run = nothing;  // grids run one after another
   } else if (name == "setmaxnreg") {
     i.run = nothing;
     int64_t registers = b.immediate(0);

@@ -92,7 +92,6 @@ struct Warp {
   };
   std::vector<LastWrite> written;  // [slots], in kernels with wgmma
   uint64_t fenced_at = 0;          // value of `executed` at the last wgmma.fence
-  int wgmma_executed = 0;
   int tensor_store_agent = -1;  // tcgen05.st before tcgen05.wait::st
   Clock tensor_stores = 0;
   std::vector<int32_t> tensor_loads;  // registers of tcgen05.ld before tcgen05.wait::ld
@@ -148,7 +147,6 @@ struct Block {
   uint32_t mbarrier_begin = UINT32_MAX, mbarrier_end = 0;  // offsets that hold mbarriers
   std::shared_ptr<BlockTensorMemory> tensor_memory;
   int live_warps = 0;
-  bool triggered = false;  // griddepcontrol.launch_dependents
 
   Block(uint32_t shared_bytes, const Options& options)
       : shared(shared_bytes),

@@ -183,7 +183,6 @@ Status issue_wgmma(Warp& warp, const Instruction& i, uint32_t mask) {
   warp.wgmma.open.push_back(warp.last_wgmma);
   warp.wgmma_slots.insert(warp.wgmma_slots.end(), i.list.begin(), i.list.end());
   warp.wgmma_slots.insert(warp.wgmma_slots.end(), i.more.begin(), i.more.end());
-  warp.wgmma_executed++;
   count_flops(warp, i, 2ull * 16 * w.shape.N * w.shape.K);
   // 32 bytes of each row. The four warps of a warp group read B once.
   if (warp.grid->profile)
