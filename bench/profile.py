@@ -187,8 +187,19 @@ def lines(launch: Launch) -> list[Line]:
         for name in COUNTS:
             setattr(line, name, getattr(line, name) + getattr(s, name))
     for line in found.values():
-        line.text = linecache.getline(line.file, line.number).strip() if line.file else ""
+        line.text = linecache.getline(current_file(line.file), line.number).strip()
     return sorted(found.values(), key=lambda line: -line.issued)
+
+
+def current_file(file: str) -> str:
+    """The file of this checkout that has the source of `file`.
+
+    Triton caches a kernel by its source, not by its path. A cached kernel may name the file of
+    another copy of the package, which may not exist anymore.
+    """
+    _, package, module = file.rpartition("/deepkern/")
+    own = Path(deepkern.__file__).parent / module
+    return str(own) if package and own.exists() else file
 
 
 def registers(profile: Profile, index: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +214,15 @@ def test_the_command(tmp_path):
     assert 0 < report["predicted"] <= report["bound"] <= 1
     assert sum(x["issued"] for x in launch["lines"]) == launch["totals"]["issued"]
     assert any("tl.dot" in x["text"] and x["flops"] for x in launch["lines"]), "the source line"
+
+
+def test_lines_of_a_kernel_that_another_copy_compiled():
+    """Triton caches by source: the cached kernel may name a file that does not exist anymore."""
+    module = "matmul/block_scaled_gemm.py"
+    own = Path(deepkern.__file__).parent / module
+    assert profile.current_file(f"/deleted/copy/kernels/deepkern/{module}") == str(own)
+    assert profile.current_file("/home/user/deepkern/theirs.py") == "/home/user/deepkern/theirs.py"
+    assert profile.current_file("/home/user/kernel.py") == "/home/user/kernel.py"
 
 
 @pytest.mark.proof
