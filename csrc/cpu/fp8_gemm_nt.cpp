@@ -22,9 +22,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include "tensors.h"
 
 namespace deepkern {
 namespace {
@@ -95,16 +93,12 @@ void round_row(const float* row, void* out, int64_t offset, int64_t count) {
 
 const Fp8GemmIsa FP8_GEMM_PORTABLE{1, 1, sizeof(float), widen_portable, multiply_portable};
 
-const Fp8GemmIsa& fp8_gemm_isa(const char* isa) {
+const Fp8GemmIsa& fp8_gemm_isa(Isa isa) {
 #if defined(__x86_64__)
-  const bool avx512 = std::strcmp(isa, "avx512") == 0;
-  if (avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) {
-    return FP8_GEMM_AVX512;
-  }
-  const bool avx2 = avx512 || std::strcmp(isa, "avx2") == 0;
-  unsigned eax, ebx, ecx = 0, edx;
-  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
-  if (avx2 && (ecx & bit_FMA) && (ecx & bit_F16C)) return FP8_GEMM_AVX2;
+  const bool dot_product =
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::avx512 && dot_product) return FP8_GEMM_AVX512;
+  if (isa != Isa::portable) return FP8_GEMM_AVX2;
 #else
   (void)isa;
 #endif
@@ -217,4 +211,89 @@ void Fp8GemmRows::store_strip(const float* sums, int64_t first_column) const {
   }
 }
 
+namespace {
+
+// `x` with stride 1 along K: itself, or a copy. x: e4m3 [rows, K].
+Tensor k_contiguous(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, "fp8_gemm_nt: ", name, ": expected rank 2, got rank ", x.dim());
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float8_e4m3fn, "fp8_gemm_nt: ", name,
+                  ": expected dtype float8_e4m3fn, got ", x.scalar_type());
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// Checks a scale tensor and returns the rows of `x` per scale: 1 or, if allowed, 128.
+int64_t rows_per_scale(const char* name, const Tensor& x, const Tensor& scale, bool allow_blocks) {
+  const int64_t rows = x.size(0), blocks = blocks_of_k(x.size(1));
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "fp8_gemm_nt: ", name,
+                  ": expected dtype float32, got ", scale.scalar_type());
+  STD_TORCH_CHECK(scale.dim() == 2 && scale.size(1) == blocks, "fp8_gemm_nt: ", name,
+                  ": expected ", blocks, " columns");
+  if (scale.size(0) == rows) return 1;
+  STD_TORCH_CHECK(allow_blocks && scale.size(0) == (rows + kBlock - 1) / kBlock, "fp8_gemm_nt: ",
+                  name, ": expected ", rows, allow_blocks ? " rows or one per 128" : " rows",
+                  ", got ", scale.size(0));
+  return kBlock;
+}
+
+Fp8Matrix fp8_matrix(const Tensor& x, const Tensor& scale, int64_t scale_rows) {
+  return {static_cast<const uint8_t*>(x.const_data_ptr()),
+          x.size(0),
+          x.stride(0),
+          static_cast<const float*>(scale.const_data_ptr()),
+          scale_rows,
+          scale.stride(0),
+          scale.stride(1)};
+}
+
+// The arguments of the kernel without `out`, checked as far as memory safety needs.
+Fp8Gemm fp8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+                 ScalarType out_dtype, const std::optional<Tensor>& c) {
+  const int64_t M = a.size(0), N = b.size(0), K = a.size(1);
+  STD_TORCH_CHECK(b.size(1) == K, "fp8_gemm_nt: b: expected ", K, " columns, got ", b.size(1));
+  Fp8Gemm gemm{};
+  gemm.a = fp8_matrix(a, a_scale, rows_per_scale("a_scale", a, a_scale, false));
+  gemm.b = fp8_matrix(b, b_scale, rows_per_scale("b_scale", b, b_scale, true));
+  gemm.K = K;
+  gemm.out_type = real_type("fp8_gemm_nt", "out_dtype", out_dtype);
+  if (!c.has_value()) return gemm;
+  STD_TORCH_CHECK(c->dim() == 2 && c->size(0) == M && c->size(1) == N,
+                  "fp8_gemm_nt: c: expected shape (", M, ", ", N, ")");
+  STD_TORCH_CHECK(N <= 1 || c->stride(1) == 1,
+                  "fp8_gemm_nt: c: expected stride 1 in the last dimension, got ", c->stride(1));
+  gemm.c = c->const_data_ptr();
+  gemm.c_row_stride = c->stride(0);
+  gemm.c_type = real_type("fp8_gemm_nt", "c", c->scalar_type());
+  return gemm;
+}
+
+Tensor fp8_gemm_nt(const Tensor& a_codes, const Tensor& a_scale, const Tensor& b_codes,
+                   const Tensor& b_scale, ScalarType out_dtype, const std::optional<Tensor>& c) {
+  const Tensor a = k_contiguous("a", a_codes), b = k_contiguous("b", b_codes);
+  Fp8Gemm gemm = fp8_gemm(a, a_scale, b, b_scale, out_dtype, c);
+  const Fp8GemmIsa& isa = fp8_gemm_isa(cpu_isa());
+  const int64_t M = gemm.a.rows, N = gemm.b.rows;
+  Tensor out = torch::stable::new_empty(a, {M, N}, out_dtype);
+  if (M * N == 0) return out;
+  gemm.out = out.mutable_data_ptr();
+
+  const int64_t blocks = blocks_of_k(gemm.K), strips = (N + STRIP_COLUMNS - 1) / STRIP_COLUMNS;
+  for (int64_t first = 0; first < M; first += Fp8GemmRows::MAX_ROWS) {
+    const int64_t count = std::min(M - first, Fp8GemmRows::MAX_ROWS);
+    Fp8GemmRows rows(gemm, isa, first, first + count);
+    // The least work of a task: 2^16 values to widen, 2^18 multiplications.
+    const int64_t min_blocks = (1 << 16) / (kBlock * count);
+    const int64_t min_strips = (1 << 18) / (STRIP_COLUMNS * (gemm.K + 1) * count);
+    torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, min_blocks),
+                                [&](int64_t from, int64_t to) { rows.widen(from, to); });
+    torch::stable::parallel_for(0, strips, std::max<int64_t>(1, min_strips),
+                                [&](int64_t from, int64_t to) { rows.multiply(from, to); });
+  }
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
+  m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm_nt));
+}
+
+}  // namespace
 }  // namespace deepkern

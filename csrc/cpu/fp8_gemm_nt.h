@@ -8,6 +8,7 @@
 #include <new>
 
 #include "../fp8_gemm.h"
+#include "isa.h"
 #include "real.h"
 
 namespace deepkern {
@@ -89,7 +90,7 @@ void widen_panel(const Strip& strip, int64_t j, const Fp8GemmIsa& isa, void* pan
 
 // The kernel for an instruction set that cpu_isa() returns. "avx512" without AVX512_BF16 and
 // AVX512_VBMI gets the AVX2 kernel.
-const Fp8GemmIsa& fp8_gemm_isa(const char* isa);
+const Fp8GemmIsa& fp8_gemm_isa(Isa isa);
 
 // The product of rows [first, last) of A with all of B. The rows of A are widened once and used by
 // all strips. Several threads may call widen(), each for its own range of blocks of K; after that

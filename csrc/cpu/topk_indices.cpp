@@ -9,8 +9,6 @@
 // Parallelization: the caller gives each thread a range of rows.
 //
 // Limit: memory bandwidth of one pass over the logits, in the usual case.
-#include "topk_indices.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,10 +17,23 @@
 #include <memory>
 #include <vector>
 
+#include "isa.h"
+#include "tensors.h"
+
 namespace deepkern {
 namespace {
 
-constexpr int64_t CHUNK = 32;      // values that one comparison skips
+struct TopkRows {
+  const void* logits;  // [S, N] of `type`
+  Real type;           // bf16 or fp32
+  int64_t row_stride;  // elements from a row of logits to the next
+  int64_t N, k;
+  const int32_t* lengths;  // [S], valid values of each row; null: all N
+  int64_t length_stride;   // elements
+  int32_t* out;            // [S, k] contiguous: indices in ascending order, then -1
+};
+
+constexpr int64_t CHUNK = 32;          // values that one comparison skips
 constexpr int64_t SAMPLE_SIZE = 1024;  // values
 constexpr int32_t LOWEST_KEY = std::numeric_limits<int32_t>::min();  // less than every key
 
@@ -126,8 +137,7 @@ DEEPKERN_INLINE void topk_any_rows(const TopkRows& rows, int64_t first, int64_t 
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) void topk_avx2(const TopkRows& rows, int64_t first,
-                                               int64_t last) {
+__attribute__((target("avx2"))) void topk_avx2(const TopkRows& rows, int64_t first, int64_t last) {
   topk_any_rows(rows, first, last);
 }
 
@@ -137,16 +147,55 @@ topk_avx512(const TopkRows& rows, int64_t first, int64_t last) {
 }
 #endif
 
-}  // namespace
-
-void topk_rows(const TopkRows& rows, int64_t first, int64_t last, const char* isa) {
+void topk_rows(const TopkRows& rows, int64_t first, int64_t last, Isa isa) {
 #if defined(__x86_64__)
-  if (std::strcmp(isa, "avx512") == 0) return topk_avx512(rows, first, last);
-  if (std::strcmp(isa, "avx2") == 0) return topk_avx2(rows, first, last);
+  if (isa == Isa::avx512) return topk_avx512(rows, first, last);
+  if (isa == Isa::avx2) return topk_avx2(rows, first, last);
 #else
   (void)isa;
 #endif
   topk_any_rows(rows, first, last);
 }
 
+Tensor topk_indices(const Tensor& logits, int64_t k, const std::optional<Tensor>& lengths) {
+  STD_TORCH_CHECK(logits.dim() == 2, "topk_indices: logits: expected rank 2, got rank ",
+                  logits.dim());
+  const ScalarType dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "topk_indices: logits: expected dtype float32 or bfloat16, got ", dtype);
+  const int64_t S = logits.size(0), N = logits.size(1);
+  STD_TORCH_CHECK(k >= 0, "topk_indices: k: expected 0 or more, got ", k);
+  STD_TORCH_CHECK(N <= (int64_t{1} << 30), "topk_indices: logits: expected rows of at most 2^30");
+  STD_TORCH_CHECK(N <= 1 || logits.stride(1) == 1,
+                  "topk_indices: logits: expected stride 1 in the last dimension, got ",
+                  logits.stride(1));
+  const Isa isa = cpu_isa();
+  TopkRows rows{};
+  if (lengths.has_value()) {
+    STD_TORCH_CHECK(lengths->dim() == 1 && lengths->size(0) == S,
+                    "topk_indices: lengths: expected shape (", S, ")");
+    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Int,
+                    "topk_indices: lengths: expected dtype int32, got ", lengths->scalar_type());
+    rows.lengths = static_cast<const int32_t*>(lengths->const_data_ptr());
+    rows.length_stride = lengths->stride(0);
+  }
+  Tensor out = torch::stable::new_empty(logits, {S, k}, ScalarType::Int);
+  if (S * k == 0) return out;
+  rows.logits = logits.const_data_ptr();
+  rows.type = dtype == ScalarType::Float ? Real::fp32 : Real::bf16;
+  rows.row_stride = logits.stride(0);
+  rows.N = N;
+  rows.k = k;
+  rows.out = static_cast<int32_t*>(out.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (N + 1));  // about 32K values per task
+  torch::stable::parallel_for(
+      0, S, grain, [&](int64_t first, int64_t last) { topk_rows(rows, first, last, isa); });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
+  m.impl("topk_indices", TORCH_BOX(&topk_indices));
+}
+
+}  // namespace
 }  // namespace deepkern

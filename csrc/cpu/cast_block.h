@@ -1,0 +1,62 @@
+// The FP8 cast of one block of up to 128 values, for every op that ends in a cast; see every_isa.h.
+//
+//     scale = max(max |x|, 1e-4) / 448        (rounded up to 2^n for ue8m0)
+//     q     = e4m3(x * (1 / scale))
+//
+// All operations are IEEE and exact or rounded once, so every instruction set gives the same bits.
+
+namespace deepkern::DEEPKERN_ISA {
+namespace {
+
+// The scale for values whose largest magnitude has these bits; bits of magnitudes order as the
+// values do, inf and NaN last. Inf or NaN makes the block NaN.
+DEEPKERN_INLINE float block_scale(int32_t amax_bits, bool ue8m0) {
+  if (amax_bits >= INFINITY_BITS) return as_float(0x7FC00000);
+  const float scale = std::max(as_float(amax_bits), 1e-4f) / 448.0f;
+  return ue8m0 ? as_float((as_bits(scale) + 0x7FFFFF) & INFINITY_BITS) : scale;
+}
+
+DEEPKERN_INLINE int32_t largest_lane(Ints x) {
+  int32_t lane[LANES], largest = 0;
+  store_vector(lane, x);
+  for (int i = 0; i < LANES; ++i) largest = std::max(largest, lane[i]);
+  return largest;
+}
+
+// Casts count <= 128 floats at x, writes q[count] and returns the scale. x is readable and q
+// writable up to 128 values; those past count must be 0 in x.
+DEEPKERN_INLINE float cast_full_block(const float* x, uint8_t* q, bool ue8m0) {
+  Ints amax = {};
+  for (int i = 0; i < 128; i += LANES) {
+    const Ints magnitude = bits_of(load_vector<Floats>(x + i)) & 0x7FFFFFFF;
+    amax = magnitude > amax ? magnitude : amax;
+  }
+  const float scale = block_scale(largest_lane(amax), ue8m0);
+  const Floats inverse = broadcast(1.0f / scale);
+  for (int i = 0; i < 128; i += LANES) store_e4m3(q + i, load_vector<Floats>(x + i) * inverse);
+  return scale;
+}
+
+// The same for count values; writes count codes.
+DEEPKERN_INLINE float cast_block(const float* x, int64_t count, uint8_t* q, bool ue8m0) {
+  if (count == 128) return cast_full_block(x, q, ue8m0);
+  float values[128] = {};
+  uint8_t codes[128];
+  std::memcpy(values, x, count * sizeof(float));
+  const float scale = cast_full_block(values, codes, ue8m0);
+  std::memcpy(q, codes, count);
+  return scale;
+}
+
+// Loads count <= 128 elements as floats; zero up to 128.
+template <Real type>
+DEEPKERN_INLINE void load_block(const void* x, int64_t offset, int64_t count, float* out) {
+  if (count == 128) {
+    for (int i = 0; i < 128; i += LANES) store_vector(out + i, load_floats<type>(x, offset + i));
+    return;
+  }
+  for (int64_t i = 0; i < 128; ++i) out[i] = i < count ? deepkern::load<type>(x, offset + i) : 0.0f;
+}
+
+}  // namespace
+}  // namespace deepkern::DEEPKERN_ISA
