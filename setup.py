@@ -28,8 +28,8 @@ from setuptools.command.build_ext import build_ext
 # code reads the floating-point exception flags.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-trapping-math"]
 FLAGS += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
-# Vectors are arguments of inlined functions alone, so their ABI does not matter. The other warning is
-# about intrinsics of GCC 12 whose undefined lanes are not used.
+# Vectors are arguments of inlined functions alone, so their ABI does not matter. The second warning
+# is about intrinsics of GCC 12 whose undefined lanes are not used.
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
