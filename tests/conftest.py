@@ -62,9 +62,14 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request) -> str:
+@pytest.fixture(params=["torch", "triton", "cpu"])
+def backend(request, device) -> str:
     """Forces each backend in turn around the test."""
+    if request.param == "cpu":
+        if device.type != "cpu":
+            pytest.skip("the cpu backend takes CPU tensors")
+        if native.missing_reason():
+            pytest.skip(native.missing_reason())
     with deepkern.backend(request.param):
         yield request.param
 
