@@ -82,6 +82,25 @@ struct Arguments {
   }
 };
 
+// An uninitialized contiguous CPU tensor. Faster than torch::stable::new_empty, which dispatches.
+inline Tensor new_tensor(const int64_t* shape, int64_t rank, ScalarType dtype) {
+  int64_t strides[16], stride = 1;
+  STD_TORCH_CHECK(rank <= 16, "expected rank 16 or less, got ", rank);
+  for (int64_t i = rank - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(shape[i], 1);
+  }
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      rank, shape, strides, type, aoti_torch_device_type_cpu(), 0, &result));
+  return Tensor(result);
+}
+
+inline Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return new_tensor(shape.begin(), static_cast<int64_t>(shape.size()), dtype);
+}
+
 template <class T>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
