@@ -213,7 +213,7 @@ def test_gguf_has_the_weights(weights, tmp_path):
     for name, value in (("k_b", kv_b[:, :32].swapaxes(1, 2)), ("v_b", kv_b[:, 32:])):
         result = stored[f"blk.1.attn_{name}.weight"][1]
         np.testing.assert_allclose(result, value, atol=np.abs(value).max() / 200)
-    # 3 of the model; a dense layer has 12, one with experts 18
+    # 3 of the model, 13 of the dense layer, 18 of the layer with experts
     assert len(stored) == 3 + 13 + 18
 
 
