@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <vector>
@@ -86,6 +87,10 @@ struct Arguments {
   }
 };
 
+// Whether new_tensor fills tensors with bytes 0xFF, which are NaN in every floating-point type, so
+// that tests see what an op leaves unwritten. testing/compare.py sets it.
+extern bool poison_new_tensors;
+
 // An uninitialized contiguous CPU tensor. Faster than torch::stable::new_empty, which dispatches.
 inline Tensor new_tensor(const int64_t* shape, int64_t rank, ScalarType dtype) {
   int64_t strides[16], stride = 1;
@@ -98,7 +103,11 @@ inline Tensor new_tensor(const int64_t* shape, int64_t rank, ScalarType dtype) {
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       rank, shape, strides, type, aoti_torch_device_type_cpu(), 0, &result));
-  return Tensor(result);
+  Tensor tensor(result);
+  if (poison_new_tensors && tensor.numel() > 0) {
+    std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());
+  }
+  return tensor;
 }
 
 inline Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
