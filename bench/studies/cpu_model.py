@@ -193,14 +193,24 @@ def prompts(model: str, batch: int, length: int, vocab: int) -> list[list[int]]:
 
 # Providers.
 
+TORCH = (
+    ("deepkern", "fp8"),
+    ("deepkern", "bf16"),
+    ("deepkern", "fp32"),
+    ("transformers", "bf16"),
+    ("transformers", "fp32"),
+    ("transformers-compiled", "bf16"),
+)
+LABELS = [*(f"{name} {dtype}" for name, dtype in TORCH), "llama.cpp q8_0"]
+
 
 def torch_providers(fp8: Path, bf16: Path) -> list[Provider]:
     """deepkern and transformers.  The bf16 checkpoint serves all but deepkern's FP8."""
     script = [sys.executable, "-m", "bench.studies.torch_providers"]
-    kinds = [("deepkern", "fp8", fp8), ("deepkern", "bf16", bf16), ("deepkern", "fp32", bf16),
-             ("transformers", "bf16", bf16), ("transformers", "fp32", bf16),
-             ("transformers-compiled", "bf16", bf16)]  # fmt: skip
-    return [Provider(n, d, [*script, n, d, str(folder)]) for n, d, folder in kinds]
+    return [
+        Provider(name, dtype, [*script, name, dtype, str(fp8 if dtype == "fp8" else bf16)])
+        for name, dtype in TORCH
+    ]
 
 
 def llama_provider(python: Path, bf16: Path, threads: int) -> Provider:
@@ -352,6 +362,21 @@ def table(rows: list[dict], providers: list[Provider], title: str) -> Table:
     return view
 
 
+def measure(
+    running: Running, tokens: list[list[int]], batches: tuple[int, ...], new: int, rounds: int,
+    model: str, console: Console,
+) -> list[dict]:  # fmt: skip
+    """One row for every running provider and batch size; tokens [B, prompt]."""
+    rows = []
+    with bar(console, "timing", len(batches)) as step:
+        for batch in batches:
+            for label, times in time_in_turn(running, tokens[:batch], new, rounds).items():
+                rows.append(row(running[label][0], times, model, batch, len(tokens[0])))
+            step(f"batch {batch}")
+    add_ratios(rows)
+    return rows
+
+
 def run(
     model: str = "v3-8",
     weights: Path | None = None,
@@ -374,42 +399,42 @@ def run(
     Returns 1 if a provider's logits are wrong or deepkern does not run, else 0.
     """
     console, about = console or screen(), machine.describe()
-    threads = threads or about["cores"]
+    about |= {"threads": threads or about["cores"], "load_average": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as temporary:
         fp8, bf16 = prepare(model, weights or Path(temporary), config)
         chosen = torch_providers(fp8, bf16)
         if llama_python:
-            chosen.append(llama_provider(llama_python, bf16, threads))
+            chosen.append(llama_provider(llama_python, bf16, about["threads"]))
         chosen = [p for p in chosen if not providers or p.label in providers] + list(extra)
         shape = Config.load(bf16)
         tokens = prompts(model, max(batches), prompt + DECODED, shape.vocab_size)
         reference = reference_logits(bf16, tokens[:1])
-        rows = []
-        with (
-            start(chosen, threads, tokens[:1], reference, Path(temporary), console) as running,
-            bar(console, "timing", len(batches)) as step,
-        ):
-            for batch in batches:
-                inputs = [t[:prompt] for t in tokens[:batch]]
-                for label, times in time_in_turn(running, inputs, new, rounds).items():
-                    rows.append(row(running[label][0], times, model, batch, prompt))
-                step(f"batch {batch}")
-    add_ratios(rows)
+        with start(
+            chosen, about["threads"], tokens[:1], reference, Path(temporary), console
+        ) as running:
+            inputs = [t[:prompt] for t in tokens]
+            rows = measure(running, inputs, batches, new, rounds, model, console)
     count = sum(int(np.prod(s)) for s in expected_tensors(shape).values())
-    title = f"{model}, {count / 1e6:,.0f}M parameters; {threads} threads; {about['cpu']}"
+    about |= {"model": model, "config": shape.to_dict(), "parameters": count}
+    report(chosen, rows, about, console)
+    file = results.path(about, keep, folder)
+    file = file.with_stem(f"{file.stem}-cpu-model-{model}")
+    head = {"kind": "machine", **about, "rounds": rounds, "new": new}
+    results.write([head, *({"kind": "provider", **p.record()} for p in chosen), *rows], file)
+    console.print(f"written: {file}", soft_wrap=True)
+    return 1 if any(p.wrong or (p.reason and p.name == "deepkern") for p in chosen) else 0
+
+
+def report(chosen: list[Provider], rows: list[dict], about: dict, console: Console) -> None:
+    """Prints the table, and why a provider is not in it."""
+    title = (
+        f"{about['model']}, {about['parameters'] / 1e6:,.0f}M parameters; {about['threads']} "
+        f"threads; {about['cpu']}; load average {about['load_average']:.1f} at the start"
+    )
     console.print(table(rows, chosen, title))
     for p in chosen:
         if p.reason:
             console.print(f"no speed for {p.label}: {p.reason}", markup=False, soft_wrap=True)
-    head = {"kind": "machine", **about, "model": model, "config": shape.to_dict(),
-            "parameters": count, "threads": threads, "rounds": rounds, "new": new}  # fmt: skip
-    file = results.path(about, keep, folder)
-    file = file.with_stem(f"{file.stem}-cpu-model-{model}")
-    checks = [{"kind": "provider", **p.record()} for p in chosen]
-    results.write([head, *checks, *rows], file)
-    console.print(f"written: {file}", soft_wrap=True)
-    failed = [p for p in chosen if p.wrong or (p.reason and p.name == "deepkern")]
-    return 1 if failed else 0
 
 
 def main(
@@ -428,6 +453,9 @@ def main(
     """Compares the speed of deepkern, transformers and llama.cpp on one model."""
     if model not in (*MODELS, TRAINED):
         raise typer.BadParameter(f"no model {model!r}; there are {', '.join(MODELS)}, {TRAINED}")
+    for label in provider:
+        if label not in LABELS:
+            raise typer.BadParameter(f"no provider {label!r}; there are {', '.join(LABELS)}")
     raise typer.Exit(run(model, weights, provider, llama_python, tuple(batch), rounds=rounds,
                          threads=threads, keep=keep, folder=folder))  # fmt: skip
 

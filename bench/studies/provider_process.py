@@ -62,7 +62,7 @@ def cached_logits(model: LanguageModel, tokens: np.ndarray, split: int) -> np.nd
     """fp32 [S, vocab] of int64 [1, S]: a prefill of `split` tokens, then one token at a time."""
     model.start(1, tokens.shape[1])
     parts = [tokens[:, :split], *(tokens[:, i : i + 1] for i in range(split, tokens.shape[1]))]
-    return np.concatenate([model.logits(part) for part in parts])
+    return np.concatenate([model.logits(np.ascontiguousarray(part)) for part in parts])
 
 
 def serve(load: Callable[[], LanguageModel]) -> None:

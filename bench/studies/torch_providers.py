@@ -64,7 +64,7 @@ class Transformers:
 
     @torch.no_grad()
     def forward(self, tokens: np.ndarray, keep: int) -> Tensor:
-        """Logits of the last `keep` tokens, or of all for 0."""
+        """Logits of the last `keep` tokens."""
         out = self.call(
             torch.from_numpy(tokens),
             past_key_values=self.cache,
@@ -77,20 +77,32 @@ class Transformers:
         return greedy(self.forward(tokens, 1)[:, -1])
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return self.forward(tokens, 0)[0].float().numpy()
+        return self.forward(tokens, tokens.shape[1])[0].float().numpy()
 
 
 class Compiled(Transformers):
-    """The same under torch.compile, with a cache of fixed size."""
+    """The same with compiled decode steps, as in its `generate`: the prefill is not compiled.
+
+    The cache has a fixed size, a multiple of 64 tokens, so that all runs have the same shapes.
+    """
 
     def __init__(self, folder: Path, dtype: str) -> None:
         super().__init__(folder, dtype)
-        self.call = torch.compile(self.model.forward)
+        self.compiled = torch.compile(self.model.forward)
 
     def start(self, batch: int, capacity: int) -> None:
         from transformers import StaticCache
 
-        self.cache = StaticCache(config=self.model.config, max_cache_len=capacity)
+        size = -(-capacity // 64) * 64
+        self.cache = StaticCache(config=self.model.config, max_cache_len=size)
+
+    def next_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        self.call = self.compiled if tokens.shape[1] == 1 else self.model.forward
+        return super().next_tokens(tokens)
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        self.call = self.compiled if tokens.shape[1] == 1 else self.model.forward
+        return super().logits(tokens)
 
 
 PROVIDERS: dict[str, Any] = {
