@@ -4,6 +4,11 @@
 namespace deepkern::DEEPKERN_ISA {
 namespace {
 
+// x[i] as a float.
+DEEPKERN_INLINE float load_real(const void* x, Real real, int64_t i) {
+  DEEPKERN_FOR_REAL(real, return deepkern::load<type>(x, i));
+}
+
 // Loads x[offset], ..., x[offset + count - 1] for count <= 128; zero up to 128.
 DEEPKERN_INLINE void load_real_block(const void* x, Real real, int64_t offset, int64_t count,
                                      float* out) {
