@@ -33,7 +33,13 @@ DEEPKERN_INLINE float cast_full_block(const float* x, uint8_t* q, bool ue8m0) {
   }
   const float scale = block_scale(largest_lane(amax), ue8m0);
   const Floats inverse = broadcast(1.0f / scale);
-  for (int i = 0; i < 128; i += LANES) store_e4m3(q + i, load_vector<Floats>(x + i) * inverse);
+  for (int i = 0; i < 128; i += 4 * LANES) {
+    Ints codes[4];
+    for (int j = 0; j < 4; ++j) {
+      codes[j] = e4m3_codes(load_vector<Floats>(x + i + j * LANES) * inverse);
+    }
+    store_bytes(q + i, codes[0], codes[1], codes[2], codes[3]);
+  }
   return scale;
 }
 
