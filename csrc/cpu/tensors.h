@@ -139,6 +139,23 @@ struct RealRows {
   int64_t stride;  // elements from a row to the next
 };
 
+// A tensor [..., K] as rows of K elements.
+struct MergedRows {
+  Tensor tensor;  // owns the data
+  int64_t count;
+  int64_t stride;  // elements from a row to the next
+
+  explicit MergedRows(const Tensor& x) : tensor(x), count(1), stride(0) {
+    const int64_t rank = x.dim();
+    for (int64_t i = 0; i + 1 < rank; ++i) count *= x.size(i);
+    if (rank == 2) stride = x.stride(0);
+    if (rank <= 2 || x.numel() == 0) return;
+    const int64_t K = x.size(rank - 1);
+    tensor = torch::stable::reshape(x, {count, K});  // a view if the strides allow it
+    stride = tensor.stride(0);
+  }
+};
+
 // Calls function(first, last) for ranges of [0, count) in parallel. A task gets at least about
 // 32K values of `values_per_item`.
 template <class Function>
