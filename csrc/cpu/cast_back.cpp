@@ -63,7 +63,7 @@ Tensor cast_back(const Tensor& q, const Tensor& scale, std::vector<int64_t> bloc
   arguments.require(
       scale.size(rank - 2) == ceil_div(N, rows) && scale.size(rank - 1) == ceil_div(K, cols),
       "scale", "one per block as the last two dimensions");
-  Tensor out = empty_tensor(q.sizes(), out_dtype);
+  Tensor out = new_tensor(q.sizes().data(), q.dim(), out_dtype);
   if (out.numel() == 0) return out;
 
   CastBack c{data<uint8_t>(q),

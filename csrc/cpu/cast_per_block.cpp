@@ -43,11 +43,11 @@ std::tuple<Tensor, Tensor> cast_per_block(const Tensor& x, const std::string& sc
   arguments.check_last_stride("x", x);
   const bool ue8m0 = arguments.choose("scale_format", scale_format, "ue8m0", "fp32");
   const int64_t G = rank == 3 ? x.size(0) : 1, N = x.size(rank - 2), K = x.size(rank - 1);
-  Tensor q = empty_tensor(x.sizes(), FP8);
+  Tensor q = new_tensor(x.sizes().data(), x.dim(), FP8);
   std::vector<int64_t> scale_shape(x.sizes().begin(), x.sizes().end());
   scale_shape[rank - 2] = ceil_div(N, 128);
   scale_shape[rank - 1] = ceil_div(K, 128);
-  Tensor scale = empty_tensor(scale_shape, ScalarType::Float);
+  Tensor scale = new_tensor(scale_shape.data(), scale_shape.size(), ScalarType::Float);
   if (G * N * K == 0) return {q, scale};
 
   const CastPerBlock cast{x.const_data_ptr(),

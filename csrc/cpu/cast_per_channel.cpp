@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor> cast_per_channel(const Tensor& x, const std::string& 
   }
   const bool ue8m0 = arguments.choose("scale_format", scale_format, "ue8m0", "fp32");
   const bool by_column = arguments.choose("scale_layout", scale_layout, "column", "row");
-  Tensor q = transpose ? empty_tensor({K, M}, FP8) : empty_tensor({M, K}, FP8);
+  Tensor q = transpose ? new_tensor({K, M}, FP8) : new_tensor({M, K}, FP8);
   const ScaleTensor scale = transpose ? new_scale(x, {K, num_blocks}, K, by_column)
                                       : new_scale(x, {num_blocks, K}, num_blocks, by_column);
   int64_t first_row, end_row;

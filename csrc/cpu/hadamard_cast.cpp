@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor> hadamard_cast(const Tensor& x, double scale,
   arguments.require(N <= MAX_LENGTH && (N & (N - 1)) == 0, "x",
                     "a power of two up to 2048 columns");
   const bool ue8m0 = arguments.choose("scale_format", scale_format, "ue8m0", "fp32");
-  Tensor q = empty_tensor(x.sizes(), FP8);
+  Tensor q = new_tensor(x.sizes().data(), x.dim(), FP8);
   std::vector<int64_t> scale_shape(x.sizes().begin(), x.sizes().end());
   scale_shape.back() = ceil_div(N, 128);
-  Tensor q_scale = empty_tensor(scale_shape, ScalarType::Float);
+  Tensor q_scale = new_tensor(scale_shape.data(), scale_shape.size(), ScalarType::Float);
   if (q.numel() == 0) return {q, q_scale};
   const MergedRows rows(x);
   const HadamardCast cast{{rows.tensor.const_data_ptr(), type, rows.stride},

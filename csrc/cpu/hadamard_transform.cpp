@@ -42,7 +42,7 @@ Tensor hadamard_transform(const Tensor& x, double scale) {
   arguments.check_last_stride("x", x);
   const int64_t N = x.size(x.dim() - 1);
   arguments.require(N <= MAX_N && (N & (N - 1)) == 0, "x", "a power of two up to 32768 columns");
-  Tensor out = empty_tensor(x.sizes(), x.scalar_type());
+  Tensor out = new_tensor(x.sizes().data(), x.dim(), x.scalar_type());
   if (out.numel() == 0) return out;
   const MergedRows rows(x);
   const HadamardTransform transform{{rows.tensor.const_data_ptr(), type, rows.stride},

@@ -91,7 +91,7 @@ Tensor sequence_balance_loss(const Tensor& logits, const Tensor& topk_idx, const
   const Arguments arguments{"sequence_balance_loss"};
   std::vector<int32_t> counts;
   BalanceLoss loss = check_loss(arguments, logits, topk_idx, score, alpha, counts);
-  Tensor out = empty_tensor({}, ScalarType::Float);
+  Tensor out = new_tensor({}, ScalarType::Float);
   float* result = mutable_data<float>(out);
   *result = 0.0f;
   if (counts.empty()) return out;
@@ -111,7 +111,7 @@ Tensor sequence_balance_loss_backward(const Tensor& grad, const Tensor& logits,
   arguments.check("grad", grad, ScalarType::Float, {1}, false);
   std::vector<int32_t> counts;
   BalanceLoss loss = check_loss(arguments, logits, topk_idx, score, alpha, counts);
-  Tensor grad_logits = empty_tensor(logits.sizes(), logits.scalar_type());
+  Tensor grad_logits = new_tensor(logits.sizes().data(), logits.dim(), logits.scalar_type());
   if (counts.empty()) return torch::stable::zero_(grad_logits);
   loss.factor *= *data<float>(grad);
   loss.grad_logits = grad_logits.mutable_data_ptr();

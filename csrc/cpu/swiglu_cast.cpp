@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> swiglu_cast(const Tensor& gate_up, const std::optiona
   arguments.require(!limit.has_value() || *limit >= 0, "limit", "a number >= 0");
   const bool ue8m0 = arguments.choose("scale_format", scale_format, "ue8m0", "fp32");
   const bool by_column = arguments.choose("scale_layout", scale_layout, "column", "row");
-  Tensor q = empty_tensor({M, I}, FP8);
+  Tensor q = new_tensor({M, I}, FP8);
   const ScaleTensor scale = new_scale(gate_up, {M, ceil_div(I, 128)}, M, by_column);
   if (M * I == 0) return {q, scale.tensor};
 
@@ -102,9 +102,9 @@ std::tuple<Tensor, Tensor, Tensor> swiglu_cast_backward(const Tensor& grad, cons
   check_gate_up(arguments, gate_up, gate_up_scale, M, I, backward);
   if (weights.has_value()) arguments.check("weights", *weights, ScalarType::Float, {M});
   arguments.require(!limit.has_value() || *limit >= 0, "limit", "a number >= 0");
-  Tensor grad_gate_up = empty_tensor({M, 2 * I}, grad.scalar_type());
-  Tensor y = empty_tensor({M, I}, grad.scalar_type());
-  Tensor grad_weights = empty_tensor({weights.has_value() ? M : 0}, ScalarType::Float);
+  Tensor grad_gate_up = new_tensor({M, 2 * I}, grad.scalar_type());
+  Tensor y = new_tensor({M, I}, grad.scalar_type());
+  Tensor grad_weights = new_tensor({weights.has_value() ? M : 0}, ScalarType::Float);
   backward.grad = {grad.const_data_ptr(), type, grad.stride(0)};
   backward.weights = data<float>(weights);
   if (limit.has_value()) backward.limit = static_cast<float>(*limit);

@@ -32,7 +32,7 @@ Tensor update_expert_bias(const Tensor& bias, const Tensor& load, double rate) {
   const int64_t E = bias.size(0);
   const bool is_int64 = load.scalar_type() == ScalarType::Long;
   arguments.check("load", load, is_int64 ? ScalarType::Long : ScalarType::Int, {E});
-  Tensor out = empty_tensor({E}, ScalarType::Float);
+  Tensor out = new_tensor({E}, ScalarType::Float);
   const auto step = static_cast<float>(rate);
   if (is_int64) {
     update(data<float>(bias), data<int64_t>(load), step, E, mutable_data<float>(out));
