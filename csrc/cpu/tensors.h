@@ -69,8 +69,9 @@ struct Arguments {
 
   void check_last_stride(const char* argument, const Tensor& x) const {
     const int64_t last = x.dim() - 1;
-    STD_TORCH_CHECK(x.dim() == 0 || x.size(last) <= 1 || x.stride(last) == 1, op, ": ", argument,
-                    ": expected stride 1 in the last dimension, got ", x.stride(last));
+    STD_TORCH_CHECK(x.dim() == 0 || x.size(last) <= 1 || x.stride(last) == 1 || x.numel() == 0, op,
+                    ": ", argument, ": expected stride 1 in the last dimension, got ",
+                    x.stride(last));
   }
 
   // Whether `text` is `yes`; an error if it is neither `yes` nor `no`.
