@@ -89,34 +89,16 @@ STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
 }  // namespace
 }  // namespace deepkern
 #else
+#include "attention_tokens.h"
 #include "cast_block.h"
 
 namespace deepkern::DEEPKERN_ISA {
 namespace {
 
-// `count` elements as floats.
-template <Real type>
-void load_row_of(const void* x, int64_t offset, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) store_vector(out + i, load_floats<type>(x, offset + i));
-  for (; i < count; ++i) out[i] = deepkern::load<type>(x, offset + i);
-}
-
 void load_row(const RealRows& rows, int64_t m, int64_t count, float* out) {
-  DEEPKERN_FOR_REAL(rows.type, load_row_of<type>(rows.data, m * rows.stride, count, out));
-}
-
-// `count` floats as `size`-byte values at an address of any alignment.
-template <Real type>
-void store_row_of(const float* x, int64_t count, char* out) {
-  constexpr int64_t size = type == Real::fp32 ? 4 : 2;
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) store_floats<type>(out, i, load_vector<Floats>(x + i));
-  for (; i < count; ++i) {
-    float value[1];
-    deepkern::store<type>(value, 0, x[i]);
-    std::memcpy(out + i * size, value, size);
-  }
+  const char* row =
+      static_cast<const char*>(rows.data) + m * rows.stride * LatentCache::size_of(rows.type);
+  DEEPKERN_FOR_REAL(rows.type, widen_values<type>(row, count, out));
 }
 
 // The sum of count = 2^n squares at x, added pairwise; scratch holds count floats.
@@ -154,8 +136,8 @@ void rotate(const float* cos_sin, int64_t D, float* x) {
 
 void store_token(const LatentCache& cache, const float* latent, const float* rope, char* token) {
   if (!cache.fp8) {
-    DEEPKERN_FOR_REAL(cache.type, store_row_of<type>(latent, cache.R, token);
-                      store_row_of<type>(rope, cache.D, token + cache.rope_offset()));
+    DEEPKERN_FOR_REAL(cache.type, store_values<type>(token, latent, cache.R);
+                      store_values<type>(token + cache.rope_offset(), rope, cache.D));
     return;
   }
   for (int64_t i = 0, j = 0; i < cache.R; i += 128, ++j) {
@@ -164,7 +146,7 @@ void store_token(const LatentCache& cache, const float* latent, const float* rop
     const float scale = cast_block(latent + i, count, codes, false);
     std::memcpy(token + cache.R + 4 * j, &scale, sizeof scale);
   }
-  store_row_of<Real::bf16>(rope, cache.D, token + cache.rope_offset());
+  store_values<Real::bf16>(token + cache.rope_offset(), rope, cache.D);
 }
 
 void append_tokens(const MlaCacheAppend& a, int64_t first, int64_t last) {
