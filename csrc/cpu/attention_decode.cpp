@@ -35,7 +35,7 @@ int64_t partial_width(const Decode& d) {
 int64_t next_tokens(const Decode& d, int64_t unit, int64_t& position, int64_t end, int64_t max,
                     const char** tokens, int32_t* positions) {
   int64_t n = 0;
-  if (d.indices != nullptr) {
+  if (d.sparse) {
     const int32_t* indices =
         d.indices + unit / d.Sq * d.index_sequence_stride + unit % d.Sq * d.index_query_stride;
     for (; position < end && n < max; ++position) {
@@ -64,7 +64,7 @@ int64_t next_tokens(const Decode& d, int64_t unit, int64_t& position, int64_t en
 
 // The number of leading positions that a row attends to.
 int32_t row_limit(const Decode& d, int64_t length, int64_t row) {
-  const bool causal = d.indices == nullptr && d.causal;
+  const bool causal = !d.sparse && d.causal;
   return static_cast<int32_t>(causal ? length - (d.Sq - 1 - row / d.H) : length);
 }
 
@@ -72,7 +72,7 @@ const char* query(const Decode& d, int64_t unit, int64_t row) {
   const auto [sequence, query, head] = d.place(unit, row);
   const int64_t offset =
       sequence * d.q_sequence_stride + query * d.q_query_stride + head * d.q_head_stride;
-  return static_cast<const char*>(d.q) + offset * LatentCache::size_of(d.type);
+  return static_cast<const char*>(d.q) + offset * size_of(d.type);
 }
 
 // The factor of a row's sums of values. Stores the row's lse.
@@ -89,7 +89,7 @@ float finish_row(const Decode& d, int64_t unit, int64_t row, float row_max, floa
 char* out_row(const Decode& d, int64_t unit, int64_t row) {
   const auto [sequence, query, head] = d.place(unit, row);
   const int64_t index = (sequence * d.Sq + query) * d.H + head;
-  return static_cast<char*>(d.out) + index * d.cache.R * LatentCache::size_of(d.type);
+  return static_cast<char*>(d.out) + index * d.cache.R * size_of(d.type);
 }
 
 }  // namespace
@@ -184,6 +184,7 @@ void run_decode(const Decode& d, const std::vector<int64_t>& lengths) {
 }  // namespace deepkern
 #else
 #include "attention_few_rows.h"
+#include "attention_products.h"
 #include "attention_rows.h"
 #include "attention_tokens.h"
 
@@ -211,10 +212,11 @@ struct Workspace {
   float* state;    // [group][state_width]
 
   explicit Workspace(const Decode& d)
-      : R(d.cache.R), W(d.width()), state_width(partial_width(d)), few(d.rows <= FEW_ROWS) {
-    // An odd number of cache lines, so that the same value of all tokens is in different sets.
-    pitch = (W + 15) / 16 * 16;
-    if (pitch / 16 % 2 == 0) pitch += 16;
+      : R(d.cache.R),
+        W(d.width()),
+        pitch(tile_pitch(W)),
+        state_width(partial_width(d)),
+        few(d.rows <= FEW_ROWS) {
     const int64_t group = d.rows < ROW_GROUP ? (d.rows + 15) / 16 * 16 : ROW_GROUP;
     const int64_t tokens = few ? FEW_TILE : TILE;
     const int64_t query_size = few ? FEW_ROWS * pitch : group * pitch;
@@ -232,9 +234,6 @@ struct Workspace {
 int64_t group_rows(const Decode& d, int64_t first_row) {
   return d.rows - first_row < ROW_GROUP ? d.rows - first_row : ROW_GROUP;
 }
-
-// Rows of the block that starts at row `i` of `rows` rows.
-int64_t block_rows(int64_t rows, int64_t i) { return rows - i > LANES ? BLOCK : LANES; }
 
 void load_query(const Decode& d, int64_t unit, int64_t row, float* out) {
   DEEPKERN_FOR_REAL(d.type, widen_values<type>(query(d, unit, row), d.width(), out));

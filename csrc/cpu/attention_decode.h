@@ -21,9 +21,10 @@ struct Decode {
   int64_t B, Sq, H;
   float softmax_scale;
   bool causal;
-  const int32_t* block_table;                         // [B, P]; null in mla_sparse_decode
-  int64_t block_table_stride;                         // elements
-  const int32_t* indices;                             // [B, Sq, topk]; null in mla_decode
+  bool sparse;                 // whether tokens are named by `indices`, as in mla_sparse_decode
+  const int32_t* block_table;  // [B, P]; of mla_decode
+  int64_t block_table_stride;  // elements
+  const int32_t* indices;      // [B, Sq, topk]; of mla_sparse_decode
   int64_t index_sequence_stride, index_query_stride;  // elements
   const float* attn_sink;                             // [H]; null: none
   void* out;                                          // [B, Sq, H, R], contiguous
@@ -37,8 +38,8 @@ struct Decode {
     int64_t sequence, query, head;
   };
   Place place(int64_t unit, int64_t row) const {
-    if (block_table != nullptr) return {unit, row / H, row % H};
-    return {unit / Sq, unit % Sq, row};
+    if (sparse) return {unit / Sq, unit % Sq, row};
+    return {unit, row / H, row % H};
   }
 };
 

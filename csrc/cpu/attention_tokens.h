@@ -58,30 +58,35 @@ DEEPKERN_INLINE void widen_block(const uint8_t* codes, float scale, float* out) 
   for (int i = 0; i < 128; i += LANES) store_vector(out + i, widen_e4m3(codes + i) * factor);
 }
 
-DEEPKERN_INLINE void widen_fp8_token(const char* token, int64_t R, int64_t D, float* out) {
-  const auto* codes = reinterpret_cast<const uint8_t*>(token);
-  for (int64_t i = 0, j = 0; i < R; i += 128, ++j) {
-    float scale;
-    std::memcpy(&scale, token + R + 4 * j, sizeof scale);
-    if (R - i >= 128) {
+// `count` e4m3 codes times the scale of each 128; scales: 4 bytes each, or null for a scale of 1.
+DEEPKERN_INLINE void widen_codes(const uint8_t* codes, const char* scales, int64_t count,
+                                 float* out) {
+  for (int64_t i = 0, j = 0; i < count; i += 128, ++j) {
+    float scale = 1.0f;
+    if (scales != nullptr) std::memcpy(&scale, scales + 4 * j, sizeof scale);
+    if (count - i >= 128) {
       widen_block(codes + i, scale, out + i);
       continue;
     }
     uint8_t last[128] = {};
     float values[128];
-    std::memcpy(last, codes + i, R - i);
+    std::memcpy(last, codes + i, count - i);
     widen_block(last, scale, values);
-    std::memcpy(out + i, values, (R - i) * sizeof(float));
+    std::memcpy(out + i, values, (count - i) * sizeof(float));
   }
-  widen_values<Real::bf16>(token + R + 4 * ((R + 127) / 128), D, out + R);
 }
 
 // The R + D values of `count` tokens; a row of out has `pitch` floats.
-void widen_tokens(const LatentCache& cache, const char* const* tokens, int64_t count, float* out,
-                  int64_t pitch) {
+inline void widen_tokens(const LatentCache& cache, const char* const* tokens, int64_t count,
+                         float* out, int64_t pitch) {
   const int64_t R = cache.R, D = cache.D;
   if (cache.fp8) {
-    for (int64_t n = 0; n < count; ++n) widen_fp8_token(tokens[n], R, D, out + n * pitch);
+    const int64_t rope = cache.rope_offset();
+    for (int64_t n = 0; n < count; ++n) {
+      const auto* codes = reinterpret_cast<const uint8_t*>(tokens[n]);
+      widen_codes(codes, tokens[n] + R, R, out + n * pitch);
+      widen_values<Real::bf16>(tokens[n] + rope, D, out + n * pitch + R);
+    }
     return;
   }
   DEEPKERN_FOR_REAL(
@@ -116,8 +121,8 @@ DEEPKERN_INLINE void transpose_8x8(const float* in, int64_t in_stride, float* ou
 #endif
 
 // out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns.
-void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
-               int64_t out_stride) {
+inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
+                      int64_t out_stride) {
   int64_t blocked_rows = 0, blocked_columns = 0;
 #if defined(DEEPKERN_AVX2) || defined(DEEPKERN_AVX512)
   blocked_rows = rows / 8 * 8, blocked_columns = columns / 8 * 8;

@@ -96,8 +96,7 @@ namespace deepkern::DEEPKERN_ISA {
 namespace {
 
 void load_row(const RealRows& rows, int64_t m, int64_t count, float* out) {
-  const char* row =
-      static_cast<const char*>(rows.data) + m * rows.stride * LatentCache::size_of(rows.type);
+  const char* row = static_cast<const char*>(rows.data) + m * rows.stride * size_of(rows.type);
   DEEPKERN_FOR_REAL(rows.type, widen_values<type>(row, count, out));
 }
 

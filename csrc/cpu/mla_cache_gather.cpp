@@ -100,7 +100,7 @@ namespace {
 
 void gather_rows(const MlaCacheGather& g, int64_t first, int64_t last) {
   const int64_t W = g.cache.R + g.cache.D;
-  const int64_t size = LatentCache::size_of(g.out_type);
+  const int64_t size = size_of(g.out_type);
   const bool copy = !g.cache.fp8 && g.cache.type == g.out_type;
   float* values = thread_scratch(W);
   for (int64_t row = first; row < last; ++row) {

@@ -23,6 +23,7 @@ std::tuple<Tensor, Tensor> mla_sparse_decode(const Tensor& q, const Tensor& cach
   if (attn_sink.has_value()) arguments.check("attn_sink", *attn_sink, ScalarType::Float, {H});
   Tensor out = new_tensor({B, Sq, H, v_head_dim}, q.scalar_type());
   Tensor lse = new_tensor({B, H, Sq}, ScalarType::Float);
+  decode.sparse = true;
   decode.indices = data<int32_t>(indices);
   decode.index_sequence_stride = indices.stride(0);
   decode.index_query_stride = indices.stride(1);
