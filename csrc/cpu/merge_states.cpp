@@ -38,9 +38,9 @@ struct State {
 struct MergeStates {
   State a, b;
   int64_t B, S, H, D;
-  char* out;             // [B, S, H, D], contiguous, of a's type; null in the backward pass
+  char* out;             // [B, S, H, D], contiguous, of a's type; in the forward pass
   float* lse;            // [B, H, S], contiguous
-  const char* grad_out;  // [B, S, H, D], contiguous; null in the forward pass
+  const char* grad_out;  // [B, S, H, D], contiguous; in the backward pass
   Real grad_type;
   const float* grad_lse;           // [B, H, S], contiguous
   char *grad_out_a, *grad_out_b;   // [B, S, H, D], contiguous
@@ -127,9 +127,9 @@ Tensor new_like(const Tensor& x) {
   return new_tensor(shape.data(), x.dim(), x.scalar_type());
 }
 
-void run_rows(const MergeStates& m) {
-  const auto run = m.grad_out != nullptr ? DEEPKERN_DISPATCH(merge_rows_backward)
-                                         : DEEPKERN_DISPATCH(merge_rows);
+void run_rows(const MergeStates& m, bool backward) {
+  const auto run =
+      backward ? DEEPKERN_DISPATCH(merge_rows_backward) : DEEPKERN_DISPATCH(merge_rows);
   parallel_ranges(m.rows(), 2 * m.D + 32,
                   [&](int64_t first, int64_t last) { run(m, first, last); });
 }
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
   m.b = b.state(m.b.type);
   m.out = static_cast<char*>(out.mutable_data_ptr());
   m.lse = mutable_data<float>(lse);
-  run_rows(m);
+  run_rows(m, false);
   return {out, lse};
 }
 
@@ -176,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(
     m.grad_out_b = static_cast<char*>(grad_out_b.mutable_data_ptr());
     m.grad_lse_a = mutable_data<float>(grad_lse_a);
     m.grad_lse_b = mutable_data<float>(grad_lse_b);
-    run_rows(m);
+    run_rows(m, true);
   }
   return {grad_out_a, grad_lse_a, grad_out_b, grad_lse_b};
 }
