@@ -23,7 +23,7 @@ typedef int16_t SignedHalves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
-DEEPKERN_INLINE Floats broadcast(float x) { return Floats{} + x; }
+DEEPKERN_INLINE Floats broadcast(float x) { return x - Floats{}; }  // x - 0 is x, also for -0
 DEEPKERN_INLINE Ints broadcast_int(int32_t x) { return Ints{} + x; }
 DEEPKERN_INLINE Ints bits_of(Floats x) { return (Ints)x; }
 DEEPKERN_INLINE Floats floats_of(Ints bits) { return (Floats)bits; }
