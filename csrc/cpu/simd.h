@@ -23,7 +23,7 @@ typedef int16_t SignedHalves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
-DEEPKERN_INLINE Floats broadcast(float x) { return Floats{} + x; }
+DEEPKERN_INLINE Floats broadcast(float x) { return x - Floats{}; }  // x - 0 is x, also for -0
 DEEPKERN_INLINE Ints broadcast_int(int32_t x) { return Ints{} + x; }
 DEEPKERN_INLINE Ints bits_of(Floats x) { return (Ints)x; }
 DEEPKERN_INLINE Floats floats_of(Ints bits) { return (Floats)bits; }
@@ -211,6 +211,23 @@ DEEPKERN_INLINE Floats exp(Floats x) {
   const Floats result = p * floats_of((half + 127) << 23) * floats_of((whole - half + 127) << 23);
   const Floats tiny = x < -87.3f ? Floats{} : result;
   return x == x ? tiny : x;
+}
+
+// 2^x within 2 units in the last place for x <= 0 (and small positive x); 0 below -125, NaN for NaN.
+DEEPKERN_INLINE Floats exp2_of_negative(Floats x) {
+  // x = n + r with |r| <= 1/2. The low bits of n + magic are n.
+  const Floats bounded = max(broadcast(-125.0f), x);
+  const Floats shifted = bounded + 12582912.0f;  // 1.5 * 2^23
+  const Floats r = bounded - (shifted - 12582912.0f);
+  // Minimax polynomial of 2^r on [-1/2, 1/2].
+  Floats p = broadcast(0.00132647273f);
+  p = fma(p, r, broadcast(0.00967151299f));
+  p = fma(p, r, broadcast(0.0555073358f));
+  p = fma(p, r, broadcast(0.240222424f));
+  p = fma(p, r, broadcast(0.693147004f));
+  p = fma(p, r, broadcast(1.0f));
+  const Floats power = floats_of((bits_of(shifted) << 23) + 0x3F800000);
+  return x < -125.0f ? Floats{} : p * power;
 }
 
 }  // namespace
