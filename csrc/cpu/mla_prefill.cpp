@@ -87,7 +87,8 @@ std::tuple<Tensor, Tensor> mla_prefill(const Tensor& q, const Tensor& k, const T
                         H,
                         H / Hk,
                         causal};
-  const RaggedTiles tiles({cu_seqlens_q, T}, {cu_seqlens_k, k.size(0)}, prefill.group, ROW_BLOCK);
+  const RaggedTiles tiles(ragged_spans({cu_seqlens_q, T}, {cu_seqlens_k, k.size(0)}), prefill.group,
+                          ROW_BLOCK);
   const auto attend = DEEPKERN_DISPATCH(attend);
   const auto count = static_cast<int64_t>(tiles.tiles.size());
   parallel_tasks(

@@ -37,8 +37,8 @@ struct RaggedTiles {
   std::vector<RaggedTile> tiles;  // of a span the last first: with a causal mask it has most keys
   int64_t max_rows = 1, max_others = 1;  // of a span
   int64_t pairs = 0;                     // of a row and a row on the other side
-  RaggedTiles(const Boundaries& cu, const Boundaries& other, int64_t group, int64_t block) {
-    for (const Span& span : ragged_spans(cu, other)) {
+  RaggedTiles(const std::vector<Span>& spans, int64_t group, int64_t block) {
+    for (const Span& span : spans) {
       const int64_t rows = span.size() * group;
       max_rows = std::max(max_rows, rows);
       max_others = std::max(max_others, span.other_size());
