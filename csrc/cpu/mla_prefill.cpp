@@ -14,21 +14,21 @@
 //
 // Source: FlashAttention-2 (arXiv 2307.08691).
 #ifndef DEEPKERN_ISA
+#include "mla_prefill.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
 
-#include "mla_prefill.h"
-
 namespace deepkern {
 namespace {
 
 struct Prefill {
-  HeadRows q, k, v;  // [T, H, Dqk], [Tk, Hk, Dqk], [Tk, Hk, Dv]
-  void* out;         // [T, H, Dv], contiguous
-  float* lse;        // [H, T], contiguous, natural log
-  float score_scale; // softmax_scale * log2(e)
+  HeadRows q, k, v;   // [T, H, Dqk], [Tk, Hk, Dqk], [Tk, Hk, Dv]
+  void* out;          // [T, H, Dv], contiguous
+  float* lse;         // [H, T], contiguous, natural log
+  float score_scale;  // softmax_scale * log2(e)
   int64_t T, H, group;
   bool causal;
 };
@@ -39,23 +39,17 @@ struct PrefillScratch {
       : memory((p.q.width + keys) * padded_width(rows) + 4 * padded_width(rows) +
                std::max(rows, keys) * padded_width(p.q.width) +
                (rows + keys) * padded_width(p.v.width) + 16 * 9),
+        softmax(memory, rows, keys),
         q_transposed(memory.matrix(p.q.width, rows)),
-        scores(memory.matrix(keys, rows)),
         k(memory.matrix(std::max(rows, keys), p.q.width)),
         v(memory.matrix(keys, p.v.width)),
         out(memory.matrix(rows, p.v.width)),
-        row_max(memory.take(padded_width(rows))),
-        row_sum(memory.take(padded_width(rows))),
-        alpha(memory.take(padded_width(rows))),
         limit(reinterpret_cast<int32_t*>(memory.take(padded_width(rows)))) {}
   Scratch memory;
+  OnlineSoftmax softmax;
   Matrix q_transposed;  // [Dqk, rows]
-  Matrix scores;        // [keys, rows], then the weights
   Matrix k, v;          // [keys, Dqk], [keys, Dv]
   Matrix out;           // [rows, Dv], not divided by row_sum yet
-  float* row_max;       // [rows], of the scaled scores, to base 2
-  float* row_sum;
-  float* alpha;         // [rows], what sums up to here are multiplied by
   int32_t* limit;       // [rows], a row attends to the keys below its limit
 };
 
@@ -71,7 +65,8 @@ namespace {
 std::tuple<Tensor, Tensor> mla_prefill(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                        double softmax_scale, bool causal) {
-  const Real type = check_prefill("mla_prefill", q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale);
+  const Real type =
+      check_prefill("mla_prefill", q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale);
   const int64_t T = q.size(0), H = q.size(1), Hk = k.size(1), Dv = v.size(2);
   Tensor out = new_tensor({T, H, Dv}, q.scalar_type());
   Tensor lse = new_tensor({H, T}, ScalarType::Float);
@@ -110,44 +105,12 @@ STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
 }  // namespace
 }  // namespace deepkern
 #else
+#include "online_softmax.h"
 #include "product.h"
 #include "stacked_rows.h"
 
 namespace deepkern::DEEPKERN_ISA {
 namespace {
-
-// The online softmax of LANES rows over `keys` keys: scores become weights. A row attends to the
-// first `limit` of these keys if `masked`.
-template <bool masked>
-DEEPKERN_INLINE void softmax_lanes(const Prefill& p, const PrefillScratch& s, int64_t row,
-                                   int64_t keys, Ints limit) {
-  const Floats minus_infinity = broadcast(-std::numeric_limits<float>::infinity());
-  float* scores = s.scores.data + row;
-  Floats largest = minus_infinity;
-  for (int64_t i = 0; i < keys; ++i) {
-    Floats score = load_vector<Floats>(scores + i * s.scores.stride);
-    if (masked) score = broadcast_int(i) < limit ? score : minus_infinity;
-    largest = max(largest, score);
-  }
-  // The scale is at least 0, so it can multiply the maximum.
-  largest = largest == minus_infinity ? largest : largest * p.score_scale;
-  const Floats old_max = load_vector<Floats>(s.row_max + row);
-  const Floats new_max = max(old_max, largest);
-  const Floats finite_max = new_max == minus_infinity ? Floats{} : new_max;  // no key yet
-  const Floats alpha = exp2_of_negative(old_max - finite_max);
-  Floats sum = load_vector<Floats>(s.row_sum + row) * alpha;
-  const Floats scale = broadcast(p.score_scale);
-  for (int64_t i = 0; i < keys; ++i) {
-    const Floats score = load_vector<Floats>(scores + i * s.scores.stride);
-    Floats weight = exp2_of_negative(fma(score, scale, -finite_max));
-    if (masked) weight = broadcast_int(i) < limit ? weight : Floats{};
-    store_vector(scores + i * s.scores.stride, weight);
-    sum += weight;
-  }
-  store_vector(s.row_max + row, new_max);
-  store_vector(s.row_sum + row, sum);
-  store_vector(s.alpha + row, alpha);
-}
 
 // out and the softmax of `rows` rows after the keys [first, first + keys) of the sequence.
 void attend_to_keys(const Prefill& p, const PrefillScratch& s, int64_t rows, int64_t first,
@@ -160,20 +123,23 @@ void attend_to_keys(const Prefill& p, const PrefillScratch& s, int64_t rows, int
   const bool masked = visible(0) < keys;
   for (int64_t row = 0; row < rows; row += TILE_COLUMNS) {
     product<Left::rows>(visible(row + TILE_COLUMNS - 1), TILE_COLUMNS, p.q.width, s.k,
-                        s.q_transposed.from(0, row), s.scores.from(0, row), Into::overwrite);
+                        s.q_transposed.from(0, row), s.softmax.scores.from(0, row),
+                        Into::overwrite);
   }
   for (int64_t row = 0; row < rows; row += LANES) {
     if (masked) {
-      softmax_lanes<true>(p, s, row, keys, load_vector<Ints>(s.limit + row) - int32_t(first));
+      const Ints limit = load_vector<Ints>(s.limit + row) - int32_t(first);
+      softmax_lanes<true, false>(s.softmax, row, keys, p.score_scale, limit);
     } else {
-      softmax_lanes<false>(p, s, row, keys, Ints{});
+      softmax_lanes<false, false>(s.softmax, row, keys, p.score_scale);
     }
   }
   const int64_t step = masked ? 2 * TILE_ROWS : rows;
   for (int64_t row = 0; row < rows; row += step) {
     const int64_t count = std::min(step, rows - row);
-    product<Left::transposed>(count, p.v.width, visible(row + count - 1), s.scores.from(0, row),
-                              s.v, s.out.from(row, 0), Into::add, s.alpha + row);
+    product<Left::transposed>(count, p.v.width, visible(row + count - 1),
+                              s.softmax.scores.from(0, row), s.v, s.out.from(row, 0), Into::add,
+                              s.softmax.alpha + row);
   }
 }
 
@@ -181,11 +147,11 @@ template <Real type>
 void store_out(const Prefill& p, const StackedRows& rows, const PrefillScratch& s) {
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t query = rows.query(i), head = rows.head(i);
-    const float sum = s.row_sum[i];
+    const float sum = s.softmax.row_sum[i];
     store_row<type>(p.out, (query * p.H + head) * p.v.width, p.v.width, s.out.row(i),
                     1.0f / (sum == 0.0f ? 1.0f : sum));
     p.lse[head * p.T + query] = sum == 0.0f ? -std::numeric_limits<float>::infinity()
-                                            : (s.row_max[i] + std::log2(sum)) * float(LN_2);
+                                            : (s.softmax.row_max[i] + std::log2(sum)) * float(LN_2);
   }
 }
 
@@ -194,9 +160,8 @@ void attend(const Prefill& p, const RaggedTile& tile, int64_t kv_head, PrefillSc
   const int64_t padded = ceil_div(rows.count, TILE_COLUMNS) * TILE_COLUMNS;
   load_stacked_rows(p.q, rows, s.k);
   transpose(rows.count, p.q.width, s.k, s.q_transposed);
+  start_softmax(s.softmax, padded);
   for (int64_t i = 0; i < padded; ++i) {
-    s.row_max[i] = -std::numeric_limits<float>::infinity();
-    s.row_sum[i] = 0.0f;
     s.limit[i] = rows.visible_keys(std::min(i, rows.count - 1), p.causal);
   }
   std::memset(s.out.data, 0, rows.count * s.out.stride * sizeof(float));

@@ -18,7 +18,8 @@ inline Real check_prefill(const char* op, const Tensor& q, const Tensor& k, cons
   arguments.check("v", v, q.scalar_type(), {k.size(0), Hk, -1});
   arguments.check("cu_seqlens_q", cu_seqlens_q, ScalarType::Int, {-1});
   arguments.check("cu_seqlens_k", cu_seqlens_k, ScalarType::Int, {cu_seqlens_q.size(0)});
-  arguments.require(Hk == 0 ? H == 0 : H % Hk == 0, "k", "a number of heads that divides that of q");
+  arguments.require(Hk == 0 ? H == 0 : H % Hk == 0, "k",
+                    "a number of heads that divides that of q");
   arguments.require(cu_seqlens_q.size(0) > 0, "cu_seqlens_q", "at least one boundary");
   arguments.require(softmax_scale >= 0, "softmax_scale", "a number >= 0");
   arguments.require(q.size(0) < 1 << 30, "q", "fewer than 2^30 rows");

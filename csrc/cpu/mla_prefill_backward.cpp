@@ -9,9 +9,9 @@
 //
 // Parallelization: a task is one sequence and one head of k and v. It loops over tiles of rows and
 // over the keys of each: five products per tile. If there are too few such tasks for the threads, a
-// task is either a tile of rows, for grad_q, or a tile of keys, for grad_k and grad_v, and a tile of
-// scores is computed twice: seven products. Both add the same tiles in the same order, so the bits
-// do not depend on the choice.
+// task is either a tile of rows, for grad_q, or a tile of keys, for grad_k and grad_v, and a tile
+// of scores is computed twice: seven products. Both add the same tiles in the same order, so the
+// bits do not depend on the choice.
 //
 // Limit: FMA units.
 //
@@ -30,8 +30,8 @@ namespace {
 
 struct PrefillBackward {
   HeadRows grad_out, q, k, v, out;
-  const float* lse;       // [H, T], natural log
-  const float* grad_lse;  // [H, T], or null
+  const float* lse;                     // [H, T], natural log
+  const float* grad_lse;                // [H, T], or null
   int64_t lse_stride, grad_lse_stride;  // from a head to the next
   float* delta;                         // [H, T], contiguous
   void *grad_q, *grad_k, *grad_v;       // contiguous
@@ -103,8 +103,8 @@ bool use_whole_sequences(const PrefillBackward& p, const std::vector<Span>& quer
   }
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t floats = most_keys * (padded_width(p.q.width) + padded_width(p.v.width));
-  return floats <= WHOLE_GRADIENT && double(most_pairs) * double(5 * threads) <=
-                                         double(pairs) * double(7 * p.Hk);
+  return floats <= WHOLE_GRADIENT &&
+         double(most_pairs) * double(5 * threads) <= double(pairs) * double(7 * p.Hk);
 }
 
 void compute_gradients(const PrefillBackward& p, const Boundaries& cu_q, const Boundaries& cu_k) {
@@ -126,7 +126,8 @@ void compute_gradients(const PrefillBackward& p, const Boundaries& cu_q, const B
   const int64_t num_row_tasks = num_row_tiles * p.Hk;
   const int64_t num_key_tasks = whole ? 0 : num_key_tiles * p.Hk;
   parallel_tasks(
-      num_row_tasks + num_key_tasks, double(row_tiles.pairs) * double(p.Hk * (p.q.width + p.v.width)),
+      num_row_tasks + num_key_tasks,
+      double(row_tiles.pairs) * double(p.Hk * (p.q.width + p.v.width)),
       [&] {
         const int64_t most_keys = key_tiles.max_rows, tile_keys = std::min(KEY_BLOCK, most_keys);
         return BackwardScratch(p, std::min(ROW_BLOCK, row_tiles.max_rows), tile_keys,
@@ -320,11 +321,12 @@ void clear(Matrix x, int64_t rows) { std::memset(x.data, 0, rows * x.stride * si
 
 void store_keys(const PrefillBackward& p, int64_t first, int64_t kv_head, int64_t keys,
                 const BackwardScratch& s) {
-  DEEPKERN_FOR_REAL(p.q.type, for (int64_t i = 0; i < keys; ++i) {
-    const int64_t row = (first + i) * p.Hk + kv_head;
-    store_row<type>(p.grad_k, row * p.q.width, p.q.width, s.grad_k.row(i), p.softmax_scale);
-    store_row<type>(p.grad_v, row * p.v.width, p.v.width, s.grad_v.row(i), 1.0f);
-  });
+  DEEPKERN_FOR_REAL(
+      p.q.type, for (int64_t i = 0; i < keys; ++i) {
+        const int64_t row = (first + i) * p.Hk + kv_head;
+        store_row<type>(p.grad_k, row * p.q.width, p.q.width, s.grad_k.row(i), p.softmax_scale);
+        store_row<type>(p.grad_v, row * p.v.width, p.v.width, s.grad_v.row(i), 1.0f);
+      });
 }
 
 // grad_q of the rows of `tile`; with_keys: the tile is a sequence, and its grad_k and grad_v, too.
@@ -335,7 +337,8 @@ void sequence_gradients(const PrefillBackward& p, const RaggedTile& tile, int64_
   const Span keys_span{span.other_begin, span.other_end, span.begin, span.end};
   if (with_keys) clear(s.grad_k, span.other_size()), clear(s.grad_v, span.other_size());
   for (int64_t first_row = 0; first_row < tile.count; first_row += ROW_BLOCK) {
-    const RaggedTile part{span, tile.first + first_row, std::min(ROW_BLOCK, tile.count - first_row)};
+    const RaggedTile part{span, tile.first + first_row,
+                          std::min(ROW_BLOCK, tile.count - first_row)};
     const StackedRows rows(part, kv_head, p.group);
     load_tile_rows(p, rows, s);
     clear(s.grad_q, rows.count);
@@ -348,10 +351,11 @@ void sequence_gradients(const PrefillBackward& p, const RaggedTile& tile, int64_
       gradients.add_to_queries();
       if (with_keys) gradients.add_to_keys(s.grad_k.from(first, 0), s.grad_v.from(first, 0));
     }
-    DEEPKERN_FOR_REAL(p.q.type, for (int64_t i = 0; i < rows.count; ++i) {
-      const int64_t row = rows.query(i) * p.H + rows.head(i);
-      store_row<type>(p.grad_q, row * p.q.width, p.q.width, s.grad_q.row(i), p.softmax_scale);
-    });
+    DEEPKERN_FOR_REAL(
+        p.q.type, for (int64_t i = 0; i < rows.count; ++i) {
+          const int64_t row = rows.query(i) * p.H + rows.head(i);
+          store_row<type>(p.grad_q, row * p.q.width, p.q.width, s.grad_q.row(i), p.softmax_scale);
+        });
   }
   if (with_keys) store_keys(p, span.other_begin, kv_head, span.other_size(), s);
 }

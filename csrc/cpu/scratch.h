@@ -51,6 +51,20 @@ class Scratch {
   float* next_;
 };
 
+// An online softmax: of rows of scores, over keys that come a tile at a time.
+struct OnlineSoftmax {
+  static int64_t floats(int64_t rows, int64_t keys) { return (keys + 3) * padded_width(rows); }
+  OnlineSoftmax(Scratch& memory, int64_t rows, int64_t keys)
+      : scores(memory.matrix(keys, rows)),
+        row_max(memory.take(padded_width(rows))),
+        row_sum(memory.take(padded_width(rows))),
+        alpha(memory.take(padded_width(rows))) {}
+  Matrix scores;   // [keys, rows] of a tile, then the weights
+  float* row_max;  // [rows], of the scaled scores, to base 2
+  float* row_sum;  // [rows], of the weights
+  float* alpha;    // [rows], sums over the preceding keys must be multiplied by it
+};
+
 // Calls task(i, state) for every i in [0, count) with the state of its thread, new_state(). Threads
 // take the tasks in order, one at a time. Less than `work` >= 64K operations use one thread.
 template <class NewState, class Task>
@@ -60,7 +74,8 @@ void parallel_tasks(int64_t count, double work, const NewState& new_state, const
     auto state = new_state();
     for (int64_t i = next++; i < count; i = next++) task(i, state);
   };
-  const auto threads = std::min<int64_t>(count, work < 65536 ? 1 : torch::stable::get_num_threads());
+  const auto threads =
+      std::min<int64_t>(count, work < 65536 ? 1 : torch::stable::get_num_threads());
   if (threads <= 1) return run(0, 1);
   torch::stable::parallel_for(0, threads, 1, run);
 }

@@ -27,16 +27,17 @@ struct StackedRows {
 };
 
 inline void load_stacked_rows(const HeadRows& x, const StackedRows& rows, Matrix out) {
-  DEEPKERN_FOR_REAL(x.type, for (int64_t i = 0; i < rows.count; ++i) {
-    load_row<type>(x.data, x.at(rows.query(i), rows.head(i)), x.width, out.row(i));
-  });
+  DEEPKERN_FOR_REAL(
+      x.type, for (int64_t i = 0; i < rows.count; ++i) {
+        load_row<type>(x.data, x.at(rows.query(i), rows.head(i)), x.width, out.row(i));
+      });
 }
 
 // Rows [first, first + count) of one head.
 inline void load_rows(const HeadRows& x, int64_t first, int64_t head, int64_t count, Matrix out) {
-  DEEPKERN_FOR_REAL(x.type, for (int64_t i = 0; i < count; ++i) {
-    load_row<type>(x.data, x.at(first + i, head), x.width, out.row(i));
-  });
+  DEEPKERN_FOR_REAL(
+      x.type, for (int64_t i = 0; i < count;
+                   ++i) { load_row<type>(x.data, x.at(first + i, head), x.width, out.row(i)); });
 }
 
 }  // namespace
