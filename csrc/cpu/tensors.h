@@ -11,9 +11,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <vector>
+
+#if defined(DEEPKERN_OWN_THREADS)
+#include <thread>
+#endif
 
 #include "../arguments.h"
 #include "real.h"
@@ -82,6 +87,10 @@ struct Arguments {
   }
 };
 
+// Whether new_tensor fills tensors with bytes 0xFF, which are NaN in every floating-point type, so
+// that tests see what an op leaves unwritten. testing/compare.py sets it.
+extern bool poison_new_tensors;
+
 // An uninitialized contiguous CPU tensor. Faster than torch::stable::new_empty, which dispatches.
 inline Tensor new_tensor(const int64_t* shape, int64_t rank, ScalarType dtype) {
   int64_t strides[16], stride = 1;
@@ -94,7 +103,11 @@ inline Tensor new_tensor(const int64_t* shape, int64_t rank, ScalarType dtype) {
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       rank, shape, strides, type, aoti_torch_device_type_cpu(), 0, &result));
-  return Tensor(result);
+  Tensor tensor(result);
+  if (poison_new_tensors && tensor.numel() > 0) {
+    std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());
+  }
+  return tensor;
 }
 
 inline Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
@@ -124,12 +137,29 @@ struct RealRows {
   int64_t stride;  // elements from a row to the next
 };
 
-// Calls function(first, last) for ranges of [0, count) in parallel. A task gets at least about
-// 32K values of `values_per_item`.
+// Calls function(first, last) for ranges of [0, count) on several threads; a range has at least
+// `grain` items. A build for ThreadSanitizer starts threads of its own: the sanitizer does not see
+// how torch's thread pool synchronizes.
+template <class Function>
+void parallel_for(int64_t count, int64_t grain, const Function& function) {
+#if defined(DEEPKERN_OWN_THREADS)
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t step = std::max(std::max<int64_t>(1, grain), ceil_div(count, threads));
+  std::vector<std::thread> workers;
+  for (int64_t first = 0; first < count; first += step) {
+    workers.emplace_back(function, first, std::min(count, first + step));
+  }
+  for (std::thread& worker : workers) worker.join();
+#else
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, grain), function);
+#endif
+}
+
+// The same for items that cost as much as moving `values_per_item` values: a range has at least
+// about 32K values.
 template <class Function>
 void parallel_ranges(int64_t count, int64_t values_per_item, const Function& function) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, values_per_item));
-  torch::stable::parallel_for(0, count, grain, function);
+  parallel_for(count, (1 << 15) / std::max<int64_t>(1, values_per_item), function);
 }
 
 }  // namespace deepkern
