@@ -77,7 +77,7 @@ void parallel_tasks(int64_t count, double work, const NewState& new_state, const
   const auto threads =
       std::min<int64_t>(count, work < 65536 ? 1 : torch::stable::get_num_threads());
   if (threads <= 1) return run(0, 1);
-  torch::stable::parallel_for(0, threads, 1, run);
+  parallel_for(threads, 1, run);
 }
 
 }  // namespace deepkern

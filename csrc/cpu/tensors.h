@@ -74,8 +74,9 @@ struct Arguments {
 
   void check_last_stride(const char* argument, const Tensor& x) const {
     const int64_t last = x.dim() - 1;
-    STD_TORCH_CHECK(x.dim() == 0 || x.size(last) <= 1 || x.stride(last) == 1, op, ": ", argument,
-                    ": expected stride 1 in the last dimension, got ", x.stride(last));
+    STD_TORCH_CHECK(x.dim() == 0 || x.size(last) <= 1 || x.stride(last) == 1 || x.numel() == 0, op,
+                    ": ", argument, ": expected stride 1 in the last dimension, got ",
+                    x.stride(last));
   }
 
   // Whether `text` is `yes`; an error if it is neither `yes` nor `no`.
@@ -101,8 +102,8 @@ inline Tensor new_tensor(const int64_t* shape, int64_t rank, ScalarType dtype) {
   }
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      rank, shape, strides, type, aoti_torch_device_type_cpu(), 0, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, shape, strides, type,
+                                                  aoti_torch_device_type_cpu(), 0, &result));
   Tensor tensor(result);
   if (poison_new_tensors && tensor.numel() > 0) {
     std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());
