@@ -98,13 +98,15 @@ DEEPKERN_INLINE void store_row(void* out, int64_t offset, int64_t width, const f
   for (; i < width; ++i) deepkern::store<type>(out, offset + i, x[i] * factor);
 }
 
-DEEPKERN_INLINE void transpose_8x8(Matrix x, Matrix out) {
+// `row`: 8 pointers to 8 floats.
+DEEPKERN_INLINE void transpose_8x8(const float* const* row, int64_t column, Matrix out) {
 #if defined(DEEPKERN_AVX512) || defined(DEEPKERN_AVX2)
-  __m256 row[8], pair[8], quad[8];
-  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(x.data + i * x.stride);
+  __m256 pair[8], quad[8];
   for (int i = 0; i < 8; i += 2) {  // columns 0, 1, 4, 5 and 2, 3, 6, 7 of two rows
-    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
-    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    const __m256 even = _mm256_loadu_ps(row[i] + column);
+    const __m256 odd = _mm256_loadu_ps(row[i + 1] + column);
+    pair[i] = _mm256_unpacklo_ps(even, odd);
+    pair[i + 1] = _mm256_unpackhi_ps(even, odd);
   }
   for (int i = 0; i < 8; i += 4) {  // columns i and i + 4 of four rows
     for (int j = 0; j < 2; ++j) {
@@ -115,29 +117,27 @@ DEEPKERN_INLINE void transpose_8x8(Matrix x, Matrix out) {
   for (int i = 0; i < 4; ++i) {
     const __m256 low = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
     const __m256 high = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
-    _mm256_storeu_ps(out.data + i * out.stride, low);
-    _mm256_storeu_ps(out.data + (i + 4) * out.stride, high);
+    _mm256_storeu_ps(out.row(i), low);
+    _mm256_storeu_ps(out.row(i + 4), high);
   }
 #else
   for (int c = 0; c < 8; ++c) {
-    for (int r = 0; r < 8; ++r) out.data[c * out.stride + r] = x.data[r * x.stride + c];
+    for (int r = 0; r < 8; ++r) out.row(c)[r] = row[r][column + c];
   }
 #endif
 }
 
-// out[c, r] = x[r, c] for [rows, columns] of x. Writes zeros up to a multiple of TILE_COLUMNS rows.
+// out[c, r] = x[r, c] for [rows, columns] of x, rows > 0. Columns of out up to a multiple of
+// TILE_COLUMNS repeat the last row.
 inline void transpose(int64_t rows, int64_t columns, Matrix x, Matrix out) {
-  constexpr int BLOCK = 8;
-  const int64_t padded = (rows + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
-  for (int64_t r = 0; r < padded; r += BLOCK) {
+  const int64_t padded = ceil_div(rows, TILE_COLUMNS) * TILE_COLUMNS;
+  for (int64_t r = 0; r < padded; r += 8) {
+    const float* row[8];
+    for (int64_t i = 0; i < 8; ++i) row[i] = x.row(std::min(r + i, rows - 1));
     int64_t c = 0;
-    if (r + BLOCK <= rows) {
-      for (; c + BLOCK <= columns; c += BLOCK) transpose_8x8(x.from(r, c), out.from(c, r));
-    }
+    for (; c + 8 <= columns; c += 8) transpose_8x8(row, c, out.from(c, r));
     for (; c < columns; ++c) {
-      for (int64_t i = r; i < r + BLOCK; ++i) {
-        out.from(c, i).data[0] = i < rows ? x.from(i, c).data[0] : 0.0f;
-      }
+      for (int i = 0; i < 8; ++i) out.row(c)[r + i] = row[i][c];
     }
   }
 }
