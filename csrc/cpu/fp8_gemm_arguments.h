@@ -49,4 +49,15 @@ inline void set_b(Fp8Product& product, const Tensor& b, const Tensor& scale,
   product.b_k_stride = product.gemm.K <= 1 ? 1 : stride;
 }
 
+// `product` with matrix g of b [groups, N, K].
+inline Fp8Product group_product(const Fp8Product& product, const Tensor& b, const Tensor& scale,
+                                int64_t g) {
+  Fp8Product group = product;
+  group.gemm.b.codes += g * b.stride(0);
+  group.gemm.b.scale += g * scale.stride(0);
+  return group;
+}
+
+inline int64_t size_of(Real type) { return type == Real::fp32 ? 4 : 2; }
+
 }  // namespace deepkern

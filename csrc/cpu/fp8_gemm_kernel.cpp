@@ -121,17 +121,23 @@ DEEPKERN_INLINE Floats multiply_codes(const float* a, const uint8_t* const* b, i
   for (int i = 0; i < LANES; ++i) sum[i] = Floats{};
 #pragma GCC unroll 16
   for (int n = 0; n < COLUMNS; ++n) {
-    const uint8_t* codes = b[n] + k;
-    __builtin_prefetch(codes + prefetch);
-    __builtin_prefetch(codes + prefetch + 64);
-    for (int i = 0; i < kBlock; i += 2 * LANES) {
-      const Pair p = widen_raw(codes + i);
+    __builtin_prefetch(b[n] + k + prefetch);
+    __builtin_prefetch(b[n] + k + prefetch + 64);
+  }
+#pragma GCC unroll 1
+  for (int i = 0; i < kBlock; i += 2 * LANES) {
+#pragma GCC unroll 16
+    for (int n = 0; n < COLUMNS; ++n) {
+      const Pair p = widen_raw(b[n] + k + i);
+      const float* row = a + i;
+      // For GCC these are other addresses. Otherwise it loads all rows before the first column,
+      // for which there are too few registers.
+      if (ROWS > 1) asm volatile("" : "+r"(row));
 #pragma GCC unroll 4
       for (int m = 0; m < ROWS; ++m) {
-        const float* row = a + m * kBlock + i;
         Floats& s = sum[m * COLUMNS + n];
-        s = fma(load_vector<Floats>(row), p.first, s);
-        s = fma(load_vector<Floats>(row + LANES), p.second, s);
+        s = fma(load_vector<Floats>(row + m * kBlock), p.first, s);
+        s = fma(load_vector<Floats>(row + m * kBlock + LANES), p.second, s);
       }
     }
   }
