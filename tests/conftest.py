@@ -11,6 +11,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Must be set before deepkern imports Triton: without a GPU its kernels run interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("DEEPKERN_POISON", "1")  # as poisoned_memory, in the native CPU ops
 # Error messages of commands on one line: their tests must not depend on the width of the terminal.
 os.environ["TERMINAL_WIDTH"] = "500"
 

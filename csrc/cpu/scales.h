@@ -23,7 +23,7 @@ inline ScaleTensor new_scale(const Tensor& x, std::vector<int64_t> shape, int64_
                              bool by_column) {
   const int64_t blocks = shape.back();
   if (!by_column || shape.size() == 1) {
-    Tensor scale = torch::stable::new_empty(x, shape, ScalarType::Float);
+    Tensor scale = empty_tensor(shape, ScalarType::Float);
     float* data = static_cast<float*>(scale.mutable_data_ptr());
     return {scale, data, std::max<int64_t>(M, 1), 0, blocks, 1};
   }
