@@ -42,7 +42,6 @@ namespace {
 
 constexpr int64_t MAX_FEW_ROWS = 12;  // from there on, widening into a panel is faster
 constexpr int PANEL_COLUMNS = 2 * LANES;
-constexpr int64_t PREFETCH = 512;  // bytes along a row of B
 
 // Two vectors of floats.
 struct Pair {
@@ -144,36 +143,42 @@ DEEPKERN_INLINE Floats multiply_codes(const float* a, const uint8_t* const* b, i
   return sums_of_lanes(sum);
 }
 
-// Bytes from a block of a row of B to the address to prefetch: further along the row, or near its
-// end the start of the row that is `columns` rows further, which is read next. The address may be
-// outside B.
-DEEPKERN_INLINE int64_t prefetch_distance(const Strip& s, int64_t k, int64_t columns) {
-  return k + PREFETCH < s.K ? PREFETCH : PREFETCH + columns * s.b_row_stride - s.K;
+// Where the columns of a tile continue after `columns` columns: bytes from a code in this chunk of
+// K to the code to prefetch. The address may be outside B.
+DEEPKERN_INLINE int64_t prefetch_distance(const Strip& s, int64_t n, int64_t columns, int64_t chunk,
+                                          int64_t chunk_size) {
+  if (n + columns < STRIP_COLUMNS) return columns * s.b_row_stride;
+  if (chunk + chunk_size < s.K) {
+    return (columns - STRIP_COLUMNS) * s.b_row_stride + chunk_size;
+  }
+  return columns * s.b_row_stride - chunk;  // the next strip
 }
 
-// The blocks of K are the outer loop: a block of A, 512 bytes per row, stays in the L1 cache.
+// A chunk of A, 2 KB per row, stays in the L1 cache. A column of B is read a chunk at a time:
+// reading all columns of a block would map to few sets of the cache if K is a multiple of 1024.
 template <int ROWS>
 void multiply_few_rows(const Strip& s) {
   constexpr int COLUMNS = LANES / ROWS;
+  constexpr int64_t CHUNK = 4 * kBlock, AHEAD = std::max(COLUMNS, 8);
   const auto* a = static_cast<const float*>(s.a);
   PaddedBlock padded;
   std::fill(s.sums, s.sums + s.rows * STRIP_COLUMNS, 0.0f);
-  for (int64_t j = 0; j * kBlock < s.K; ++j) {
-    const uint8_t* const* b = s.b;
-    int64_t k = j * kBlock;
-    const int64_t prefetch = prefetch_distance(s, k, STRIP_COLUMNS);
-    if (k + kBlock > s.K) {
-      b = padded.copy(b, STRIP_COLUMNS, k, s.K);
-      k = 0;
-    }
+  for (int64_t chunk = 0; chunk < s.K; chunk += CHUNK) {
+    const int64_t end = std::min(chunk + CHUNK, s.K);
     for (int64_t n = 0; n < STRIP_COLUMNS; n += COLUMNS) {
-      for (int64_t m = 0; m < s.rows; m += ROWS) {
-        const Floats block =
-            multiply_codes<ROWS>(a + (j * s.rows + m) * kBlock, b + n, k, prefetch);
-        const Floats scale =
-            tile_scale<ROWS>(s.a_scale + j * s.rows + m, s.b_scale + j * STRIP_COLUMNS + n);
-        float* sums = s.sums + m * STRIP_COLUMNS + n * ROWS;
-        store_vector(sums, fma(block, scale, load_vector<Floats>(sums)));
+      const int64_t prefetch = prefetch_distance(s, n, AHEAD, chunk, CHUNK);
+      for (int64_t k = chunk; k < end; k += kBlock) {
+        const int64_t j = k / kBlock;
+        const bool partial = k + kBlock > s.K;
+        const uint8_t* const* b = partial ? padded.copy(s.b + n, COLUMNS, k, s.K) : s.b + n;
+        for (int64_t m = 0; m < s.rows; m += ROWS) {
+          const Floats block = multiply_codes<ROWS>(a + (j * s.rows + m) * kBlock, b,
+                                                    partial ? 0 : k, m == 0 ? prefetch : 0);
+          const Floats scale =
+              tile_scale<ROWS>(s.a_scale + j * s.rows + m, s.b_scale + j * STRIP_COLUMNS + n);
+          float* sums = s.sums + m * STRIP_COLUMNS + n * ROWS;
+          store_vector(sums, fma(block, scale, load_vector<Floats>(sums)));
+        }
       }
     }
   }
@@ -297,7 +302,8 @@ void multiply_many_rows(const Strip& s) {
   std::fill(s.sums, s.sums + s.rows * STRIP_COLUMNS, 0.0f);
   const int64_t tiles = (s.rows + 5) / 6;
   for (int64_t j = 0; j * kBlock < s.K; ++j) {
-    const int64_t k = j * kBlock, prefetch = prefetch_distance(s, k, STRIP_COLUMNS);
+    const int64_t k = j * kBlock;
+    const int64_t prefetch = k + kBlock < s.K ? kBlock : STRIP_COLUMNS * s.b_row_stride - k;
     for (int64_t n = 0; n < STRIP_COLUMNS; ++n) {
       __builtin_prefetch(s.b[n] + k + prefetch);
       __builtin_prefetch(s.b[n] + k + prefetch + 64);
