@@ -255,8 +255,9 @@ void multiply_panel(const float* a, const float* panel, const float* a_scale, co
   for (int i = 0; i < LANES; ++i) {
 #pragma GCC unroll 6
     for (int m = 0; m < ROWS; ++m) sum[m][0] = sum[m][1] = Floats{};
-#pragma GCC unroll 2
-    for (int k = i; k < kBlock; k += LANES) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kBlock / LANES; ++j) {
+      const int k = i + j * LANES;
       const Floats b0 = load_vector<Floats>(panel + k * PANEL_COLUMNS);
       const Floats b1 = load_vector<Floats>(panel + k * PANEL_COLUMNS + LANES);
 #pragma GCC unroll 6
@@ -313,10 +314,10 @@ void multiply_many_rows(const Strip& s) {
     } else {
       widen_panel(s.b, k, panel);
     }
-    for (int64_t n = 0; n < STRIP_COLUMNS; n += PANEL_COLUMNS) {
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t m = s.rows * t / tiles, rows = s.rows * (t + 1) / tiles - m;
-        const float* a = static_cast<const float*>(s.a) + (j * s.rows + m) * kBlock;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t m = s.rows * t / tiles, rows = s.rows * (t + 1) / tiles - m;
+      const float* a = static_cast<const float*>(s.a) + (j * s.rows + m) * kBlock;
+      for (int64_t n = 0; n < STRIP_COLUMNS; n += PANEL_COLUMNS) {
         const float* b = panel + n * kBlock;
         const float* a_scale = s.a_scale + j * s.rows + m;
         const float* b_scale = s.b_scale + j * STRIP_COLUMNS + n;
