@@ -24,11 +24,12 @@ PYTEST = $(PY) -m pytest $(shell $(PY) -c "import importlib.util as u; \
 	print('-n $(JOBS) --dist worksteal' if u.find_spec('xdist') else '', \
 	'--timeout 600' if u.find_spec('pytest_timeout') else '')" 2>/dev/null)
 
-.PHONY: help setup run test check proof lint format docs wheel clean
+.PHONY: help setup run test check proof sanitize lint format docs wheel clean
 help:
 	@echo "make run      check every op, time it, run the model, and say whether all agree"
 	@echo "make test     every op and backend at chosen shapes (goal: 10 minutes)"
 	@echo "make proof    all tiles, schedules, planted bugs, fuzzing (goal: 30 minutes)"
+	@echo "make sanitize the native CPU ops under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make check    lint and the fast tests (under 3 minutes)"
 	@echo "make setup    the virtual environment, the dependencies and the C++ parts"
 	@echo "make docs     the HTML site of docs/, in build/site"
@@ -66,6 +67,20 @@ test: setup
 
 proof: setup
 	$(PYTEST) -m proof
+
+# The package in build/sanitize is links to this one, with another _C. TESTS=... runs other tests.
+TESTS ?= tests/cpu tests/test_every_op.py
+sanitize: sanitize-address sanitize-thread
+sanitize-%: setup
+	rm -rf build/sanitize/$*/path && mkdir -p build/sanitize/$*/path
+	cp -rs $(CURDIR)/kernels/deepkern build/sanitize/$*/path/
+	rm -f build/sanitize/$*/path/deepkern/_C*.so
+	DEEPKERN_SANITIZE=$* $(PY) setup.py --quiet build_ext --build-lib build/sanitize/$*/path \
+	  --build-temp build/sanitize/$*/objects
+	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+	  PYTHONPATH=$(CURDIR)/build/sanitize/$*/path:$(CURDIR) DEEPKERN_SANITIZED=$* \
+	  LD_PRELOAD=$$($(CXX) -print-file-name=lib$(if $(filter address,$*),asan,tsan).so) \
+	  $(PY) -m pytest -q -p no:cacheprovider -o pythonpath= -m "not gpu" -k cpu $(TESTS)
 
 check: lint
 	$(PYTEST) -m "not slow and not gpu and not proof"

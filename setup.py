@@ -7,6 +7,8 @@ cannot be built is left out: the build prints the reason, the package reports it
 the other backends work.
 DEEPKERN_REQUIRE_NATIVE=1 makes that an error. DEEPKERN_BUILD_CUDA=0 leaves the Hopper kernels out,
 1 makes it an error if they cannot be built, auto (the default) builds them if nvcc is found.
+DEEPKERN_SANITIZE=address or thread builds deepkern._C alone, without the Hopper kernels, for
+`make sanitize`: with AddressSanitizer and UndefinedBehaviorSanitizer, or with ThreadSanitizer.
 """
 
 import hashlib
@@ -32,6 +34,15 @@ FLAGS += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
 # is about intrinsics of GCC 12 whose undefined lanes are not used.
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
+
+SANITIZE = os.environ.get("DEEPKERN_SANITIZE")
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+if SANITIZE:
+    FLAGS += [*SANITIZERS[SANITIZE], "-O1", "-g1", "-fno-omit-frame-pointer"]
+    os.environ["DEEPKERN_BUILD_CUDA"] = "0"
 
 NVCC_FLAGS = ["-gencode", "arch=compute_90a,code=sm_90a", "-O3", "-std=c++17", "--fmad=false"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -122,9 +133,13 @@ def native_ops() -> Extension:
         depends=sorted(str(p) for p in Path("csrc").rglob("*.[hc]*")),
         include_dirs=["csrc"],
         # The stable ABI of torch 2.11, the oldest supported version.
-        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020b000000000000"),
+            *([("DEEPKERN_OWN_THREADS", "1")] if SANITIZE == "thread" else []),
+        ],
         extra_compile_args=[*FLAGS, *system_include(str(root / "include"))],
         # No rpath: the package imports torch first, which loads these libraries.
+        extra_link_args=SANITIZERS.get(SANITIZE, []),
         library_dirs=[str(root / "lib")],
         libraries=["torch", "torch_cpu", "c10"],
         language="c++",
@@ -186,6 +201,8 @@ def extensions() -> list[Extension]:
         return []
     os.environ["CXX"] = compiler
 
+    if SANITIZE:
+        return [native_ops()]
     # Triton, whose kernels the machine executes, is for Linux.
     parts = [native_ops(), *([ptx_machine()] if sys.platform == "linux" else [])]
     headers = Path(sysconfig.get_path("include"), "Python.h")

@@ -4,8 +4,8 @@
     x = x + attention(norm(x));  x = x + mlp_or_experts(norm(x))        for every layer
     logits = head(norm(x))
 
-The file reads from top to bottom: precision, weights, rotary embedding, norm and linear, latent
-cache, attention, MLP and experts, layer, model.  `model/plain.py` defines the same model in plain
+The file reads from top to bottom: norm and linear, latent cache, attention, MLP and experts,
+layer, model.  `model/plain.py` defines the same model in plain
 PyTorch; tests compare the two.  Shapes use B sequences, S new tokens of each, M = B·S rows, H heads
 and R = `kv_lora_rank`.  Module names are those of the Hugging Face checkpoint.
 
@@ -21,8 +21,6 @@ Source: DeepSeek-V3 report (arXiv:2412.19437), section 2, and the released infer
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,68 +30,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deepkern
-from model.checkpoint import Checkpoint, CheckpointError
-from model.config import LATENT_NORM_EPS, Config, yarn_mscale
-
-
-class Precision(NamedTuple):
-    """Number formats and device of a model.
-
-    With `fp8` every `Linear` and every routed expert keeps e4m3 weights with 128x128 scales and
-    casts its input per token.  Otherwise they compute in `dtype`.
-    """
-
-    dtype: torch.dtype = torch.float32
-    device: torch.device | str = "cpu"
-    fp8: bool = False
-
-
-# Weights.  A module starts with random weights.  `load(checkpoint, name)` replaces them; `name` is
-# the module's name in the checkpoint.
-
-Matrix = tuple[Tensor, Tensor | None]  # weight [N, K]; scale of each 128x128 block if it is e4m3
-
-
-def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter without gradient."""
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def random_weight(*shape: int) -> Tensor:
-    """fp32 [..., outputs, inputs], uniform in ±1/sqrt(inputs), the default of nn.Linear."""
-    bound = shape[-1] ** -0.5
-    return torch.empty(shape).uniform_(-bound, bound)
-
-
-def quantize_weight(weight: Tensor, precision: Precision) -> Matrix:
-    """real [..., N, K] -> e4m3 and its scales with `fp8`, else `dtype` and None."""
-    if precision.fp8:
-        return deepkern.cast_per_block(weight)
-    return weight.to(precision.dtype), None
-
-
-def load_real(
-    checkpoint: Checkpoint, name: str, precision: Precision, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Reads a tensor, dequantizes it if it is FP8, and converts it to `dtype` or the model's."""
-    tensor, scale = checkpoint.read(name)
-    tensor, dtype = tensor.to(precision.device), dtype or precision.dtype
-    if scale is None:
-        return tensor.to(dtype)
-    return deepkern.cast_back(tensor, scale.to(precision.device), checkpoint.block, dtype)
-
-
-def load_matrix(checkpoint: Checkpoint, name: str, precision: Precision) -> Matrix:
-    """Reads the weight [N, K] of a Linear: e4m3 and its scales with `fp8`, else real."""
-    if not precision.fp8:
-        return load_real(checkpoint, name, precision), None
-    weight, scale = checkpoint.read(name)
-    if scale is None:
-        return quantize_weight(weight.to(precision.device), precision)
-    if checkpoint.block != (128, 128):
-        file, block = checkpoint.stored[name].file, checkpoint.block
-        raise CheckpointError(f"{file}: tensor {name} is FP8 in blocks of {block}, not 128x128")
-    return weight.to(precision.device), scale.to(precision.device)
+from model.checkpoint import Checkpoint
+from model.config import LATENT_NORM_EPS, Config
+from model.rope import apply_rope, interleave_pairs, rope_cos_sin, rotation
+from model.weights import (
+    Matrix,
+    Precision,
+    concat_rows,
+    frozen,
+    join,
+    load_matrix,
+    load_real,
+    quantize_weight,
+    random_weight,
+)
 
 
 class Weight(nn.Module):
@@ -108,74 +58,20 @@ class Weight(nn.Module):
         self.weight = frozen(load_real(checkpoint, f"{name}.weight", self.precision))
 
 
-# Rotary position embedding.  Position p rotates pair i by the angle p·f_i with f_i =
-# theta^(-2i/rope).  YaRN (arXiv:2309.00071) lowers the frequency of the pairs that turn rarely
-# within the original context, which makes a longer context look like it.
+class Rows(NamedTuple):
+    """Input [M, K] of one or more Linears.
 
-
-def rope_frequencies(config: Config) -> Tensor:
-    """Angle per position of each rotary pair, fp32 [rope/2].
-
-    YaRN keeps the frequency of pairs that turn more than beta_fast times in the original context,
-    divides by `factor` that of pairs that turn less than beta_slow times, and interpolates between.
+    real: [M, K] in the model's dtype.
+    values, scale: e4m3 [M, K] with 1x128 scales fp32 [M, K/128].
     """
-    dim, base, yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
-    pair = torch.arange(0, dim, 2, dtype=torch.float32)
-    frequency = 1.0 / base ** (pair / dim)
-    if not yarn:
-        return frequency
-    original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
 
-    def pair_with_turns(turns: float) -> float:
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low = pair_with_turns(yarn.get("beta_fast") or 32)
-    high = pair_with_turns(yarn.get("beta_slow") or 1)
-    if yarn.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
-    ramp = ramp.clamp(0, 1)
-    return frequency / yarn["factor"] * ramp + frequency * (1 - ramp)
-
-
-def rope_cos_sin(config: Config, length: int) -> Tensor:
-    """[cos | sin] of positions 0 to length - 1, fp32 [length, rope], times YaRN's factor."""
-    frequency = rope_frequencies(config)
-    angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency
-    yarn, scale = config.rope_scaling, 1.0
-    if yarn:
-        scale = yarn.get("attention_factor")
-        if scale is None:
-            all_dim = yarn.get("mscale_all_dim") or 0
-            mscale = yarn.get("mscale") or 1
-            both = bool(yarn.get("mscale") and all_dim)
-            scale = yarn_mscale(yarn["factor"], mscale if both else 1)
-            scale /= yarn_mscale(yarn["factor"], all_dim) if both else 1
-    return torch.cat([angle.cos(), angle.sin()], -1) * scale
-
-
-def interleave_pairs(x: Tensor) -> Tensor:
-    """Moves pairs (i, i + rope/2) of the last dimension to (2i, 2i + 1)."""
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-
-
-def apply_rope(x: Tensor, cos_sin: Tensor, interleave: bool = True) -> Tensor:
-    """Rotates x [B, S, ..., rope] by cos_sin fp32 [S, rope] or [B, S, rope]; keeps x's dtype.
-
-    A pair is two adjacent values (DeepSeek), or values i and i + rope/2 without `interleave`.  The
-    result has adjacent pairs in both cases.
-    """
-    if not interleave:
-        x = interleave_pairs(x)
-    cos_sin = cos_sin.view(*cos_sin.shape[:-1], *(1,) * (x.dim() - 3), cos_sin.shape[-1])
-    cos, sin = cos_sin.chunk(2, -1)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+    real: Tensor
+    values: Tensor
+    scale: Tensor
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, the root in fp32."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32, rounded once."""
 
     def __init__(self, size: int, eps: float, precision: Precision) -> None:
         super().__init__()
@@ -184,44 +80,42 @@ class RMSNorm(nn.Module):
 
     load = Weight.load
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
-
-
-class QuantizedInput(NamedTuple):
-    """Input [M, K] of one or more Linears: e4m3 with 1x128 scales, or real with scale None."""
-
-    values: Tensor
-    scale: Tensor | None
-
-
-def quantize_input(x: Tensor, fp8: bool) -> QuantizedInput:
-    """x real [M, K]; casts it per token with `fp8`."""
-    return QuantizedInput(*deepkern.cast_per_token(x)) if fp8 else QuantizedInput(x, None)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Rows, Tensor]:
+        """Normalizes x + residual, [M, K] each.  Returns the normed rows and the sum."""
+        values, scale, normed, total = deepkern.rmsnorm_cast(x, self.weight, self.eps, residual)
+        return Rows(normed, values, scale), x if total is None else total
 
 
 class Linear(nn.Module):
-    """x·weightᵀ with a weight [N, K] in `dtype`, or in e4m3 with 128x128 scales."""
+    """x·weightᵀ with a weight [N, K] in `dtype`, or in e4m3 with 128x128 scales.
 
-    def __init__(self, inputs: int, outputs: int, precision: Precision) -> None:
+    `parts` names the weights of the checkpoint that one product computes, in the order of their
+    outputs.  Without it the weight has the module's name.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, precision: Precision, parts: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
-        self.precision = precision
+        self.precision, self.parts = precision, parts
         weight, scale = quantize_weight(random_weight(outputs, inputs), precision)
         self.weight = frozen(weight)
         self.register_buffer("scale", scale)
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
-        weight, self.scale = load_matrix(checkpoint, f"{name}.weight", self.precision)
+        parent = name.rpartition(".")[0]
+        names = [f"{parent}.{part}" for part in self.parts] or [name]
+        weights = [load_matrix(checkpoint, f"{n}.weight", self.precision) for n in names]
+        weight, self.scale = concat_rows(weights)
         self.weight = frozen(weight)
 
-    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
-        """x [M, K] -> [M, N] in the model's dtype."""
-        if not isinstance(x, QuantizedInput):
-            x = quantize_input(x, self.precision.fp8)
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        """x [M, K] -> [M, N] in the model's dtype; a real x is cast per token with `fp8`."""
         if self.scale is None:
-            return F.linear(x.values, self.weight)
+            return F.linear(x.real if isinstance(x, Rows) else x, self.weight)
+        values, scale = x[1:] if isinstance(x, Rows) else deepkern.cast_per_token(x)
         dtype = self.precision.dtype
-        return deepkern.fp8_gemm_nt(x.values, x.scale, self.weight, self.scale, out_dtype=dtype)
+        return deepkern.fp8_gemm_nt(values, scale, self.weight, self.scale, out_dtype=dtype)
 
 
 # Latent cache.  It holds per layer and token one latent [R] and one rotated key [rope], for all
@@ -238,6 +132,8 @@ class TokenSlots:
     slots: int64 [B·S], index of each token in the pool, in tokens.
     block_table: int32 [B, P], pages of each sequence.
     cache_seqlens: int32 [B], length of each sequence with the new tokens.
+    cos_sin: fp32 [positions, rope], the table of `rope_cos_sin`.
+    turn: complex64 [B·S, 1, rope/2], the rotation of each token.
     """
 
     shape: tuple[int, int]
@@ -245,6 +141,8 @@ class TokenSlots:
     slots: Tensor
     block_table: Tensor
     cache_seqlens: Tensor
+    cos_sin: Tensor
+    turn: Tensor
 
 
 class LatentCache:
@@ -274,8 +172,8 @@ class LatentCache:
         self.block_table = blocks.view(pages, batch).T.contiguous()
         self.page, self.capacity, self.length = page, pages * page, 0
 
-    def next_slots(self, batch: int, count: int) -> TokenSlots:
-        """Slots of the next `count` tokens of every sequence.
+    def next_slots(self, batch: int, count: int, cos_sin: Tensor) -> TokenSlots:
+        """Slots of the next `count` tokens of every sequence; `cos_sin` as in TokenSlots.
 
         The cache does not change: the caller adds `count` to `length` when all layers have run.
         """
@@ -289,7 +187,11 @@ class LatentCache:
         block = self.block_table[:, position // self.page].long()  # [B, S]
         slots = (block * self.page + position % self.page).flatten()
         seqlens = torch.full((batch,), end, dtype=torch.int32, device=device)
-        return TokenSlots((batch, count), position.repeat(batch), slots, self.block_table, seqlens)
+        positions = position.repeat(batch)
+        turn = rotation(cos_sin[positions])[:, None]
+        return TokenSlots(
+            (batch, count), positions, slots, self.block_table, seqlens, cos_sin, turn
+        )
 
 
 # Multi-head latent attention with absorbed weights.  Keys and values of head h are k = W_uk[h]·c
@@ -318,59 +220,67 @@ class AbsorbedProjection(nn.Module):
         weight = load_real(checkpoint, f"{name}.weight", self.precision)
         self.split(weight.view(self.heads, -1, weight.shape[1]))
 
+    def absorb(self, q_nope: Tensor) -> Tensor:
+        """W_ukᵀ·q: [M, H, nope] -> [M, H, R]."""
+        return torch.bmm(q_nope.transpose(0, 1), self.key).transpose(0, 1)
+
+    def expand(self, latent: Tensor) -> Tensor:
+        """W_uv·latent: [M, H, R] -> [M, H·v]."""
+        out = torch.bmm(latent.transpose(0, 1), self.value.transpose(1, 2))
+        return out.transpose(0, 1).flatten(1)
+
 
 class LatentAttention(nn.Module):
-    """Causal attention of the new tokens over all cached tokens of their sequence."""
+    """Causal attention of the new tokens over all cached tokens of their sequence.
+
+    One product gives what depends on the input alone: `qkv_a_proj` is q_a_proj, or q_proj without
+    `q_lora_rank`, and kv_a_proj_with_mqa.
+    """
 
     def __init__(self, config: Config, precision: Precision) -> None:
         super().__init__()
         self.config, c = config, config
-        self.fp8 = precision.fp8
         queries = c.num_attention_heads * c.qk_head_dim
+        self.first_outputs = c.q_lora_rank or queries
+        parts = "q_a_proj" if c.q_lora_rank else "q_proj", "kv_a_proj_with_mqa"
+        outputs = self.first_outputs + c.cache_width
+        self.qkv_a_proj = Linear(c.hidden_size, outputs, precision, parts)
         if c.q_lora_rank:
-            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, precision)
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS, precision)
             self.q_b_proj = Linear(c.q_lora_rank, queries, precision)
-        else:
-            self.q_proj = Linear(c.hidden_size, queries, precision)
-        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.cache_width, precision)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS, precision)
         self.kv_b_proj = AbsorbedProjection(c, precision)
         self.o_proj = Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, precision)
 
-    def forward(self, x: Tensor, tokens: TokenSlots, cache: Tensor, cos_sin: Tensor) -> Tensor:
+    def forward(self, x: Rows, tokens: TokenSlots, cache: Tensor) -> Tensor:
         """x [B·S, hidden] -> [B·S, hidden]; writes the new tokens to the cache.
 
         cache: [blocks, page, 1, R + rope], this layer's pool.
-        cos_sin: fp32 [positions, rope].
         """
         c = self.config
-        rows = quantize_input(x, self.fp8)
-        self.append_to_cache(self.kv_a_proj_with_mqa(rows), tokens, cache, cos_sin)
+        q, latent_and_key = self.qkv_a_proj(x).split([self.first_outputs, c.cache_width], -1)
+        if c.q_lora_rank:
+            q = self.q_b_proj(self.q_a_layernorm(q)[0])
+        self.append_to_cache(latent_and_key, tokens, cache)
         out, _ = deepkern.mla_decode(
-            self.absorbed_query(rows, tokens, cos_sin),
+            self.absorbed_query(q, tokens),
             cache,
             tokens.block_table,
             tokens.cache_seqlens,
             c.softmax_scale,
             v_head_dim=c.kv_lora_rank,
         )  # [B, S, H, R]
-        out = torch.einsum("bshr,hdr->bshd", out, self.kv_b_proj.value)
-        return self.o_proj(out.reshape(len(x), c.num_attention_heads * c.v_head_dim))
+        return self.o_proj(self.kv_b_proj.expand(out.flatten(0, 1)))
 
-    def absorbed_query(self, x: QuantizedInput, tokens: TokenSlots, cos_sin: Tensor) -> Tensor:
-        """x [B·S, hidden] -> [B, S, H, R + rope]: W_ukᵀ·q_nope, then the rotated q_rope."""
+    def absorbed_query(self, q: Tensor, tokens: TokenSlots) -> Tensor:
+        """q [B·S, H·(nope + rope)] -> [B, S, H, R + rope]: W_ukᵀ·q_nope, the rotated q_rope."""
         c = self.config
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
-        q = q.view(*tokens.shape, c.num_attention_heads, c.qk_head_dim)
+        q = q.view(len(q), c.num_attention_heads, c.qk_head_dim)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        q_latent = torch.einsum("bshd,hdr->bshr", q_nope, self.kv_b_proj.key)
-        cos_sin = cos_sin[tokens.positions].view(*tokens.shape, c.qk_rope_head_dim)
-        return torch.cat([q_latent, apply_rope(q_rope, cos_sin, c.rope_interleave)], -1)
+        q_rope = apply_rope(q_rope, tokens.turn, c.rope_interleave)
+        return torch.cat([self.kv_b_proj.absorb(q_nope), q_rope], -1).unflatten(0, tokens.shape)
 
-    def append_to_cache(
-        self, latent_and_key: Tensor, tokens: TokenSlots, cache: Tensor, cos_sin: Tensor
-    ) -> None:
+    def append_to_cache(self, latent_and_key: Tensor, tokens: TokenSlots, cache: Tensor) -> None:
         """[B·S, R + rope]: normalizes the latent, rotates the key, writes both to their slots."""
         c = self.config
         latent, k_rope = latent_and_key.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
@@ -383,12 +293,13 @@ class LatentAttention(nn.Module):
             tokens.slots,
             norm_weight=self.kv_a_layernorm.weight,
             positions=tokens.positions,
-            cos_sin=cos_sin,
+            cos_sin=tokens.cos_sin,
         )
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, elementwise."""
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of [gate, up] along the last dimension."""
+    gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
@@ -398,14 +309,15 @@ class MLP(nn.Module):
     def __init__(self, size: int, inner: int, precision: Precision) -> None:
         super().__init__()
         self.fp8 = precision.fp8
-        self.gate_proj = Linear(size, inner, precision)
-        self.up_proj = Linear(size, inner, precision)
+        self.gate_up_proj = Linear(size, 2 * inner, precision, ("gate_proj", "up_proj"))
         self.down_proj = Linear(inner, size, precision)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         """[M, hidden] -> [M, hidden]."""
-        rows = quantize_input(x, self.fp8)
-        return self.down_proj(swiglu(self.gate_proj(rows), self.up_proj(rows)))
+        gate_up = self.gate_up_proj(x)
+        if not self.fp8:
+            return self.down_proj(swiglu(gate_up))
+        return self.down_proj(Rows(gate_up, *deepkern.swiglu_cast(gate_up)))
 
 
 class Gate(nn.Module):
@@ -462,7 +374,7 @@ class Experts(nn.Module):
         def read(expert: int, matrix: str) -> Matrix:
             return load_matrix(checkpoint, f"{name}.{expert}.{matrix}.weight", self.precision)
 
-        w13 = [concat_gate_up(read(e, "gate_proj"), read(e, "up_proj")) for e in range(self.count)]
+        w13 = [concat_rows([read(e, "gate_proj"), read(e, "up_proj")]) for e in range(self.count)]
         w2 = [read(e, "down_proj") for e in range(self.count)]
         self.w13 = frozen(join(torch.stack, [weight for weight, _ in w13]))
         self.w2 = frozen(join(torch.stack, [weight for weight, _ in w2]))
@@ -475,36 +387,14 @@ class Experts(nn.Module):
             w = self.w13, self.w13_scale, self.w2, self.w2_scale
             return deepkern.moe_forward(x, weights, indices, *w)
         rows, _, _, counts, handle = deepkern.expert_dispatch(x, indices, self.count)
-        unused = len(rows) - int(counts.sum())  # rows past those of the last expert
-        parts = rows.split([*counts.tolist(), unused])
-        outputs = [self.run_expert(part, expert) for expert, part in enumerate(parts[:-1])]
+        sizes = counts.tolist()
+        unused = len(rows) - sum(sizes)  # rows past those of the last expert
+        parts = rows.split([*sizes, unused])
+        outputs = [self.run_expert(part, e) for e, part in enumerate(parts[:-1]) if len(part)]
         return deepkern.expert_combine(torch.cat([*outputs, parts[-1]]), weights, handle)
 
     def run_expert(self, x: Tensor, expert: int) -> Tensor:
-        gate, up = F.linear(x, self.w13[expert]).chunk(2, 1)
-        return F.linear(swiglu(gate, up), self.w2[expert])
-
-
-def concat_gate_up(gate: Matrix, up: Matrix) -> Matrix:
-    """Two weights [I, K] with their block scales -> one [2I, K], scales [2I/128, K/128].
-
-    If I is not a multiple of 128 a block would hold rows of both.  The scales are then repeated to
-    one per row, [2I, K/128].
-    """
-    weight = join(torch.cat, [gate[0], up[0]])
-    if gate[1] is None:
-        return weight, None
-    scales, rows = [gate[1], up[1]], len(gate[0])
-    if rows % 128:
-        scales = [scale.repeat_interleave(128, 0)[:rows] for scale in scales]
-    return weight, torch.cat(scales)
-
-
-def join(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> Tensor:
-    """function(tensors) for torch.cat or torch.stack; e4m3 tensors are passed as bytes."""
-    if tensors[0].dtype != torch.float8_e4m3fn:
-        return function(tensors)
-    return function([t.view(torch.uint8) for t in tensors]).view(torch.float8_e4m3fn)
+        return F.linear(swiglu(F.linear(x, self.w13[expert])), self.w2[expert])
 
 
 class MoE(nn.Module):
@@ -518,9 +408,9 @@ class MoE(nn.Module):
         inner = c.moe_intermediate_size * c.n_shared_experts
         self.shared_experts = MLP(c.hidden_size, inner, precision) if inner else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         """[M, hidden] -> [M, hidden]."""
-        out = self.experts(x, *self.gate(x))
+        out = self.experts(x.real, *self.gate(x.real))
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
 
@@ -538,10 +428,17 @@ class Layer(nn.Module):
         else:
             self.mlp = MLP(c.hidden_size, c.intermediate_size, precision)
 
-    def forward(self, x: Tensor, tokens: TokenSlots, cache: Tensor, cos_sin: Tensor) -> Tensor:
-        """x [B·S, hidden] -> [B·S, hidden]; `cache` is the pool of this layer."""
-        x = x + self.self_attn(self.input_layernorm(x), tokens, cache, cos_sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, residual: Tensor | None, tokens: TokenSlots, cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's input is x + residual, [B·S, hidden] each; so is the output.
+
+        The norm that follows adds the two.  `cache` is the pool of this layer.
+        """
+        rows, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(rows, tokens, cache)
+        rows, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(rows), residual
 
 
 class PredictionLayer(Layer):
@@ -656,15 +553,15 @@ class DeepSeek(nn.Module):
         With a cache, the tokens follow those that it holds.  If the call raises, `cache.length` is
         unchanged.
         """
-        x = self.embed(tokens, self.model["embed_tokens"].weight)
+        x, residual = self.embed(tokens, self.model["embed_tokens"].weight), None
         batch, count = tokens.shape
         cache = self.new_cache(batch, count) if cache is None else cache
-        slots = cache.next_slots(batch, count)
-        cos_sin = self.rotary_table(cache.length + count)
+        slots = cache.next_slots(batch, count, self.rotary_table(cache.length + count))
         for index in range(self.config.num_hidden_layers):
-            x = self.model["layers"][index](x, slots, cache.layers[index], cos_sin)
+            x, residual = self.model["layers"][index](x, residual, slots, cache.layers[index])
         cache.length += count
-        return self.model["norm"](x).view(batch, count, self.config.hidden_size)
+        rows, _ = self.model["norm"](x, residual)
+        return rows.real.view(batch, count, self.config.hidden_size)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
@@ -684,11 +581,12 @@ class DeepSeek(nn.Module):
         hidden = self.hidden(tokens)[:, :-1].flatten(0, 1)
         batch, count = tokens.shape[0], tokens.shape[1] - 1
         embedded = self.embed(tokens[:, 1:], layer.embed_tokens.weight)
-        both = torch.cat([layer.enorm(embedded), layer.hnorm(hidden)], -1)
+        both = torch.cat([layer.enorm(embedded)[0].real, layer.hnorm(hidden)[0].real], -1)
         cache = LatentCache(c, batch, count, p.dtype, p.device, num_layers=1)
-        slots, cos_sin = cache.next_slots(batch, count), self.rotary_table(count)
-        x = layer(F.linear(both, layer.eh_proj.weight), slots, cache.layers[0], cos_sin)
-        x = F.linear(layer.shared_head["norm"](x), layer.shared_head["head"].weight)
+        slots = cache.next_slots(batch, count, self.rotary_table(count))
+        x, residual = layer(F.linear(both, layer.eh_proj.weight), None, slots, cache.layers[0])
+        rows, _ = layer.shared_head["norm"](x, residual)
+        x = F.linear(rows.real, layer.shared_head["head"].weight)
         return x.view(batch, count, c.vocab_size)
 
     def generate(self, tokens: Tensor, max_new_tokens: int) -> Tensor:

@@ -11,7 +11,6 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Must be set before deepkern imports Triton: without a GPU its kernels run interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("DEEPKERN_POISON", "1")  # as poisoned_memory, in the native CPU ops
 # Error messages of commands on one line: their tests must not depend on the width of the terminal.
 os.environ["TERMINAL_WIDTH"] = "500"
 
@@ -63,28 +62,43 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-@pytest.fixture(params=["torch", "triton", "cpu"])
-def backend(request, device) -> str:
-    """Forces each backend in turn around the test."""
-    if request.param == "cpu":
-        if device.type != "cpu":
-            pytest.skip("the cpu backend takes CPU tensors")
-        if native.missing_reason():
-            pytest.skip(native.missing_reason())
-    with deepkern.backend(request.param):
-        yield request.param
+def force_isa(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forces an instruction set of the native CPU ops; skips the test if this CPU lacks it."""
+    monkeypatch.setenv("DEEPKERN_CPU_ISA", name)
+    try:
+        native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
+    except RuntimeError as error:
+        assert "instruction set" in str(error)
+        pytest.skip(f"this CPU lacks {name}")
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request, monkeypatch) -> str:
     """Forces each instruction set of the native CPU ops in turn, as far as this CPU has it."""
-    monkeypatch.setenv("DEEPKERN_CPU_ISA", request.param)
-    try:
-        native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
-    except RuntimeError as error:
-        assert "instruction set" in str(error)
-        pytest.skip(f"this CPU lacks {request.param}")
+    force_isa(request.param, monkeypatch)
     return request.param
+
+
+# The native CPU ops under the best instruction set of this CPU, and under each lower one.
+CPU_BACKENDS = [
+    "cpu",
+    *(pytest.param(f"cpu-{isa}", marks=pytest.mark.proof) for isa in ("portable", "avx2")),
+]
+
+
+@pytest.fixture(params=["torch", "triton", *CPU_BACKENDS])
+def backend(request, device, monkeypatch) -> str:
+    """Forces each backend in turn around the test."""
+    name, _, isa = request.param.partition("-")
+    if name == "cpu":
+        if device.type != "cpu":
+            pytest.skip("the cpu backend takes CPU tensors")
+        if native.missing_reason():
+            pytest.skip(native.missing_reason())
+        if isa:
+            force_isa(isa, monkeypatch)
+    with deepkern.backend(name):
+        yield name
 
 
 @pytest.fixture(autouse=True)

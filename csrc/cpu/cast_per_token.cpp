@@ -43,13 +43,13 @@ std::tuple<Tensor, Tensor> cast_per_token(const Tensor& x, const std::string& sc
   const int64_t K = x.size(x.dim() - 1);
   int64_t M = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
-  Tensor q = torch::stable::new_empty(x, x.sizes(), FP8);
+  Tensor q = new_tensor(x.sizes().data(), x.dim(), FP8);
   std::vector<int64_t> scale_shape(x.sizes().begin(), x.sizes().end());
   scale_shape.back() = ceil_div(K, 128);
   const ScaleTensor scale = new_scale(x, scale_shape, M, by_column);
   if (M * K == 0) return {q, scale.tensor};
 
-  const Tensor rows = torch::stable::reshape(x, {M, K});  // a view if the strides allow it
+  const Tensor rows = x.dim() == 2 ? x : torch::stable::reshape(x, {M, K});  // a view if the strides allow it
   const CastPerToken cast{{rows.const_data_ptr(), type, rows.stride(0)},
                           static_cast<uint8_t*>(q.mutable_data_ptr()),
                           scale,

@@ -61,7 +61,7 @@ Tensor expert_combine(const Tensor& y, const Tensor& topk_weights, const Tensor&
   if (shared.has_value()) {
     sum.shared = rows_of(*shared, arguments.check_real("shared", *shared, {T, K}));
   }
-  Tensor out = empty_tensor({T, K}, y.scalar_type());
+  Tensor out = new_tensor({T, K}, y.scalar_type());
   sum.y = rows_of(y, type);
   sum.rows = y.size(0), sum.K = K, sum.T = T, sum.topk = handle.size(1);
   sum.weights = rows_of(topk_weights, weights_type);
@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor> expert_combine_backward(const Tensor& grad, const Ten
   const Real weights_type = arguments.check_real("topk_weights", topk_weights, {T, -1});
   check_handle(arguments, handle, topk_weights);
   const int64_t topk = handle.size(1), rows = y.size(0);
-  Tensor grad_y = empty_tensor({rows, K}, y.scalar_type());
-  Tensor grad_weights = empty_tensor({T, topk}, ScalarType::Float);
+  Tensor grad_y = new_tensor({rows, K}, y.scalar_type());
+  Tensor grad_weights = new_tensor({T, topk}, ScalarType::Float);
   CombineBackward c{rows_of(grad, grad_type),
                     rows_of(y, type),
                     rows_of(topk_weights, weights_type),

@@ -68,12 +68,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_dispatch(
   const int64_t topk = topk_idx.size(1);
   const bool has_scale = x_scale.has_value() || cast.has_value();
 
-  Tensor out = empty_tensor({rows, K}, cast.has_value() ? FP8 : x.scalar_type());
-  Tensor scale = has_scale ? empty_tensor({rows, blocks}, ScalarType::Float)
-                           : empty_tensor({0}, ScalarType::Float);
-  Tensor group_index = empty_tensor({rows}, ScalarType::Int);
-  Tensor tokens_per_expert = empty_tensor({num_experts}, ScalarType::Int);
-  Tensor handle = empty_tensor({T, topk}, ScalarType::Int);
+  Tensor out = new_tensor({rows, K}, cast.has_value() ? FP8 : x.scalar_type());
+  Tensor scale = has_scale ? new_tensor({rows, blocks}, ScalarType::Float)
+                           : new_tensor({0}, ScalarType::Float);
+  Tensor group_index = new_tensor({rows}, ScalarType::Int);
+  Tensor tokens_per_expert = new_tensor({num_experts}, ScalarType::Int);
+  Tensor handle = new_tensor({T, topk}, ScalarType::Int);
   place_rows({topk_idx.const_data_ptr(), is_int64, topk_idx.stride(0), T, topk, num_experts,
               alignment, rows, mutable_data<int32_t>(group_index),
               mutable_data<int32_t>(tokens_per_expert), mutable_data<int32_t>(handle)});
@@ -105,7 +105,7 @@ Tensor expert_dispatch_backward(const Tensor& grad, const Tensor& handle) {
   arguments.check("handle", handle, ScalarType::Int, {-1, -1});
   arguments.require(handle.numel() <= MAX_ASSIGNMENTS, "handle", "fewer than 2^31 assignments");
   const int64_t T = handle.size(0), K = grad.size(1);
-  Tensor out = empty_tensor({T, K}, grad.scalar_type());
+  Tensor out = new_tensor({T, K}, grad.scalar_type());
   RowSum sum{};
   sum.y = {grad.const_data_ptr(), type, grad.stride(0)};
   sum.rows = grad.size(0), sum.K = K, sum.T = T, sum.topk = handle.size(1);

@@ -184,30 +184,42 @@ int64_t find_rows(const RowSum& s, int64_t t, WeightedRow* found) {
   return count;
 }
 
+constexpr int UNROLL = 4;  // sums in registers
+
+// Writes the sums of UNROLL * LANES columns from k on, of which `left` exist.
+template <Real type>
+DEEPKERN_INLINE void sum_columns(const RowSum& s, const WeightedRow* rows, int64_t count, int64_t k,
+                                 int64_t left, float* values) {
+  Floats sums[UNROLL] = {};
+  if (left >= UNROLL * LANES) {
+    for (int64_t j = 0; j < count; ++j) {
+      const Floats weight = broadcast(rows[j].weight);
+      for (int i = 0; i < UNROLL; ++i) {
+        sums[i] = fma(weight, load_floats<type>(s.y.data, rows[j].offset + k + i * LANES), sums[i]);
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < count; ++j) {
+      float row[UNROLL * LANES] = {};
+      for (int64_t i = 0; i < left; ++i) row[i] = load_real(s.y.data, type, rows[j].offset + k + i);
+      const Floats weight = broadcast(rows[j].weight);
+      for (int i = 0; i < UNROLL; ++i) {
+        sums[i] = fma(weight, load_vector<Floats>(row + i * LANES), sums[i]);
+      }
+    }
+  }
+  for (int i = 0; i < UNROLL; ++i) store_vector(values + i * LANES, sums[i]);
+}
+
 // Stores the sum of columns [start, end) of token t.
 template <Real type>
 void sum_piece(const RowSum& s, int64_t t, const WeightedRow* rows, int64_t count, int64_t start,
                int64_t end) {
-  constexpr int UNROLL = 4;  // sums in registers
+  float values[UNROLL * LANES], shared[128];
   for (int64_t k = start; k < end; k += UNROLL * LANES) {
-    const int64_t left = end - k;
-    float values[UNROLL * LANES];
-    Floats sums[UNROLL] = {};
-    for (int64_t j = 0; j < count; ++j) {
-      const Floats weight = broadcast(rows[j].weight);
-      for (int i = 0; i < UNROLL; ++i) {
-        const int64_t rest = left - i * LANES, offset = rows[j].offset + k + i * LANES;
-        if (rest <= 0) break;
-        sums[i] = fma(weight,
-                      rest >= LANES ? load_floats<type>(s.y.data, offset)
-                                    : load_first_floats<type>(s.y.data, offset, rest),
-                      sums[i]);
-      }
-    }
-    for (int i = 0; i < UNROLL; ++i) store_vector(values + i * LANES, sums[i]);
-    const int64_t columns = std::min<int64_t>(UNROLL * LANES, left);
+    const int64_t columns = std::min<int64_t>(UNROLL * LANES, end - k);
+    sum_columns<type>(s, rows, count, k, columns, values);
     if (s.shared.data != nullptr) {
-      float shared[128];
       load_real_block(s.shared.data, s.shared.type, t * s.shared.stride + k, columns, shared);
       for (int i = 0; i < UNROLL * LANES; ++i) values[i] += shared[i];
     }

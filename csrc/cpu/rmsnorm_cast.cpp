@@ -60,11 +60,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rmsnorm_cast(const Tensor& x, const T
   if (residual.has_value()) arguments.check("residual", *residual, x.scalar_type(), {M, K});
   const bool ue8m0 = arguments.choose("scale_format", scale_format, "ue8m0", "fp32");
   const bool by_column = arguments.choose("scale_layout", scale_layout, "column", "row");
-  Tensor q = empty_tensor({M, K}, FP8);
+  Tensor q = new_tensor({M, K}, FP8);
   const ScaleTensor scale = new_scale(x, {M, ceil_div(K, 128)}, M, by_column);
-  Tensor normed = empty_tensor({M, K}, x.scalar_type());
-  Tensor new_residual = residual.has_value() ? empty_tensor({M, K}, x.scalar_type())
-                                             : empty_tensor({0}, x.scalar_type());
+  Tensor normed = new_tensor({M, K}, x.scalar_type());
+  Tensor new_residual =
+      residual.has_value() ? new_tensor({M, K}, x.scalar_type()) : new_tensor({0}, x.scalar_type());
   if (M * K == 0) return {q, scale.tensor, normed, new_residual};
 
   RealRows residual_rows{nullptr, type, 0};

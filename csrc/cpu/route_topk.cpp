@@ -87,8 +87,8 @@ std::tuple<Tensor, Tensor> route_topk(const Tensor& logits, const std::optional<
   route.score = score_of("route_topk", score);
   route.top2 = arguments.choose("group_score", group_score, "top2", "max");
   check_routing(arguments, E, topk, num_groups, topk_groups);
-  Tensor weights = empty_tensor({T, topk}, ScalarType::Float);
-  Tensor idx = empty_tensor({T, topk}, ScalarType::Long);
+  Tensor weights = new_tensor({T, topk}, ScalarType::Float);
+  Tensor idx = new_tensor({T, topk}, ScalarType::Long);
   route.logits = {logits.const_data_ptr(), type, logits.stride(0)};
   route.E = E, route.topk = topk, route.num_groups = num_groups, route.topk_groups = topk_groups;
   route.normalize = normalize;
@@ -109,7 +109,7 @@ Tensor route_topk_backward(const Tensor& grad_weights, const Tensor& logits, con
   arguments.check("idx", idx, ScalarType::Long, {T, topk});
   const Score score_type = score_of("route_topk_backward", score);
   const int64_t E = logits.size(1);
-  Tensor grad_logits = empty_tensor({T, E}, logits.scalar_type());
+  Tensor grad_logits = new_tensor({T, E}, logits.scalar_type());
   const RouteTopkBackward backward{
       {grad_weights.const_data_ptr(), grad_type, grad_weights.stride(0)},
       {logits.const_data_ptr(), type, logits.stride(0)},

@@ -23,7 +23,7 @@ inline ScaleTensor new_scale(const Tensor& x, std::vector<int64_t> shape, int64_
                              bool by_column) {
   const int64_t blocks = shape.back();
   if (!by_column || shape.size() == 1) {
-    Tensor scale = empty_tensor(shape, ScalarType::Float);
+    Tensor scale = new_tensor(shape.data(), shape.size(), ScalarType::Float);
     float* data = static_cast<float*>(scale.mutable_data_ptr());
     return {scale, data, std::max<int64_t>(M, 1), 0, blocks, 1};
   }
@@ -32,7 +32,7 @@ inline ScaleTensor new_scale(const Tensor& x, std::vector<int64_t> shape, int64_
   const int64_t pitch = ceil_div(rows, 4) * 4;
   shape[rank - 2] = blocks;
   shape[rank - 1] = pitch;
-  Tensor padded = pitch == rows ? torch::stable::new_empty(x, shape, ScalarType::Float)
+  Tensor padded = pitch == rows ? new_tensor(shape.data(), shape.size(), ScalarType::Float)
                                 : torch::stable::new_zeros(x, shape, ScalarType::Float);
   const Tensor columns = torch::stable::narrow(padded, rank - 1, 0, rows);
   float* data = static_cast<float*>(padded.mutable_data_ptr());

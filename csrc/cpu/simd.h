@@ -120,6 +120,39 @@ DEEPKERN_INLINE float max_of_lanes(Floats x) {
   return lane[0];
 }
 
+// The low 16 bits of each lane. The compiler's conversion moves lane by lane through registers.
+DEEPKERN_INLINE Halves low_halves(Uints x) {
+#if defined(DEEPKERN_AVX512)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(DEEPKERN_AVX2)
+  const __m256i low = (__m256i)(x & 0xFFFF);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  return (Halves)_mm256_castsi256_si128(packed);
+#else
+  return __builtin_convertvector(x, Halves);
+#endif
+}
+
+// Stores 4 * LANES integers in [0, 255] as bytes.
+DEEPKERN_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d) {
+#if defined(DEEPKERN_AVX2)
+  const __m256i ab = _mm256_packs_epi32((__m256i)a, (__m256i)b);
+  const __m256i cd = _mm256_packs_epi32((__m256i)c, (__m256i)d);
+  // The packs work on 128-bit halves, so the order is a0 b0 c0 d0 a1 b1 c1 d1, 4 bytes each.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  store_vector(to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(ab, cd), order));
+#else
+  const Ints all[] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+#if defined(DEEPKERN_AVX512)
+    store_vector(to + i * LANES, _mm512_cvtepi32_epi8((__m512i)all[i]));
+#else
+    store_vector(to + i * LANES, __builtin_convertvector(all[i], Bytes));
+#endif
+  }
+#endif
+}
+
 // Elements of a tensor as floats.
 
 DEEPKERN_INLINE Floats halves_to_floats(Halves bits) {  // fp16
@@ -142,7 +175,11 @@ DEEPKERN_INLINE Floats load_floats(const void* x, int64_t i) {
   if constexpr (type == Real::fp32) return load_vector<Floats>(static_cast<const float*>(x) + i);
   const Halves bits = load_vector<Halves>(static_cast<const uint16_t*>(x) + i);
   if constexpr (type == Real::fp16) return halves_to_floats(bits);
+#if defined(DEEPKERN_AVX2)
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
   return (Floats)(__builtin_convertvector(bits, Uints) << 16);
+#endif
 }
 
 // The first `count` < LANES of them; the other lanes are 0 and are not read.
@@ -165,7 +202,7 @@ DEEPKERN_INLINE void store_floats(void* x, int64_t i, Floats value) {
     const Uints rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     const Uints quiet = (bits >> 16 & 0x8000) | 0x7FC0;
     const Uints result = magnitude > 0x7F800000 ? quiet : rounded;
-    store_vector(static_cast<uint16_t*>(x) + i, __builtin_convertvector(result, Halves));
+    store_vector(static_cast<uint16_t*>(x) + i, low_halves(result));
     return;
   }
 #if defined(DEEPKERN_AVX512)
@@ -210,7 +247,7 @@ DEEPKERN_INLINE Floats widen_e4m3(const uint8_t* codes) {
 }
 
 // e4m3 codes of LANES floats: rounds to nearest even, saturates at 448; NaN becomes 0x7F.
-DEEPKERN_INLINE void store_e4m3(uint8_t* codes, Floats x) {
+DEEPKERN_INLINE Ints e4m3_codes(Floats x) {
   const Ints bits = bits_of(x), magnitude = bits & 0x7FFFFFFF;
   const Ints largest = Ints{} + 0x43E00000;  // 448
   const Ints clamped = magnitude < largest ? magnitude : largest;
@@ -219,8 +256,11 @@ DEEPKERN_INLINE void store_e4m3(uint8_t* codes, Floats x) {
   // Below 2^-6 the code counts units of 2^-9: adding 1.5 * 2^23 rounds to integers.
   const Ints small = bits_of(floats_of(clamped) * 512.0f + 12582912.0f) & 0xFF;
   Ints code = (clamped < 0x3C800000 ? small : normal) | (bits >> 24 & 0x80);
-  code = magnitude > INFINITY_BITS ? Ints{} + 0x7F : code;
-  store_vector(codes, __builtin_convertvector(code, Bytes));
+  return magnitude > INFINITY_BITS ? Ints{} + 0x7F : code;
+}
+
+DEEPKERN_INLINE void store_e4m3(uint8_t* codes, Floats x) {
+  store_vector(codes, __builtin_convertvector(e4m3_codes(x), Bytes));
 }
 
 // e^x within 1.5 units in the last place; 0 below -87.3, inf above 88.7, NaN for NaN.

@@ -22,4 +22,22 @@ struct SwigluCast {
 // i / blocks(). There are M * blocks().
 void swiglu_cast_blocks(const SwigluCast& cast, int64_t first, int64_t last);
 
+struct SwigluBackward {
+  RealRows grad;     // [M, I], of y
+  RealRows gate_up;  // [M, 2I]; e4m3, without a type, if there is a scale
+  const float*
+      scale;  // of row m and columns 128j on: scale[m * scale_row + j * scale_block]; or null
+  int64_t scale_row, scale_block;
+  const float* weights;  // [M], or null
+  std::optional<float> limit;
+  const int32_t* group_index;  // [M], or null; rows with a negative index are not written
+  int64_t I;
+  void* grad_gate_up;   // [M, 2I] in the dtype of grad, contiguous, written
+  void* y;              // [M, I] in the dtype of grad, contiguous, written; or null
+  float* grad_weights;  // [M], written if there are weights
+};
+
+// Rows [first, last).
+void swiglu_backward_rows(const SwigluBackward& backward, int64_t first, int64_t last);
+
 }  // namespace deepkern

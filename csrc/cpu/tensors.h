@@ -11,12 +11,15 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
+
+#if defined(DEEPKERN_OWN_THREADS)
+#include <thread>
+#endif
 
 #include "../arguments.h"
 #include "real.h"
@@ -86,6 +89,33 @@ struct Arguments {
   }
 };
 
+// Whether new_tensor fills tensors with bytes 0xFF, which are NaN in every floating-point type, so
+// that tests see what an op leaves unwritten. testing/compare.py sets it.
+extern bool poison_new_tensors;
+
+// An uninitialized contiguous CPU tensor. Faster than torch::stable::new_empty, which dispatches.
+inline Tensor new_tensor(const int64_t* shape, int64_t rank, ScalarType dtype) {
+  int64_t strides[16], stride = 1;
+  STD_TORCH_CHECK(rank <= 16, "expected rank 16 or less, got ", rank);
+  for (int64_t i = rank - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(shape[i], 1);
+  }
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      rank, shape, strides, type, aoti_torch_device_type_cpu(), 0, &result));
+  Tensor tensor(result);
+  if (poison_new_tensors && tensor.numel() > 0) {
+    std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());
+  }
+  return tensor;
+}
+
+inline Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return new_tensor(shape.begin(), static_cast<int64_t>(shape.size()), dtype);
+}
+
 template <class T>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
@@ -102,36 +132,6 @@ const T* data(const std::optional<Tensor>& x) {
   return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
-// Whether new tensors start as NaN (integers: -1), so that tests see an element that is not
-// written.
-inline bool poisons_memory() {
-  static const bool poisons = std::getenv("DEEPKERN_POISON") != nullptr;
-  return poisons;
-}
-
-// An uninitialized contiguous CPU tensor. torch::stable::new_empty takes 2 µs for the dispatcher,
-// this function 0.5 µs.
-inline Tensor empty_tensor(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
-  constexpr size_t MAX_RANK = 8;
-  const size_t rank = shape.size();
-  int64_t strides[MAX_RANK], stride = 1;
-  if (rank > MAX_RANK) return torch::stable::empty(shape, dtype);
-  for (size_t i = rank; i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(shape[i], 1);
-  }
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), shape.data(),
-                                                         strides, type,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
-  if (poisons_memory() && tensor.numel() > 0) {
-    std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());
-  }
-  return tensor;
-}
-
 // Rows of a real matrix, contiguous within a row.
 struct RealRows {
   const void* data;
@@ -139,12 +139,46 @@ struct RealRows {
   int64_t stride;  // elements from a row to the next
 };
 
-// Calls function(first, last) for ranges of [0, count) in parallel. A task gets at least about
-// 32K values of `values_per_item`.
+// A tensor [..., K] as rows of K elements.
+struct MergedRows {
+  Tensor tensor;  // owns the data
+  int64_t count;
+  int64_t stride;  // elements from a row to the next
+
+  explicit MergedRows(const Tensor& x) : tensor(x), count(1), stride(0) {
+    const int64_t rank = x.dim();
+    for (int64_t i = 0; i + 1 < rank; ++i) count *= x.size(i);
+    if (rank == 2) stride = x.stride(0);
+    if (rank <= 2 || x.numel() == 0) return;
+    const int64_t K = x.size(rank - 1);
+    tensor = torch::stable::reshape(x, {count, K});  // a view if the strides allow it
+    stride = tensor.stride(0);
+  }
+};
+
+// Calls function(first, last) for ranges of [0, count) on several threads; a range has at least
+// `grain` items. A build for ThreadSanitizer starts threads of its own: the sanitizer does not see
+// how torch's thread pool synchronizes.
+template <class Function>
+void parallel_for(int64_t count, int64_t grain, const Function& function) {
+#if defined(DEEPKERN_OWN_THREADS)
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t step = std::max(std::max<int64_t>(1, grain), ceil_div(count, threads));
+  std::vector<std::thread> workers;
+  for (int64_t first = 0; first < count; first += step) {
+    workers.emplace_back(function, first, std::min(count, first + step));
+  }
+  for (std::thread& worker : workers) worker.join();
+#else
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, grain), function);
+#endif
+}
+
+// The same for items that cost as much as moving `values_per_item` values: a range has at least
+// about 32K values.
 template <class Function>
 void parallel_ranges(int64_t count, int64_t values_per_item, const Function& function) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, values_per_item));
-  torch::stable::parallel_for(0, count, grain, function);
+  parallel_for(count, (1 << 15) / std::max<int64_t>(1, values_per_item), function);
 }
 
 }  // namespace deepkern

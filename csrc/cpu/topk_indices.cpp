@@ -179,7 +179,7 @@ Tensor topk_indices(const Tensor& logits, int64_t k, const std::optional<Tensor>
     rows.lengths = static_cast<const int32_t*>(lengths->const_data_ptr());
     rows.length_stride = lengths->stride(0);
   }
-  Tensor out = torch::stable::new_empty(logits, {S, k}, ScalarType::Int);
+  Tensor out = new_tensor({S, k}, ScalarType::Int);
   if (S * k == 0) return out;
   rows.logits = logits.const_data_ptr();
   rows.type = dtype == ScalarType::Float ? Real::fp32 : Real::bf16;
@@ -187,9 +187,7 @@ Tensor topk_indices(const Tensor& logits, int64_t k, const std::optional<Tensor>
   rows.N = N;
   rows.k = k;
   rows.out = static_cast<int32_t*>(out.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (N + 1));  // about 32K values per task
-  torch::stable::parallel_for(
-      0, S, grain, [&](int64_t first, int64_t last) { topk_rows(rows, first, last, isa); });
+  parallel_ranges(S, N, [&](int64_t first, int64_t last) { topk_rows(rows, first, last, isa); });
   return out;
 }
 

@@ -8,6 +8,7 @@ import torch
 import deepkern
 from model import Config, DeepSeek
 from model.deepseek import LatentCache, Precision
+from model.rope import rope_cos_sin
 
 PRECISIONS = {
     "fp32": Precision(),
@@ -109,10 +110,12 @@ def test_page_size_and_poisoned_cache(make_config, make_plain, deepkern_model, t
 
 
 def test_cache_slots_are_distinct(make_config):
-    cache = LatentCache(make_config(), batch=3, capacity=20, dtype=torch.bfloat16, page=8)
-    first = cache.next_slots(3, 13)
+    config = make_config()
+    cache = LatentCache(config, batch=3, capacity=20, dtype=torch.bfloat16, page=8)
+    cos_sin = rope_cos_sin(config, 24)
+    first = cache.next_slots(3, 13, cos_sin)
     cache.length += 13
-    second = cache.next_slots(3, 11)
+    second = cache.next_slots(3, 11, cos_sin)
     slots = torch.cat([first.slots, second.slots])
     assert slots.unique().numel() == 3 * 24 and slots.max() < 3 * 24
     assert second.positions.view(3, 11)[2].tolist() == list(range(13, 24))

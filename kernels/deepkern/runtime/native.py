@@ -5,6 +5,7 @@ A missing module is not an error at import. The reason is raised, or reported, a
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 from types import ModuleType
@@ -43,6 +44,13 @@ def native_op(name: str, device: str = "cpu"):
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deepkern_native::{name}", key):
         return None
     return getattr(torch.ops.deepkern_native, name).default
+
+
+def poison(enable: bool) -> None:
+    """Whether the native CPU ops fill new tensors with NaN, for tests."""
+    module, _ = load("_C")
+    if module is not None:
+        ctypes.CDLL(module.__file__).deepkern_poison_new_tensors(int(enable))
 
 
 def host() -> ModuleType:

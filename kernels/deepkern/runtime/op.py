@@ -37,6 +37,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from . import backends, compiled
 from .contract import Contract
@@ -47,6 +48,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 LIBRARY = torch.library.Library("deepkern", "DEF")
 OPS: dict[str, Op] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)  # not a subclass with its own dispatch
 
 
 class LazyOps(type(torch.ops.deepkern)):  # type: ignore[misc]
@@ -168,10 +170,12 @@ class Op:
     def call(self, args: tuple, kwargs: dict):
         """What the public function does: autograd, clear type errors, optional outputs."""
         try:
-            if self.autograd is None or not torch.is_grad_enabled():
-                outputs = self.overload(*args, **kwargs)
-            else:
+            if self.autograd is not None and torch.is_grad_enabled():
                 outputs = self.autograd.apply(*self.positional(args, kwargs))
+            else:
+                outputs = self.call_native(args, kwargs)
+                if outputs is NotImplemented:
+                    outputs = self.overload(*args, **kwargs)
         except (RuntimeError, AttributeError):
             self.check_types(args, kwargs)
             raise
@@ -182,6 +186,26 @@ class Op:
             return outputs
         i = self.optional_index
         return (*outputs[:i], None, *outputs[i + 1 :])
+
+    def call_native(self, args: tuple, kwargs: dict):
+        """The native CPU op, called directly; NotImplemented if `run` must serve the call.
+
+        On a CPU, choosing a backend and checking arguments in Python takes longer than most kernels
+        take for one token. The native op rejects whatever the contract rejects; `run` then repeats
+        the checks and raises the full message.
+        """
+        native_op = getattr(self.launchers.get("cpu"), "native", None)  # after the first call
+        if native_op is None or not backends.auto_or_cpu():
+            return NotImplemented
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(x, Tensor) and (type(x) not in _PLAIN or not x.is_cpu):
+                return NotImplemented
+        if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+            return NotImplemented
+        try:
+            return native_op(*args, **kwargs)
+        except (RuntimeError, TypeError):
+            return NotImplemented
 
     def run(self, *args, **kwargs):
         """The implementation of torch.ops.deepkern.X: picks the backend, calls its launcher."""
@@ -221,6 +245,8 @@ class Op:
                 return results
             return tuple(o if r is None else r for r, o in zip(results, outputs, strict=True))
 
+        if "cpu" not in self.limits:
+            checked.native = launch  # type: ignore[attr-defined]  # see call_native
         return checked
 
     def allocate(self, *args, **kwargs):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..runtime import native
 from . import ops
 
 TOLERANCE = {  # the largest `diff` of an output, by its dtype
@@ -107,8 +108,10 @@ def poison() -> Iterator[None]:
     fill = flags[0].fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     flags[0].fill_uninitialized_memory = True
+    native.poison(True)
     try:
         yield
     finally:
+        native.poison(False)
         torch.use_deterministic_algorithms(flags[1])
         flags[0].fill_uninitialized_memory = fill
