@@ -202,7 +202,7 @@ class LatentCache:
 
 
 class AbsorbedProjection(nn.Module):
-    """kv_b_proj, split into W_uk [H, nope, R] and W_uv [H, v, R].  Both are real with `fp8` too."""
+    """kv_b_proj, split into W_ukᵀ [H, R, nope] and W_uv [H, v, R], both real with `fp8` too."""
 
     def __init__(self, config: Config, precision: Precision) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class AbsorbedProjection(nn.Module):
 
     def split(self, weight: Tensor) -> None:
         """Stores weight [H, nope + v, R] as two contiguous parameters."""
-        self.key = frozen(weight[:, : self.nope].contiguous())
+        self.key = frozen(weight[:, : self.nope].transpose(1, 2).contiguous())
         self.value = frozen(weight[:, self.nope :].contiguous())
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
@@ -222,12 +222,24 @@ class AbsorbedProjection(nn.Module):
 
     def absorb(self, q_nope: Tensor) -> Tensor:
         """W_ukᵀ·q: [M, H, nope] -> [M, H, R]."""
-        return torch.bmm(q_nope.transpose(0, 1), self.key).transpose(0, 1)
+        return multiply_by_head(q_nope, self.key)
 
     def expand(self, latent: Tensor) -> Tensor:
         """W_uv·latent: [M, H, R] -> [M, H·v]."""
-        out = torch.bmm(latent.transpose(0, 1), self.value.transpose(1, 2))
-        return out.transpose(0, 1).flatten(1)
+        return multiply_by_head(latent, self.value).flatten(1)
+
+
+def multiply_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, H, K] times the weight [H, N, K] of each head -> [M, H, N].
+
+    On a CPU without bf16 instructions PyTorch multiplies bf16 matrices in a scalar loop, fast
+    enough for a few rows only.
+    """
+    x, weight, dtype = x.transpose(0, 1), weight.transpose(1, 2), x.dtype
+    few = x.shape[1] <= 4 or dtype == torch.float32
+    if few or x.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bmm(x, weight).transpose(0, 1)
+    return torch.bmm(x.float(), weight.float()).to(dtype).transpose(0, 1)
 
 
 class LatentAttention(nn.Module):

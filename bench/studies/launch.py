@@ -1,4 +1,4 @@
-"""The host time of a call, before the GPU starts.
+"""The host time of a call: before the GPU starts, or of a native CPU op at its smallest size.
 
     python -m bench.studies.launch [OP ...] [--seconds 0.3] [--keep] [--folder DIR]
 
@@ -6,7 +6,7 @@ It uses no GPU. Triton calls run under a driver that compiles for sm_90 and laun
 of the Hopper kernels run against the emulator's replacement of CUDA, with launches switched off.
 The figures include all of deepkern's host code and Triton's choice of the compiled kernel and its
 argument handling. They exclude CUDA's driver (launches, and tensor maps, which the emulator
-encodes) and Triton's C launcher.
+encodes) and Triton's C launcher. Those of a CPU include the kernel, for one token.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from rich.table import Table
 from torch.utils.benchmark import Timer
 
 import deepkern
-from deepkern.runtime import arch, backends
-from deepkern.testing.ops import facts
+from deepkern.runtime import arch, backends, native
+from deepkern.testing.ops import facts, inputs
 
 from .. import compiling, emulator, machine, results
 from ..command_line import FOLDER, KEEP, SECONDS, bar, known_ops, screen
@@ -42,6 +42,18 @@ SIZES = {
     "fp8_gemm_nt": {"M": 16, "N": 256, "K": 512},
     "m_grouped_fp8_gemm_nt_contiguous": {"M": 16, "N": 256, "K": 512, "G": 4},
     "mla_decode": {"lengths": (100, 100), "H": 16},
+}
+ONE_TOKEN = {
+    "rmsnorm_cast": {"M": 1, "K": 256, "residual": True},
+    "cast_per_token": {"M": 1, "K": 256},
+    "fp8_gemm_nt": {"M": 1, "N": 256, "K": 256},
+    "mla_cache_append": {"T": 1},
+    "mla_decode": {"lengths": (16,), "H": 4, "R": 64, "D": 16},
+    "route_topk": {"T": 1, "E": 16, "topk": 4},
+    "expert_dispatch": {"T": 1, "K": 256, "E": 16, "topk": 4},
+    "m_grouped_fp8_gemm_nt_contiguous": {"M": 4, "N": 256, "K": 256, "G": 4},
+    "swiglu_cast": {"M": 1, "I": 256},
+    "expert_combine": {"T": 1, "K": 256, "topk": 4},
 }
 GOALS = {"cuda, in C++": 5.0, "triton": 15.0}  # microseconds
 
@@ -70,6 +82,16 @@ def by_cuda(name: str, seconds: float) -> tuple[float, float]:
         return in_cpp, microseconds(lambda: getattr(deepkern, name)(*args), seconds)
 
 
+def by_cpu(name: str, seconds: float) -> tuple[float, float]:
+    """The native CPU op alone, and the public function; one token."""
+    generator = torch.Generator().manual_seed(0)
+    args = inputs(name, generator, **ONE_TOKEN[name])
+    op = native.native_op(name)
+    with torch.inference_mode(), deepkern.backend("auto"):
+        alone = microseconds(lambda: op(*args), seconds)
+        return alone, microseconds(lambda: getattr(deepkern, name)(*args), seconds)
+
+
 def inputs_of(name: str) -> dict:
     """The size of an op's arguments."""
     return SIZES.get(name) or facts(name).SIZES.small[0]
@@ -77,11 +99,11 @@ def inputs_of(name: str) -> dict:
 
 def table(rows: list[dict]) -> Table:
     view = Table(title="host time of a call, µs, without the driver")
-    for column in ("op", "triton", "cuda, in C++", "cuda"):
+    columns = ("triton", "cuda, in C++", "cuda", "cpu, in C++", "cpu")
+    for column in ("op", *columns):
         view.add_column(column, justify="left" if column == "op" else "right")
     for row in rows:
-        view.add_row(row["op"], *(f"{row[c]:.1f}" if c in row else "" for c in
-                                  ("triton", "cuda, in C++", "cuda")))  # fmt: skip
+        view.add_row(row["op"], *(f"{row[c]:.1f}" if c in row else "" for c in columns))
     return view
 
 
@@ -106,6 +128,8 @@ def run(
             if name in served:
                 emulator.ops()
                 row["cuda, in C++"], row["cuda"] = by_cuda(name, seconds)
+            if name in ONE_TOKEN and native.native_op(name) is not None:
+                row["cpu, in C++"], row["cpu"] = by_cpu(name, seconds)
             rows.append(row)
             step(name)
     console.print(table(rows))

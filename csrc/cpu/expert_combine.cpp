@@ -67,6 +67,7 @@ Tensor expert_combine(const Tensor& y, const Tensor& topk_weights, const Tensor&
   sum.weights = rows_of(topk_weights, weights_type);
   sum.handle = data<int32_t>(handle);
   sum.handle_stride = handle.stride(0);
+  sum.out_type = type;
   sum.out = out.mutable_data_ptr();
   parallel_ranges(T * sum.pieces(), std::min(K, RowSum::COLUMNS) * (sum.topk + 1),
                   [&](int64_t first, int64_t last) { combine_rows(sum, first, last); });

@@ -111,6 +111,7 @@ Tensor expert_dispatch_backward(const Tensor& grad, const Tensor& handle) {
   sum.rows = grad.size(0), sum.K = K, sum.T = T, sum.topk = handle.size(1);
   sum.handle = data<int32_t>(handle);
   sum.handle_stride = handle.stride(0);
+  sum.out_type = type;
   sum.out = out.mutable_data_ptr();
   parallel_ranges(T * sum.pieces(), std::min(K, RowSum::COLUMNS) * (sum.topk + 1),
                   [&](int64_t first, int64_t last) { combine_rows(sum, first, last); });

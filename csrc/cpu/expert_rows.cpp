@@ -223,7 +223,7 @@ void sum_piece(const RowSum& s, int64_t t, const WeightedRow* rows, int64_t coun
       load_real_block(s.shared.data, s.shared.type, t * s.shared.stride + k, columns, shared);
       for (int i = 0; i < UNROLL * LANES; ++i) values[i] += shared[i];
     }
-    store_block<type>(s.out, t * s.K + k, columns, values);
+    store_real_block(s.out, s.out_type, t * s.K + k, columns, values);
   }
 }
 

@@ -82,7 +82,8 @@ struct RowSum {
   int64_t handle_stride;
   int64_t T, topk;
   RealRows shared;  // [T, K], added last; none if data is null
-  void* out;        // [T, K] in the dtype of y, contiguous, written
+  void* out;        // [T, K], contiguous, written
+  Real out_type;
 
   int64_t pieces() const { return ceil_div(K, COLUMNS); }  // per row
 };

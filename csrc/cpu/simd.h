@@ -23,7 +23,8 @@ typedef int16_t SignedHalves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
-DEEPKERN_INLINE Floats broadcast(float x) { return Floats{} + x; }
+// Subtracting zero changes no value, also not -0, and costs no instruction.
+DEEPKERN_INLINE Floats broadcast(float x) { return x - Floats{}; }
 DEEPKERN_INLINE Ints broadcast_int(int32_t x) { return Ints{} + x; }
 DEEPKERN_INLINE Ints bits_of(Floats x) { return (Ints)x; }
 DEEPKERN_INLINE Floats floats_of(Ints bits) { return (Floats)bits; }
@@ -78,6 +79,36 @@ DEEPKERN_INLINE float sum_of_lanes(Floats x) {
     for (int i = 0; i < width; ++i) lane[i] = lane[2 * i] + lane[2 * i + 1];
   }
   return lane[0];
+}
+
+// Lane i is sum_of_lanes(x[i]).
+DEEPKERN_INLINE Floats sums_of_lanes(const Floats (&x)[LANES]) {
+#if defined(DEEPKERN_AVX512)
+  const __m512i even = (__m512i)(lane_index() * 2), odd = (__m512i)(lane_index() * 2 + 1);
+  __m512 sums[LANES];
+  for (int i = 0; i < LANES; ++i) sums[i] = (__m512)x[i];
+  for (int width = LANES / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      const __m512 a = sums[2 * i], b = sums[2 * i + 1];
+      sums[i] =
+          _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+    }
+  }
+  return (Floats)sums[0];
+#elif defined(DEEPKERN_AVX2)
+  __m256 quarter[2];  // lane 4 h + i: the sum of half h of x[i] or x[i + 4]
+  for (int i = 0; i < 2; ++i) {
+    const __m256 low = _mm256_hadd_ps((__m256)x[4 * i], (__m256)x[4 * i + 1]);
+    const __m256 high = _mm256_hadd_ps((__m256)x[4 * i + 2], (__m256)x[4 * i + 3]);
+    quarter[i] = _mm256_hadd_ps(low, high);
+  }
+  return (Floats)_mm256_add_ps(_mm256_permute2f128_ps(quarter[0], quarter[1], 0x20),
+                               _mm256_permute2f128_ps(quarter[0], quarter[1], 0x31));
+#else
+  Floats sums;
+  for (int i = 0; i < LANES; ++i) sums[i] = sum_of_lanes(x[i]);
+  return sums;
+#endif
 }
 
 DEEPKERN_INLINE float max_of_lanes(Floats x) {
@@ -251,6 +282,23 @@ DEEPKERN_INLINE Floats exp(Floats x) {
   const Floats result = p * floats_of((half + 127) << 23) * floats_of((whole - half + 127) << 23);
   const Floats tiny = x < -87.3f ? Floats{} : result;
   return x == x ? tiny : x;
+}
+
+// 2^x within 2 units in the last place for x <= 0 (and small positive x); 0 below -125, NaN for NaN.
+DEEPKERN_INLINE Floats exp2_of_negative(Floats x) {
+  // x = n + r with |r| <= 1/2. The low bits of n + magic are n.
+  const Floats bounded = max(broadcast(-125.0f), x);
+  const Floats shifted = bounded + 12582912.0f;  // 1.5 * 2^23
+  const Floats r = bounded - (shifted - 12582912.0f);
+  // Minimax polynomial of 2^r on [-1/2, 1/2].
+  Floats p = broadcast(0.00132647273f);
+  p = fma(p, r, broadcast(0.00967151299f));
+  p = fma(p, r, broadcast(0.0555073358f));
+  p = fma(p, r, broadcast(0.240222424f));
+  p = fma(p, r, broadcast(0.693147004f));
+  p = fma(p, r, broadcast(1.0f));
+  const Floats power = floats_of((bits_of(shifted) << 23) + 0x3F800000);
+  return x < -125.0f ? Floats{} : p * power;
 }
 
 }  // namespace
