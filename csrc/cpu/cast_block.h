@@ -33,8 +33,8 @@ DEEPKERN_INLINE int32_t block_amax(const float* x) {
   return largest_lane(amax);
 }
 
-// e4m3 codes of floats of at most 448, or not a unit in the last place of e4m3 more. Adding 1.5 *
-// 2^20 times a value's power of two rounds it to 3 mantissa bits, ties to even, and puts them into
+// e4m3 codes of floats that round to at most 448; no NaN. Adding 1.5 * 2^20 times the largest power
+// of two in a value rounds it to 3 mantissa bits, ties to even, and puts them into
 // the low bits. Below 2^-6 the power is 2^-6, which gives the subnormal codes.
 DEEPKERN_INLINE Ints e4m3_codes_in_range(Floats x) {
   const Ints bits = bits_of(x), magnitude = bits & 0x7FFFFFFF;
