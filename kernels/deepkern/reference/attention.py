@@ -83,7 +83,7 @@ def unpack(entries: Tensor, R: int, dtype: torch.dtype = torch.float64) -> Tenso
 
 
 def reinterpret(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes [n, width] as values [n, width / itemsize], whatever the strides and the offset."""
+    """Bytes [n, width] as values [n, width / itemsize] for any strides and offset."""
     values = rows.flatten().clone().view(dtype)
     return values.view(len(rows), rows.shape[1] // dtype.itemsize)
 
