@@ -33,30 +33,15 @@ namespace {
 
 constexpr float GRAD_SCALE = 0x1p48f;  // factor of gradients before a cast
 
-// The tokens, cast to FP8.
-struct TokenCast {
-  RealRows x;  // [T, K]
+// A cast per token of x * factor with scales that are multiplied by scale_factor; powers of two.
+struct RowCast {
+  RealRows x;  // [rows, K]
   int64_t K;
-  float factor;  // x is multiplied by it first; a power of two
-  uint8_t* q;    // e4m3 [T, K]
-  float* scale;  // [T, ceil(K / 128)], of the multiplied values
+  float factor, scale_factor;
+  uint8_t* q;    // e4m3 [rows, K], written
+  float* scale;  // [rows, ceil(K / 128)], written
 
   int64_t blocks() const { return ceil_div(K, 128); }
-};
-
-// The gradients of gate_up and of the weights of rows.
-struct ActivationBackward {
-  const void* grad;  // [rows, I] of type `wide`, of silu(gate) * up
-  Real wide;         // bf16 or fp32
-  int64_t I;
-  const uint8_t* gate_up;  // e4m3 [rows, 2I]
-  int64_t gate_up_stride;
-  const float* gate_up_scale;  // [rows, ceil(2I / 128)]
-  int64_t gate_up_scale_stride;
-  const float* weights;  // [rows]
-  uint8_t* q;            // e4m3 [rows, 2I], written: the gradient of gate_up, rounded to `wide`
-  float* scale;          // [rows, ceil(2I / 128)], written, divided by GRAD_SCALE
-  float* grad_weights;   // [rows], written
 };
 
 }  // namespace
@@ -160,16 +145,12 @@ struct Fp8Buffer {
   }
 };
 
-Fp8Buffer cast_tokens(const Tensor& x, Real type, float factor) {
-  Fp8Buffer out(x.size(0), x.size(1));
-  const TokenCast cast{{x.const_data_ptr(), type, x.stride(0)},
-                       out.columns,
-                       factor,
-                       out.codes.as<uint8_t>(),
-                       out.scale.as<float>()};
-  const auto cast_token_blocks = DEEPKERN_DISPATCH(cast_token_blocks);
-  parallel_ranges(out.rows * out.blocks, 128,
-                  [&](int64_t first, int64_t last) { cast_token_blocks(cast, first, last); });
+Fp8Buffer cast_rows(RealRows x, int64_t rows, int64_t K, float factor, float scale_factor) {
+  Fp8Buffer out(rows, K);
+  const RowCast cast{x, K, factor, scale_factor, out.codes.as<uint8_t>(), out.scale.as<float>()};
+  const auto cast_row_blocks = DEEPKERN_DISPATCH(cast_row_blocks);
+  parallel_ranges(rows * out.blocks, 128,
+                  [&](int64_t first, int64_t last) { cast_row_blocks(cast, first, last); });
   return out;
 }
 
@@ -196,7 +177,7 @@ Tensor moe_forward(const Tensor& x, const Tensor& topk_weights, const Tensor& to
   const Layer layer = check_layer(arguments, topk_weights, topk_idx, w13_codes, w13_scale, w2_codes,
                                   w2_scale, x.size(0), x.size(1));
   const int64_t K = layer.K, I = layer.I;
-  Tensor out = empty_tensor({layer.T, K}, x.scalar_type());
+  Tensor out = new_tensor({layer.T, K}, x.scalar_type());
   if (layer.T * K == 0) return out;
   const Tensor w13 = readable_b(w13_codes), w2 = readable_b(w2_codes);
   const Rows rows(layer, topk_idx);
@@ -208,7 +189,8 @@ Tensor moe_forward(const Tensor& x, const Tensor& topk_weights, const Tensor& to
   const AlignedBuffer y(rows.count * K * size_of(type));
   Fp8Buffer h(rows.count, I);
   {
-    const Fp8Buffer tokens = cast_tokens(x, type, 1.0f);
+    const Fp8Buffer tokens =
+        cast_rows({x.const_data_ptr(), type, x.stride(0)}, layer.T, K, 1.0f, 1.0f);
     const AlignedBuffer gate_up(rows.count * 2 * I * size_of(type));
     Fp8Product product{};
     product.gemm.a = tokens.matrix();
@@ -263,8 +245,8 @@ std::tuple<Tensor, Tensor> moe_forward_backward(const Tensor& grad, const Tensor
                   {T * topk, ceil_div(2 * I, 128)});
   arguments.require(w13_scale.size(1) == ceil_div(2 * I, 128), "w13_scale", "one per 128x128");
   arguments.require(w2_scale.size(1) == ceil_div(K, 128), "w2_scale", "one per 128x128");
-  Tensor grad_x = empty_tensor({T, K}, grad.scalar_type());
-  Tensor grad_weights = empty_tensor({T, topk}, ScalarType::Float);
+  Tensor grad_x = new_tensor({T, K}, grad.scalar_type());
+  Tensor grad_weights = new_tensor({T, topk}, ScalarType::Float);
   std::memset(grad_weights.mutable_data_ptr(), 0, T * topk * sizeof(float));
   const Rows rows(layer, topk_idx);
   if (rows.count == 0 || w13_codes.numel() == 0) {
@@ -279,36 +261,37 @@ std::tuple<Tensor, Tensor> moe_forward_backward(const Tensor& grad, const Tensor
   const Real wide = type == Real::fp32 ? Real::fp32 : Real::bf16;
   const AlignedBuffer grad_h(rows.count * I * size_of(wide));
   {
-    const Fp8Buffer tokens = cast_tokens(grad, type, GRAD_SCALE);
+    const Fp8Buffer tokens = cast_rows({grad.const_data_ptr(), type, grad.stride(0)}, T, K,
+                                       GRAD_SCALE, 1.0f);  // the product stays scaled
     Fp8Product product{};
     product.gemm.a = tokens.matrix();
     set_b(product, w2, w2_t_scale, kBlock);
     rows.multiply(product, rows.token.data(), w2, w2_t_scale, grad_h.as<void>(), wide);
   }
-  const Fp8Buffer grad_gate_up(rows.count, 2 * I);
+  const AlignedBuffer grad_gate_up(rows.count * 2 * I * size_of(wide));
   std::vector<float> weights(rows.count), row_grads(rows.count);
   weights_of_rows(layer, rows, topk_weights, weights.data());
-  const ActivationBackward backward{grad_h.as<void>(),
-                                    wide,
-                                    I,
-                                    data<uint8_t>(gate_up),
-                                    gate_up.stride(0),
-                                    data<float>(gate_up_scale),
-                                    gate_up_scale.stride(0),
-                                    weights.data(),
-                                    grad_gate_up.codes.as<uint8_t>(),
-                                    grad_gate_up.scale.as<float>(),
-                                    row_grads.data()};
-  const auto activation_backward = DEEPKERN_DISPATCH(activation_backward);
-  parallel_ranges(rows.count, 8 * I,
-                  [&](int64_t first, int64_t last) { activation_backward(backward, first, last); });
+  SwigluBackward backward{};
+  backward.grad = {grad_h.as<void>(), wide, I};
+  backward.gate_up = {gate_up.const_data_ptr(), Real::fp32, gate_up.stride(0)};
+  backward.scale = data<float>(gate_up_scale);
+  backward.scale_row = gate_up_scale.stride(0), backward.scale_block = 1;
+  backward.weights = weights.data();
+  backward.I = I;
+  backward.grad_gate_up = grad_gate_up.as<void>();
+  backward.grad_weights = row_grads.data();
+  parallel_ranges(rows.count, 8 * I, [&](int64_t first, int64_t last) {
+    swiglu_backward_rows(backward, first, last);
+  });
   for (int64_t i = 0; i < T * topk; ++i) {
     const int32_t row = rows.handle[i];
     if (row >= 0) mutable_data<float>(grad_weights)[i] = row_grads[row] * (1 / GRAD_SCALE);
   }
+  const Fp8Buffer casted =
+      cast_rows({grad_gate_up.as<void>(), wide, 2 * I}, rows.count, 2 * I, 1.0f, 1 / GRAD_SCALE);
   const AlignedBuffer y(rows.count * K * size_of(wide));
   Fp8Product product{};
-  product.gemm.a = grad_gate_up.matrix();
+  product.gemm.a = casted.matrix();
   set_b(product, w13, w13_t_scale, kBlock);
   rows.multiply(product, nullptr, w13, w13_t_scale, y.as<void>(), wide);
   combine(layer, rows, {y.as<void>(), wide, K}, {nullptr, Real::fp32, 0}, grad_x.mutable_data_ptr(),
@@ -324,88 +307,23 @@ STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
 }  // namespace
 }  // namespace deepkern
 #else
-#include "arithmetic.h"
 #include "cast_block.h"
 #include "real_blocks.h"
 
 namespace deepkern::DEEPKERN_ISA {
 namespace {
 
-// Casts blocks [first, last) of all tokens, numbered token by token.
-void cast_token_blocks(const TokenCast& c, int64_t first, int64_t last) {
+// Casts blocks [first, last) of all rows, numbered row by row.
+void cast_row_blocks(const RowCast& c, int64_t first, int64_t last) {
   const int64_t blocks = c.blocks();
   float values[128];
   for (int64_t i = first; i < last; ++i) {
-    const int64_t t = i / blocks, k = i % blocks * 128;
+    const int64_t row = i / blocks, k = i % blocks * 128;
     const int64_t count = std::min<int64_t>(128, c.K - k);
-    load_real_block(c.x.data, c.x.type, t * c.x.stride + k, count, values);
+    load_real_block(c.x.data, c.x.type, row * c.x.stride + k, count, values);
     for (int j = 0; j < 128; ++j) values[j] *= c.factor;
-    c.scale[i] = cast_block(values, count, c.q + t * c.K + k, false);
+    c.scale[i] = cast_block(values, count, c.q + row * c.K + k, false) * c.scale_factor;
   }
-}
-
-// Loads FP8 gates or ups [start, start + count) of a row, count <= LANES, as floats.
-DEEPKERN_INLINE Floats load_gate_up(const ActivationBackward& b, int64_t row, int64_t start,
-                                    int64_t count) {
-  uint8_t codes[LANES] = {};
-  std::memcpy(codes, b.gate_up + row * b.gate_up_stride + start, count);
-  const float* scale = b.gate_up_scale + row * b.gate_up_scale_stride;
-  Floats scales;
-  for (int64_t i = 0; i < LANES; ++i) {
-    scales[i] = scale[(start + std::min(i, count - 1)) / 128];
-  }
-  return widen_e4m3(codes) * scales;
-}
-
-// The gradient of the row's weight; writes that of its gate_up, rounded to `wide`, to
-// grad_gate_up [2I] in that type.
-template <Real wide>
-float differentiate_row(const ActivationBackward& b, int64_t row, void* grad_gate_up) {
-  const Floats weight = broadcast(b.weights[row]);
-  Floats dot = {};
-  for (int64_t i = 0; i < b.I; i += LANES) {
-    const int64_t count = std::min<int64_t>(LANES, b.I - i), at = row * b.I + i;
-    const Floats grad =
-        count == LANES ? load_floats<wide>(b.grad, at) : load_first_floats<wide>(b.grad, at, count);
-    const Floats gate = load_gate_up(b, row, i, count), up = load_gate_up(b, row, b.I + i, count);
-    const Floats s = exact_sigmoid(gate), weighted = grad * weight;
-    const Floats grad_gate = weighted * up * (s * (gate * (1.0f - s) + 1.0f));
-    const Floats grad_up = weighted * (gate * s);
-    // Lanes past I: grad is 0, but gate may be NaN from the scale.
-    const Floats product = grad * (gate * s) * up;
-    dot += count == LANES                               ? product
-           : lane_index() < static_cast<int32_t>(count) ? product
-                                                        : Floats{};
-    if (count == LANES) {
-      store_floats<wide>(grad_gate_up, i, grad_gate);
-      store_floats<wide>(grad_gate_up, b.I + i, grad_up);
-    } else {
-      store_first_floats<wide>(grad_gate_up, i, grad_gate, count);
-      store_first_floats<wide>(grad_gate_up, b.I + i, grad_up, count);
-    }
-  }
-  return sum_of_lanes(dot);
-}
-
-template <Real wide>
-void activation_backward_of(const ActivationBackward& b, int64_t first, int64_t last) {
-  const int64_t columns = 2 * b.I, blocks = (columns + 127) / 128;
-  std::vector<float> grad_gate_up(columns);  // of type `wide`
-  float values[128];
-  for (int64_t row = first; row < last; ++row) {
-    b.grad_weights[row] = differentiate_row<wide>(b, row, grad_gate_up.data());
-    for (int64_t k = 0; k < columns; k += 128) {
-      const int64_t count = std::min<int64_t>(128, columns - k);
-      load_block<wide>(grad_gate_up.data(), k, count, values);
-      const float scale = cast_block(values, count, b.q + row * columns + k, false);
-      b.scale[row * blocks + k / 128] = scale / GRAD_SCALE;
-    }
-  }
-}
-
-void activation_backward(const ActivationBackward& b, int64_t first, int64_t last) {
-  if (b.wide == Real::fp32) return activation_backward_of<Real::fp32>(b, first, last);
-  activation_backward_of<Real::bf16>(b, first, last);
 }
 
 }  // namespace
