@@ -24,6 +24,11 @@
 #include "isa.h"
 #include "real.h"
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// The intrinsics header of GCC 12 initializes its undefined vectors with themselves.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 #endif
 

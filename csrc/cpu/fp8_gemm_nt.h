@@ -1,4 +1,4 @@
-// FP8 matrix product with block scales, D = A·Bᵀ (+ C): see fp8_gemm_nt.cpp.
+// FP8 matrix products with block scales, D = A·Bᵀ (+ C): see fp8_gemm_nt.cpp.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "../fp8_gemm.h"
 #include "isa.h"
@@ -35,38 +36,36 @@ class AlignedBuffer {
   std::unique_ptr<char, Free> memory_;
 };
 
-// One strip of D before the epilogue: the argument of an instruction set's kernel. The kernel
-// computes it in tiles of tile_rows x tile_columns = Fp8GemmIsa::tile_values values.
+// The values of D that a kernel computes at a time.
+struct Tile {
+  int64_t rows, columns;
+};
+
+// One strip of D before the epilogue: the argument of an instruction set's kernel.
 struct Strip {
   const void* a;         // [blocks][rows][128] widened values, zero past K
   const float* a_scale;  // [blocks][rows]; 16 floats can be read from the last scale on
-  int64_t rows;          // a multiple of tile_rows
-  int64_t tile_rows;
+  int64_t rows;          // a multiple of tile.rows
+  Tile tile;
   const uint8_t* const* b;  // [STRIP_COLUMNS] pointers to the codes of a row of B
   int64_t b_row_stride;     // bytes
   const float* b_scale;     // [blocks][STRIP_COLUMNS]; readable past the end as a_scale is
   int64_t K;
-  float* sums;  // out: [rows / tile_rows][STRIP_COLUMNS / tile_columns][tile_rows][tile_columns]
+  float* sums;  // out: [rows / tile.rows][STRIP_COLUMNS / tile.columns][tile.rows][tile.columns]
 };
 
-// A kernel and the properties of its tiles.
+// A kernel for an instruction set.
 struct Fp8GemmIsa {
-  int64_t tile_values;    // tile_rows * tile_columns
-  int64_t max_tile_rows;  // a power of two
-  int64_t operand_size;   // bytes of a widened value
-  void (*widen)(const uint8_t* codes, void* operands);  // 128 values
+  Tile (*choose_tile)(int64_t rows);                    // rows: of A, without padding
+  int64_t operand_size;                                 // bytes of a widened value of A
+  void (*widen)(const uint8_t* codes, void* operands);  // 128 values of A
   void (*multiply)(const Strip&);
 };
 
-extern const Fp8GemmIsa FP8_GEMM_PORTABLE, FP8_GEMM_AVX2, FP8_GEMM_AVX512;
-
-// Bytes from a block of a row of B to the address to prefetch: further along the row, or near its
-// end the start of the row that is `columns` rows further, which is read next. The address may be
-// outside B.
-inline int64_t prefetch_distance(const Strip& s, int64_t k, int64_t columns) {
-  constexpr int64_t DISTANCE = 1536;
-  return k + DISTANCE < s.K ? DISTANCE : DISTANCE + columns * s.b_row_stride - s.K;
-}
+// The kernel for an instruction set that cpu_isa() returns: fp8_gemm_kernel.cpp, or
+// fp8_gemm_nt_avx512.cpp where the CPU has AVX512_BF16 and AVX512_VBMI.
+const Fp8GemmIsa& fp8_gemm_isa(Isa isa);
+extern const Fp8GemmIsa FP8_GEMM_AVX512;
 
 // A copy of the last block of up to STRIP_COLUMNS rows of B, zero past K, for a K that is not a
 // multiple of 128.
@@ -85,33 +84,18 @@ class PaddedBlock {
   const uint8_t* rows_[STRIP_COLUMNS];
 };
 
-// Widens block j of a strip's rows of B to panel [STRIP_COLUMNS][128], zero past K.
-void widen_panel(const Strip& strip, int64_t j, const Fp8GemmIsa& isa, void* panel);
-
-// The kernel for an instruction set that cpu_isa() returns. "avx512" without AVX512_BF16 and
-// AVX512_VBMI gets the AVX2 kernel.
-const Fp8GemmIsa& fp8_gemm_isa(Isa isa);
-
-// The product of rows [first, last) of A with all of B. The rows of A are widened once and used by
-// all strips. Several threads may call widen(), each for its own range of blocks of K; after that
-// several threads may call multiply(), each for its own range of strips.
-class Fp8GemmRows {
- public:
-  Fp8GemmRows(const Fp8Gemm& gemm, const Fp8GemmIsa& isa, int64_t first, int64_t last);
-  void widen(int64_t first_block, int64_t last_block);
-  void multiply(int64_t first_strip, int64_t last_strip) const;
-
-  static constexpr int64_t MAX_ROWS = 256;  // the widened rows stay in the L2 or L3 cache
-
- private:
-  void expand_b_scale(int64_t first_column, float* scale) const;
-  void store_strip(const float* sums, int64_t first_column) const;
-
-  const Fp8Gemm& gemm_;
-  const Fp8GemmIsa& isa_;
-  const int64_t first_, last_, tile_rows_, rows_, blocks_;  // rows_: padded to whole tiles
-  const AlignedBuffer operands_, scales_;
+// One product. Row i of the product multiplies row a_rows[i] of A, gives row out_rows[i] of D and
+// adds that row of C; the indices are 0, 1, ... where they are null.
+struct Fp8Product {
+  Fp8Gemm gemm;        // A's codes have stride 1 along K
+  int64_t b_k_stride;  // bytes between values of a row of B: 1, or else b.row_stride is 1
+  int64_t rows;
+  const int32_t* a_rows;
+  const int32_t* out_rows;
 };
+
+// Computes all products, in parallel over their strips.
+void multiply_products(const std::vector<Fp8Product>& products);
 
 // The bits of the magnitude of an e4m3 code as bfloat16, which represents it exactly.
 constexpr uint16_t e4m3_magnitude_as_bf16(unsigned code) {

@@ -18,8 +18,7 @@
 
 #include <array>
 
-#define TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")))
 #define TARGET_INLINE TARGET inline __attribute__((always_inline))
 
 #include "fp8_gemm_nt_mainloop.h"
@@ -59,9 +58,7 @@ struct Avx512 {
   static TARGET_INLINE Vector zero() { return _mm512_setzero_ps(); }
   static TARGET_INLINE Vector load(const float* from) { return _mm512_load_ps(from); }
   static TARGET_INLINE void store(float* to, Vector x) { _mm512_store_ps(to, x); }
-  static TARGET_INLINE Vector fma(Vector a, Vector b, Vector c) {
-    return _mm512_fmadd_ps(a, b, c);
-  }
+  static TARGET_INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 
   struct Pair {
     __m512bh first, second;
@@ -177,9 +174,15 @@ TARGET void widen(const uint8_t* codes, void* operands) {
 
 void multiply(const Strip& s) { multiply_strip<Avx512>(s, FP8_GEMM_AVX512); }
 
+// The smallest power of two that covers all rows, at most 4. Fewer rows leave more columns.
+Tile choose_tile(int64_t rows) {
+  const int64_t tile_rows = rows > 2 ? 4 : rows;
+  return {tile_rows, Avx512::TILE_VALUES / tile_rows};
+}
+
 }  // namespace
 
-const Fp8GemmIsa FP8_GEMM_AVX512{Avx512::TILE_VALUES, 4, sizeof(Avx512::Element), widen, multiply};
+const Fp8GemmIsa FP8_GEMM_AVX512{choose_tile, sizeof(Avx512::Element), widen, multiply};
 
 }  // namespace deepkern
 #endif

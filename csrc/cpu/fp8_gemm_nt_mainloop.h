@@ -1,7 +1,7 @@
-// The mainloop of fp8_gemm_nt that the AVX2 and the AVX-512 kernel have in common.
+// The mainloop of the kernel in fp8_gemm_nt_avx512.cpp.
 //
-// Each kernel's .cpp file defines the macro TARGET, the function attribute of its instruction set,
-// and then includes this header. `Simd` is a struct of that file with
+// That file defines the macro TARGET, the function attribute of its instruction set, and then
+// includes this header. `Simd` is a struct of that file with
 //   Vector, Element        a register of floats; a widened value of A or B
 //   TILE_VALUES            floats in a Vector: one output tile fills one register
 //   PANEL_COLUMNS          columns of a tile of 4 rows, TILE_VALUES / 4
@@ -18,6 +18,31 @@
 
 namespace deepkern {
 namespace {
+
+// Bytes from a block of a row of B to the address to prefetch: further along the row, or near its
+// end the start of the row that is `columns` rows further, which is read next. The address may be
+// outside B.
+inline int64_t prefetch_distance(const Strip& s, int64_t k, int64_t columns) {
+  constexpr int64_t DISTANCE = 1536;
+  return k + DISTANCE < s.K ? DISTANCE : DISTANCE + columns * s.b_row_stride - s.K;
+}
+
+// Widens block j of a strip's rows of B to panel [STRIP_COLUMNS][128], zero past K.
+inline void widen_panel(const Strip& s, int64_t j, const Fp8GemmIsa& isa, void* panel) {
+  PaddedBlock padded;
+  int64_t k = j * kBlock;
+  const int64_t prefetch = prefetch_distance(s, k, STRIP_COLUMNS);
+  const uint8_t* const* b = s.b;
+  if (k + kBlock > s.K) {
+    b = padded.copy(s.b, STRIP_COLUMNS, k, s.K);
+    k = 0;
+  }
+  for (int64_t n = 0; n < STRIP_COLUMNS; ++n) {
+    __builtin_prefetch(s.b[n] + j * kBlock + prefetch, 0, 2);
+    __builtin_prefetch(s.b[n] + j * kBlock + prefetch + 64, 0, 2);
+    isa.widen(b[n] + k, static_cast<char*>(panel) + n * kBlock * isa.operand_size);
+  }
+}
 
 // A has ROWS rows (1, 2 or 4): each code of B is widened in registers and used once.
 template <class Simd, int ROWS>
@@ -38,8 +63,8 @@ TARGET void multiply_few_rows(const Strip& s) {
       }
       const typename Simd::Vector block =
           Simd::template tile_of_codes<ROWS>(tables, a + j * ROWS * kBlock, b, k, prefetch);
-      const typename Simd::Vector scale = Simd::template tile_scale<ROWS>(
-          s.a_scale + j * ROWS, s.b_scale + j * STRIP_COLUMNS + n);
+      const typename Simd::Vector scale =
+          Simd::template tile_scale<ROWS>(s.a_scale + j * ROWS, s.b_scale + j * STRIP_COLUMNS + n);
       sum = Simd::fma(block, scale, sum);
     }
     Simd::store(s.sums + n * ROWS, sum);
@@ -57,8 +82,7 @@ TARGET void multiply_many_rows(const Strip& s, const Fp8GemmIsa& isa) {
     float* sums = s.sums;
     for (int64_t m = 0; m < s.rows; m += 4) {
       for (int64_t n = 0; n < STRIP_COLUMNS; n += Simd::PANEL_COLUMNS, sums += Simd::TILE_VALUES) {
-        const typename Simd::Vector block =
-            Simd::tile_of_panel(a + m * kBlock, panel + n * kBlock);
+        const typename Simd::Vector block = Simd::tile_of_panel(a + m * kBlock, panel + n * kBlock);
         const typename Simd::Vector scale = Simd::template tile_scale<4>(
             s.a_scale + j * s.rows + m, s.b_scale + j * STRIP_COLUMNS + n);
         Simd::store(sums, Simd::fma(block, scale, Simd::load(sums)));

@@ -23,7 +23,8 @@ typedef int16_t SignedHalves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
-DEEPKERN_INLINE Floats broadcast(float x) { return Floats{} + x; }
+// Subtracting zero changes no value, also not -0, and costs no instruction.
+DEEPKERN_INLINE Floats broadcast(float x) { return x - Floats{}; }
 DEEPKERN_INLINE Ints broadcast_int(int32_t x) { return Ints{} + x; }
 DEEPKERN_INLINE Ints bits_of(Floats x) { return (Ints)x; }
 DEEPKERN_INLINE Floats floats_of(Ints bits) { return (Floats)bits; }
@@ -80,6 +81,36 @@ DEEPKERN_INLINE float sum_of_lanes(Floats x) {
   return lane[0];
 }
 
+// Lane i is sum_of_lanes(x[i]).
+DEEPKERN_INLINE Floats sums_of_lanes(const Floats (&x)[LANES]) {
+#if defined(DEEPKERN_AVX512)
+  const __m512i even = (__m512i)(lane_index() * 2), odd = (__m512i)(lane_index() * 2 + 1);
+  __m512 sums[LANES];
+  for (int i = 0; i < LANES; ++i) sums[i] = (__m512)x[i];
+  for (int width = LANES / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      const __m512 a = sums[2 * i], b = sums[2 * i + 1];
+      sums[i] =
+          _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+    }
+  }
+  return (Floats)sums[0];
+#elif defined(DEEPKERN_AVX2)
+  __m256 quarter[2];  // lane 4 h + i: the sum of half h of x[i] or x[i + 4]
+  for (int i = 0; i < 2; ++i) {
+    const __m256 low = _mm256_hadd_ps((__m256)x[4 * i], (__m256)x[4 * i + 1]);
+    const __m256 high = _mm256_hadd_ps((__m256)x[4 * i + 2], (__m256)x[4 * i + 3]);
+    quarter[i] = _mm256_hadd_ps(low, high);
+  }
+  return (Floats)_mm256_add_ps(_mm256_permute2f128_ps(quarter[0], quarter[1], 0x20),
+                               _mm256_permute2f128_ps(quarter[0], quarter[1], 0x31));
+#else
+  Floats sums;
+  for (int i = 0; i < LANES; ++i) sums[i] = sum_of_lanes(x[i]);
+  return sums;
+#endif
+}
+
 DEEPKERN_INLINE float max_of_lanes(Floats x) {
   float lane[LANES];
   store_vector(lane, x);
@@ -87,6 +118,39 @@ DEEPKERN_INLINE float max_of_lanes(Floats x) {
     for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
   }
   return lane[0];
+}
+
+// The low 16 bits of each lane. The compiler's conversion moves lane by lane through registers.
+DEEPKERN_INLINE Halves low_halves(Uints x) {
+#if defined(DEEPKERN_AVX512)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(DEEPKERN_AVX2)
+  const __m256i low = (__m256i)(x & 0xFFFF);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  return (Halves)_mm256_castsi256_si128(packed);
+#else
+  return __builtin_convertvector(x, Halves);
+#endif
+}
+
+// Stores 4 * LANES integers in [0, 255] as bytes.
+DEEPKERN_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d) {
+#if defined(DEEPKERN_AVX2)
+  const __m256i ab = _mm256_packs_epi32((__m256i)a, (__m256i)b);
+  const __m256i cd = _mm256_packs_epi32((__m256i)c, (__m256i)d);
+  // The packs work on 128-bit halves, so the order is a0 b0 c0 d0 a1 b1 c1 d1, 4 bytes each.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  store_vector(to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(ab, cd), order));
+#else
+  const Ints all[] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+#if defined(DEEPKERN_AVX512)
+    store_vector(to + i * LANES, _mm512_cvtepi32_epi8((__m512i)all[i]));
+#else
+    store_vector(to + i * LANES, __builtin_convertvector(all[i], Bytes));
+#endif
+  }
+#endif
 }
 
 // Elements of a tensor as floats.
@@ -111,7 +175,11 @@ DEEPKERN_INLINE Floats load_floats(const void* x, int64_t i) {
   if constexpr (type == Real::fp32) return load_vector<Floats>(static_cast<const float*>(x) + i);
   const Halves bits = load_vector<Halves>(static_cast<const uint16_t*>(x) + i);
   if constexpr (type == Real::fp16) return halves_to_floats(bits);
+#if defined(DEEPKERN_AVX2)
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
   return (Floats)(__builtin_convertvector(bits, Uints) << 16);
+#endif
 }
 
 // The first `count` < LANES of them; the other lanes are 0 and are not read.
@@ -134,7 +202,7 @@ DEEPKERN_INLINE void store_floats(void* x, int64_t i, Floats value) {
     const Uints rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     const Uints quiet = (bits >> 16 & 0x8000) | 0x7FC0;
     const Uints result = magnitude > 0x7F800000 ? quiet : rounded;
-    store_vector(static_cast<uint16_t*>(x) + i, __builtin_convertvector(result, Halves));
+    store_vector(static_cast<uint16_t*>(x) + i, low_halves(result));
     return;
   }
 #if defined(DEEPKERN_AVX512)
@@ -179,7 +247,7 @@ DEEPKERN_INLINE Floats widen_e4m3(const uint8_t* codes) {
 }
 
 // e4m3 codes of LANES floats: rounds to nearest even, saturates at 448; NaN becomes 0x7F.
-DEEPKERN_INLINE void store_e4m3(uint8_t* codes, Floats x) {
+DEEPKERN_INLINE Ints e4m3_codes(Floats x) {
   const Ints bits = bits_of(x), magnitude = bits & 0x7FFFFFFF;
   const Ints largest = Ints{} + 0x43E00000;  // 448
   const Ints clamped = magnitude < largest ? magnitude : largest;
@@ -188,8 +256,11 @@ DEEPKERN_INLINE void store_e4m3(uint8_t* codes, Floats x) {
   // Below 2^-6 the code counts units of 2^-9: adding 1.5 * 2^23 rounds to integers.
   const Ints small = bits_of(floats_of(clamped) * 512.0f + 12582912.0f) & 0xFF;
   Ints code = (clamped < 0x3C800000 ? small : normal) | (bits >> 24 & 0x80);
-  code = magnitude > INFINITY_BITS ? Ints{} + 0x7F : code;
-  store_vector(codes, __builtin_convertvector(code, Bytes));
+  return magnitude > INFINITY_BITS ? Ints{} + 0x7F : code;
+}
+
+DEEPKERN_INLINE void store_e4m3(uint8_t* codes, Floats x) {
+  store_vector(codes, __builtin_convertvector(e4m3_codes(x), Bytes));
 }
 
 // e^x within 1.5 units in the last place; 0 below -87.3, inf above 88.7, NaN for NaN.
@@ -211,6 +282,23 @@ DEEPKERN_INLINE Floats exp(Floats x) {
   const Floats result = p * floats_of((half + 127) << 23) * floats_of((whole - half + 127) << 23);
   const Floats tiny = x < -87.3f ? Floats{} : result;
   return x == x ? tiny : x;
+}
+
+// 2^x within 2 units in the last place for x <= 0 (and small positive x); 0 below -125, NaN for NaN.
+DEEPKERN_INLINE Floats exp2_of_negative(Floats x) {
+  // x = n + r with |r| <= 1/2. The low bits of n + magic are n.
+  const Floats bounded = max(broadcast(-125.0f), x);
+  const Floats shifted = bounded + 12582912.0f;  // 1.5 * 2^23
+  const Floats r = bounded - (shifted - 12582912.0f);
+  // Minimax polynomial of 2^r on [-1/2, 1/2].
+  Floats p = broadcast(0.00132647273f);
+  p = fma(p, r, broadcast(0.00967151299f));
+  p = fma(p, r, broadcast(0.0555073358f));
+  p = fma(p, r, broadcast(0.240222424f));
+  p = fma(p, r, broadcast(0.693147004f));
+  p = fma(p, r, broadcast(1.0f));
+  const Floats power = floats_of((bits_of(shifted) << 23) + 0x3F800000);
+  return x < -125.0f ? Floats{} : p * power;
 }
 
 }  // namespace

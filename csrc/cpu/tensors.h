@@ -14,6 +14,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <vector>
 
 #if defined(DEEPKERN_OWN_THREADS)
@@ -74,7 +75,8 @@ struct Arguments {
 
   void check_last_stride(const char* argument, const Tensor& x) const {
     const int64_t last = x.dim() - 1;
-    STD_TORCH_CHECK(x.dim() == 0 || x.size(last) <= 1 || x.stride(last) == 1, op, ": ", argument,
+    const bool has_stride = x.dim() > 0 && x.size(last) > 1 && x.numel() > 0;
+    STD_TORCH_CHECK(!has_stride || x.stride(last) == 1, op, ": ", argument,
                     ": expected stride 1 in the last dimension, got ", x.stride(last));
   }
 
@@ -101,8 +103,8 @@ inline Tensor new_tensor(const int64_t* shape, int64_t rank, ScalarType dtype) {
   }
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      rank, shape, strides, type, aoti_torch_device_type_cpu(), 0, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, shape, strides, type,
+                                                  aoti_torch_device_type_cpu(), 0, &result));
   Tensor tensor(result);
   if (poison_new_tensors && tensor.numel() > 0) {
     std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());
@@ -135,6 +137,23 @@ struct RealRows {
   const void* data;
   Real type;
   int64_t stride;  // elements from a row to the next
+};
+
+// A tensor [..., K] as rows of K elements.
+struct MergedRows {
+  Tensor tensor;  // owns the data
+  int64_t count;
+  int64_t stride;  // elements from a row to the next
+
+  explicit MergedRows(const Tensor& x) : tensor(x), count(1), stride(0) {
+    const int64_t rank = x.dim();
+    for (int64_t i = 0; i + 1 < rank; ++i) count *= x.size(i);
+    if (rank == 2) stride = x.stride(0);
+    if (rank <= 2 || x.numel() == 0) return;
+    const int64_t K = x.size(rank - 1);
+    tensor = torch::stable::reshape(x, {count, K});  // a view if the strides allow it
+    stride = tensor.stride(0);
+  }
 };
 
 // Calls function(first, last) for ranges of [0, count) on several threads; a range has at least

@@ -38,9 +38,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference as plain
 from ..matmul.block_scaled_gemm import check_b_scale
-from ..matmul.fp8_gemm_nt import fp8_gemm_nt
 from ..matmul.fp8_linear import GRAD_SCALE
 from ..matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
 from ..quant.cast_per_token import cast_per_token
@@ -143,29 +141,6 @@ def _launch_triton(
     del gate_up
     y = rows.multiply(*h, w2, w2_scale, x.dtype)
     return sum_rows(y, topk_weights, rows.handle, out)
-
-
-@moe_forward.op.register_launcher("cpu")
-def _launch_cpu(
-    x: Tensor, topk_weights: Tensor, topk_idx: Tensor,
-    w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor,
-) -> Tensor:  # fmt: skip
-    """Loops over the experts, with the native cast and GEMM: on a CPU, reading counts is free."""
-    out = moe_forward.op.allocate(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale)
-    if topk_idx.numel() == 0 or w13.numel() == 0:
-        return out.zero_()
-    multiply = fp8_gemm_nt.op.launcher("cpu")
-    q, scale = cast_per_token.op.launcher("cpu")(x, "fp32", "row")
-    a, a_scale, _, counts, handle = plain.expert_dispatch(q, topk_idx, len(w13), scale)
-    y, first = x.new_zeros((len(a), x.shape[1])), 0
-    for e, count in enumerate(counts.tolist()):
-        if count:
-            rows = slice(first, first + count)
-            gate_up = multiply(a[rows], a_scale[rows], w13[e], w13_scale[e], x.dtype, None)
-            h = plain.swiglu_cast(gate_up)
-            y[rows] = multiply(*h, w2[e], w2_scale[e], x.dtype, None)
-            first += count
-    return out.copy_(plain.expert_combine(y, topk_weights, handle))
 
 
 @moe_forward.op.register_tile
