@@ -2,7 +2,7 @@
 
     python -m bench.studies.llama_cpp FILE.gguf THREADS
 
-It calls the C interface: the high-level class wants a tokenizer, and has one sequence only.  Cache
+It calls the C interface: the high-level class requires a tokenizer and has one sequence only.  Cache
 and flash attention are llama.cpp's defaults (an fp16 cache).
 """
 
