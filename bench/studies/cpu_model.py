@@ -8,6 +8,8 @@ decode steps are compared with those of `model.plain` in fp32; a provider that f
 and the exit code is 1.  The processes then run in turn, so that other work on the machine disturbs
 all of them.  Prefill and one decode step have the least time of all rounds, and the median.
 
+transformers has its default experts and attention.  Its bf16 is slow on a CPU without AVX-512 BF16,
+so read its fp32 rows, too.  torch.compile takes minutes; --provider names the ones to run.
 llama.cpp needs an interpreter with `pip install llama-cpp-python gguf`, given by --llama-python.
 """
 

@@ -2,8 +2,8 @@
 
     python -m bench.studies.llama_cpp FILE.gguf THREADS
 
-It calls the C interface: the high-level class requires a tokenizer and has one sequence only.  Cache
-and flash attention are llama.cpp's defaults (an fp16 cache).
+It calls the C interface: the high-level class requires a tokenizer and has one sequence only.
+Cache and flash attention are llama.cpp's defaults (an fp16 cache).
 """
 
 from __future__ import annotations
