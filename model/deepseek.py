@@ -170,7 +170,10 @@ class LatentCache:
         self.layers = torch.zeros(shape, dtype=dtype, device=device)
         blocks = torch.arange(batch * pages, dtype=torch.int32, device=device)
         self.block_table = blocks.view(pages, batch).T.contiguous()
-        self.page, self.capacity, self.length = page, pages * page, 0
+        self.capacity, self.length = pages * page, 0
+        self.positions = torch.arange(self.capacity, device=device)
+        pool_blocks = self.block_table[:, self.positions // page].long()
+        self.slots = pool_blocks * page + self.positions % page  # int64 [batch, capacity]
 
     def next_slots(self, batch: int, count: int, cos_sin: Tensor) -> TokenSlots:
         """Slots of the next `count` tokens of every sequence; `cos_sin` as in TokenSlots.
@@ -183,12 +186,10 @@ class LatentCache:
             raise ValueError(f"cache: got a batch of {batch}, expected {size}")
         if end > self.capacity:
             raise ValueError(f"cache: {end} tokens do not fit, it holds {self.capacity}")
-        position = torch.arange(start, end, device=device)
-        block = self.block_table[:, position // self.page].long()  # [B, S]
-        slots = (block * self.page + position % self.page).flatten()
+        slots = self.slots[:, start:end].flatten()
+        positions = self.positions[start:end].repeat(batch)
+        turn = rotation(cos_sin[start:end]).repeat(batch, 1)[:, None]
         seqlens = torch.full((batch,), end, dtype=torch.int32, device=device)
-        positions = position.repeat(batch)
-        turn = rotation(cos_sin[positions])[:, None]
         return TokenSlots(
             (batch, count), positions, slots, self.block_table, seqlens, cos_sin, turn
         )

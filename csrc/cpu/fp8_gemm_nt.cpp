@@ -37,7 +37,7 @@ Tensor fp8_gemm_nt(const Tensor& a_codes, const Tensor& a_scale, const Tensor& b
   product.gemm.out_type = real_type("fp8_gemm_nt", "out_dtype", out_dtype);
 
   const Tensor a = k_contiguous(a_codes), b = readable_b(b_codes);
-  Tensor out = torch::stable::new_empty(a, {M, N}, out_dtype);
+  Tensor out = new_tensor({M, N}, out_dtype);
   if (M * N == 0) return out;
   product.gemm.a = fp8_rows(a, a_scale, 1);
   set_b(product, b, b_scale, b_rows);

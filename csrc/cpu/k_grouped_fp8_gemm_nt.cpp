@@ -30,7 +30,7 @@ Tensor k_grouped_fp8_gemm_nt(const Tensor& a_codes, const Tensor& a_scale, const
   if (c.has_value()) arguments.check("c", *c, ScalarType::Float, {G, M, N});
 
   const Tensor a = k_contiguous(a_codes), b = readable_b(b_codes);
-  Tensor out = torch::stable::new_empty(a, {G, M, N}, ScalarType::Float);
+  Tensor out = new_tensor({G, M, N}, ScalarType::Float);
   if (G * M * N == 0) return out;
   Fp8Product product{};
   product.rows = M;

@@ -28,7 +28,7 @@ Tensor m_grouped_fp8_gemm_nt_masked(const Tensor& a_codes, const Tensor& a_scale
   product.gemm.out_type = real_type(arguments.op, "out_dtype", out_dtype);
 
   const Tensor a = k_contiguous(a_codes), b = readable_b(b_codes);
-  Tensor out = torch::stable::new_empty(a, {G, M, N}, out_dtype);
+  Tensor out = new_tensor({G, M, N}, out_dtype);
   if (G * M * N == 0) return out;
   product.gemm.a = fp8_rows(a, a_scale, 1);
   set_b(product, b, b_scale, b_rows);

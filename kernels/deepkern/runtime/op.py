@@ -191,7 +191,7 @@ class Op:
         """The native CPU op, called directly; NotImplemented if `run` must serve the call.
 
         On a CPU, choosing a backend and checking arguments in Python takes longer than most kernels
-        take for one token. The native op rejects whatever the contract rejects; `run` then repeats
+        take for one token. The native op rejects what the contract rejects; `run` then repeats
         the checks and raises the full message.
         """
         native_op = getattr(self.launchers.get("cpu"), "native", None)  # after the first call
