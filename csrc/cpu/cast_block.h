@@ -33,12 +33,28 @@ DEEPKERN_INLINE int32_t block_amax(const float* x) {
   return largest_lane(amax);
 }
 
-// q[i] = e4m3(x[i] * inverse) for 128 values.
-DEEPKERN_INLINE void encode_block(const float* x, Floats inverse, uint8_t* q) {
+// e4m3 codes of floats that round to at most 448; no NaN. Adding 1.5 * 2^20 times the largest power
+// of two in a value rounds it to 3 mantissa bits, ties to even, and puts them into
+// the low bits. Below 2^-6 the power is 2^-6, which gives the subnormal codes.
+DEEPKERN_INLINE Ints e4m3_codes_in_range(Floats x) {
+  const Ints bits = bits_of(x), magnitude = bits & 0x7FFFFFFF;
+  const Ints smallest = Ints{} + 0x3C800000;  // 2^-6
+  const Ints power = (magnitude > smallest ? magnitude : smallest) & INFINITY_BITS;
+  const Ints magic = power + ((20 << 23) + 0x400000);
+  const Ints units = bits_of(floats_of(magnitude) + floats_of(magic)) - magic;
+  return (units + (power >> 20) - (121 << 3)) | (bits >> 24 & 0x80);
+}
+
+// q[i] = e4m3(x[i] * inverse) for 128 values; |x[i]| * inverse is at most 448, or inverse is NaN.
+DEEPKERN_INLINE void encode_block(const float* x, float inverse, uint8_t* q) {
+  if (inverse != inverse) {
+    std::memset(q, 0x7F, 128);
+    return;
+  }
   for (int i = 0; i < 128; i += 4 * LANES) {
     Ints codes[4];
     for (int j = 0; j < 4; ++j) {
-      codes[j] = e4m3_codes(load_vector<Floats>(x + i + j * LANES) * inverse);
+      codes[j] = e4m3_codes_in_range(load_vector<Floats>(x + i + j * LANES) * inverse);
     }
     store_bytes(q + i, codes[0], codes[1], codes[2], codes[3]);
   }
@@ -48,7 +64,7 @@ DEEPKERN_INLINE void encode_block(const float* x, Floats inverse, uint8_t* q) {
 // writable up to 128 values; those past count must be 0 in x.
 DEEPKERN_INLINE float cast_full_block(const float* x, uint8_t* q, bool ue8m0) {
   const float scale = block_scale(block_amax(x), ue8m0);
-  encode_block(x, broadcast(1.0f / scale), q);
+  encode_block(x, 1.0f / scale, q);
   return scale;
 }
 

@@ -89,7 +89,7 @@ float cast_one_block(const CastPerBlock& c, int64_t offset, int64_t rows, int64_
     amax = std::max(amax, block_amax(values));
   }
   const float scale = block_scale(amax, c.ue8m0);
-  const Floats inverse = broadcast(1.0f / scale);
+  const float inverse = 1.0f / scale;
   for (int64_t i = 0; i < rows; ++i) {
     load_block<type>(c.x, offset + i * c.row_stride, columns, values);
     encode_block(values, inverse, columns == 128 ? q + i * c.K : codes);

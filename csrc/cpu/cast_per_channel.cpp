@@ -159,6 +159,19 @@ void scale_columns(const CastPerChannel& c, const RowBlock& rows, int64_t k, int
   for (int64_t j = 0; j < columns; ++j) scale[j * c.scale_column] = scales[j];
 }
 
+// q[j] = e4m3(x[j] * inverse[j]) for 128 columns.
+DEEPKERN_INLINE void encode_columns(const float* x, const float* inverse, uint8_t* q) {
+  for (int j = 0; j < 128; j += 4 * LANES) {
+    Ints codes[4];
+    for (int i = 0; i < 4; ++i) {
+      const int column = j + i * LANES;
+      codes[i] =
+          e4m3_codes(load_vector<Floats>(x + column) * load_vector<Floats>(inverse + column));
+    }
+    store_bytes(q + j, codes[0], codes[1], codes[2], codes[3]);
+  }
+}
+
 // Transposes 8 x 8 bytes: from[i * 128 + j] to to[j * 128 + i].
 DEEPKERN_INLINE void transpose_bytes(const uint8_t* from, uint8_t* to) {
   uint64_t row[8];
@@ -199,13 +212,9 @@ void cast_tile(const CastPerChannel& c, const RowBlock& rows, int64_t k, float* 
   scale_columns<type>(c, rows, k, columns, scale, inverse);
   for (int64_t i = 0; i < rows.rows; ++i) {
     load_block<type>(c.x.data, (rows.first + i) * c.x.stride + k, columns, values);
-    for (int j = 0; j < 128; j += LANES) {
-      const Floats v = load_vector<Floats>(values + j);
-      store_vector(values + j, v * load_vector<Floats>(inverse + j));
-    }
     uint8_t* q = c.q + (rows.first + i) * c.K + k;
     const bool direct = !c.transpose && columns == 128;
-    encode_block(values, broadcast(1.0f), direct ? q : codes + i * 128);
+    encode_columns(values, inverse, direct ? q : codes + i * 128);
     if (!c.transpose && !direct) std::memcpy(q, codes + i * 128, columns);
   }
   if (c.transpose) store_transposed(c, codes, rows, k, columns);

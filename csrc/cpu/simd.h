@@ -284,5 +284,22 @@ DEEPKERN_INLINE Floats exp(Floats x) {
   return x == x ? tiny : x;
 }
 
+// 2^x within 2 units in the last place for x <= 0 (and small positive x); 0 below -125, NaN for NaN.
+DEEPKERN_INLINE Floats exp2_of_negative(Floats x) {
+  // x = n + r with |r| <= 1/2. The low bits of n + magic are n.
+  const Floats bounded = max(broadcast(-125.0f), x);
+  const Floats shifted = bounded + 12582912.0f;  // 1.5 * 2^23
+  const Floats r = bounded - (shifted - 12582912.0f);
+  // Minimax polynomial of 2^r on [-1/2, 1/2].
+  Floats p = broadcast(0.00132647273f);
+  p = fma(p, r, broadcast(0.00967151299f));
+  p = fma(p, r, broadcast(0.0555073358f));
+  p = fma(p, r, broadcast(0.240222424f));
+  p = fma(p, r, broadcast(0.693147004f));
+  p = fma(p, r, broadcast(1.0f));
+  const Floats power = floats_of((bits_of(shifted) << 23) + 0x3F800000);
+  return x < -125.0f ? Floats{} : p * power;
+}
+
 }  // namespace
 }  // namespace deepkern::DEEPKERN_ISA

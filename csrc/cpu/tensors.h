@@ -103,8 +103,8 @@ inline Tensor new_tensor(const int64_t* shape, int64_t rank, ScalarType dtype) {
   }
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      rank, shape, strides, type, aoti_torch_device_type_cpu(), 0, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, shape, strides, type,
+                                                  aoti_torch_device_type_cpu(), 0, &result));
   Tensor tensor(result);
   if (poison_new_tensors && tensor.numel() > 0) {
     std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());

@@ -213,6 +213,8 @@ def test_bits_independent_of_other_queries(backend, generator):
 
 def test_same_bits_as_mla_sparse_decode(backend, generator):
     """With one query per sequence and too few indices for a split."""
+    if backend == "cpu":
+        pytest.skip("the native ops have different kernels")
     args = ops.inputs("mla_sparse_prefill", generator, H=3, **SMALL, **OPTIONS)
     q, kv, indices, scale, R, sink, lengths = args
     out, _, lse = deepkern.mla_sparse_prefill(*args)

@@ -160,7 +160,7 @@ def test_route_topk_backward(data, dtype, grad_dtype, score, normalize, seed):
     logits = embed((torch.randn(T, E, generator=generator(seed)) * 2).to(dtype))
     args = grad, logits, idx, score, normalize, 2.5
     want = deepkern.reference.route_topk_backward(*args)
-    # A token with one chosen expert has a gradient that is 0 but for rounding.
+    # A token with one chosen expert has a gradient that differs from 0 only by rounding.
     chosen = [len({e for e in row if 0 <= e < E}) for row in idx.tolist()]
     cancels = torch.tensor([n == 1 for n in chosen], dtype=torch.bool)
     for isa in isas():
@@ -184,7 +184,7 @@ def test_sequence_balance_loss(B, S, E, score, dtype, data, seed):
     )  # fmt: skip
     logits, idx = embed(logits), embed(idx)
     check("sequence_balance_loss", (logits, idx, score, alpha))
-    if E > 1:  # with one expert the gradient is 0 but for rounding
+    if E > 1:  # with one expert the gradient differs from 0 only by rounding
         check("sequence_balance_loss_backward", (grad, logits, idx, score, alpha))
 
 

@@ -76,10 +76,16 @@ def unpack(entries: Tensor, R: int, dtype: torch.dtype = torch.float64) -> Tenso
     q, scale, k_rope = entries.split(
         (R, 4 * -(-R // BLOCK), entries.shape[1] - R - 4 * -(-R // BLOCK)), 1
     )
-    scale = scale.contiguous().view(torch.float32).to(dtype)
-    latent = q.contiguous().view(torch.float8_e4m3fn).to(dtype)
+    scale = reinterpret(scale, torch.float32).to(dtype)
+    latent = reinterpret(q, torch.float8_e4m3fn).to(dtype)
     latent = latent * scale.repeat_interleave(BLOCK, dim=1)[:, :R]
-    return torch.cat((latent, k_rope.contiguous().view(torch.bfloat16).to(dtype)), dim=1)
+    return torch.cat((latent, reinterpret(k_rope, torch.bfloat16).to(dtype)), dim=1)
+
+
+def reinterpret(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [n, width] as values [n, width / itemsize] for any strides and offset."""
+    values = rows.flatten().clone().view(dtype)
+    return values.view(len(rows), rows.shape[1] // dtype.itemsize)
 
 
 def mla_cache_gather(
