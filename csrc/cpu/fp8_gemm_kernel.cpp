@@ -154,12 +154,12 @@ DEEPKERN_INLINE int64_t prefetch_distance(const Strip& s, int64_t n, int64_t col
   return columns * s.b_row_stride - chunk;  // the next strip
 }
 
-// A chunk of A, 2 KB per row, stays in the L1 cache. A column of B is read a chunk at a time:
+// A chunk of A, 8 KB, stays in the L1 cache. A column of B is read a chunk at a time:
 // reading all columns of a block would map to few sets of the cache if K is a multiple of 1024.
 template <int ROWS>
 void multiply_few_rows(const Strip& s) {
   constexpr int COLUMNS = LANES / ROWS;
-  constexpr int64_t CHUNK = 4 * kBlock, AHEAD = std::max(COLUMNS, 8);
+  constexpr int64_t CHUNK = 16 / ROWS * kBlock, AHEAD = 16;
   const auto* a = static_cast<const float*>(s.a);
   PaddedBlock padded;
   std::fill(s.sums, s.sums + s.rows * STRIP_COLUMNS, 0.0f);
