@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import deepkern
 from deepkern.runtime import native
 from deepkern.testing import caches, compare, ops
+from deepkern.testing.isas import cpu_isas
 
 BF16, F16, F32, U8 = torch.bfloat16, torch.float16, torch.float32, torch.uint8
 REAL = [BF16, F16, F32]
@@ -51,23 +52,11 @@ def check(name: str, args: tuple) -> None:
     compare.assert_matches(name, run(name, args), expected if want is None else want)
 
 
-def isas() -> list[str]:
-    """The instruction sets that this CPU has."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        for isa in ("portable", "avx2", "avx512"):
-            patch.setenv("DEEPKERN_CPU_ISA", isa)
-            with contextlib.suppress(RuntimeError):
-                native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
-                found.append(isa)
-    return found
-
-
 @contextlib.contextmanager
 def any_isa(data):
     """One of this CPU's instruction sets, drawn by hypothesis."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(isas()), label="isa"))
+        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(cpu_isas()), label="isa"))
         yield
 
 

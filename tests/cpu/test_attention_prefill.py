@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import deepkern
 from deepkern.runtime import native
 from deepkern.testing import compare, ops
+from deepkern.testing.isas import cpu_isas
 
 REAL = [torch.bfloat16, torch.float16, torch.float32]
 FAR = 2**31 - 1
@@ -31,18 +32,6 @@ TOLERANCE = {
 def generator(seed) -> torch.Generator:
     """A CPU generator, also where the other tests run on a GPU."""
     return torch.Generator().manual_seed(seed)
-
-
-def isas() -> list[str]:
-    """The instruction sets that this CPU has."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        for isa in ("portable", "avx2", "avx512"):
-            patch.setenv("DEEPKERN_CPU_ISA", isa)
-            with contextlib.suppress(RuntimeError):
-                native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
-                found.append(isa)
-    return found
 
 
 @contextlib.contextmanager
@@ -103,7 +92,7 @@ def test_any_sequences(
         (cu_q if data.draw(st.booleans()) else cu_k)[at] = hostile
     args = *(strided(x, padding) for x in (q, k, v)), cu_q, cu_k, *rest
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(isas())))
+        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(cpu_isas())))
         out, lse = check("mla_prefill", args)
         if backward:
             grad_out = strided(torch.randn(out.shape, generator=generator).to(dtype), padding)
@@ -138,7 +127,7 @@ def test_any_indices(S, Skv, H, topk, R, D, dtype, options, padding, data, seed)
         topk_length[0] = data.draw(st.sampled_from([-1, FAR, -FAR - 1, 1]))
     args = strided(q, padding), strided(kv, padding), indices, scale, R, attn_sink, topk_length
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(isas())))
+        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(cpu_isas())))
         out, _, lse = check("mla_sparse_prefill", args)
         grad_out = strided(torch.randn(out.shape, generator=generator).to(dtype), padding)
         grad_lse = torch.randn(lse.shape, generator=generator) if with_lse else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 import deepkern
 from deepkern.runtime import native
 from deepkern.testing import compare, ops
+from deepkern.testing.isas import cpu_isas
 
 OPS = (
     "m_grouped_fp8_gemm_nt_contiguous",
@@ -25,18 +24,6 @@ HOSTILE = (-1, -(2**31), 2**31 - 1, 10**6)
 pytestmark = pytest.mark.skipif(
     native.native_op("fp8_gemm_nt") is None, reason=str(native.missing_reason())
 )
-
-
-def isas() -> list[str]:
-    """The instruction sets that this CPU has."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        for isa in ("portable", "avx2", "avx512"):
-            patch.setenv("DEEPKERN_CPU_ISA", isa)
-            with contextlib.suppress(RuntimeError):
-                native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
-                found.append(isa)
-    return found
 
 
 def run(op, args):
@@ -95,7 +82,7 @@ def test_m_grouped(M, N, K, G, b_rows, out_dtype, masked, data, seed):
     *operands, index, dtype = ops.inputs(op, generator, **size)[:6]
     index = make_hostile(data, index)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(isas())))
+        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(cpu_isas())))
         check(op, [*(restride(data, x) for x in operands), index, dtype])
 
 
@@ -110,7 +97,7 @@ def test_k_grouped(M, N, K, G, c, data, seed):
     *operands, offsets, _ = ops.inputs(op, generator, M=M, N=N, K=K, G=G)
     addend = torch.randn(len(offsets) - 1, M, N, generator=generator) if c else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(isas())))
+        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(cpu_isas())))
         operands = [restride(data, x) for x in operands]
         check(op, [*operands, make_hostile(data, offsets), addend])
 
@@ -136,7 +123,7 @@ def test_moe(T, E, topk, K, I, dtype, backward, data, seed):
         args[2] = args[2].clamp(-(2**31), 2**31 - 1).int()
     args[-4:] = [restride(data, x) for x in args[-4:]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(isas())))
+        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(cpu_isas())))
         check(op, args)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 import deepkern
 from deepkern.runtime import native
 from deepkern.testing import compare, ops
+from deepkern.testing.isas import cpu_isas
 from deepkern.testing.random_inputs import values
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -26,22 +25,10 @@ dtypes = st.sampled_from(REAL)
 seeds = st.integers(0, 2**31)
 
 
-def isas() -> list[str]:
-    """The instruction sets that this CPU has."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        for isa in ("portable", "avx2", "avx512"):
-            patch.setenv("DEEPKERN_CPU_ISA", isa)
-            with contextlib.suppress(RuntimeError):
-                native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
-                found.append(isa)
-    return found
-
-
 def check(name: str, args: tuple) -> None:
     """The native op on every instruction set equals the reference."""
     want = getattr(deepkern.reference, name)(*args)
-    for isa in isas():
+    for isa in cpu_isas():
         with pytest.MonkeyPatch.context() as patch, compare.poison():
             patch.setenv("DEEPKERN_CPU_ISA", isa)
             compare.assert_matches(name, native.native_op(name)(*args), want)

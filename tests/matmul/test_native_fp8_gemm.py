@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 import deepkern
 from deepkern.runtime import native
 from deepkern.testing import compare, ops
+from deepkern.testing.isas import cpu_isas
 from deepkern.testing.random_inputs import values
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -37,18 +36,6 @@ def gemm(a, a_scale, b, b_scale, out_dtype=F32, c=None):
 
 def check(args) -> None:
     compare.assert_matches("fp8_gemm_nt", gemm(*args), deepkern.reference.fp8_gemm_nt(*args))
-
-
-def isas() -> list[str]:
-    """The instruction sets that this CPU has."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        for isa in ("portable", "avx2", "avx512"):
-            patch.setenv("DEEPKERN_CPU_ISA", isa)
-            with contextlib.suppress(RuntimeError):
-                native.native_op("cast_per_token")(torch.ones(1, 1), "fp32")
-                found.append(isa)
-    return found
 
 
 def codes(x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +79,7 @@ def test_shapes(isa, generator, M, N, K, b_rows):
 )
 def test_any_shape(M, N, K, b_rows, out_dtype, c, data, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(isas())))
+        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(cpu_isas())))
         generator = torch.Generator().manual_seed(seed)
         check(make(generator, M, N, K, b_rows=b_rows, out_dtype=out_dtype, c=c))
 
