@@ -22,7 +22,7 @@ export PYTHONPATH := $(CURDIR)/kernels:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH
 # xdist and the timeout are used where they are installed: a machine at hand may lack them.
 PYTEST = $(PY) -m pytest $(shell $(PY) -c "import importlib.util as u; \
 	print('-n $(JOBS) --dist worksteal' if u.find_spec('xdist') else '', \
-	'--timeout 600' if u.find_spec('pytest_timeout') else '')" 2>/dev/null)
+	'--timeout 1200' if u.find_spec('pytest_timeout') else '')" 2>/dev/null)
 
 .PHONY: help setup run test check proof sanitize lint format docs wheel clean
 help:

@@ -186,7 +186,7 @@ class LatentCache:
             raise ValueError(f"cache: got a batch of {batch}, expected {size}")
         if end > self.capacity:
             raise ValueError(f"cache: {end} tokens do not fit, it holds {self.capacity}")
-        slots = self.slots[:, start:end].flatten()
+        slots = self.slots[:, start:end].flatten().contiguous()
         positions = self.positions[start:end].repeat(batch)
         turn = rotation(cos_sin[start:end]).repeat(batch, 1)[:, None]
         seqlens = torch.full((batch,), end, dtype=torch.int32, device=device)

@@ -144,8 +144,8 @@ def test_many_rows_over_threads(seed):
 @pytest.mark.parametrize(
     ("x", "scale_format", "scale_layout", "message"),
     [
-        (torch.ones(2, 2), "fp16", "row", "scale_format: expected fp32 or ue8m0, got fp16"),
-        (torch.ones(2, 2), "fp32", "col", "scale_layout: expected row or column, got col"),
+        (torch.ones(2, 2), "fp16", "row", "scale_format: expected ue8m0 or fp32, got fp16"),
+        (torch.ones(2, 2), "fp32", "col", "scale_layout: expected column or row, got col"),
         (torch.ones(()), "fp32", "row", "x: expected rank 1 or more"),
         (torch.ones(2, 2, dtype=torch.int32), "fp32", "row", "x: expected dtype"),
         (torch.ones(3, 2).t(), "fp32", "row", "x: expected stride 1 in the last dimension, got 2"),

@@ -164,7 +164,7 @@ Tensor topk_indices(const Tensor& logits, int64_t k, const std::optional<Tensor>
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                   "topk_indices: logits: expected dtype float32 or bfloat16, got ", dtype);
   const int64_t S = logits.size(0), N = logits.size(1);
-  STD_TORCH_CHECK(k >= 0, "topk_indices: k: expected 0 or more, got ", k);
+  STD_TORCH_CHECK(k >= 0 && k <= 4096, "topk_indices: k: expected 0 to 4096, got ", k);
   STD_TORCH_CHECK(N <= (int64_t{1} << 30), "topk_indices: logits: expected rows of at most 2^30");
   STD_TORCH_CHECK(N <= 1 || logits.stride(1) == 1,
                   "topk_indices: logits: expected stride 1 in the last dimension, got ",

@@ -194,14 +194,14 @@ class Op:
         take for one token. The native op rejects what the contract rejects; `run` then repeats
         the checks and raises the full message.
         """
+        if torch.compiler.is_compiling():
+            return NotImplemented
         native_op = getattr(self.launchers.get("cpu"), "native", None)  # after the first call
-        if native_op is None or not backends.auto_or_cpu():
+        if native_op is None or not backends.auto_or_cpu() or _len_torch_dispatch_stack():
             return NotImplemented
         for x in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(x, Tensor) and (type(x) not in _PLAIN or not x.is_cpu):
                 return NotImplemented
-        if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
-            return NotImplemented
         try:
             return native_op(*args, **kwargs)
         except (RuntimeError, TypeError):
