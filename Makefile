@@ -69,6 +69,7 @@ proof: setup
 	$(PYTEST) -m proof
 
 # The package in build/sanitize is links to this one, with another _C. TESTS=... runs other tests.
+# The sanitizers intercept exceptions, so libstdc++ is loaded before Python, too.
 TESTS ?= tests/cpu tests/test_every_op.py
 sanitize: sanitize-address sanitize-thread
 sanitize-%: setup
@@ -79,7 +80,7 @@ sanitize-%: setup
 	  --build-temp build/sanitize/$*/objects
 	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
 	  PYTHONPATH=$(CURDIR)/build/sanitize/$*/path:$(CURDIR) DEEPKERN_SANITIZED=$* \
-	  LD_PRELOAD=$$($(CXX) -print-file-name=lib$(if $(filter address,$*),asan,tsan).so) \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=lib$(if $(filter address,$*),asan,tsan).so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  $(PY) -m pytest -q -p no:cacheprovider -o pythonpath= -m "not gpu" -k cpu $(TESTS)
 
 check: lint
