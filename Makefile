@@ -79,7 +79,7 @@ sanitize-%: setup
 	DEEPKERN_SANITIZE=$* $(PY) setup.py --quiet build_ext --build-lib build/sanitize/$*/path \
 	  --build-temp build/sanitize/$*/objects
 	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
-	  PYTHONPATH=$(CURDIR)/build/sanitize/$*/path:$(CURDIR) DEEPKERN_SANITIZED=$* \
+	  PYTHONPATH=$(CURDIR)/build/sanitize/$*/path:$(CURDIR) \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=lib$(if $(filter address,$*),asan,tsan).so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  $(PY) -m pytest -q -p no:cacheprovider -o pythonpath= -m "not gpu" -k cpu $(TESTS)
 
