@@ -4,10 +4,9 @@
     x = x + attention(norm(x));  x = x + mlp_or_experts(norm(x))        for every layer
     logits = head(norm(x))
 
-The file reads from top to bottom: norm and linear, latent cache, attention, MLP and experts,
-layer, model.  `model/plain.py` defines the same model in plain
-PyTorch; tests compare the two.  Shapes use B sequences, S new tokens of each, M = B·S rows, H heads
-and R = `kv_lora_rank`.  Module names are those of the Hugging Face checkpoint.
+The file reads from top to bottom: attention, MLP and experts, layer, model.  `model/plain.py`
+defines the same model in plain PyTorch; tests compare the two.  Shapes use B sequences, S new tokens of
+each, M = B·S rows, H heads and R = `kv_lora_rank`.  Module names are those of the Hugging Face checkpoint.
 
     from model import DeepSeek
 
@@ -21,9 +20,7 @@ Source: DeepSeek-V3 report (arXiv:2412.19437), section 2, and the released infer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +29,9 @@ from torch import Tensor, nn
 import deepkern
 from model.checkpoint import Checkpoint
 from model.config import LATENT_NORM_EPS, Config
-from model.rope import apply_rope, interleave_pairs, rope_cos_sin, rotation
+from model.latent_cache import LatentCache, TokenSlots
+from model.linear import Linear, RMSNorm, Rows, Weight
+from model.rope import apply_rope, interleave_pairs, rope_cos_sin
 from model.weights import (
     Matrix,
     Precision,
@@ -44,156 +43,6 @@ from model.weights import (
     quantize_weight,
     random_weight,
 )
-
-
-class Weight(nn.Module):
-    """A weight [outputs, inputs] that is never quantized: embedding, head and eh_proj."""
-
-    def __init__(self, outputs: int, inputs: int, precision: Precision) -> None:
-        super().__init__()
-        self.precision = precision
-        self.weight = frozen(random_weight(outputs, inputs).to(precision.dtype))
-
-    def load(self, checkpoint: Checkpoint, name: str) -> None:
-        self.weight = frozen(load_real(checkpoint, f"{name}.weight", self.precision))
-
-
-class Rows(NamedTuple):
-    """Input [M, K] of one or more Linears.
-
-    real: [M, K] in the model's dtype.
-    values, scale: e4m3 [M, K] with 1x128 scales fp32 [M, K/128].
-    """
-
-    real: Tensor
-    values: Tensor
-    scale: Tensor
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32, rounded once."""
-
-    def __init__(self, size: int, eps: float, precision: Precision) -> None:
-        super().__init__()
-        self.precision, self.eps = precision, eps
-        self.weight = frozen(torch.ones(size, dtype=precision.dtype))
-
-    load = Weight.load
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Rows, Tensor]:
-        """Normalizes x + residual, [M, K] each.  Returns the normed rows and the sum."""
-        values, scale, normed, total = deepkern.rmsnorm_cast(x, self.weight, self.eps, residual)
-        return Rows(normed, values, scale), x if total is None else total
-
-
-class Linear(nn.Module):
-    """x·weightᵀ with a weight [N, K] in `dtype`, or in e4m3 with 128x128 scales.
-
-    `parts` names the weights of the checkpoint that one product computes, in the order of their
-    outputs.  Without it the weight has the module's name.
-    """
-
-    def __init__(
-        self, inputs: int, outputs: int, precision: Precision, parts: tuple[str, ...] = ()
-    ) -> None:
-        super().__init__()
-        self.precision, self.parts = precision, parts
-        weight, scale = quantize_weight(random_weight(outputs, inputs), precision)
-        self.weight = frozen(weight)
-        self.register_buffer("scale", scale)
-
-    def load(self, checkpoint: Checkpoint, name: str) -> None:
-        parent = name.rpartition(".")[0]
-        names = [f"{parent}.{part}" for part in self.parts] or [name]
-        weights = [load_matrix(checkpoint, f"{n}.weight", self.precision) for n in names]
-        weight, self.scale = concat_rows(weights)
-        self.weight = frozen(weight)
-
-    def forward(self, x: Tensor | Rows) -> Tensor:
-        """x [M, K] -> [M, N] in the model's dtype; a real x is cast per token with `fp8`."""
-        if self.scale is None:
-            return F.linear(x.real if isinstance(x, Rows) else x, self.weight)
-        values, scale = x[1:] if isinstance(x, Rows) else deepkern.cast_per_token(x)
-        dtype = self.precision.dtype
-        return deepkern.fp8_gemm_nt(values, scale, self.weight, self.scale, out_dtype=dtype)
-
-
-# Latent cache.  It holds per layer and token one latent [R] and one rotated key [rope], for all
-# heads.  Sequences share one pool of pages, which `deepkern.mla_cache_append` writes and
-# `deepkern.mla_decode` reads through a block table.
-
-
-@dataclass
-class TokenSlots:
-    """Cache slots of the new tokens of one forward pass; all layers use the same.
-
-    shape: (B, S).
-    positions: int64 [B·S], index of each token in its sequence.
-    slots: int64 [B·S], index of each token in the pool, in tokens.
-    block_table: int32 [B, P], pages of each sequence.
-    cache_seqlens: int32 [B], length of each sequence with the new tokens.
-    cos_sin: fp32 [positions, rope], the table of `rope_cos_sin`.
-    turn: complex64 [B·S, 1, rope/2], the rotation of each token.
-    """
-
-    shape: tuple[int, int]
-    positions: Tensor
-    slots: Tensor
-    block_table: Tensor
-    cache_seqlens: Tensor
-    cos_sin: Tensor
-    turn: Tensor
-
-
-class LatentCache:
-    """Latents and rotated keys of `batch` sequences of equal length, up to `capacity` tokens.
-
-    layers: [num_layers, blocks, page, 1, R + rope], the pool of each layer.
-    block_table: int32 [batch, P].  Page p of sequence b is block p·batch + b, so pages of one
-        sequence are not adjacent.
-    length: tokens of each sequence that the cache holds.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        page: int = 64,
-        num_layers: int | None = None,
-    ) -> None:
-        pages = max(1, -(-capacity // page))
-        num_layers = config.num_hidden_layers if num_layers is None else num_layers
-        shape = (num_layers, max(1, batch * pages), page, 1, config.cache_width)
-        self.layers = torch.zeros(shape, dtype=dtype, device=device)
-        blocks = torch.arange(batch * pages, dtype=torch.int32, device=device)
-        self.block_table = blocks.view(pages, batch).T.contiguous()
-        self.capacity, self.length = pages * page, 0
-        self.positions = torch.arange(self.capacity, device=device)
-        pool_blocks = self.block_table[:, self.positions // page].long()
-        self.slots = pool_blocks * page + self.positions % page  # int64 [batch, capacity]
-
-    def next_slots(self, batch: int, count: int, cos_sin: Tensor) -> TokenSlots:
-        """Slots of the next `count` tokens of every sequence; `cos_sin` as in TokenSlots.
-
-        The cache does not change: the caller adds `count` to `length` when all layers have run.
-        """
-        start, end = self.length, self.length + count
-        size, device = self.block_table.shape[0], self.block_table.device
-        if batch != size:
-            raise ValueError(f"cache: got a batch of {batch}, expected {size}")
-        if end > self.capacity:
-            raise ValueError(f"cache: {end} tokens do not fit, it holds {self.capacity}")
-        slots = self.slots[:, start:end].flatten().contiguous()
-        positions = self.positions[start:end].repeat(batch)
-        turn = rotation(cos_sin[start:end]).repeat(batch, 1)[:, None]
-        seqlens = torch.full((batch,), end, dtype=torch.int32, device=device)
-        return TokenSlots(
-            (batch, count), positions, slots, self.block_table, seqlens, cos_sin, turn
-        )
-
 
 # Multi-head latent attention with absorbed weights.  Keys and values of head h are k = W_uk[h]·c
 # and v = W_uv[h]·c of one latent c per token, so q·k = (W_ukᵀ[h]·q)·c.  The query is projected into

@@ -7,8 +7,9 @@ import torch
 
 import deepkern
 from model import Config, DeepSeek
-from model.deepseek import LatentCache, Precision
+from model.latent_cache import LatentCache
 from model.rope import rope_cos_sin
+from model.weights import Precision
 
 PRECISIONS = {
     "fp32": Precision(),
