@@ -5,8 +5,9 @@
     logits = head(norm(x))
 
 The file reads from top to bottom: attention, MLP and experts, layer, model.  `model/plain.py`
-defines the same model in plain PyTorch; tests compare the two.  Shapes use B sequences, S new tokens of
-each, M = B·S rows, H heads and R = `kv_lora_rank`.  Module names are those of the Hugging Face checkpoint.
+defines the same model in plain PyTorch; tests compare the two.  Shapes use B sequences, S new
+tokens of each, M = B·S rows, H heads and R = `kv_lora_rank`.  Module names are those of the
+Hugging Face checkpoint.
 
     from model import DeepSeek
 
