@@ -89,7 +89,8 @@ def encode(
 def exact(values: list[float], function: Callable, special: Callable) -> tuple[object, bool]:
     """`function` of fractions, or `special` of floats where one is not finite."""
     if not all(math.isfinite(v) for v in values):
-        return special(*values), False
+        # Only the sign of a finite operand counts here, and a product of two large ones overflows.
+        return special(*(max(min(v, 1.0), -1.0) if math.isfinite(v) else v for v in values)), False
     result = function(*map(Fraction, values))
     # In a zero result float64 decides the sign, as it is exact there.
     return result, result == 0 and math.copysign(1, special(*values)) < 0
