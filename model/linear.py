@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deepkern
@@ -57,7 +56,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Rows, Tensor]:
         """Normalizes x + residual, [M, K] each.  Returns the normed rows and the sum."""
-        values, scale, normed, total = deepkern.rmsnorm_cast(x, self.weight, self.eps, residual)
+        values, scale, normed, total = deepkern.rmsnorm_cast(
+            x, self.weight, self.eps, residual, self.precision.scale_format
+        )
         return Rows(normed, values, scale), x if total is None else total
 
 
@@ -87,7 +88,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor | Rows) -> Tensor:
         """x [M, K] -> [M, N] in the model's dtype; a real x is cast per token with `fp8`."""
         if self.scale is None:
-            return F.linear(x.real if isinstance(x, Rows) else x, self.weight)
-        values, scale = x[1:] if isinstance(x, Rows) else deepkern.cast_per_token(x)
-        dtype = self.precision.dtype
+            return deepkern.gemm_nt(x.real if isinstance(x, Rows) else x, self.weight)
+        dtype, fmt = self.precision.dtype, self.precision.scale_format
+        values, scale = x[1:] if isinstance(x, Rows) else deepkern.cast_per_token(x, fmt)
         return deepkern.fp8_gemm_nt(values, scale, self.weight, self.scale, out_dtype=dtype)

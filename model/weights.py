@@ -16,12 +16,14 @@ class Precision(NamedTuple):
     """Number formats and device of a model.
 
     With `fp8` every `Linear` and every routed expert keeps e4m3 weights with 128x128 scales and
-    casts its input per token.  Otherwise they compute in `dtype`.
+    casts its input per token, with scales in `scale_format`, "fp32" or "ue8m0".  Otherwise they
+    compute in `dtype`.
     """
 
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     fp8: bool = False
+    scale_format: str = "fp32"
 
 
 # A module starts with random weights.  `load(checkpoint, name)` replaces them; `name` is
