@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,9 @@ from model.experts import MLP, MoE
 from model.linear import Linear, RMSNorm, Weight
 from model.rope import rope_cos_sin
 from model.weights import Precision
+
+if TYPE_CHECKING:
+    from model.sampling import Sampling
 
 
 class Layer(nn.Module):
@@ -230,6 +234,8 @@ class DeepSeek(nn.Module):
         unchanged.
         """
         self.check_tokens(tokens)
+        if tokens.numel() == 0:
+            return torch.empty(*tokens.shape, self.config.hidden_size, dtype=self.precision.dtype)
         cache = self.new_cache(*tokens.shape) if cache is None else cache
         cos_sin = self.rotary_table(cache.length + tokens.shape[1])
         batch = cache.next_batch(tokens, cos_sin)
@@ -239,7 +245,7 @@ class DeepSeek(nn.Module):
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raises ValueError unless tokens are int64 [B, S]; IndexError for one out of range."""
-        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
             got = f"{tokens.dtype} of shape {list(tokens.shape)}"
             raise ValueError(f"DeepSeek: tokens: expected int64 [B, S], got {got}")
 
@@ -265,8 +271,15 @@ class DeepSeek(nn.Module):
         state = batch.in_order(self.run_prediction(hidden, batch, cache.pool, depth))
         return self.prediction_logits(state, depth).view(*following.shape, -1)
 
-    def generate(self, tokens: Tensor, max_new_tokens: int) -> Tensor:
-        """int64 [B, S] -> [B, S + max_new_tokens]: the prompt and its greedy continuation."""
-        from model.generate import generate  # the engine, which imports this module
+    def generate(
+        self, tokens: Tensor | list[list[int]], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Tensor | list[list[int]]:
+        """The prompts with their continuations, greedy unless `sampling` says otherwise.
 
-        return generate(self, tokens, max_new_tokens)
+        tokens: int64 [B, S], or prompts of any lengths.  A prompt ends at an end token of the
+        config.  Returns a list for a list, otherwise int64 [B, S + n] with n up to max_new_tokens,
+        where the end token fills the rest of sequences that ended early.
+        """
+        from model.engine import generate  # it imports this module
+
+        return generate(self, tokens, max_new_tokens, sampling)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor
 from model.batch import Segment, TokenBatch, build_batch
 from model.cache import PAGE
 from model.deepseek import DeepSeek
+from model.graph import DecodeGraphs
 from model.pages import ROOT, PageAllocator
 from model.sampling import Sample, Sampling, sample
 from model.text import TextStream
@@ -129,6 +130,8 @@ class Engine:
         max_running: requests that own pages at most.
         draft_tokens: tokens that the prediction layer proposes per step.
         reuse_prompts: whether requests share the pages of equal prompts.
+        graphs: whether decode steps are CUDA graphs; None: on a GPU, if the indexer is FP8 or
+            there is none.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Engine:
         max_running: int = 64,
         draft_tokens: int = 0,
         reuse_prompts: bool = True,
+        graphs: bool | None = None,
     ) -> None:
         if cache_dtype not in (None, "fp8"):
             raise ValueError(f"Engine: cache_dtype: expected None or 'fp8', got {cache_dtype!r}")
@@ -160,6 +164,16 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the oldest first
         self.counters, self.ids = EngineStats(), itertools.count()
+        real_index = self.pool.index_keys is not None and self.pool.index_keys.dtype != torch.uint8
+        if graphs is None:
+            graphs = model.device.type == "cuda" and not real_index
+        self.graphs = self.new_graphs() if graphs else None
+
+    def new_graphs(self) -> DecodeGraphs:
+        """Graphs for every batch of generated tokens."""
+        longest = min(self.model.config.max_position_embeddings, len(self.allocator.owners) * self.page)
+        rows = self.max_running * (1 + self.draft_tokens)
+        return DecodeGraphs(self.model, self.pool, rows, -(-longest // self.page))
 
     # requests
 
@@ -252,7 +266,10 @@ class Engine:
             return finished
         self.counters.steps += 1
         batch, first_rows = self.build(work)
-        hidden = batch.in_order(self.model.run(batch, self.pool))
+        if self.graphs is not None and self.graphs.fits(batch):
+            hidden = self.graphs.run(batch)
+        else:
+            hidden = batch.in_order(self.model.run(batch, self.pool))
         updates = self.sample_all(work, hidden, first_rows)
         if self.draft_tokens:
             self.draft(work, hidden, first_rows)
@@ -492,6 +509,28 @@ class Engine:
 def take(rows: Tensor, index: list[int]) -> Tensor:
     """Some rows of a tensor."""
     return rows[torch.tensor(index, device=rows.device)]
+
+
+def generate(
+    model: DeepSeek,
+    tokens: Tensor | list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+) -> Tensor | list[list[int]]:
+    """`DeepSeek.generate`: all prompts at once, on an engine of their own."""
+    prompts = tokens
+    if isinstance(tokens, Tensor):
+        model.check_tokens(tokens)
+        prompts = tokens.tolist()
+    pages = sum(-(-(len(prompt) + max_new_tokens) // PAGE) for prompt in prompts)
+    engine = Engine(model, num_pages=pages, max_running=max(1, len(prompts)), reuse_prompts=False)
+    sampling = replace(sampling or Sampling(), max_new_tokens=max_new_tokens)
+    results = [request.known for request in engine.generate(prompts, sampling)]
+    if not isinstance(tokens, Tensor):
+        return results
+    longest = max(map(len, results), default=tokens.shape[1])
+    rows = [row + row[-1:] * (longest - len(row)) for row in results]
+    return torch.tensor(rows, device=tokens.device).view(len(rows), longest)
 
 
 def end_tokens(eos: int | list[int] | None) -> set[int]:
