@@ -384,6 +384,13 @@ class Config:
         frequent = layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
         return self.n_routed_experts > 0 and frequent
 
+    def with_layers(self, count: int) -> Config:
+        """A copy with the first `count` decoder layers and no prediction layer."""
+        kinds = ("mlp_layer_types", "layer_types")
+        extra = {k: v[:count] if k in kinds and v else v for k, v in self.extra.items()}
+        sizes = {"num_hidden_layers": count, "num_nextn_predict_layers": 0}
+        return Config(**{**vars(self), **sizes, "extra": extra})
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Config:
         """The config of a parsed config.json."""

@@ -36,13 +36,12 @@ from model.rope import apply_rope, interleave_pairs, rope_cos_sin
 from model.weights import (
     Matrix,
     Precision,
-    concat_rows,
     frozen,
-    join,
-    load_matrix,
     load_real,
+    load_stack,
     quantize_weight,
     random_weight,
+    resolve_dtype,
 )
 
 # Multi-head latent attention with absorbed weights.  Keys and values of head h are k = W_uk[h]·c
@@ -234,15 +233,16 @@ class Experts(nn.Module):
         self.register_buffer("w2_scale", w2_scale)
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
-        def read(expert: int, matrix: str) -> Matrix:
-            return load_matrix(checkpoint, f"{name}.{expert}.{matrix}.weight", self.precision)
+        def load(*matrices: str) -> Matrix:
+            groups = [
+                [f"{name}.{expert}.{matrix}.weight" for matrix in matrices]
+                for expert in range(self.count)
+            ]
+            return load_stack(checkpoint, groups, self.precision)
 
-        w13 = [concat_rows([read(e, "gate_proj"), read(e, "up_proj")]) for e in range(self.count)]
-        w2 = [read(e, "down_proj") for e in range(self.count)]
-        self.w13 = frozen(join(torch.stack, [weight for weight, _ in w13]))
-        self.w2 = frozen(join(torch.stack, [weight for weight, _ in w2]))
-        if self.precision.fp8:
-            self.w13_scale, self.w2_scale = (torch.stack([s for _, s in m]) for m in (w13, w2))
+        w13, self.w13_scale = load("gate_proj", "up_proj")
+        w2, self.w2_scale = load("down_proj")
+        self.w13, self.w2 = frozen(w13), frozen(w2)
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """x [M, hidden], weights and expert indices [M, topk] -> weighted sum [M, hidden]."""
@@ -350,9 +350,10 @@ class DeepSeek(nn.Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         device: torch.device | str = "cpu",
         fp8: bool = False,
+        layers: int | None = None,
     ) -> DeepSeek:
         """Loads a checkpoint directory in the Hugging Face layout.
 
@@ -360,17 +361,24 @@ class DeepSeek(nn.Module):
         stored in another dtype are quantized at load.  Without it, weights are dequantized to
         `dtype` at load.
 
+        dtype: a dtype, its name, or "auto", that of the checkpoint.
+        layers: the number of decoder layers to load; by default all.
+
         Raises:
             FileNotFoundError: no such directory, or no config.json in it.
             CheckpointError (a ValueError): a tensor is damaged, missing, unknown, or has a wrong
                 shape or dtype.  The message names the file and the tensor.
         """
-        return cls.from_checkpoint(Checkpoint.open(path), Precision(dtype, device, fp8))
+        checkpoint = Checkpoint.open(path)
+        precision = Precision(resolve_dtype(dtype, checkpoint), device, fp8)
+        return cls.from_checkpoint(checkpoint, precision, layers)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, precision: Precision) -> DeepSeek:
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, precision: Precision, layers: int | None = None
+    ) -> DeepSeek:
         """Checks all tensors, builds the model on the meta device, and loads module by module."""
-        config = checkpoint.check()
+        config = checkpoint.check(layers)
         with torch.device("meta"):
             model = cls(config, precision)
         with torch.no_grad():
