@@ -41,7 +41,7 @@ from model.config import Config
 from model.experts import MLP, MoE
 from model.linear import Linear, RMSNorm, Weight
 from model.rope import rope_cos_sin
-from model.weights import Precision
+from model.weights import Precision, resolve_dtype
 
 if TYPE_CHECKING:
     from model.sampling import Sampling
@@ -120,9 +120,10 @@ class DeepSeek(nn.Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         device: torch.device | str = "cpu",
         fp8: bool = False,
+        layers: int | None = None,
     ) -> DeepSeek:
         """Loads a checkpoint directory in the Hugging Face layout.
 
@@ -130,17 +131,24 @@ class DeepSeek(nn.Module):
         stored in another dtype are quantized at load.  Without it, weights are dequantized to
         `dtype` at load.
 
+        dtype: a dtype, its name, or "auto", that of the checkpoint.
+        layers: the number of decoder layers to load; by default all.
+
         Raises:
             FileNotFoundError: no such directory, or no config.json in it.
             CheckpointError (a ValueError): a tensor is damaged, missing, unknown, or has a wrong
                 shape or dtype.  The message names the file and the tensor.
         """
-        return cls.from_checkpoint(Checkpoint.open(path), Precision(dtype, device, fp8))
+        checkpoint = Checkpoint.open(path)
+        precision = Precision(resolve_dtype(dtype, checkpoint), device, fp8)
+        return cls.from_checkpoint(checkpoint, precision, layers)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, precision: Precision) -> DeepSeek:
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, precision: Precision, layers: int | None = None
+    ) -> DeepSeek:
         """Checks all tensors, builds the model on the meta device, and loads module by module."""
-        config = checkpoint.check()
+        config = checkpoint.check(layers)
         with torch.device("meta"):
             model = cls(config, precision)
         with torch.no_grad():

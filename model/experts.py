@@ -18,11 +18,9 @@ from model.linear import Linear, Rows
 from model.weights import (
     Matrix,
     Precision,
-    concat_rows,
     frozen,
-    join,
-    load_matrix,
     load_real,
+    load_stack,
     quantize_weight,
     random_weight,
 )
@@ -97,15 +95,16 @@ class Experts(nn.Module):
         self.register_buffer("w2_scale", w2_scale)
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
-        def read(expert: int, matrix: str) -> Matrix:
-            return load_matrix(checkpoint, f"{name}.{expert}.{matrix}.weight", self.precision)
+        def load(*matrices: str) -> Matrix:
+            groups = [
+                [f"{name}.{expert}.{matrix}.weight" for matrix in matrices]
+                for expert in range(self.count)
+            ]
+            return load_stack(checkpoint, groups, self.precision)
 
-        w13 = [concat_rows([read(e, "gate_proj"), read(e, "up_proj")]) for e in range(self.count)]
-        w2 = [read(e, "down_proj") for e in range(self.count)]
-        self.w13 = frozen(join(torch.stack, [weight for weight, _ in w13]))
-        self.w2 = frozen(join(torch.stack, [weight for weight, _ in w2]))
-        if self.precision.fp8:
-            self.w13_scale, self.w2_scale = (torch.stack([s for _, s in m]) for m in (w13, w2))
+        w13, self.w13_scale = load("gate_proj", "up_proj")
+        w2, self.w2_scale = load("down_proj")
+        self.w13, self.w2 = frozen(w13), frozen(w2)
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """x [M, hidden], weights and expert indices [M, topk] -> weighted sum [M, hidden]."""

@@ -11,10 +11,9 @@ import deepkern
 from model.checkpoint import Checkpoint
 from model.weights import (
     Precision,
-    concat_rows,
     frozen,
-    load_matrix,
     load_real,
+    load_rows,
     quantize_weight,
     random_weight,
 )
@@ -81,8 +80,8 @@ class Linear(nn.Module):
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         parent = name.rpartition(".")[0]
         names = [f"{parent}.{part}" for part in self.parts] or [name]
-        weights = [load_matrix(checkpoint, f"{n}.weight", self.precision) for n in names]
-        weight, self.scale = concat_rows(weights)
+        names = [f"{n}.weight" for n in names]
+        weight, self.scale = load_rows(checkpoint, names, self.precision)
         self.weight = frozen(weight)
 
     def forward(self, x: Tensor | Rows) -> Tensor:
