@@ -15,13 +15,11 @@ A directory with a tokenizer.json uses that.  Without one, a model of 256 tokens
 
 from __future__ import annotations
 
-import codecs
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +29,7 @@ from torch import Tensor
 from model.checkpoint import CheckpointError
 from model.config import Config
 from model.deepseek import DeepSeek
+from model.tokenizer import Tokenizer, load_tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib-bytes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,84 +55,6 @@ def generate(model: DeepSeek, tokens: Tensor, max_new_tokens: int) -> Tensor:
     """int64 [B, S] -> [B, S + max_new_tokens]: the prompt and its greedy continuation."""
     new = list(stream(model, tokens, max_new_tokens))
     return torch.cat([tokens, *(token[:, None] for token in new)], 1)
-
-
-class Tokenizer(Protocol):
-    """Converts text to tokens and back."""
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt, BOS first if the model uses one."""
-        ...
-
-    def decode(self, tokens: list[int]) -> str: ...
-
-    def decoder(self) -> Callable[[int], str]:
-        """A function that takes one token at a time and returns the text that it completes."""
-        ...
-
-
-def with_bos(tokens: list[int], bos: int | None) -> list[int]:
-    """tokens with `bos` first; unchanged if `bos` is None or already the first."""
-    return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as tokens.  BOS is the separator that training puts before every file."""
-
-    def __init__(self, bos: int | None) -> None:
-        self.bos = bos
-
-    def encode(self, text: str) -> list[int]:
-        # surrogateescape: a command-line argument that is not UTF-8 keeps its bytes
-        return with_bos(list(text.encode(errors="surrogateescape")), self.bos)
-
-    def decode(self, tokens: list[int]) -> str:
-        return bytes(tokens).decode(errors="replace")
-
-    def decoder(self) -> Callable[[int], str]:
-        incremental = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda token: incremental.decode(bytes([token]))
-
-
-class FileTokenizer:
-    """A tokenizer.json of the `tokenizers` library; its template or `bos` gives the BOS."""
-
-    def __init__(self, file: Path, bos: int | None = None) -> None:
-        import tokenizers
-
-        self.bos, self.tokenizer = bos, tokenizers.Tokenizer.from_file(str(file))
-
-    def encode(self, text: str) -> list[int]:
-        return with_bos(self.tokenizer.encode(text).ids, self.bos)
-
-    def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens)
-
-    def decoder(self) -> Callable[[int], str]:
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self.tokenizer, token) or ""
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory.
-
-    tokenizer_config.json adds BOS where it has `add_bos_token: true`.
-
-    Raises:
-        CheckpointError: no tokenizer.json, and the vocabulary is not the 256 bytes.
-    """
-    folder = Path(folder)
-    config, file = Config.load(folder), folder / "tokenizer.json"
-    if file.is_file():
-        options = folder / "tokenizer_config.json"
-        add_bos = options.is_file() and json.loads(options.read_text()).get("add_bos_token")
-        return FileTokenizer(file, config.bos_token_id if add_bos else None)
-    if config.vocab_size == 256:
-        bos = config.bos_token_id
-        return ByteTokenizer(bos if bos is not None and 0 <= bos < 256 else None)
-    raise CheckpointError(f"{file}: missing, and {config.vocab_size} tokens are not bytes")
 
 
 def stop_tokens(config: Config) -> set[int]:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
 from model import Config, DeepSeek
-from model.generate import (
-    ByteTokenizer,
-    FileTokenizer,
-    load_tokenizer,
-    main,
-    stop_tokens,
-    stream,
-    with_bos,
-)
+from model.generate import main, stop_tokens, stream
+from model.tokenizer import FileTokenizer, load_tokenizer
 
 app = typer.Typer()
 app.command()(main)
@@ -75,20 +66,6 @@ def test_stream_equals_generate(folder):
     assert torch.equal(tokens, model.generate(prompt, 5))
 
 
-def test_with_bos():
-    assert with_bos([1, 2], 12) == [12, 1, 2]
-    assert with_bos([12, 2], 12) == [12, 2]
-    assert with_bos([], 12) == [12]
-    assert with_bos([1], None) == [1]
-
-
-def test_byte_tokenizer_joins_characters():
-    decode = ByteTokenizer(None).decoder()
-    assert [decode(b) for b in "aö".encode()] == ["a", "", "ö"]
-    assert ByteTokenizer(12).encode("a\udcff") == [12, 97, 255]
-    assert ByteTokenizer(None).decode(list("aö".encode())) == "aö"
-
-
 def test_tokenizer_file(folder, tokenizer_file):
     tokenizer = load_tokenizer(folder)
     assert isinstance(tokenizer, FileTokenizer)
@@ -96,13 +73,6 @@ def test_tokenizer_file(folder, tokenizer_file):
     assert "".join(decode(token) for token in tokens) == tokenizer.decode(tokens) == "hé llo"
     result = run("--checkpoint", folder, "--prompt", "x = 1", "--max-new-tokens", 4)
     assert result.exit_code == 0 and "x = 1" in result.stdout
-
-
-@pytest.mark.parametrize(("add_bos", "first"), [(True, 12), (False, 64)], ids=["bos", "no_bos"])
-def test_tokenizer_config_adds_bos(folder, tokenizer_file, add_bos, first):
-    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
-    tokens = load_tokenizer(folder).encode("abc")
-    assert tokens[0] == first and len(tokens) == 3 + add_bos
 
 
 def test_stop_tokens():
