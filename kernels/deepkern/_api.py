@@ -17,6 +17,7 @@ from .attention.mla_sparse_prefill import mla_sparse_prefill, mla_sparse_prefill
 from .attention.mqa_logits import mqa_logits
 from .attention.paged_mqa_logits import paged_mqa_logits
 from .attention.topk_indices import topk_indices
+from .compat.transformers import patch_transformers, unpatch_transformers
 from .experts.choose_replicas import choose_replicas, nearest_replicas
 from .experts.exchange import ExpertParallelError
 from .experts.expert_combine import expert_combine, expert_combine_backward
@@ -95,6 +96,7 @@ __all__ = [
     "nearest_replicas",
     "OPS",
     "paged_mqa_logits",
+    "patch_transformers",
     "placement_bound",
     "plan_moves",
     "profiled",
@@ -110,5 +112,6 @@ __all__ = [
     "swiglu_cast",
     "swiglu_cast_backward",
     "topk_indices",
+    "unpatch_transformers",
     "update_expert_bias",
 ]
