@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.mla_decode import mla_decode
 from ..attention.mla_prefill import mla_prefill
@@ -129,8 +129,8 @@ def prefers_absorbed(self, rows: Rows) -> bool:
     """
     if rows.S > 1 and (rows.mask is not None or not rows.past):
         return False
-    if type(self.kv_b_proj).__name__ not in ("Linear", "FP8Linear"):
-        return False  # an adapter
+    if not has_plain_weight(self.kv_b_proj):
+        return False
     R, expanded = self.kv_lora_rank, self.qk_nope_head_dim + self.v_head_dim
     return rows.S * (2 * R - expanded) < R * expanded
 
@@ -156,6 +156,11 @@ def absorbed_attention(self, q: Tensor, storage: Tensor, rows: Rows) -> Tensor:
     q = absorb_keys(self, q)
     out, _ = mla_decode(q, cache, table, rows.lengths, self.scaling, v_head_dim=self.kv_lora_rank)
     return expand_values(self, out)
+
+
+def has_plain_weight(linear: nn.Module) -> bool:
+    """False for a Linear with an adapter, whose weight is not all that it applies."""
+    return type(linear).__name__ in ("Linear", "FP8Linear")
 
 
 def latent_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -224,7 +229,14 @@ def append_indexer_keys(self, hidden_states: Tensor, position_embeddings, cache)
 def sparse_attention(
     self, q: Tensor, latents: Tensor, indices: Tensor, without_gradient: bool
 ) -> Tensor:
-    """q [B, S, H, nope + rope], latents [B, capacity, R + D] -> [B, S, H·v]; indices [B, S, topk]."""
+    """q [B, S, H, nope + rope], latents [B, capacity, R + D] -> [B, S, H·v].
+
+    indices: int32 [B, S, topk], the columns of the tokens to attend to, -1 for none.
+    """
+    if not has_plain_weight(self.kv_b_proj):
+        kind = type(self.kv_b_proj).__name__
+        raise ValueError("patch_transformers: kv_b_proj: with more than index_topk tokens expected "
+                         f"Linear or FP8Linear, got {kind}")  # fmt: skip
     (B, S), capacity, R = q.shape[:2], latents.shape[1], self.kv_lora_rank
     offsets = torch.arange(B, dtype=torch.int32, device=q.device)[:, None, None] * capacity
     slots = torch.where(indices < 0, indices, indices + offsets)
