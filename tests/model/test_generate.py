@@ -8,7 +8,9 @@ import typer
 from typer.testing import CliRunner
 
 from model import Config, DeepSeek
+from model.engine import Engine
 from model.generate import main, stop_tokens, stream
+from model.sampling import Sampling
 from model.tokenizer import FileTokenizer, load_tokenizer
 
 app = typer.Typer()
@@ -55,9 +57,33 @@ def test_command_equals_generate(folder, prompt):
     tokenizer = load_tokenizer(folder)
     tokens = model.generate(torch.tensor([tokenizer.encode(prompt)]), 9)[0].tolist()
     assert tokens[:4] == [12, *b"abc"]
-    text = tokenizer.decode(tokens)
-    # The command does not print an incomplete character at the end; it may print a line end.
-    assert text.startswith(result.stdout.rstrip("\n")) or result.stdout.startswith(text)
+    assert result.stdout == prompt + tokenizer.decode(tokens[4:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.9, "seed": 3},
+        {"temperature": 1.5, "top_p": 0.8, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.2},
+    ],
+    ids=["temperature", "filters"],
+)
+def test_sampling_options(folder, options):
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    result = run("--checkpoint", folder, "--prompt", "abc", "--max-new-tokens", 9, *arguments)
+    tokenizer = load_tokenizer(folder)
+    engine = Engine(DeepSeek.from_pretrained(folder, dtype=torch.float32), tokenizer)
+    sampling = Sampling(max_new_tokens=9, **options)
+    (request,) = engine.generate([tokenizer.encode("abc")], sampling)
+    assert result.stdout == "abc" + request.text
+    assert "prompt 4 tokens" in result.stderr and "9 tokens" in result.stderr
+
+
+def test_stop_string(folder):
+    text = run("--checkpoint", folder, "--prompt", "abc", "--max-new-tokens", 9).stdout[3:]
+    stop = text[1:3]
+    arguments = "--checkpoint", folder, "--prompt", "abc", "--stop", stop
+    assert run(*arguments).stdout == "abc" + text.split(stop)[0]
 
 
 def test_stream_equals_generate(folder):
@@ -97,3 +123,7 @@ def test_errors(tmp_path, make_config, make_plain, saved, folder):
     no_tokenizer = run("--checkpoint", words)
     assert no_tokenizer.exit_code == 2 and "tokenizer.json" in no_tokenizer.stderr
     assert run("--checkpoint", folder, "--dtype", "int4").exit_code == 2
+    cold = run("--checkpoint", folder, "--temperature", -1)
+    assert cold.exit_code == 2 and "sampling: temperature" in cold.stderr
+    long = run("--checkpoint", folder, "--prompt", "a" * 500)
+    assert long.exit_code == 2 and "prompt" in long.stderr
