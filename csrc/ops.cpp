@@ -33,6 +33,7 @@ STABLE_TORCH_LIBRARY(deepkern_native, m) {
   m.def(
       "fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType "
       "out_dtype=15, Tensor? c=None) -> Tensor");
+  m.def("gemm_nt(Tensor a, Tensor b, ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "hadamard_cast(Tensor x, float scale=1.0, str scale_format=\"fp32\") -> (Tensor, "
       "Tensor)");

@@ -33,6 +33,7 @@ from .experts.sequence_balance_loss import sequence_balance_loss, sequence_balan
 from .experts.update_expert_bias import update_expert_bias
 from .matmul.fp8_gemm_nt import fp8_gemm_nt
 from .matmul.fp8_linear import FP8Linear, fp8_linear
+from .matmul.gemm_nt import gemm_nt
 from .matmul.k_grouped_fp8_gemm_nt import k_grouped_fp8_gemm_nt
 from .matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
 from .matmul.m_grouped_fp8_gemm_nt_masked import m_grouped_fp8_gemm_nt_masked
@@ -70,6 +71,7 @@ __all__ = [
     "fp8_gemm_nt",
     "fp8_linear",
     "FP8Linear",
+    "gemm_nt",
     "gpu_loads",
     "hadamard_cast",
     "hadamard_transform",
