@@ -26,6 +26,7 @@ from model.presets import FP8_QUANTIZATION, PRESETS
 
 __all__ = ["FP8_QUANTIZATION", "LATENT_NORM_EPS", "PRESETS", "Config", "yarn_mscale"]
 
+INDEX_NORM_EPS = 1e-6  # of the indexer's keys
 LATENT_NORM_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm; rms_norm_eps is for the other norms
 
 ARCHITECTURES = {

@@ -171,7 +171,9 @@ class Engine:
 
     def new_graphs(self) -> DecodeGraphs:
         """Graphs for every batch of generated tokens."""
-        longest = min(self.model.config.max_position_embeddings, len(self.allocator.owners) * self.page)
+        longest = min(
+            self.model.config.max_position_embeddings, len(self.allocator.owners) * self.page
+        )
         rows = self.max_running * (1 + self.draft_tokens)
         return DecodeGraphs(self.model, self.pool, rows, -(-longest // self.page))
 
@@ -236,7 +238,9 @@ class Engine:
         return EngineStats(**{**vars(self.counters), **state})
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling | list[Sampling] = Sampling()  # noqa: B008
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling | list[Sampling] = Sampling(),  # noqa: B008
     ) -> list[Request]:
         """Runs the prompts to their ends; results are in their order."""
         if isinstance(sampling, Sampling):
@@ -392,9 +396,7 @@ class Engine:
 
     # after the forward pass
 
-    def sample_all(
-        self, work: list[Work], hidden: Tensor, first_rows: list[int]
-    ) -> list[Update]:
+    def sample_all(self, work: list[Work], hidden: Tensor, first_rows: list[int]) -> list[Update]:
         """Draws the next tokens of the requests whose known tokens are all computed."""
         rows, samplings, positions, histories = [], [], [], []
         for item, first in zip(work, first_rows, strict=True):
@@ -411,7 +413,9 @@ class Engine:
         samples: Iterator[Sample] = iter(())
         if rows:
             index = torch.tensor(rows, device=hidden.device)
-            samples = iter(sample(self.model.logits(hidden[index]), samplings, positions, histories))
+            samples = iter(
+                sample(self.model.logits(hidden[index]), samplings, positions, histories)
+            )
         updates = []
         for item in work:
             request, count = item.request, max(0, item.stop - item.request.length + 1)
