@@ -27,8 +27,9 @@
 namespace deepkern {
 namespace {
 
-constexpr int64_t K_BLOCK = 512;      // values of K per sum
-constexpr int64_t FEW_ROWS = 4;       // with more rows, widening B once costs less
+constexpr int64_t K_BLOCK = 512;          // values of K per sum
+constexpr int64_t FEW_ROWS_ALONG_K = 12;  // with more rows, widening B once costs less
+constexpr int64_t FEW_ROWS_ALONG_N = 3;
 constexpr int64_t MAX_ROWS = 192;     // a block of as many rows of A has 400 KB
 constexpr int64_t PACK_COLUMNS = 32;  // columns of B that are widened at once
 constexpr int64_t TRANSPOSE_K = 32;   // values of K that are transposed at once
@@ -53,8 +54,14 @@ bool contiguous_along_n(const RealGemm& gemm) {
   return !contiguous_along_k(gemm) && (gemm.N == 1 || gemm.b.row_stride == 1);
 }
 
-// Columns of a task. A row of a B that is contiguous along N is read in pieces of as many columns.
-int64_t task_columns(const RealGemm& gemm) { return contiguous_along_n(gemm) ? 64 : PACK_COLUMNS; }
+// Columns of a task. A row of a B that is contiguous along N is read in pieces of as many columns,
+// so the pieces are as long as leaves work for every thread.
+int64_t task_columns(const RealGemm& gemm, int64_t groups) {
+  if (!contiguous_along_n(gemm)) return PACK_COLUMNS;
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t equal = ceil_div(gemm.N * groups, threads);
+  return std::clamp<int64_t>(ceil_div(equal, 64) * 64, 64, 1024);
+}
 
 int64_t row_of(const RealGemm& gemm, int64_t i) { return gemm.rows == nullptr ? i : gemm.rows[i]; }
 
@@ -86,7 +93,7 @@ class Batch {
     parallel_ranges(rows(), 4 * K, [&](int64_t first, int64_t end) {
       widen_rows(*gemm_, groups_[0].first, rows(), first, end, a);
     });
-    const int64_t width = task_columns(*gemm_), tasks = ceil_div(gemm_->N, width);
+    const int64_t width = task_columns(*gemm_, groups_.size()), tasks = ceil_div(gemm_->N, width);
     const auto multiply_columns = DEEPKERN_DISPATCH(multiply_columns);
     parallel_tasks(
         tasks * static_cast<int64_t>(groups_.size()), double(rows() * gemm_->N) * double(K) / 4,
@@ -176,7 +183,9 @@ template <int ROWS, int COLUMNS, Real type>
 void dot_tile(const float* a, int64_t pitch, const void* const* b, int64_t k_first, int64_t count,
               Sums sums) {
   constexpr int VALUES = ROWS * COLUMNS, PADDED = (VALUES + LANES - 1) / LANES * LANES;
-  Floats sum[PADDED] = {};
+  Floats sum[PADDED];
+#pragma GCC unroll 32
+  for (int i = 0; i < PADDED; ++i) sum[i] = Floats{};
   const auto step = [&](int64_t k, const auto& load_b) {
     Floats x[ROWS];
 #pragma GCC unroll 8
@@ -239,35 +248,29 @@ void multiply_along_k(const RealTask& t, Sums sums) {
   }
 }
 
-// Adds the products of rows [k, k + steps * LANES) of a block to the LANES sums of each column.
-// b: the first of `columns` columns in row 0 of the block. Rows from `count` on are zero.
+// phases[n / LANES][p][n % LANES] += a[p] * b[p, n] for p < LANES. Rows of b from `count` on are
+// zero.
 template <Real type>
-void add_to_columns(const float* a, const void* b, int64_t k_stride, int64_t k, int64_t steps,
-                    int64_t count, int64_t columns, float* phases) {
-  for (int64_t n = 0; n < columns; n += LANES) {
-    Floats sum[LANES];
+void add_to_columns(const float* a, const void* b, int64_t k_stride, int64_t count, int64_t columns,
+                    float* phases) {
+  const auto add = [&](float* sums, const auto& load_b) {
 #pragma GCC unroll 16
-    for (int p = 0; p < LANES; ++p) sum[p] = load_vector<Floats>(phases + n * LANES + p * LANES);
-    const bool whole = n + LANES <= columns && k + steps * LANES <= count;
-    if (whole) {
-      for (int64_t i = k; i < k + steps * LANES; i += LANES) {
-#pragma GCC unroll 16
-        for (int p = 0; p < LANES; ++p) {
-          const Floats y = load_floats<type>(b, (i + p) * k_stride + n);
-          sum[p] = fma(broadcast(a[i + p]), y, sum[p]);
-        }
-      }
-    } else {
-      for (int64_t i = k; i < k + steps * LANES; i += LANES) {
-        for (int p = 0; p < LANES; ++p) {
-          const int64_t width = i + p < count ? std::min<int64_t>(LANES, columns - n) : 0;
-          const Floats y = load_first_floats<type>(b, (i + p) * k_stride + n, width);
-          sum[p] = fma(broadcast(a[i + p]), y, sum[p]);
-        }
-      }
+    for (int p = 0; p < LANES; ++p) {
+      const Floats sum = load_vector<Floats>(sums + p * LANES);
+      store_vector(sums + p * LANES, fma(broadcast(a[p]), load_b(p), sum));
     }
-#pragma GCC unroll 16
-    for (int p = 0; p < LANES; ++p) store_vector(phases + n * LANES + p * LANES, sum[p]);
+  };
+  int64_t n = 0;
+  if (count >= LANES) {
+    for (; n + LANES <= columns; n += LANES) {
+      add(phases + n * LANES, [&](int p) { return load_floats<type>(b, p * k_stride + n); });
+    }
+  }
+  for (; n < columns; n += LANES) {
+    add(phases + n * LANES, [&](int p) {
+      const int64_t width = p < count ? std::min<int64_t>(LANES, columns - n) : 0;
+      return load_first_floats<type>(b, p * k_stride + n, width);
+    });
   }
 }
 
@@ -293,12 +296,11 @@ void multiply_along_n(const RealTask& t, Sums sums, float* phases) {
   const int64_t size = whole_vectors(t.columns()) * LANES;
   for (int64_t first = 0; first < g.K; first += K_BLOCK) {
     const int64_t count = std::min(K_BLOCK, g.K - first);
-    const void* b = element(t.b, type, first * g.b.k_stride + t.first);
-    for (int64_t k = 0; k < count; k += 2 * LANES) {  // these rows of B stay in the L1 cache
-      const int64_t steps = count - k > LANES ? 2 : 1;
+    for (int64_t k = 0; k < count; k += LANES) {  // LANES rows of B stay in the L1 cache
+      const void* b = element(t.b, type, (first + k) * g.b.k_stride + t.first);
       for (int64_t r = 0; r < t.rows(); ++r) {
-        add_to_columns<type>(t.a_block(first / K_BLOCK) + r * t.a.stride, b, g.b.k_stride, k, steps,
-                             count, t.columns(), phases + r * size);
+        add_to_columns<type>(t.a_block(first / K_BLOCK) + r * t.a.stride + k, b, g.b.k_stride,
+                             count - k, t.columns(), phases + r * size);
       }
     }
     for (int64_t r = 0; r < t.rows(); ++r) {
@@ -307,90 +309,122 @@ void multiply_along_n(const RealTask& t, Sums sums, float* phases) {
   }
 }
 
-// Widens columns [first, first + columns) and rows [k, k + count) of B to out [columns][...].
+// Widens rows of B that are contiguous along K, 8 at a time, so that a thread reads 8 streams.
 template <Real type>
-void pack(const RealGemm& g, const void* b, int64_t first, int64_t columns, int64_t k,
-          int64_t count, Matrix out, Matrix rows) {
-  if (contiguous_along_k(g)) {
-    for (int64_t c = 0; c < columns; ++c) {
-      load_row<type>(b, (first + c) * g.b.row_stride + k, count, out.row(c));
-    }
-    return;
-  }
-  if (!contiguous_along_n(g)) {
-    for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t i = 0; i < whole_vectors(count); ++i) {
-        const int64_t offset = (first + c) * g.b.row_stride + (k + i) * g.b.k_stride;
-        out.row(c)[i] = i < count ? deepkern::load<type>(b, offset) : 0.0f;
+void pack_along_k(const void* b, int64_t stride, int64_t columns, int64_t count, Matrix out) {
+  const int64_t whole = count / LANES * LANES;
+  int64_t column = 0;
+  for (; column + 8 <= columns; column += 8) {
+    for (int64_t k = 0; k < whole; k += LANES) {
+#pragma GCC unroll 8
+      for (int c = 0; c < 8; ++c) {
+        store_vector(out.row(column + c) + k, load_floats<type>(b, (column + c) * stride + k));
       }
     }
-    return;
-  }
-  for (int64_t i = 0; i < count; i += TRANSPOSE_K) {
-    const int64_t step = std::min(TRANSPOSE_K, count - i);
-    for (int64_t j = 0; j < step; ++j) {
-      load_row<type>(b, (k + i + j) * g.b.k_stride + first, columns, rows.row(j));
+    for (int64_t c = column; c < column + 8; ++c) {
+      load_row<type>(b, c * stride + whole, count - whole, out.row(c) + whole);
     }
-    transpose(step, columns, rows, out.from(0, i));
+  }
+  for (; column < columns; ++column) load_row<type>(b, column * stride, count, out.row(column));
+}
+
+// Transposes rows of B that are contiguous along N. `rows`: room for TRANSPOSE_K of them.
+template <Real type>
+void pack_along_n(const void* b, int64_t stride, int64_t columns, int64_t count, Matrix out,
+                  Matrix rows) {
+  for (int64_t k = 0; k < count; k += TRANSPOSE_K) {
+    const int64_t step = std::min(TRANSPOSE_K, count - k);
+    for (int64_t i = 0; i < step; ++i) load_row<type>(b, (k + i) * stride, columns, rows.row(i));
+    transpose(step, columns, rows, out.from(0, k));
   }
   for (int64_t c = 0; c < columns; ++c) {
     std::fill(out.row(c) + count, out.row(c) + whole_vectors(count), 0.0f);
   }
 }
 
-// Many rows, or a B with other strides.
 template <Real type>
-void multiply_packed(const RealTask& t, Sums sums, Matrix packed, Matrix rows) {
-  const RealGemm& g = *t.gemm;
-  for (int64_t k = 0; k < g.K; k += K_BLOCK) {
-    const int64_t count = std::min(K_BLOCK, g.K - k);
-    for (int64_t first = 0; first < t.columns(); first += PACK_COLUMNS) {
-      const int64_t columns = std::min(PACK_COLUMNS, t.columns() - first);
-      pack<type>(g, t.b, t.first + first, columns, k, count, packed, rows);
-      for (int64_t column = 0; column < columns; column += 8) {
-        const void* b[8];
-        for (int64_t c = 0; c < 8; ++c) b[c] = packed.row(std::min(column + c, columns - 1));
-        dot_strip<Real::fp32>(t.a_block(k / K_BLOCK), t.a.stride, t.rows(), b, 0,
-                              whole_vectors(count), {sums.data + first + column, sums.stride});
-      }
+void pack_strided(const void* b, const RealMatrix& layout, int64_t columns, int64_t count,
+                  Matrix out) {
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t k = 0; k < whole_vectors(count); ++k) {
+      const int64_t offset = c * layout.row_stride + k * layout.k_stride;
+      out.row(c)[k] = k < count ? deepkern::load<type>(b, offset) : 0.0f;
     }
   }
 }
 
-// Rounds the sums and writes them to D.
+// Many rows, or a B with other strides: 32 columns of a block of K are widened and used by all
+// rows.
 template <Real type>
-void store_sums(const RealTask& t, Sums sums) {
+void multiply_packed(const RealTask& t, int64_t first, int64_t columns, Sums sums, Matrix packed,
+                     Matrix rows) {
+  const RealGemm& g = *t.gemm;
+  for (int64_t k = 0; k < g.K; k += K_BLOCK) {
+    const int64_t count = std::min(K_BLOCK, g.K - k);
+    const void* b = element(t.b, type, first * g.b.row_stride + k * g.b.k_stride);
+    if (contiguous_along_k(g)) {
+      pack_along_k<type>(b, g.b.row_stride, columns, count, packed);
+    } else if (contiguous_along_n(g)) {
+      pack_along_n<type>(b, g.b.k_stride, columns, count, packed, rows);
+    } else {
+      pack_strided<type>(b, g.b, columns, count, packed);
+    }
+    for (int64_t column = 0; column < columns; column += 8) {
+      const void* strip[8];
+      for (int64_t c = 0; c < 8; ++c) strip[c] = packed.row(std::min(column + c, columns - 1));
+      dot_strip<Real::fp32>(t.a_block(k / K_BLOCK), t.a.stride, t.rows(), strip, 0,
+                            whole_vectors(count), {sums.data + column, sums.stride});
+    }
+  }
+}
+
+// Rounds the sums of columns [first, first + columns) and writes them to D.
+template <Real type>
+void store_sums_as(const RealTask& t, int64_t first, int64_t columns, Sums sums) {
   const RealGemm& g = *t.gemm;
   for (int64_t r = 0; r < t.rows(); ++r) {
     const int64_t row = row_of(g, t.batch_start + t.first_row + r);
-    store_row<type>(g.out, row * g.N + t.first, t.columns(), sums.data + r * sums.stride, 1.0f);
+    store_row<type>(g.out, row * g.N + first, columns, sums.data + r * sums.stride, 1.0f);
   }
+}
+
+void store_sums(const RealTask& t, int64_t first, int64_t columns, Sums sums) {
+  DEEPKERN_FOR_REAL(t.gemm->out_type, store_sums_as<type>(t, first, columns, sums));
+}
+
+// Few rows of a B that is contiguous in one direction.
+template <Real type>
+void multiply_in_place(const RealTask& t) {
+  const int64_t width = ceil_div(t.columns(), MOST_LANES) * MOST_LANES;
+  const bool along_n = contiguous_along_n(*t.gemm);
+  const int64_t floats = t.rows() * width * (along_n ? LANES + 1 : 1);
+  const Sums sums{thread_scratch(floats), width};
+  std::fill_n(sums.data, floats, 0.0f);
+  if (along_n) {
+    multiply_along_n<type>(t, sums, sums.data + t.rows() * width);
+  } else {
+    multiply_along_k<type>(t, sums);
+  }
+  store_sums(t, t.first, t.columns(), sums);
 }
 
 template <Real type>
 void multiply_columns_of(const RealTask& t) {
-  const RealGemm& g = *t.gemm;
-  const int64_t width = task_columns(g), rows = t.rows();
-  const bool few = rows <= FEW_ROWS,
-             packs = !few || !(contiguous_along_k(g) || contiguous_along_n(g));
-  const int64_t phases = few && contiguous_along_n(g) ? rows * width * LANES : 0;
-  const int64_t pitch = padded_width(K_BLOCK), packed = packs ? PACK_COLUMNS * pitch : 0;
-  const int64_t transposed = packs ? TRANSPOSE_K * padded_width(PACK_COLUMNS) : 0;
-  float* memory = thread_scratch(rows * width + phases + packed + transposed);
-  std::fill(memory, memory + rows * width + phases, 0.0f);
-  const Sums sums{memory, width};
-  memory += rows * width;
-  if (packs) {
-    multiply_packed<type>(t, sums, {memory, pitch}, {memory + packed, padded_width(PACK_COLUMNS)});
-  } else if (phases > 0) {
-    multiply_along_n<type>(t, sums, memory);
-  } else {
-    multiply_along_k<type>(t, sums);
+  const int64_t few = contiguous_along_k(*t.gemm)   ? FEW_ROWS_ALONG_K
+                      : contiguous_along_n(*t.gemm) ? FEW_ROWS_ALONG_N
+                                                    : 0;
+  if (t.rows() <= few) return multiply_in_place<type>(t);
+  constexpr int64_t pitch = padded_width(K_BLOCK), row_pitch = padded_width(PACK_COLUMNS);
+  const int64_t size = t.rows() * PACK_COLUMNS;
+  float* memory = thread_scratch(size + PACK_COLUMNS * pitch + TRANSPOSE_K * row_pitch);
+  const Matrix packed{memory + size, pitch}, rows{packed.row(PACK_COLUMNS), row_pitch};
+  for (int64_t first = t.first; first < t.end; first += PACK_COLUMNS) {
+    const int64_t columns = std::min(PACK_COLUMNS, t.end - first);
+    const Sums sums{memory, PACK_COLUMNS};
+    std::fill_n(memory, size, 0.0f);
+    multiply_packed<type>(t, first, columns, sums, packed, rows);
+    store_sums(t, first, columns, sums);
   }
-  const auto store = g.out_type == Real::fp32   ? store_sums<Real::fp32>
-                     : g.out_type == Real::bf16 ? store_sums<Real::bf16>
-                                                : store_sums<Real::fp16>;
-  store(t, sums);
 }
 
 void multiply_columns(const RealTask& t) {
