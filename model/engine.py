@@ -491,7 +491,9 @@ class Engine:
             if not able:
                 return
             last = [request.length + len(request.drafts) - 2 for _, request in able]
-            segments = [Segment(p, p + 1, r.pages, False) for p, (_, r) in zip(last, able)]
+            segments = [
+                Segment(p, p + 1, r.pages, False) for p, (_, r) in zip(last, able, strict=True)
+            ]
             rows = [k for k, _ in able]
             state = self.predict([best[k] for k in rows], segments, take(state, rows))
             proposing = {row: request for row, (_, request) in enumerate(able)}
