@@ -34,7 +34,7 @@ void multiply_groups(const RealGemm& gemm, const std::vector<RealGroup>& groups)
 
 // The address of element `offset`.
 inline const void* element(const void* data, Real type, int64_t offset) {
-  return static_cast<const char*>(data) + offset * (type == Real::fp32 ? 4 : 2);
+  return static_cast<const char*>(data) + offset * size_of(type);
 }
 
 }  // namespace deepkern

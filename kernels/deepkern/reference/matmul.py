@@ -15,11 +15,22 @@ __all__ = [
     "k_grouped_fp8_gemm_nt",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
+    "m_grouped_gemm_nt_contiguous",
 ]
 
 
 def gemm_nt(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     return (a.double() @ b.double().T).to(out_dtype or a.dtype)
+
+
+def m_grouped_gemm_nt_contiguous(
+    a: Tensor, b: Tensor, group_index: Tensor, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    out = a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype or a.dtype)
+    for g in range(b.shape[0]):
+        row = (group_index == g).nonzero()[:, 0]
+        out[row] = gemm_nt(a[row], b[g], out_dtype)
+    return out
 
 
 def fp8_gemm_nt(
