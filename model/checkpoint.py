@@ -132,12 +132,12 @@ class Checkpoint:
     def from_tensors(cls, config: Config, tensors: dict[str, Tensor]) -> Checkpoint:
         """A checkpoint of tensors in memory."""
         names = {dtype: name for name, dtype in (DTYPES | SCALE_DTYPES).items()}
-        stored = {
-            name: StoredTensor(
-                "memory", tuple(t.shape), names.get(t.dtype, str(t.dtype)), lambda _, t=t: t
-            )
-            for name, t in tensors.items()
-        }
+
+        def entry(t: Tensor) -> StoredTensor:
+            dtype = names.get(t.dtype, str(t.dtype))
+            return StoredTensor("memory", tuple(t.shape), dtype, lambda _: t)
+
+        stored = {name: entry(t) for name, t in tensors.items()}
         return cls(config, stored, "memory")
 
     def check(self, layers: int | None = None) -> Config:

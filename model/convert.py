@@ -39,7 +39,7 @@ from model.checkpoint import (
 from model.config import FP8_QUANTIZATION, Config
 from model.tensors import expected_tensors, is_quantized
 
-# Files of a checkpoint directory, besides config and weights, that belong to the model.
+# Files of a checkpoint directory that belong to the model, apart from config and weights.
 COPIED = (
     "tokenizer*",
     "tokenization_*.py",

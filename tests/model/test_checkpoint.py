@@ -391,6 +391,29 @@ def test_indexer_tensors_are_part_of_v32(make_config):
         Checkpoint.from_tensors(make_config(), tensors).check()
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("V3", {}), ("V3", {"n_shared_experts": 0}), ("V32", {})],
+    ids=["v3", "v3-no-shared-experts", "v32"],
+)
+def test_directories_that_transformers_writes(family, changes, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 32, "hidden_size": 24, "intermediate_size": 24, "moe_intermediate_size": 8,
+        "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1,
+    }  # fmt: skip
+    indexer = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4} if family == "V32" else {}
+    config = getattr(transformers, f"Deepseek{family}Config")(**sizes, **indexer, **changes)
+    getattr(transformers, f"Deepseek{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert expected_tensors(checkpoint.check()).keys() == {
+        name for name, stored in checkpoint.stored.items() if 0 not in stored.shape
+    }
+
+
 def test_empty_shared_experts(plain, saved, make_config, make_plain):
     """transformers writes zero-size tensors for n_shared_experts = 0."""
     none = make_plain(make_config(n_shared_experts=0))

@@ -107,6 +107,27 @@ def test_round_trip(preset, tmp_path):
     assert {**vars(again), "extra": {}} == {**vars(config), "extra": {}}
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_published_keys_are_known(preset, tmp_path):
+    """Keys that change no logits; published files and transformers 4 and 5 write them."""
+    unused = {
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "transformers_version": "4.46.3", "_name_or_path": "x", "_attn_implementation": "eager",
+        "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "pretraining_tp": 1,
+        "use_cache": True, "initializer_range": 0.02, "attention_dropout": 0.0,
+        "num_return_sequences": 1, "output_router_logits": False, "pad_token_id": 2,
+        "head_dim": 64, "qk_head_dim": 192, "torch_dtype": "bfloat16", "hidden_act": "silu",
+    }  # fmt: skip
+    raw = {**PRESETS[preset], "model_type": "deepseek_v3", "rms_norm_eps": 1e-6}
+    raw = {"routed_scaling_factor": 2.5, "norm_topk_prob": True, **raw, **PRESETS[preset], **unused}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config, expected = Config.load(tmp_path), Config.preset(preset)
+    assert {**vars(config), "extra": {}, "rms_norm_eps": 0} == {
+        **vars(expected), "extra": {}, "rms_norm_eps": 0,
+    }  # fmt: skip
+    assert config.extra["auto_map"] == unused["auto_map"]
+
+
 def test_unknown_keys_are_written_back():
     config = Config.from_dict({**Config.preset("tiny").to_dict(), "ep_size": 1})
     assert config.to_dict()["ep_size"] == 1

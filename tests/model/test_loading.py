@@ -38,10 +38,8 @@ def plain(make_config, make_plain) -> PlainModel:
 
 def test_fewer_layers_when_told(plain, saved):
     folder = saved(plain)
-    names = [name for name in load_file(folder / SINGLE) if not name.startswith("model.layers.2.")]
-    tensors = {
-        name: plain.state_dict()[name] for name in names if not name.startswith("model.layers.3.")
-    }
+    left_out = "model.layers.2.", "model.layers.3."
+    tensors = {n: t for n, t in plain.state_dict().items() if not n.startswith(left_out)}
     config = plain.config.with_layers(2)
     write_checkpoint(folder.with_name("two"), config, tensors)
     expected = load(folder.with_name("two"))(TOKENS)
