@@ -51,6 +51,28 @@ def test_fewer_layers_when_told(plain, saved):
             load(folder, layers=layers)
 
 
+@torch.no_grad()
+def test_dense_model_equals_transformers(tmp_path):
+    """`n_routed_experts: null`; transformers says it by first_k_dense_replace."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeepseekV2Config(
+        vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=2, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=8, first_k_dense_replace=2, num_experts_per_tok=2,
+    )  # fmt: skip
+    reference = transformers.DeepseekV2ForCausalLM(config).eval()
+    for parameter in reference.parameters():
+        parameter.normal_(std=0.3)
+    reference.save_pretrained(tmp_path)
+    none = dict.fromkeys(["n_routed_experts", "n_shared_experts", "num_experts_per_tok"])
+    edit_json(tmp_path / "config.json", lambda raw: raw.update(first_k_dense_replace=0, **none))
+    tokens = torch.randint(64, (2, 12))
+    expected = reference(tokens).logits
+    assert expected.abs().max() > 0.5
+    for model in (PlainModel.from_pretrained(tmp_path), load(tmp_path)):
+        torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=0)
+
+
 def test_layer_of_a_partial_directory(plain, saved):
     """The index and the shards of one layer are enough to read that layer."""
     folder = saved(plain, shard_bytes=50_000)
