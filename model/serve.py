@@ -17,6 +17,7 @@ import contextlib
 import ipaddress
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -46,7 +47,8 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals end the server in order; uvicorn would raise them again afterwards."""
-        numbers = signal.SIGINT, signal.SIGTERM
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
         previous = [signal.signal(number, self.handle_exit) for number in numbers]
         try:
             yield

@@ -28,17 +28,20 @@ class Choice:
         """The first piece of a stream, before any event."""
         return None
 
-    def add(self, event: Event) -> dict[str, Any] | None:
-        """The piece of a stream for one event; None if it would be empty."""
+    def add(self, event: Event) -> dict[str, Any]:
+        """Adds an event; returns what it gave, as a piece of a stream has it."""
         self.count += len(event.tokens)
+        self.samples += event.samples if self.logprobs else []
         self.finish_reason = event.finish_reason
-        piece = self.piece(event)
-        if self.logprobs:
-            self.samples += event.samples
-            piece["logprobs"] = self.report(event.samples) if event.samples else None
-        empty = not event.text and not (self.logprobs and event.samples)
-        if empty and event.finish_reason is None:
+        return self.piece(event)
+
+    def streamed(self, event: Event) -> dict[str, Any] | None:
+        """Adds an event; returns the piece of a stream, None if it would be empty."""
+        piece = self.add(event)
+        reported = self.logprobs and event.samples
+        if not event.text and not reported and event.finish_reason is None:
             return None
+        piece["logprobs"] = self.report(event.samples) if reported else None
         return {"index": self.index, **piece, "finish_reason": event.finish_reason}
 
     def whole(self) -> dict[str, Any]:
@@ -71,18 +74,13 @@ class CompletionChoice(Choice):
 
     def __init__(self, index: int, call: Call, tokenizer: Tokenizer) -> None:
         super().__init__(index, call, tokenizer)
-        self.restart()
-
-    def restart(self) -> None:
-        """Text offsets count from the start of the answer again."""
-        self.decoder, self.offset = self.tokenizer.decoder(), 0
+        self.decoder, self.offset = tokenizer.decoder(), 0
 
     def piece(self, event: Event) -> dict[str, Any]:
         self.text += event.text
-        return {"text": event.text, "logprobs": None}
+        return {"text": event.text}
 
     def body(self) -> dict[str, Any]:
-        self.restart()
         return {"text": self.text}
 
     def report(self, samples: list[Sample]) -> dict[str, Any]:
@@ -116,7 +114,7 @@ class ChatChoice(Choice):
             reasoning, text = reasoning + rest[0], text + rest[1]
         self.reasoning, self.text = self.reasoning + reasoning, self.text + text
         delta = {"reasoning_content": reasoning, "content": text}
-        return {"delta": {k: v for k, v in delta.items() if v}, "logprobs": None}
+        return {"delta": {k: v for k, v in delta.items() if v}}
 
     def body(self) -> dict[str, Any]:
         message = {"role": "assistant", "content": self.text}
@@ -164,9 +162,12 @@ class Answer:
         """The pieces of a stream before any event."""
         return [self.piece(first) for c in self.choices if (first := c.start()) is not None]
 
-    def add(self, event: Event) -> list[dict[str, Any]]:
-        """The pieces of a stream for one event, at most one."""
-        piece = self.choices[event.choice].add(event)
+    def add(self, event: Event) -> None:
+        self.choices[event.choice].add(event)
+
+    def streamed(self, event: Event) -> list[dict[str, Any]]:
+        """Adds an event; returns the pieces of a stream, at most one."""
+        piece = self.choices[event.choice].streamed(event)
         return [] if piece is None else [self.piece(piece)]
 
     def piece(self, choice: dict[str, Any]) -> dict[str, Any]:

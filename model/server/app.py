@@ -139,6 +139,10 @@ def closed() -> ApiError:
     return ApiError(503, text, None, "unavailable", {"retry-after": "5"})
 
 
+def too_late(limits: Limits) -> ApiError:
+    return ApiError(504, f"the answer took more than {limits.seconds:g} s", None, "timeout")
+
+
 def failed() -> ApiError:
     return ApiError(500, "the engine failed", None, "engine_failed")
 
@@ -168,7 +172,10 @@ class Routes:
         call = await anyio.to_thread.run_sync(parse, body)
         answer = Answer(call, self.settings.model, self.tokenizer)
         try:
-            ticket = await self.worker.submit(call.items())
+            with anyio.fail_after(self.limits.seconds):
+                ticket = await self.worker.submit(call.items())
+        except TimeoutError:
+            raise too_late(self.limits) from None
         except QueueFull:
             raise busy() from None
         except Unavailable:
@@ -259,15 +266,14 @@ class Reply(Response):
 
     async def events(self) -> AsyncIterator[Event | None]:
         """The events; None where none arrived for some seconds.  Raises ApiError."""
-        limit, first = self.routes.limits.seconds, True
-        deadline = self.ticket.created + limit
+        deadline, first = self.ticket.created + self.routes.limits.seconds, True
         while True:
             late = True
             with anyio.move_on_after(min(KEEP_ALIVE_SECONDS, deadline - time.monotonic())):
                 event, late = await self.ticket.next(), False
             if late:
                 if time.monotonic() >= deadline:
-                    raise ApiError(504, f"the answer took more than {limit:g} s", code="timeout")
+                    raise too_late(self.routes.limits)
                 yield None
                 continue
             if event is None:
@@ -305,7 +311,9 @@ class Reply(Response):
         try:
             await write("".join(map(sse, self.answer.start())))
             async for event in self.events():
-                pieces = [": keep-alive\n\n"] if event is None else map(sse, self.answer.add(event))
+                pieces = (
+                    [": keep-alive\n\n"] if event is None else map(sse, self.answer.streamed(event))
+                )
                 if text := "".join(pieces):
                     await write(text)
             await write("".join(map(sse, self.answer.end())) + "data: [DONE]\n\n", more=False)

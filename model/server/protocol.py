@@ -132,7 +132,7 @@ class Fields:
         return self.read(name, default, lambda v: is_integer(v) and least <= v <= most, text)
 
     def boolean(self, name: str, default: bool = False) -> bool:
-        return self.read(name, default, lambda v: isinstance(v, bool), "true or false")
+        return bool(self.read(name, default, lambda v: isinstance(v, bool), "true or false"))
 
     def refuse_others(self) -> None:
         """Raises for the first field that changes the answer and was not read."""
