@@ -7,10 +7,11 @@
 
 deepseek.py   the architecture, top to bottom
 plain.py      the same model in plain PyTorch: the definition, the oracle, and what training uses
-config.py     config.json and presets
-checkpoint.py names, shapes, reading and writing of checkpoint directories
+config.py     config.json; presets.py has the published ones
+tensors.py    names and shapes of a checkpoint's tensors
+checkpoint.py reading and writing of checkpoint directories; convert.py is FP8 <-> bf16, a command
 generate.py   generation and `python -m model.generate`
-train.py, evaluate.py, export.py   training, bits per byte, FP8 checkpoints; each a command
+train.py, evaluate.py   training and bits per byte, commands; export.py writes what was trained
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint, dequantize_blocks
 from model.config import LATENT_NORM_EPS, Config
-from model.rope import apply_rope, rope_cos_sin, rotation
+from model.rope import apply_rope, interleave_pairs, pair_factors, rope_cos_sin
 
 
 class PlainRMSNorm(nn.Module):
@@ -67,15 +67,17 @@ class PlainAttention(nn.Module):
     def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         """x [B, S, hidden], cos_sin fp32 [S, rope] -> [B, S, hidden]."""
         c, heads = self.config, self.config.num_attention_heads
-        turn = rotation(cos_sin)[:, None]  # [S, 1, rope/2]
+        factors = pair_factors(cos_sin[:, None])  # [S, 1, rope] each
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
         q = q.unflatten(-1, (heads, -1))  # [B, S, H, nope + rope]
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (heads, -1))
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        k_rope = apply_rope(k_rope[:, :, None], turn, c.rope_interleave).expand(-1, -1, heads, -1)
-        q = torch.cat([q_nope, apply_rope(q_rope, turn, c.rope_interleave)], -1)
+        if not c.rope_interleave:
+            q_rope, k_rope = interleave_pairs(q_rope), interleave_pairs(k_rope)
+        k_rope = apply_rope(k_rope[:, :, None], *factors).expand(-1, -1, heads, -1)
+        q = torch.cat([q_nope, apply_rope(q_rope, *factors)], -1)
         k = torch.cat([k_nope, k_rope], -1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=c.softmax_scale)
