@@ -1,4 +1,4 @@
-"""Generation: the greedy loop, and a command that prints a continuation as it is generated.
+"""A command that prints a continuation as it is generated, and options that commands share.
 
     python -m model.generate --checkpoint DIR --prompt TEXT --temperature 0.6 --top-p 0.95
 
@@ -15,16 +15,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
-from torch import Tensor
 
-from model.config import Config
 from model.deepseek import DeepSeek
 from model.engine import Engine, Request
 from model.sampling import Sampling
@@ -33,7 +29,7 @@ from model.tokenizer import load_tokenizer
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib-bytes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Options that several commands have.
+# Options of several commands.
 Folder = Annotated[Path, typer.Option(help="a Hugging Face directory")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 Fp8 = Annotated[bool, typer.Option(help="keep weights in FP8 and multiply in FP8")]
@@ -44,34 +40,6 @@ TopP = Annotated[float, typer.Option(help="probability of the tokens that are ke
 TopK = Annotated[int, typer.Option(help="number of tokens that are kept; 0: all")]
 MinP = Annotated[float, typer.Option(help="least probability relative to the highest")]
 Penalty = Annotated[float, typer.Option(help="of tokens that are in the text; 1: none")]
-
-
-@torch.no_grad()
-def stream(model: DeepSeek, tokens: Tensor, max_new_tokens: int) -> Iterator[Tensor]:
-    """Yields the greedy continuation of tokens int64 [B, S], one int64 [B] at a time.
-
-    One prefill, then one cached decode step per token.  End tokens do not stop it.
-    """
-    if tokens.shape[-1] == 0:
-        raise ValueError("DeepSeek: generate: the prompt is empty")
-    cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
-    for _ in range(max_new_tokens):
-        last = model.hidden(tokens, cache)[:, -1]
-        token = F.linear(last, model.lm_head.weight).argmax(-1)
-        yield token
-        tokens = token[:, None]
-
-
-def generate(model: DeepSeek, tokens: Tensor, max_new_tokens: int) -> Tensor:
-    """int64 [B, S] -> [B, S + max_new_tokens]: the prompt and its greedy continuation."""
-    new = list(stream(model, tokens, max_new_tokens))
-    return torch.cat([tokens, *(token[:, None] for token in new)], 1)
-
-
-def stop_tokens(config: Config) -> set[int]:
-    """The end tokens; config.json has none, one or a list."""
-    eos = config.eos_token_id
-    return set(eos) if isinstance(eos, list) else {eos} - {None}  # type: ignore[arg-type]
 
 
 def load_model(checkpoint: Path, dtype: str, device: str, fp8: bool) -> DeepSeek:

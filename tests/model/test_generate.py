@@ -7,9 +7,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from model import Config, DeepSeek
+from model import DeepSeek
 from model.engine import Engine
-from model.generate import main, stop_tokens, stream
+from model.generate import main
 from model.sampling import Sampling
 from model.tokenizer import FileTokenizer, load_tokenizer
 
@@ -86,12 +86,6 @@ def test_stop_string(folder):
     assert run(*arguments).stdout == "abc" + text.split(stop)[0]
 
 
-def test_stream_equals_generate(folder):
-    model, prompt = DeepSeek.from_pretrained(folder, dtype=torch.float32), torch.tensor([[1], [2]])
-    tokens = torch.stack([prompt[:, 0], *stream(model, prompt, 5)], 1)
-    assert torch.equal(tokens, model.generate(prompt, 5))
-
-
 def test_tokenizer_file(folder, tokenizer_file):
     tokenizer = load_tokenizer(folder)
     assert isinstance(tokenizer, FileTokenizer)
@@ -99,12 +93,6 @@ def test_tokenizer_file(folder, tokenizer_file):
     assert "".join(decode(token) for token in tokens) == tokenizer.decode(tokens) == "hé llo"
     result = run("--checkpoint", folder, "--prompt", "x = 1", "--max-new-tokens", 4)
     assert result.exit_code == 0 and "x = 1" in result.stdout
-
-
-def test_stop_tokens():
-    assert stop_tokens(Config.preset("tiny")) == {12}
-    assert stop_tokens(Config.preset("tiny", eos_token_id=None)) == set()
-    assert stop_tokens(Config.preset("tiny", eos_token_id=[1, 2])) == {1, 2}
 
 
 def test_stops_at_the_end_token(folder):
