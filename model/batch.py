@@ -14,8 +14,10 @@ Source: chunked context with merged states is from vLLM; blocks at fixed positio
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -178,7 +180,7 @@ def sorted_pieces(segments: list[Segment]) -> list[Piece]:
         if prompt:
             inner = range((start // PREFILL_BLOCK + 1) * PREFILL_BLOCK, stop, PREFILL_BLOCK)
             cuts = [start, *inner, stop]
-        for first, last in zip(cuts, cuts[1:]):
+        for first, last in itertools.pairwise(cuts):
             pieces.append(Piece(first, last, pages, prompt, offset + first - start))
         offset += stop - start
     return sorted(pieces, key=lambda p: (not p.prompt, -(p.start // PREFILL_BLOCK) * p.prompt))

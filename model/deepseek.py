@@ -39,7 +39,7 @@ from model.cache import PAGE, CachePool, LatentCache, LayerCache
 from model.checkpoint import Checkpoint
 from model.config import Config
 from model.experts import MLP, MoE
-from model.linear import Linear, RMSNorm, Weight
+from model.linear import RMSNorm, Weight
 from model.rope import rope_cos_sin
 from model.weights import Precision, resolve_dtype
 
@@ -98,6 +98,7 @@ class DeepSeek(nn.Module):
     def __init__(self, config: Config, precision: Precision | None = None) -> None:
         super().__init__()
         precision = precision or Precision()
+        precision = precision._replace(scale_format=config.activation_scale_format)
         self.config, self.precision, c = config, precision, config
         layers: list[Layer] = [Layer(c, i, precision) for i in range(c.num_hidden_layers)]
         for depth in range(c.num_nextn_predict_layers):
@@ -180,7 +181,7 @@ class DeepSeek(nn.Module):
         return self.lm_head.weight.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeepSeek:
-        """Moves the model; a change of dtype is refused, as weights have dtypes of several kinds."""
+        """Moves the model.  A change of dtype is refused: weights have dtypes of several kinds."""
         dtype = self.precision.dtype
         got = fn(torch.empty(0, dtype=dtype)).dtype
         if got != dtype:
@@ -260,7 +261,8 @@ class DeepSeek(nn.Module):
     @torch.no_grad()
     def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
         """int64 [B, S] -> logits [B, S, vocab]; `hidden` says what a cache does."""
-        return self.logits(self.hidden(tokens, cache).flatten(0, 1)).view(*tokens.shape, -1)
+        logits = self.logits(self.hidden(tokens, cache).flatten(0, 1))
+        return logits.view(*tokens.shape, self.config.vocab_size)
 
     @torch.no_grad()
     def mtp_logits(self, tokens: Tensor, depth: int = 0) -> Tensor:
@@ -280,7 +282,10 @@ class DeepSeek(nn.Module):
         return self.prediction_logits(state, depth).view(*following.shape, -1)
 
     def generate(
-        self, tokens: Tensor | list[list[int]], max_new_tokens: int, sampling: Sampling | None = None
+        self,
+        tokens: Tensor | list[list[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
     ) -> Tensor | list[list[int]]:
         """The prompts with their continuations, greedy unless `sampling` says otherwise.
 

@@ -1,4 +1,4 @@
-"""Text of a stream of tokens: complete characters, and an end at the first stop string.
+"""Text of a stream of tokens: complete characters, an end at the first stop string, reasoning.
 
     stream = TextStream(tokenizer.decoder(), ("\\n\\n",))
     for token in tokens:
@@ -45,7 +45,7 @@ class TextStream:
         if not self.stops:
             return text, False
         text = self._before_stop(text)
-        keep = 0 if self.stopped else self._undecided(text)
+        keep = 0 if self.stopped else undecided(text, self.stops)
         self.withheld = text[len(text) - keep :]
         return text[: len(text) - keep], self.stopped
 
@@ -65,12 +65,66 @@ class TextStream:
         self.stopped = True
         return text[: min(found)[1]]
 
-    def _undecided(self, text: str) -> int:
-        """Length of the longest end of text with which a stop string may start."""
-        longest = 0
-        for stop in self.stops:
-            for length in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+
+def undecided(text: str, marks: Iterable[str]) -> int:
+    """Length of the longest end of `text` with which one of `marks` may start."""
+    longest = 0
+    for mark in marks:
+        for length in range(min(len(mark) - 1, len(text)), longest, -1):
+            if text.endswith(mark[:length]):
+                longest = length
+                break
+    return longest
+
+
+class ReasoningSplit:
+    """Splits an answer into the reasoning between <think> and </think>, and the rest.
+
+    Only a <think> at the start of the answer counts.  inside: the prompt ends with <think>, so the
+    answer starts with reasoning.  Line ends after either mark are omitted.
+    """
+
+    START, END = "<think>", "</think>"
+
+    def __init__(self, inside: bool = False) -> None:
+        self.part = "reasoning" if inside else "start"  # then "reasoning" or "answer"
+        self.withheld, self.after_mark = "", inside
+
+    def push(self, text: str) -> tuple[str, str]:
+        """-> the reasoning and the answer that are certain now."""
+        text, self.withheld = self.withheld + text, ""
+        reasoning = ""
+        if self.part == "start":
+            text = self._start(text)
+        if self.part == "reasoning":
+            text = self._without_line_ends(text)
+            reasoning, mark, text = text.partition(self.END)
+            if not mark:
+                keep = undecided(reasoning, (self.END,))
+                self.withheld = reasoning[len(reasoning) - keep :]
+                return reasoning[: len(reasoning) - keep], ""
+            self.part, self.after_mark = "answer", True
+        return reasoning, self._without_line_ends(text)
+
+    def finish(self) -> tuple[str, str]:
+        """The withheld text, after the last `push`."""
+        text, self.withheld = self.withheld, ""
+        return (text, "") if self.part == "reasoning" else ("", text)
+
+    def _start(self, text: str) -> str:
+        """The text after <think>, or all of it if that is not the start; withholds until then."""
+        start = text.lstrip()
+        if start.startswith(self.START):
+            self.part, self.after_mark = "reasoning", True
+            return start[len(self.START) :]
+        if self.START.startswith(start):
+            self.withheld = text
+            return ""
+        self.part = "answer"
+        return text
+
+    def _without_line_ends(self, text: str) -> str:
+        if self.after_mark:
+            text = text.lstrip("\n")
+            self.after_mark = not text
+        return text

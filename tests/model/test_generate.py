@@ -7,8 +7,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from model import Config, DeepSeek
-from model.generate import main, stop_tokens, stream
+from model import DeepSeek
+from model.engine import Engine
+from model.generate import main
+from model.sampling import Sampling
 from model.tokenizer import FileTokenizer, load_tokenizer
 
 app = typer.Typer()
@@ -55,15 +57,33 @@ def test_command_equals_generate(folder, prompt):
     tokenizer = load_tokenizer(folder)
     tokens = model.generate(torch.tensor([tokenizer.encode(prompt)]), 9)[0].tolist()
     assert tokens[:4] == [12, *b"abc"]
-    text = tokenizer.decode(tokens)
-    # The command does not print an incomplete character at the end; it may print a line end.
-    assert text.startswith(result.stdout.rstrip("\n")) or result.stdout.startswith(text)
+    assert result.stdout == prompt + tokenizer.decode(tokens[4:])
 
 
-def test_stream_equals_generate(folder):
-    model, prompt = DeepSeek.from_pretrained(folder, dtype=torch.float32), torch.tensor([[1], [2]])
-    tokens = torch.stack([prompt[:, 0], *stream(model, prompt, 5)], 1)
-    assert torch.equal(tokens, model.generate(prompt, 5))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.9, "seed": 3},
+        {"temperature": 1.5, "top_p": 0.8, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.2},
+    ],
+    ids=["temperature", "filters"],
+)
+def test_sampling_options(folder, options):
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    result = run("--checkpoint", folder, "--prompt", "abc", "--max-new-tokens", 9, *arguments)
+    tokenizer = load_tokenizer(folder)
+    engine = Engine(DeepSeek.from_pretrained(folder, dtype=torch.float32), tokenizer)
+    sampling = Sampling(max_new_tokens=9, **options)
+    (request,) = engine.generate([tokenizer.encode("abc")], sampling)
+    assert result.stdout == "abc" + request.text
+    assert "prompt 4 tokens" in result.stderr and "9 tokens" in result.stderr
+
+
+def test_stop_string(folder):
+    text = run("--checkpoint", folder, "--prompt", "abc", "--max-new-tokens", 9).stdout[3:]
+    stop = text[1:3]
+    arguments = "--checkpoint", folder, "--prompt", "abc", "--stop", stop
+    assert run(*arguments).stdout == "abc" + text.split(stop)[0]
 
 
 def test_tokenizer_file(folder, tokenizer_file):
@@ -73,12 +93,6 @@ def test_tokenizer_file(folder, tokenizer_file):
     assert "".join(decode(token) for token in tokens) == tokenizer.decode(tokens) == "hé llo"
     result = run("--checkpoint", folder, "--prompt", "x = 1", "--max-new-tokens", 4)
     assert result.exit_code == 0 and "x = 1" in result.stdout
-
-
-def test_stop_tokens():
-    assert stop_tokens(Config.preset("tiny")) == {12}
-    assert stop_tokens(Config.preset("tiny", eos_token_id=None)) == set()
-    assert stop_tokens(Config.preset("tiny", eos_token_id=[1, 2])) == {1, 2}
 
 
 def test_stops_at_the_end_token(folder):
@@ -97,3 +111,7 @@ def test_errors(tmp_path, make_config, make_plain, saved, folder):
     no_tokenizer = run("--checkpoint", words)
     assert no_tokenizer.exit_code == 2 and "tokenizer.json" in no_tokenizer.stderr
     assert run("--checkpoint", folder, "--dtype", "int4").exit_code == 2
+    cold = run("--checkpoint", folder, "--temperature", -1)
+    assert cold.exit_code == 2 and "sampling: temperature" in cold.stderr
+    long = run("--checkpoint", folder, "--prompt", "a" * 500)
+    assert long.exit_code == 2 and "prompt" in long.stderr

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.text import TextStream
+from model.text import ReasoningSplit, TextStream
 
 
 class Pieces:
@@ -91,3 +91,34 @@ def test_examples(pieces, stops, texts, stopped):
 def test_last_incomplete_character():
     assert streamed(["a"], (), "\ufffd") == (["a", "\ufffd"], False)
     assert streamed(["a"], ("a\ufffd",), "\ufffd") == (["", ""], False)
+
+
+def split(text: str, cuts: list[int], inside: bool) -> tuple[str, str]:
+    """Reasoning and answer of a text that arrives in pieces."""
+    stream, reasoning, answer = ReasoningSplit(inside), "", ""
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    pieces = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    for part in [*map(stream.push, pieces), stream.finish()]:
+        reasoning, answer = reasoning + part[0], answer + part[1]
+    return reasoning, answer
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "expected"),
+    [
+        ("answer", False, ("", "answer")),
+        ("\n\nanswer <think>x</think>", False, ("", "\n\nanswer <think>x</think>")),
+        ("<think>\nhm\n</think>\n\nyes\n", False, ("hm\n", "yes\n")),
+        ("\n <think>hm</think>yes</think>", False, ("hm", "yes</think>")),
+        ("\nhm</think>\nyes", True, ("hm", "yes")),
+        ("hm </thin", True, ("hm </thin", "")),
+        ("<thin", False, ("", "<thin")),
+        ("<think></think>\n", False, ("", "")),
+        ("", True, ("", "")),
+    ],
+    ids=["plain", "later", "both", "spaces", "inside", "end", "start", "empty", "nothing"],
+)
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 40), max_size=12))
+def test_reasoning_is_split_from_the_answer(text, inside, expected, cuts):
+    assert split(text, cuts, inside) == expected
