@@ -108,6 +108,12 @@ def tokens_of(batch: dict, rows: torch.Tensor) -> torch.Tensor:
     return rows[batch["attention_mask"].bool()]
 
 
+def median_error(ours: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The median over tokens: of a few tokens the experts or the selected tokens differ."""
+    ours, reference = ours.flatten(0, -2), reference.flatten(0, -2)
+    return ((ours - reference).norm(dim=1) / reference.norm(dim=1)).median()
+
+
 def assert_close(ours: torch.Tensor, reference: torch.Tensor) -> None:
     assert reference.abs().max() > 0.5, "the logits are too small to compare"
     assert (ours - reference).abs().max() <= TOLERANCE
@@ -306,8 +312,7 @@ def test_bf16_is_as_close_to_fp32_as_transformers(case):
     reference = tokens_of(batch, model(**batch).logits)
     ours = tokens_of(batch, patch_transformers(model)(**batch).logits)
     assert ours.dtype == torch.bfloat16
-    error = (ours - exact).square().mean().sqrt()
-    assert error <= 1.5 * (reference - exact).square().mean().sqrt()
+    assert median_error(ours, exact) <= 1.5 * median_error(reference, exact)
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -366,6 +371,7 @@ def test_a_deep_copy_is_a_patched_model_of_its_own():
 
 
 EXPERTS = {"route_topk": 1, "expert_dispatch": 1, "expert_combine": 1}
+GEMM = {"m_grouped_gemm_nt_contiguous": 2, "swiglu": 3}  # a dense layer, experts, shared experts
 NORMS = {"v2": 7, "v3": 9, "v32": 9}  # two per layer, two of latents, the last one
 
 
@@ -387,7 +393,7 @@ def test_every_op_runs(case, prefill, decode):
         with Calls() as calls:
             model(part, past_key_values=cache)
         norms = {"rmsnorm_cast": NORMS[case.split("-")[0]]}
-        assert calls.counts == {attention: 2, **norms, **EXPERTS}
+        assert calls.counts == {attention: 2, **norms, **EXPERTS, **GEMM}
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -402,19 +408,23 @@ def test_outputs_of_layers_are_captured(case):
             assert (x - y).abs().max() <= TOLERANCE
 
 
-def set_fp8(model):
+def set_fp8(case: str, **sizes):
     """Replaces the Linears and experts of the layers by transformers' FP8 modules.
 
     Returns the model and one in fp32 with the same weights, whose Linears and experts round their
     input to FP8 first.
     """
+    model = new_model(case, **sizes)
     real = copy.deepcopy(model)
     for name, module in list(model.model.layers.named_modules()):
         other = real.model.layers.get_submodule(name)
         if type(module) is torch.nn.Linear and "indexer" not in name:
             fp8 = FP8Linear(module.in_features, module.out_features, (128, 128))
             set_fp8_weight(fp8, other, "weight")
-            other.register_forward_pre_hook(lambda linear, args: round_to_fp8(args[0]))
+            if (
+                case != "v32" or "kv_b_proj" not in name
+            ):  # absorbed with more than index_topk tokens
+                other.register_forward_pre_hook(lambda linear, args: round_to_fp8(args[0]))
         elif type(module).__name__.endswith("Experts"):
             fp8 = FP8Experts(model.config, (128, 128))
             set_fp8_weight(fp8, other, "gate_up_proj")
@@ -470,24 +480,24 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 @pytest.mark.parametrize("case", FAMILIES)
 @torch.no_grad()
 def test_fp8_weights(case):
-    """Weights with partial blocks; the difference is that of a few roundings to FP8."""
-    model, real = set_fp8(new_model(case, **FP8_SIZES))
+    """Weights with partial blocks."""
+    model, real = set_fp8(case, **FP8_SIZES)
     batch = new_batch("left")
     reference = real(**batch).logits
     with Calls() as calls:
         ours = patch_transformers(model)(**batch).logits
-    assert relative_error(tokens_of(batch, ours), tokens_of(batch, reference)) < 0.01
+    assert median_error(tokens_of(batch, ours), tokens_of(batch, reference)) < 0.01
     linears = sum(type(module).__name__ == "FP8Linear" for module in model.modules())
     absorbed = 2 * (case == "v32")  # kv_b_proj, with more than index_topk tokens
     assert calls.counts["fp8_gemm_nt"] == linears - absorbed
     assert calls.counts["moe_forward"] == 1
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", ["v2", "v3", "v32-all-tokens"])
 @torch.no_grad()
 def test_fp8_weights_in_decode(case):
     """`mla_decode` reads latents that are not rounded to FP8, and kv_b_proj dequantized."""
-    model, real = set_fp8(new_model(case, **FP8_SIZES))
+    model, real = set_fp8(case, **FP8_SIZES)
     tokens = new_batch("none", 8)["input_ids"]
 
     def run(model, change) -> torch.Tensor:
@@ -497,20 +507,21 @@ def test_fp8_weights_in_decode(case):
         return model(tokens[:, 7:], past_key_values=cache).logits
 
     def stop_rounding() -> None:
+        """kv_b_proj of a step of one token."""
         for layer in real.model.layers:
             layer.self_attn.kv_b_proj._forward_pre_hooks.clear()
 
     reference = run(real, stop_rounding)
     with Calls() as calls:
         ours = run(patch_transformers(model), lambda: None)
-    assert relative_error(ours, reference) < 0.01
+    assert median_error(ours, reference) < 0.01
     assert calls.counts["mla_decode"] == calls.counts["mla_prefill"] == 2
     assert calls.counts["cast_back"] == 2
 
 
 @torch.no_grad()
 def test_fp8_linear_is_exact():
-    model, _ = set_fp8(new_model("v3", **FP8_SIZES))
+    model, _ = set_fp8("v3", **FP8_SIZES)
     linear = model.model.layers[0].mlp.down_proj
     x = torch.randn(3, 5, linear.in_features)
     expected = deepkern.fp8_linear(x, linear.weight, None, linear.weight_scale_inv)
@@ -518,11 +529,11 @@ def test_fp8_linear_is_exact():
     assert torch.equal(linear(x), expected)
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", ["v2", "v3", "v32-all-tokens"])
 def test_gradients_through_fp8_weights(case):
     """The gradients of norms, embedding and router; FP8 weights have none."""
-    model, real = set_fp8(new_model(case, **FP8_SIZES))
-    batch = new_batch("left", 8)  # the indexer selects every token
+    model, real = set_fp8(case, **FP8_SIZES)
+    batch = new_batch("left")
     reference, ours = gradients(real, batch), gradients(patch_transformers(model), batch)
     assert any("layernorm" in name for name in ours)
     for name, gradient in ours.items():
@@ -564,9 +575,9 @@ def test_configurations_are_refused_by_name():
 
 
 def test_fp8_modules_are_refused_by_name():
-    model, _ = set_fp8(new_model("v3"))  # 80 rows of gate and up, for which there are two scales
+    model, _ = set_fp8("v3")  # 80 rows of gate and up, for which there are two scales
     refused(model, r"experts\.gate_up_proj_scale_inv: expected shape \[..., 1, 1\]")
-    model, _ = set_fp8(new_model("v3", **FP8_SIZES))
+    model, _ = set_fp8("v3", **FP8_SIZES)
     model.model.layers[0].mlp.up_proj.activation_scheme = "static"
     refused(model, "up_proj.activation_scheme: expected 'dynamic', got 'static'")
 

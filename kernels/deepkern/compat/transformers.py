@@ -18,6 +18,7 @@ from .transformers_layers import (
     experts_forward,
     fp8_experts_forward,
     fp8_linear_forward,
+    mlp_forward,
     moe_layer_forward,
     norm_forward,
     router_forward,
@@ -33,6 +34,7 @@ ARCHITECTURES = {
 FORWARDS: dict[str, Callable] = {
     "Attention": attention_forward,
     "RMSNorm": norm_forward,
+    "MLP": mlp_forward,
     "TopkRouter": router_forward,
     "MoE": moe_layer_forward,
     "Moe": moe_layer_forward,
@@ -60,18 +62,18 @@ def patch_transformers(model: nn.Module) -> nn.Module:
 
     Ops: attention `mla_prefill`, and `mla_decode` on the cached latents; with more than
     `index_topk` tokens, V3.2's attention `mla_sparse_prefill` and `mla_sparse_decode` on the tokens
-    that transformers' indexer selects. Norms `rmsnorm_cast`, router `route_topk`, experts
-    `expert_dispatch`, `m_grouped_gemm_nt_contiguous`, `swiglu` and `expert_combine`, FP8 experts
-    `moe_forward`, FP8 Linears `cast_per_token` and `fp8_gemm_nt`. Other Linears, the rotary
+    that transformers' indexer selects. Norms `rmsnorm_cast`, MLPs `swiglu`, router `route_topk`,
+    experts `expert_dispatch`, `m_grouped_gemm_nt_contiguous`, `swiglu` and `expert_combine`, FP8
+    experts `moe_forward`, FP8 Linears `cast_per_token` and `fp8_gemm_nt`. Other Linears, the rotary
     embedding and the indexer are torch's and transformers'.
 
     Tokens may be padded on either side. The attention of a token that the mask hides is 0. The
     cache is a `DynamicCache` or `StaticCache`, and `generate` works with greedy search, sampling
     and beam search.
 
-    Gradients: RMSNorm and SwiGLU have no backward, so where a gradient is needed these run
-    transformers' own code, and cached tokens are not attended to by `mla_decode` but by
-    `mla_prefill`. FP8 weights have no gradient.
+    Gradients: where one is needed, what has no backward does not run. RMSNorm is transformers' own
+    code, experts are a loop of `F.linear` and `swiglu`, and attention is `mla_prefill` instead of
+    `mla_decode`, on a cache that grows by copies. FP8 weights have no gradient.
 
     Raises:
         TypeError: `model` is not a model of transformers.

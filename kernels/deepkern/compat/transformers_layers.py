@@ -1,7 +1,7 @@
 """The forward passes of transformers' norms, routers, experts and FP8 Linears on deepkern's ops.
 
-`self` is a module of transformers.  An op without a backward is used only where no gradient is
-needed; otherwise the module's own forward pass runs.
+`self` is a module of transformers.  `rmsnorm_cast` and `m_grouped_gemm_nt_contiguous` have no
+backward: where a gradient is needed, the norm of transformers and a loop over the experts run.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from ..experts.moe_forward import moe_forward
 from ..experts.route_topk import route_topk
 from ..matmul.fp8_gemm_nt import fp8_gemm_nt
 from ..matmul.fp8_linear import fp8_linear
+from ..matmul.m_grouped_gemm_nt_contiguous import m_grouped_gemm_nt_contiguous
 from ..quant.cast_per_token import cast_per_token
 from ..quant.rmsnorm_cast import rmsnorm_cast
+from ..quant.swiglu import swiglu
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -31,6 +33,12 @@ def norm_forward(self, hidden_states: Tensor) -> Tensor:
         return type(self).forward(self, x)
     rows = x.reshape(-1, x.shape[-1])
     return rmsnorm_cast(rows, weight, self.variance_epsilon)[2].view(x.shape)
+
+
+def mlp_forward(self, x: Tensor) -> Tensor:
+    """[..., hidden] -> [..., hidden]: a dense layer, or the shared experts."""
+    gate_up = torch.cat([self.gate_proj(x), self.up_proj(x)], -1)
+    return self.down_proj(swiglu(gate_up.flatten(0, -2)).view(*x.shape[:-1], -1))
 
 
 def router_forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,19 +75,26 @@ def experts_forward(
     self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, shared: Tensor = None
 ) -> Tensor:
     """[M, hidden], indices and weights [M, topk], shared [M, hidden] or None -> [M, hidden]."""
-    rows, _, _, counts, handle = expert_dispatch(hidden_states, top_k_index, self.num_experts)
-    y = apply_experts(rows, counts, self.gate_up_proj, self.down_proj)
+    dispatched = expert_dispatch(hidden_states, top_k_index, self.num_experts)
+    rows, _, group_index, counts, handle = dispatched
+    w13, w2 = self.gate_up_proj, self.down_proj
+    if needs_gradient(rows, w13, w2):
+        y = loop_over_experts(rows, counts, w13, w2)
+    else:
+        gate_up = m_grouped_gemm_nt_contiguous(rows, w13, group_index)
+        y = m_grouped_gemm_nt_contiguous(swiglu(gate_up), w2, group_index)
     return expert_combine(y, top_k_weights, handle, shared)
 
 
-def apply_experts(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def loop_over_experts(
+    rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
     """The MLP of each expert on its rows [R, K], sorted by expert, counts [E] -> [R, K]."""
     parts = []
     weights = zip(gate_up_proj.unbind(), down_proj.unbind(), strict=True)
     for x, (w13, w2) in zip(rows.split(counts.tolist()), weights, strict=True):
         if len(x):
-            gate, up = F.linear(x, w13).chunk(2, -1)
-            parts.append(F.linear(F.silu(gate) * up, w2))
+            parts.append(F.linear(swiglu(F.linear(x, w13)), w2))
     return torch.cat(parts) if parts else rows
 
 
