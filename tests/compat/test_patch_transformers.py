@@ -60,6 +60,7 @@ CASES = {
     "v32-all-tokens": ("V32", {**SHAPE, **GROUPS, **INDEXER, "index_topk": 64}),
 }
 FAMILIES = ["v2", "v3", "v32"]
+DENSE = ["v2", "v3", "v32-all-tokens"]  # these attend to every token
 PADDING = {"none": (0, 0), "left": (7, 0), "right": (0, 7)}
 
 
@@ -158,7 +159,7 @@ def run_in_steps(model, batch: dict, steps: list[int], cache) -> torch.Tensor:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FAMILIES)
 def test_prefill_in_chunks_and_decode(case, kind, attention):
     model, batch = new_model(case, attn_implementation=attention), new_batch("left")
     steps = [12, 9, 3, 1, 1, 1, 1, 1, 1]
@@ -303,6 +304,26 @@ def test_gradients_behind_cached_tokens(case):
     assert_close(ours[1], reference[1])
 
 
+@pytest.mark.parametrize("trained", ["q_b_proj", "kv_b_proj"])
+def test_gradients_of_one_matrix_behind_cached_tokens(trained):
+    model, tokens = new_model("v3"), new_batch("none")["input_ids"]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f"layers.0.self_attn.{trained}" in name)
+
+    def run():
+        model.zero_grad()
+        cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens[:, :15], past_key_values=cache)
+        model(tokens[:, 15:16], past_key_values=cache).logits.square().mean().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    reference = run()
+    assert len(reference) == 1
+    patch_transformers(model)
+    assert_same_gradients(run(), reference)
+
+
 @pytest.mark.parametrize("case", FAMILIES)
 @torch.no_grad()
 def test_bf16_is_as_close_to_fp32_as_transformers(case):
@@ -329,7 +350,7 @@ def test_autocast(case):
     assert error(ours) <= 1.5 * error(reference)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FAMILIES)
 @torch.no_grad()
 def test_unpatch_restores_the_model(case):
     model, batch = new_model(case), new_batch("left")
@@ -493,7 +514,7 @@ def test_fp8_weights(case):
     assert calls.counts["moe_forward"] == 1
 
 
-@pytest.mark.parametrize("case", ["v2", "v3", "v32-all-tokens"])
+@pytest.mark.parametrize("case", DENSE)
 @torch.no_grad()
 def test_fp8_weights_in_decode(case):
     """`mla_decode` reads latents that are not rounded to FP8, and kv_b_proj dequantized."""
@@ -529,7 +550,7 @@ def test_fp8_linear_is_exact():
     assert torch.equal(linear(x), expected)
 
 
-@pytest.mark.parametrize("case", ["v2", "v3", "v32-all-tokens"])
+@pytest.mark.parametrize("case", DENSE)
 def test_gradients_through_fp8_weights(case):
     """The gradients of norms, embedding and router; FP8 weights have none."""
     model, real = set_fp8(case, **FP8_SIZES)

@@ -26,6 +26,7 @@ from ..attention.mla_sparse_decode import mla_sparse_decode
 from ..attention.mla_sparse_prefill import mla_sparse_prefill
 from ..quant.cast_back import cast_back
 from .transformers_cache import PAGE, append_latents, check_cache
+from .transformers_layers import needs_gradient
 from .transformers_rows import Rows, RowsMemo, visible_keys
 
 IMPLEMENTATIONS = "eager", "sdpa"
@@ -50,7 +51,7 @@ def attention_forward(
     storage = None
     if past_key_values is None:
         latents = torch.cat([latent, k_rope], -1)[:, 0]
-    elif torch.is_grad_enabled() and latent.requires_grad:
+    elif needs_gradient(q, latent, *self.kv_b_proj.parameters()):
         # The storage is written in place, which autograd does not allow.
         layer = past_key_values.update(latent, k_rope, self.layer_idx)
         latents = torch.cat(layer, -1)[:, 0]
