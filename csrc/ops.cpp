@@ -33,6 +33,7 @@ STABLE_TORCH_LIBRARY(deepkern_native, m) {
   m.def(
       "fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType "
       "out_dtype=15, Tensor? c=None) -> Tensor");
+  m.def("gemm_nt(Tensor a, Tensor b, ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "hadamard_cast(Tensor x, float scale=1.0, str scale_format=\"fp32\") -> (Tensor, "
       "Tensor)");
@@ -49,6 +50,9 @@ STABLE_TORCH_LIBRARY(deepkern_native, m) {
   m.def(
       "m_grouped_fp8_gemm_nt_masked(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, "
       "Tensor masked_m, ScalarType out_dtype=15, int? expected_m=None) -> Tensor");
+  m.def(
+      "m_grouped_gemm_nt_contiguous(Tensor a, Tensor b, Tensor group_index, ScalarType? "
+      "out_dtype=None) -> Tensor");
   m.def(
       "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, "
       "Tensor)");
@@ -115,6 +119,7 @@ STABLE_TORCH_LIBRARY(deepkern_native, m) {
   m.def(
       "sequence_balance_loss_backward(Tensor grad, Tensor logits, Tensor topk_idx, str "
       "score=\"sigmoid\", float alpha=0.0001) -> Tensor");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def(
       "swiglu_cast(Tensor gate_up, Tensor? weights=None, float? limit=None, str "
       "scale_format=\"fp32\", str scale_layout=\"row\") -> (Tensor, Tensor)");

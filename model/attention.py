@@ -140,8 +140,9 @@ class LatentAttention(nn.Module):
             rows = slice(step.rows)
             block = self.attend_block(q[rows], step, cache)
             merged, merged_lse = deepkern.merge_states(out[rows], lse[:, rows], *block)
-            out, lse = torch.cat([merged, out[step.rows :]]), torch.cat(
-                [merged_lse, lse[:, step.rows :]], 1
+            out, lse = (
+                torch.cat([merged, out[step.rows :]]),
+                torch.cat([merged_lse, lse[:, step.rows :]], 1),
             )
         return out.flatten(1)
 

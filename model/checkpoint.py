@@ -132,12 +132,12 @@ class Checkpoint:
     def from_tensors(cls, config: Config, tensors: dict[str, Tensor]) -> Checkpoint:
         """A checkpoint of tensors in memory."""
         names = {dtype: name for name, dtype in (DTYPES | SCALE_DTYPES).items()}
-        stored = {
-            name: StoredTensor(
-                "memory", tuple(t.shape), names.get(t.dtype, str(t.dtype)), lambda _, t=t: t
-            )
-            for name, t in tensors.items()
-        }
+
+        def entry(t: Tensor) -> StoredTensor:
+            dtype = names.get(t.dtype, str(t.dtype))
+            return StoredTensor("memory", tuple(t.shape), dtype, lambda _: t)
+
+        stored = {name: entry(t) for name, t in tensors.items()}
         return cls(config, stored, "memory")
 
     def check(self, layers: int | None = None) -> Config:
@@ -315,8 +315,10 @@ def _headers(file: Path, names: list[str] | None) -> dict[str, StoredTensor]:
         if name not in header:
             raise CheckpointError(f"{file}: tensor {name} is missing; {INDEX} says it is here")
 
-    def entry(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
-        start, size = 8 + length + data_offsets[0], data_offsets[1] - data_offsets[0]
+    def entry(name: str) -> StoredTensor:
+        dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+        first, end = header[name]["data_offsets"]
+        start, size = 8 + length + first, end - first
         torch_dtype = {**DTYPES, **SCALE_DTYPES}.get(dtype, torch.uint8)
 
         def read(mapped: bool) -> Tensor:
@@ -324,9 +326,9 @@ def _headers(file: Path, names: list[str] | None) -> dict[str, StoredTensor]:
                 return shard.get_tensor(name)
             return _copy(file, start, size).view(torch_dtype).view(shape)
 
-        return StoredTensor(str(file), tuple(shape), dtype, read)
+        return StoredTensor(str(file), shape, dtype, read)
 
-    return {name: entry(name, **values) for name, values in header.items()}
+    return {name: entry(name) for name in header}
 
 
 def _copy(file: Path, start: int, size: int) -> Tensor:

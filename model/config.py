@@ -26,6 +26,7 @@ from model.presets import FP8_QUANTIZATION, PRESETS
 
 __all__ = ["FP8_QUANTIZATION", "LATENT_NORM_EPS", "PRESETS", "Config", "yarn_mscale"]
 
+INDEX_NORM_EPS = 1e-6  # of the indexer's keys
 LATENT_NORM_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm; rms_norm_eps is for the other norms
 
 ARCHITECTURES = {
@@ -224,10 +225,11 @@ class Config:
             raise ValueError(f"{text}, expected one for all layers")
         names = {rope[key] for key in ("rope_type", "type") if rope.get(key) is not None}
         _require(len(names) <= 1, "rope_scaling type", sorted(map(str, names)), "one type")
-        _require(names <= {"yarn", "default"}, "rope_scaling type", *names or ["default"], "'yarn'")
+        kind = next(iter(names), "default")
+        _require(kind in ("yarn", "default"), "rope_scaling type", kind, "'yarn' or 'default'")
         partial = rope.pop("partial_rotary_factor", None)
         _require(partial in (1, None), "partial_rotary_factor", partial, "1")
-        self.rope_scaling = rope if names == {"yarn"} else None
+        self.rope_scaling = rope if kind == "yarn" else None
         known = {"type", "rope_type", "truncate", *_YARN_NUMBERS} if self.rope_scaling else ()
         for key, value in rope.items():
             ok = key in known or key in ("type", "rope_type") or value is None

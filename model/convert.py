@@ -39,7 +39,7 @@ from model.checkpoint import (
 from model.config import FP8_QUANTIZATION, Config
 from model.tensors import expected_tensors, is_quantized
 
-# Files of a checkpoint directory, besides config and weights, that belong to the model.
+# Files of a checkpoint directory that belong to the model, apart from config and weights.
 COPIED = (
     "tokenizer*",
     "tokenization_*.py",
@@ -116,7 +116,7 @@ def convert(
     """Writes directory `out`, all or nothing.
 
     scale_format: of FP8 weights; by default the checkpoint's.
-    progress: called before each tensor with its name, the bytes read before it, and all bytes.
+    progress: called after each tensor with its name, the bytes read so far, and all bytes.
 
     Raises CheckpointError if the checkpoint is not complete.
     """
@@ -128,10 +128,10 @@ def convert(
     with replace_directory(out) as folder:
         writer = CheckpointWriter(folder, shard_bytes)
         for name in names:
-            progress(name, done, total)
             for new_name, tensor in converted_tensors(checkpoint, name, to, scale_format):
                 writer.add(new_name, tensor)
             done += checkpoint.stored[name].nbytes
+            progress(name, done, total)
         writer.finish(converted_config(config, to, scale_format))
         copy_other_files(Path(checkpoint.source), folder)
 

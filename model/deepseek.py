@@ -261,7 +261,8 @@ class DeepSeek(nn.Module):
     @torch.no_grad()
     def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
         """int64 [B, S] -> logits [B, S, vocab]; `hidden` says what a cache does."""
-        return self.logits(self.hidden(tokens, cache).flatten(0, 1)).view(*tokens.shape, -1)
+        logits = self.logits(self.hidden(tokens, cache).flatten(0, 1))
+        return logits.view(*tokens.shape, self.config.vocab_size)
 
     @torch.no_grad()
     def mtp_logits(self, tokens: Tensor, depth: int = 0) -> Tensor:

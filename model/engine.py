@@ -25,8 +25,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,86 +35,12 @@ from model.cache import PAGE
 from model.deepseek import DeepSeek
 from model.graph import DecodeGraphs
 from model.pages import ROOT, PageAllocator
+from model.request import EngineStats, Request, Update, Work, end_tokens
 from model.sampling import Sample, Sampling, sample
 from model.text import TextStream
 from model.tokenizer import Tokenizer
 
 POOL_TOKENS = 32768  # of a pool whose size is not given
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and what the model adds to it.
-
-    tokens, samples: the new tokens, the end token included, and how each was drawn.
-    text: of the new tokens, without end token and stop string; "" without a tokenizer.
-    finish_reason: "stop" (an end token or a stop string), "length", "cancelled", or None.
-    """
-
-    id: int
-    prompt: list[int]
-    sampling: Sampling
-    known: list[int] = field(default_factory=list)  # prompt and new tokens
-    stop_tokens: frozenset[int] = frozenset()
-    max_tokens: int = 0  # new tokens at most
-    samples: list[Sample] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-    stream: TextStream | None = None
-    # state of the cache
-    pages: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)  # of full pages of prompt tokens
-    computed: int = 0  # tokens that are cached
-    drafts: list[int] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.known[len(self.prompt) :]
-
-    @property
-    def length(self) -> int:
-        return len(self.known)
-
-
-class Update(NamedTuple):
-    """What a step added to one request."""
-
-    request: Request
-    tokens: list[int]
-    text: str
-    finish_reason: str | None
-
-
-@dataclass
-class EngineStats:
-    """Counters since the engine started, and the state of its queues and pages."""
-
-    steps: int = 0
-    prompt_tokens: int = 0  # computed, those of preempted requests each time
-    cached_prompt_tokens: int = 0  # reused
-    generated_tokens: int = 0
-    preemptions: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    running: int = 0
-    waiting: int = 0
-    pages_used: int = 0
-    pages_total: int = 0
-
-
-class Work(NamedTuple):
-    """Rows of one request in a step: positions [start, stop), the last `drafts` of them drafts."""
-
-    request: Request
-    start: int
-    stop: int
-    drafts: int
-
-    def segments(self) -> list[Segment]:
-        """The rows of the prompt, then those of generated tokens."""
-        request, middle = self.request, min(max(self.start, len(self.request.prompt)), self.stop)
-        parts = (self.start, middle, True), (middle, self.stop, False)
-        return [Segment(a, b, request.pages, prompt) for a, b, prompt in parts if b > a]
 
 
 class Engine:
@@ -171,7 +96,9 @@ class Engine:
 
     def new_graphs(self) -> DecodeGraphs:
         """Graphs for every batch of generated tokens."""
-        longest = min(self.model.config.max_position_embeddings, len(self.allocator.owners) * self.page)
+        longest = min(
+            self.model.config.max_position_embeddings, len(self.allocator.owners) * self.page
+        )
         rows = self.max_running * (1 + self.draft_tokens)
         return DecodeGraphs(self.model, self.pool, rows, -(-longest // self.page))
 
@@ -236,7 +163,9 @@ class Engine:
         return EngineStats(**{**vars(self.counters), **state})
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling | list[Sampling] = Sampling()  # noqa: B008
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling | list[Sampling] = Sampling(),  # noqa: B008
     ) -> list[Request]:
         """Runs the prompts to their ends; results are in their order."""
         if isinstance(sampling, Sampling):
@@ -392,9 +321,7 @@ class Engine:
 
     # after the forward pass
 
-    def sample_all(
-        self, work: list[Work], hidden: Tensor, first_rows: list[int]
-    ) -> list[Update]:
+    def sample_all(self, work: list[Work], hidden: Tensor, first_rows: list[int]) -> list[Update]:
         """Draws the next tokens of the requests whose known tokens are all computed."""
         rows, samplings, positions, histories = [], [], [], []
         for item, first in zip(work, first_rows, strict=True):
@@ -411,7 +338,9 @@ class Engine:
         samples: Iterator[Sample] = iter(())
         if rows:
             index = torch.tensor(rows, device=hidden.device)
-            samples = iter(sample(self.model.logits(hidden[index]), samplings, positions, histories))
+            samples = iter(
+                sample(self.model.logits(hidden[index]), samplings, positions, histories)
+            )
         updates = []
         for item in work:
             request, count = item.request, max(0, item.stop - item.request.length + 1)
@@ -428,7 +357,8 @@ class Engine:
         first_length, text_before = request.length, len(request.text)
         accepted = 0
         for number, one in enumerate(drawn):
-            self.append(request, one)
+            request.append(one)
+            self.counters.generated_tokens += 1
             if request.finish_reason is not None or number == len(drafts):
                 break
             if drafts[number] != one.token:
@@ -439,24 +369,6 @@ class Engine:
         request.computed = first_length + min(accepted, request.length - first_length)
         new = request.known[first_length:]
         return Update(request, new, request.text[text_before:], request.finish_reason)
-
-    def append(self, request: Request, drawn: Sample) -> None:
-        """Adds one token, and ends the request if it is the last."""
-        request.known.append(drawn.token)
-        request.samples.append(drawn)
-        self.counters.generated_tokens += 1
-        if drawn.token in request.stop_tokens:
-            request.finish_reason = "stop"
-        elif request.stream is not None:
-            text, stopped = request.stream.push(drawn.token)
-            request.text += text
-            if stopped:
-                request.finish_reason = "stop"
-                return
-        if request.finish_reason is None and len(request.samples) >= request.max_tokens:
-            request.finish_reason = "length"
-        if request.finish_reason is not None and request.stream is not None:
-            request.text += request.stream.finish()
 
     def draft(self, work: list[Work], hidden: Tensor, first_rows: list[int]) -> None:
         """Runs the prediction layer on the rows of the step and proposes the next tokens."""
@@ -487,7 +399,9 @@ class Engine:
             if not able:
                 return
             last = [request.length + len(request.drafts) - 2 for _, request in able]
-            segments = [Segment(p, p + 1, r.pages, False) for p, (_, r) in zip(last, able)]
+            segments = [
+                Segment(p, p + 1, r.pages, False) for p, (_, r) in zip(last, able, strict=True)
+            ]
             rows = [k for k, _ in able]
             state = self.predict([best[k] for k in rows], segments, take(state, rows))
             proposing = {row: request for row, (_, request) in enumerate(able)}
@@ -531,10 +445,3 @@ def generate(
     longest = max(map(len, results), default=tokens.shape[1])
     rows = [row + row[-1:] * (longest - len(row)) for row in results]
     return torch.tensor(rows, device=tokens.device).view(len(rows), longest)
-
-
-def end_tokens(eos: int | list[int] | None) -> set[int]:
-    """`eos_token_id` of a config as a set."""
-    if eos is None:
-        return set()
-    return set(eos) if isinstance(eos, list) else {eos}

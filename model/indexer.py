@@ -19,12 +19,10 @@ from torch import Tensor, nn
 import deepkern
 from model.batch import TokenBatch
 from model.checkpoint import Checkpoint
-from model.config import Config
+from model.config import INDEX_NORM_EPS, Config
 from model.linear import Linear, Rows, Weight
 from model.rope import apply_rope, interleave_pairs, split_pairs
 from model.weights import Precision, frozen, load_real
-
-NORM_EPS = 1e-6
 
 
 class KeyNorm(nn.Module):
@@ -43,7 +41,7 @@ class KeyNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, D], in fp32, rounded once."""
         weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), weight.shape, weight, bias, NORM_EPS).to(x.dtype)
+        return F.layer_norm(x.float(), weight.shape, weight, bias, INDEX_NORM_EPS).to(x.dtype)
 
 
 class Indexer(nn.Module):

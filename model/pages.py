@@ -144,7 +144,7 @@ class PageAllocator:
 
 def common_length(a: tuple[int, ...], b: list[int]) -> int:
     """The number of leading values that agree."""
-    for number, (x, y) in enumerate(zip(a, b)):
+    for number, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return number
     return min(len(a), len(b))

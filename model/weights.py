@@ -59,13 +59,13 @@ def resolve_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint) -> torch.dty
     """
     if dtype == "auto":
         embedding = checkpoint.stored["model.embed_tokens.weight"].torch_dtype
-        stored = DTYPES.get(checkpoint.config.stored_dtype or "", embedding)
-        return stored if stored in DTYPES.values() else torch.bfloat16
+        stored = DTYPES.get(checkpoint.config.stored_dtype or "") or embedding
+        return stored if stored in DTYPES.values() else torch.bfloat16  # type: ignore[return-value]
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
+    if resolved is None or resolved not in DTYPES.values():
         names = ", ".join(["auto", *DTYPES])
         raise ValueError(f"DeepSeek: dtype: expected one of {names}, got {dtype!r}")
-    return resolved  # type: ignore[return-value]
+    return resolved
 
 
 # A tensor that needs no conversion is a view of the mapped file.  Every other one is read,

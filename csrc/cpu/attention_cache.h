@@ -9,9 +9,6 @@
 
 namespace deepkern {
 
-// Bytes of a value.
-inline int64_t size_of(Real type) { return type == Real::fp32 ? 4 : 2; }
-
 struct LatentCache {
   char* data;
   Real type;                          // of all values, or of the RoPE values in the FP8 format

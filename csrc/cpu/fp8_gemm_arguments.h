@@ -58,6 +58,4 @@ inline Fp8Product group_product(const Fp8Product& product, const Tensor& b, cons
   return group;
 }
 
-inline int64_t size_of(Real type) { return type == Real::fp32 ? 4 : 2; }
-
 }  // namespace deepkern

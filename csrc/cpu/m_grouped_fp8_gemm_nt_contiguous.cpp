@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "fp8_gemm_arguments.h"
+#include "group_rows.h"
 
 namespace deepkern {
 namespace {
@@ -32,29 +33,14 @@ Tensor m_grouped_fp8_gemm_nt_contiguous(const Tensor& a_codes, const Tensor& a_s
   set_b(product, b, b_scale, b_rows);
   product.gemm.out = out.mutable_data_ptr();
 
-  const auto* index = data<int32_t>(group_index);
-  const int64_t stride = group_index.stride(0);
-  std::vector<int64_t> end(G + 1);  // of a group's rows in `sorted`; first its start
-  const auto is_group = [&](int64_t g) { return g >= 0 && g < G; };
-  for (int64_t m = 0; m < M; ++m) {
-    if (is_group(index[m * stride])) ++end[index[m * stride] + 1];
-  }
-  for (int64_t g = 0; g < G; ++g) end[g + 1] += end[g];
-  std::vector<int32_t> sorted(M);
-  const int64_t row_bytes = N * size_of(product.gemm.out_type);
-  for (int64_t m = 0; m < M; ++m) {
-    if (is_group(index[m * stride])) {
-      sorted[end[index[m * stride]]++] = static_cast<int32_t>(m);
-    } else {
-      std::memset(static_cast<char*>(product.gemm.out) + m * row_bytes, 0, row_bytes);
-    }
-  }
+  const GroupRows sorted(group_index, G);
+  sorted.zero_other_rows(product.gemm.out, N * size_of(product.gemm.out_type));
   std::vector<Fp8Product> products;
-  for (int64_t g = 0, first = 0; g < G; first = end[g++]) {
-    if (end[g] == first) continue;
+  for (int64_t g = 0; g < G; ++g) {
+    if (sorted.end(g) == sorted.first(g)) continue;
     products.push_back(group_product(product, b, b_scale, g));
-    products.back().rows = end[g] - first;
-    products.back().a_rows = products.back().out_rows = sorted.data() + first;
+    products.back().rows = sorted.end(g) - sorted.first(g);
+    products.back().a_rows = products.back().out_rows = sorted.rows.data() + sorted.first(g);
   }
   multiply_products(products);
   return out;

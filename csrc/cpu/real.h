@@ -13,6 +13,8 @@
 
 namespace deepkern {
 
+constexpr int64_t size_of(Real type) { return type == Real::fp32 ? 4 : 2; }  // bytes
+
 constexpr int32_t INFINITY_BITS = 0x7F800000;
 
 DEEPKERN_INLINE float as_float(int32_t bits) {

@@ -1,7 +1,11 @@
-// SwiGLU on blocks of 128 floats, for its forward and its backward pass; see every_isa.h.
+// SwiGLU on blocks of 128 floats, for its forward and its backward pass; needs arithmetic.h. See
+// every_isa.h.
 
 namespace deepkern::DEEPKERN_ISA {
 namespace {
+
+// silu(gate) * up, multiplied from left to right.
+DEEPKERN_INLINE Floats swiglu(Floats gate, Floats up) { return gate * exact_sigmoid(gate) * up; }
 
 // gate = min(gate, limit), up = clamp(up, -limit, limit); NaN stays NaN.
 DEEPKERN_INLINE void clamp_gate_up(float* gate, float* up, float limit) {

@@ -145,8 +145,7 @@ void cast_blocks_of(const SwigluCast& c, int64_t first, int64_t last) {
     load_block<type>(c.gate_up.data, offset + c.I, count, up);
     if (c.limit.has_value()) clamp_gate_up(gate, up, *c.limit);
     for (int k = 0; k < 128; k += LANES) {
-      const Floats g = load_vector<Floats>(gate + k), u = load_vector<Floats>(up + k);
-      const Floats product = g * exact_sigmoid(g) * u;
+      const Floats product = swiglu(load_vector<Floats>(gate + k), load_vector<Floats>(up + k));
       store_vector(y + k, c.weights == nullptr ? product : product * c.weights[m]);
     }
     // The block cast wants zeros past the last column; an infinite weight makes them NaN.

@@ -33,14 +33,17 @@ from .experts.sequence_balance_loss import sequence_balance_loss, sequence_balan
 from .experts.update_expert_bias import update_expert_bias
 from .matmul.fp8_gemm_nt import fp8_gemm_nt
 from .matmul.fp8_linear import FP8Linear, fp8_linear
+from .matmul.gemm_nt import gemm_nt
 from .matmul.k_grouped_fp8_gemm_nt import k_grouped_fp8_gemm_nt
 from .matmul.m_grouped_fp8_gemm_nt_contiguous import m_grouped_fp8_gemm_nt_contiguous
 from .matmul.m_grouped_fp8_gemm_nt_masked import m_grouped_fp8_gemm_nt_masked
+from .matmul.m_grouped_gemm_nt_contiguous import m_grouped_gemm_nt_contiguous
 from .quant.cast_back import cast_back
 from .quant.cast_per_block import cast_per_block
 from .quant.cast_per_channel import cast_per_channel
 from .quant.cast_per_token import cast_per_token
 from .quant.rmsnorm_cast import rmsnorm_cast
+from .quant.swiglu import swiglu
 from .quant.swiglu_cast import swiglu_cast, swiglu_cast_backward
 from .runtime.backends import BackendError, Explanation, backend, explain
 from .runtime.compiled import compiled, reachable
@@ -70,6 +73,7 @@ __all__ = [
     "fp8_gemm_nt",
     "fp8_linear",
     "FP8Linear",
+    "gemm_nt",
     "gpu_loads",
     "hadamard_cast",
     "hadamard_transform",
@@ -79,6 +83,7 @@ __all__ = [
     "LoadStatistics",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
+    "m_grouped_gemm_nt_contiguous",
     "merge_states",
     "merge_states_backward",
     "mla_cache_append",
@@ -107,6 +112,7 @@ __all__ = [
     "ROUTING",
     "sequence_balance_loss",
     "sequence_balance_loss_backward",
+    "swiglu",
     "swiglu_cast",
     "swiglu_cast_backward",
     "topk_indices",

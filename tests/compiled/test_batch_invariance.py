@@ -12,9 +12,12 @@ from deepkern.testing import compare, ops
 ROWS = {
     "cast_per_token": ("x",),
     "fp8_gemm_nt": ("a", "a_scale", "c"),
+    "gemm_nt": ("a",),
+    "m_grouped_gemm_nt_contiguous": ("a", "group_index"),
     "mla_decode": ("q", "block_table", "cache_seqlens"),
     "rmsnorm_cast": ("x", "residual"),
     "route_topk": ("logits",),
+    "swiglu": ("gate_up",),
     "swiglu_cast": ("gate_up", "weights"),
     "topk_indices": ("logits", "lengths"),
 }

@@ -135,7 +135,10 @@ def test_ragged_requests(case, record_property):
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = DeepSeek.from_pretrained(folder, dtype=torch.float32)
     engine = Engine(model, num_pages=40, page=4, max_batch_tokens=16, max_running=4)
-    prompts = [row[:size].tolist() for row, size in zip(tokens.repeat(3, 1), (30, 3, 1, 17, 8, 40))]
+    prompts = [
+        row[:size].tolist()
+        for row, size in zip(tokens.repeat(3, 1), (30, 3, 1, 17, 8, 40), strict=True)
+    ]
     requests = engine.generate(prompts, Sampling(max_new_tokens=6, ignore_eos=True))
     for request in requests:
         logits = reference(torch.tensor([request.known])).logits[0, len(request.prompt) - 1 : -1]

@@ -174,11 +174,6 @@ def _v3_tile(target: Arch, dtype: torch.dtype) -> Tile:
     return Tile(128, 64 if target.name in ("sm_80", "sm_100") else 32, 8, 2)
 
 
-def input_precision(target: Arch) -> str:
-    """How `tl.dot` multiplies fp32 operands: in full precision as far as the target supports it."""
-    return "tf32x3" if target.backend == "cuda" else "ieee"
-
-
 @mla_prefill.op.register_launcher("triton")
 def _launch_triton(
     q: Tensor,
@@ -200,7 +195,7 @@ def _launch_triton(
     mla_prefill_kernel[(len(tiles) * H,)](
         head_rows(q), head_rows(k), head_rows(v), tiles, out, lse,
         softmax_scale * LOG2_E.value, T, H, H // Hk, len(tiles),
-        CAUSAL=causal, PRECISION=input_precision(arch.of(q.device)),
+        CAUSAL=causal, PRECISION=arch.of(q.device).input_precision,
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, D0=D0, D1=D1, V0=V0, V1=V1,
         EVEN_QK=Dqk == D0 + D1, EVEN_V=Dv == V0 + V1,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -30,7 +30,7 @@ from ..arithmetic import cdiv, next_power_of_2
 from ..runtime import arch
 from ..runtime.arch import Arch
 from ..runtime.op import op
-from .mla_prefill import LOG2_E, Tile, check_heads, fit_tile, input_precision, mla_prefill
+from .mla_prefill import LOG2_E, Tile, check_heads, fit_tile, mla_prefill
 from .mla_prefill_gradients import mla_prefill_backward_dkv_kernel, mla_prefill_backward_dq_kernel
 from .ragged import head_rows, ragged_tiles, select_head, split_width
 
@@ -154,7 +154,7 @@ def _launch_triton(
             kernel[(len(tiles) * heads,)](
                 *inputs, tiles, *outputs, softmax_scale * LOG2_E.value, softmax_scale,
                 T, heads, H // Hk, len(tiles), lse.stride(0),
-                CAUSAL=causal, PRECISION=input_precision(arch.of(q.device)),
+                CAUSAL=causal, PRECISION=arch.of(q.device).input_precision,
                 BLOCK_M=tile.rows, BLOCK_N=tile.keys, D0=D0, D1=D1, V0=V0, V1=V1,
                 EVEN_QK=Dqk == D0 + D1, EVEN_V=Dv == V0 + V1,
                 num_warps=tile.warps, num_stages=tile.stages,

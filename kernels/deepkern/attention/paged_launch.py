@@ -88,11 +88,6 @@ def dot_dtype(q: Tensor, cache: Tensor) -> torch.dtype:
     return cached if q.dtype == cached else torch.float32
 
 
-def dot_precision(target: Arch) -> str:
-    """`input_precision` of fp32 matrix products: three TF32 products on NVIDIA, fp32 on AMD."""
-    return "tf32x3" if target.backend == "cuda" else "ieee"
-
-
 def latent_blocks(R: int, W: int, latents: int) -> dict[str, object]:
     """Compile-time widths of kernels that process R latents and W - R RoPE values per row."""
     return {
@@ -152,7 +147,7 @@ def launch_paged_attention(
         softmax_scale * LOG2_E, Sq, H, R, W - R, max_length, cache.shape[1], **arguments,
         FP8=cache.dtype == torch.uint8, DOT_DTYPE=triton_dtype(dot_dtype(q, cache)),
         ROPE_DTYPE=triton_dtype(rope_dtype(cache)),
-        PRECISION=dot_precision(arch.of(q.device)),
+        PRECISION=arch.of(q.device).input_precision,
         LATENT_ALIGN=alignment(view.latent), ROPE_ALIGN=alignment(view.rope),
         ROWS=tile.rows, **latent_blocks(R, W, tile.latents), **splits,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -37,7 +37,6 @@ from ..runtime import arch
 from ..runtime.arch import Arch
 from . import paged_launch
 from .cache import triton_dtype
-from .paged_launch import dot_precision
 from .splits import length_of, sink_factor
 from .token_tiles import load_block, load_rope
 
@@ -123,7 +122,7 @@ def _launch_query_kernel(
         softmax_scale, H, R, W - R, topk, kv.shape[0],
         kv.stride(0), indices.stride(0), lse.stride(0),
         0 if grad_lse is None else grad_lse.stride(0),
-        DTYPE=triton_dtype(q.dtype), PRECISION=dot_precision(arch.of(q.device)),
+        DTYPE=triton_dtype(q.dtype), PRECISION=arch.of(q.device).input_precision,
         ROWS=tile.rows, KEYS=tile.keys, **paged_launch.latent_blocks(R, W, tile.latents),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -135,7 +134,7 @@ def _launch_pair_kernel(grad_out, q, topk_length, weights, pair_grads):
     heads, keys, warps, stages = _pair_tile(target, q.dtype, H)
     mla_sparse_prefill_backward_pair_kernel[(S * cdiv(topk, keys), cdiv(W, COLUMNS))](
         _heads_view(grad_out), _heads_view(q), topk_length, weights[0], weights[1], pair_grads,
-        H, R, W, topk, PRECISION=dot_precision(target),
+        H, R, W, topk, PRECISION=target.input_precision,
         HEADS=heads, KEYS=keys, COLUMNS=COLUMNS, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 

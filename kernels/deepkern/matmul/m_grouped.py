@@ -21,6 +21,7 @@ from torch import Tensor
 from ..arithmetic import cdiv, next_power_of_2
 from ..quant.fp8 import BLOCK
 from ..runtime import arch
+from ..runtime.contract import check_that
 from ..runtime.tiles import GemmTile, choose_gemm_tile
 from .block_scaled_gemm import (
     KRange,
@@ -63,10 +64,7 @@ def launch_m_grouped_gemm(
     (G, N, K), M = b.shape, a.shape[-2]
     a_operand, a_desc = gemm_operand(a, a_scale, target, tile.BLOCK_M)
     b_operand, b_desc = gemm_operand(b, b_scale, target, tile.BLOCK_N)
-    # Upper bound of the row tiles: all full ones, and one partial tile per group.
-    num_rows = a[..., 0].numel()
-    row_tiles = num_rows // tile.BLOCK_M + min(G, num_rows)
-    m_grouped_fp8_gemm_nt_kernel[(tile.grid(target, row_tiles * cdiv(N, tile.BLOCK_N)),)](
+    m_grouped_fp8_gemm_nt_kernel[(grid_size(a, b, tile),)](
         a_operand, a_desc, b_operand, b_desc, out, group_index, group_bounds, M, N, K, G,
         GROUPS=max(8, next_power_of_2(G)), SWAPPED=tile.swapped,
         B_ROWS_PER_SCALE=rows_per_scale(b, b_scale),
@@ -74,6 +72,15 @@ def launch_m_grouped_gemm(
         INDEX=index_type(a_operand, b_operand), BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         GROUP_M=tile.GROUP_M, FLATTEN=target.tma, **tile.options(target),
     )  # fmt: skip
+
+
+def grid_size(a: Tensor, b: Tensor, tile: GemmTile) -> int:
+    """Programs of a persistent launch over the tiles of all groups."""
+    G, N, _ = b.shape
+    # Upper bound of the row tiles: all full ones, and one partial tile per group.
+    num_rows = a[..., 0].numel()
+    row_tiles = num_rows // tile.BLOCK_M + min(G, num_rows)
+    return tile.grid(arch.of(a.device), row_tiles * cdiv(N, tile.BLOCK_N))
 
 
 @triton.jit
@@ -86,6 +93,25 @@ def load_group_bounds(group_index_ptr, group_bounds_ptr, M, G, GROUPS: tl.conste
     else:
         rows = tl.load(group_bounds_ptr + group, mask=group < G, other=0)
         return tl.zeros((GROUPS,), tl.int32), tl.minimum(tl.maximum(rows, 0), M)
+
+
+@triton.jit
+def find_group_tile(
+    row_block,
+    first,  # int32 [GROUPS], here and below; see load_group_bounds
+    end,
+    tiles,  # row tiles of a group
+    first_tile,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """The group of a row tile (int64), its first row and the number of its rows."""
+    is_group = (row_block >= first_tile) & (row_block < first_tile + tiles)  # exactly one is true
+    group = tl.sum(tl.where(is_group, tl.arange(0, GROUPS), 0), 0)
+    first_row = first + (row_block - first_tile) * BLOCK_M
+    first_row = tl.sum(tl.where(is_group, first_row, 0), 0)
+    valid_rows = tl.sum(tl.where(is_group, end, 0), 0) - first_row
+    return tl.cast(group, tl.int64), first_row, valid_rows
 
 
 @triton.jit(do_not_specialize=["M", "G"])
@@ -120,15 +146,10 @@ def m_grouped_fp8_gemm_nt_kernel(
     num_tiles = tile_rows * tile_columns
     for t in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_block, column_block = swizzle_tile(t, tile_rows, tile_columns, GROUP_M)
-        is_group = (row_block >= first_tile) & (
-            row_block < first_tile + tiles
-        )  # exactly one is true
-        group = tl.sum(tl.where(is_group, tl.arange(0, GROUPS), 0), 0)
-        first_row = first + (row_block - first_tile) * BLOCK_M
-        first_row = tl.sum(tl.where(is_group, first_row, 0), 0)
-        valid_rows = tl.sum(tl.where(is_group, end, 0), 0) - first_row
+        group, first_row, valid_rows = find_group_tile(
+            row_block, first, end, tiles, first_tile, BLOCK_M, GROUPS
+        )
         first_column = column_block * BLOCK_N
-        group = tl.cast(group, tl.int64)
         # The matrix of a; an int64 zero, because both branches must have one type.
         a_group = group * 0 if group_index_ptr is not None else group
         a_matrix_row, b_matrix_row = (a_group * M).to(tl.int32), (group * N).to(tl.int32)
@@ -185,6 +206,16 @@ def m_grouped_find_group_bounds_kernel(
         following = tl.load(group_index_ptr + row + 1, mask=row + 1 < M, other=-1)
         tl.atomic_max(group_bounds_ptr + group, M - row, mask=valid & (previous != group))
         tl.atomic_max(group_bounds_ptr + G + group, row + 1, mask=valid & (following != group))
+
+
+def check_group_index(op: str, group_index: Tensor, G: int) -> None:
+    """For DEEPKERN_DEBUG=1: the values of group_index ascend and are in [-1, G)."""
+    found = group_index[group_index != -1]
+    outside = found[(found < 0) | (found >= G)]
+    expected = f"values from -1 to {G - 1}"
+    check_that(op, "group_index", not len(outside), expected, outside[:1].tolist())
+    expected = "ascending values, or -1"
+    check_that(op, "group_index", bool((found.diff() >= 0).all()), expected, found.tolist())
 
 
 def zero_masked_rows(masked_m: Tensor, out: Tensor) -> None:

@@ -17,12 +17,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.contract import check_choice, check_that
+from ..runtime.contract import check_choice
 from ..runtime.op import op
 from ..runtime.tiles import GemmTile
 from .block_scaled_gemm import check_b_scale
 from .fp8_gemm_nt import REAL
-from .m_grouped import choose_m_grouped_tile, find_group_bounds, launch_m_grouped_gemm
+from .m_grouped import (
+    check_group_index,
+    choose_m_grouped_tile,
+    find_group_bounds,
+    launch_m_grouped_gemm,
+)
 
 
 @op(
@@ -76,13 +81,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
 @m_grouped_fp8_gemm_nt_contiguous.op.register_debug_check
 def check_contents(a, a_scale, b, b_scale, group_index, out_dtype) -> None:
     """For DEEPKERN_DEBUG=1: the values of group_index ascend and are in [-1, G)."""
-    name, G = "m_grouped_fp8_gemm_nt_contiguous", b.shape[0]
-    found = group_index[group_index != -1]
-    outside = found[(found < 0) | (found >= G)]
-    expected = f"values from -1 to {G - 1}"
-    check_that(name, "group_index", not len(outside), expected, outside[:1].tolist())
-    expected = "ascending values, or -1"
-    check_that(name, "group_index", bool((found.diff() >= 0).all()), expected, found.tolist())
+    check_group_index("m_grouped_fp8_gemm_nt_contiguous", group_index, b.shape[0])
 
 
 @m_grouped_fp8_gemm_nt_contiguous.op.register_launcher("triton")

@@ -84,14 +84,19 @@ def swiglu_cast(
         (torch.Size([64, 2048]), torch.Size([64, 16]))
     """
     name, (M, columns) = "swiglu_cast", gate_up.shape
-    expected, got = "an even number of columns, [gate | up]", f"shape {tuple(gate_up.shape)}"
-    check_that(name, "gate_up", columns % 2 == 0, expected, got)
+    check_gate_up(name, gate_up)
     check_limit(name, limit)
     check_choice(name, "scale_format", scale_format, ("fp32", "ue8m0"))
     check_choice(name, "scale_layout", scale_layout, LAYOUTS)
     scale = new_scale(gate_up, (M, -(-columns // 2 // BLOCK)), scale_layout)
     # Fake kernel: allocates the outputs; the launcher of a backend computes them.
     return gate_up.new_empty((M, columns // 2), dtype=FP8), scale
+
+
+def check_gate_up(name: str, gate_up: Tensor) -> None:
+    """Raises ValueError for an odd number of columns; `name` is the op."""
+    expected, got = "an even number of columns, [gate | up]", f"shape {tuple(gate_up.shape)}"
+    check_that(name, "gate_up", gate_up.shape[1] % 2 == 0, expected, got)
 
 
 def check_limit(name: str, limit: float | None) -> None:
@@ -164,12 +169,10 @@ def swiglu_cast_kernel(
         row_mask &= tl.load(group_index_ptr + row, mask=row_mask, other=-1) >= 0
         scale_mask &= row_mask
     mask = row_mask[:, None] & (column < I)[None, :]
-    gate_ptrs = gate_up_ptr + row[:, None] * gate_up_row_stride + column  # [ROWS, 128]
-    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptrs + I, mask=mask, other=0.0).to(tl.float32)
+    gate, up = gate_and_up(gate_up_ptr + row[:, None] * gate_up_row_stride, column, I, mask)
     gate, up = clamp_gate_up(gate, up, limit)
 
-    y = gate * sigmoid(gate) * up
+    y = multiply_gate_up(gate, up)
     if weights_ptr is not None:
         y *= tl.load(weights_ptr + row, mask=row_mask, other=0.0)[:, None]
     scale = block_scale(tl.max(magnitude_bits(y), 1), UE8M0)  # [ROWS]
@@ -178,6 +181,24 @@ def swiglu_cast_kernel(
     tl.store(q_ptr + row[:, None] * I + column, q, mask=mask)
     scale_ptrs = scale_ptr + row * scale_row_stride + block.to(tl.int64) * scale_block_stride
     tl.store(scale_ptrs, tl.where(row_mask, scale, 0.0), mask=scale_mask)
+
+
+@triton.jit
+def gate_and_up(
+    row_ptrs,  # [ROWS, 1] pointers to the first value of each row of gate_up
+    column,  # [128]
+    I,
+    mask,  # [ROWS, 128]
+):
+    """(gate, up) of these columns in fp32, both [ROWS, 128]."""
+    gate = tl.load(row_ptrs + column, mask=mask, other=0.0).to(tl.float32)
+    return gate, tl.load(row_ptrs + I + column, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def multiply_gate_up(gate, up):
+    """silu(gate) * up in fp32, multiplied from left to right."""
+    return gate * sigmoid(gate) * up
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The reference of the FP8 GEMMs: float64 on the same FP8 inputs, summed per block of K."""
+"""The reference of the GEMMs: float64 on the same inputs, FP8 ones summed per block of K."""
 
 from __future__ import annotations
 
@@ -11,10 +11,26 @@ from .quant import BLOCK
 
 __all__ = [
     "fp8_gemm_nt",
+    "gemm_nt",
     "k_grouped_fp8_gemm_nt",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
+    "m_grouped_gemm_nt_contiguous",
 ]
+
+
+def gemm_nt(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    return (a.double() @ b.double().T).to(out_dtype or a.dtype)
+
+
+def m_grouped_gemm_nt_contiguous(
+    a: Tensor, b: Tensor, group_index: Tensor, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    out = a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype or a.dtype)
+    for g in range(b.shape[0]):
+        row = (group_index == g).nonzero()[:, 0]
+        out[row] = gemm_nt(a[row], b[g], out_dtype)
+    return out
 
 
 def fp8_gemm_nt(

@@ -17,6 +17,7 @@ __all__ = [
     "cast_per_channel",
     "cast_per_token",
     "rmsnorm_cast",
+    "swiglu",
     "swiglu_cast",
     "swiglu_cast_backward",
 ]
@@ -108,6 +109,11 @@ def cast_per_channel(
 
 def cast_back(q: Tensor, scale: Tensor, block: Sequence[int], out_dtype: torch.dtype) -> Tensor:
     return (q.float() * expand_scales(scale, block, *q.shape[-2:])).to(out_dtype).contiguous()
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = split_gate_up(gate_up.float())
+    return (gate * sigmoid(gate) * up).to(gate_up.dtype)
 
 
 def swiglu_cast(

@@ -52,6 +52,11 @@ class Arch:
         """
         return self.native_fp8 and self.name != "sm_89"
 
+    @property
+    def input_precision(self) -> str:
+        """How `tl.dot` multiplies fp32: in full precision as far as the target supports it."""
+        return "tf32x3" if self.backend == "cuda" else "ieee"
+
 
 _KB, _MB = 1 << 10, 1 << 20
 ARCHS = {

@@ -81,6 +81,14 @@ def _tuned_sizes(b_rows: int, variant: str) -> list[dict]:
     return [{"M": x.M, "N": x.N, "K": x.K, **G} for x, G in zip(lines, groups, strict=True)]
 
 
+def random_groups(generator: Generator, M: int, G: int, skipped: float) -> Tensor:
+    """group_index int32 [M], ascending; a row has no group with the probability `skipped`."""
+    device = generator.device
+    group = torch.randint(max(G, 1), (M,), generator=generator, device=device).sort().values
+    none = torch.rand(M, generator=generator, device=device) < skipped
+    return torch.where(none, -1, group).int()
+
+
 def group_weights(
     generator: Generator, G: int, N: int, K: int, b_rows: int
 ) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,7 @@ def inputs(
 ) -> tuple:
     """Groups of random size; a row has no group with the probability `skipped`."""
     a, a_scale = reference.cast_per_token(values(generator, M, K))
-    device = generator.device
-    group = torch.randint(max(G, 1), (M,), generator=generator, device=device).sort().values
-    none = torch.rand(M, generator=generator, device=device) < skipped
-    group_index = torch.where(none, -1, group).int()
+    group_index = gemms.random_groups(generator, M, G, skipped)
     return a, a_scale, *gemms.group_weights(generator, G, N, K, b_rows), group_index, out_dtype
 
 
