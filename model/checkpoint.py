@@ -175,14 +175,14 @@ class Checkpoint:
             if not 0 < layers <= count:
                 raise ValueError(f"layers = {layers}: expected 1 to num_hidden_layers = {count}")
             return config.with_layers(layers)
-        prediction = {_layer(name) for name in self.stored if PREDICTION.match(name)}
-        decoder = {_layer(name) for name in self.stored} - prediction
-        extra = [layer for layer in sorted(decoder) if layer >= count]
+        layers_of = {name: _layer(name) for name in self.stored}
+        prediction = {layers_of[name] for name in self.stored if PREDICTION.match(name)}
+        extra = [n for n in sorted({*layers_of.values()} - prediction) if n >= count]
         if extra:
             text = f"{self.source}: layer {extra[0]} is a decoder layer, but num_hidden_layers is"
             raise CheckpointError(f"{text} {count}; layers={count} runs the first {count} only")
         expected = range(count, count + config.num_nextn_predict_layers)
-        if not any(_layer(name) in expected for name in self.stored):
+        if expected and not {*layers_of.values()} & {*expected}:
             return config.with_layers(count)
         return config
 
@@ -278,15 +278,16 @@ def _shards(folder: Path, partial: bool) -> dict[Path, list[str] | None]:
         file_of = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: not a weight index: {error!r}") from error
-    shards: dict[Path, list[str] | None] = {}
+    names_of: dict[str, list[str]] = {}
     for name, file in file_of.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index}: tensor {name} has file {file!r}, expected a name")
-        shards.setdefault(folder / file, []).append(name)  # type: ignore[union-attr]
-    for path, names in shards.items():
-        if not (partial or path.is_file()):
-            raise CheckpointError(f"{path}: shard is missing; tensor {(names or [''])[0]} is in it")
-    return shards
+        names_of.setdefault(file if isinstance(file, str) else repr(file), []).append(name)
+    for file, names in names_of.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            text = f"{index}: tensor {names[0]} has file {file!r}"
+            raise CheckpointError(f"{text}, expected the name of a safetensors file")
+        if not (partial or (folder / file).is_file()):
+            raise CheckpointError(f"{folder / file}: shard is missing; tensor {names[0]} is in it")
+    return {folder / file: names for file, names in names_of.items()}
 
 
 def _absent(file: Path, names: list[str]) -> dict[str, StoredTensor]:

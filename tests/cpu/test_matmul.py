@@ -1,4 +1,4 @@
-"""The native grouped GEMMs and MoE layer on each instruction set: shapes, strides, bits."""
+"""The native GEMMs and MoE layer on each instruction set: shapes, strides, bits."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ OPS = (
     "k_grouped_fp8_gemm_nt",
     "moe_forward",
     "moe_forward_backward",
+    "gemm_nt",
+    "m_grouped_gemm_nt_contiguous",
 )
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 HOSTILE = (-1, -(2**31), 2**31 - 1, 10**6)
@@ -86,6 +88,29 @@ def test_m_grouped(M, N, K, G, b_rows, out_dtype, masked, data, seed):
         check(op, [*(restride(data, x) for x in operands), index, dtype])
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    M=sizes | st.sampled_from([12, 14, 200]),
+    N=columns,
+    K=columns | st.sampled_from([511, 512, 520, 1030]),
+    G=st.none() | st.integers(0, 4),
+    dtype=st.sampled_from([BF16, F16, F32]),
+    out_dtype=st.sampled_from([None, BF16, F16, F32]),
+    data=st.data(),
+    seed=st.integers(0, 2**31),
+)
+def test_real_gemm(M, N, K, G, dtype, out_dtype, data, seed):
+    """gemm_nt, or with groups m_grouped_gemm_nt_contiguous with a hostile index."""
+    generator = torch.Generator().manual_seed(seed)
+    size = {"M": M, "N": N, "K": K, "dtype": dtype, "out_dtype": out_dtype}
+    op = "gemm_nt" if G is None else "m_grouped_gemm_nt_contiguous"
+    a, b, *rest = ops.inputs(op, generator, **size, **({} if G is None else {"G": G}))
+    rest = [make_hostile(data, x) if isinstance(x, torch.Tensor) else x for x in rest]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPKERN_CPU_ISA", data.draw(st.sampled_from(cpu_isas())))
+        check(op, [restride(data, a), restride(data, b), *rest])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     M=sizes, N=sizes, K=columns, G=st.integers(0, 4), c=st.booleans(),
@@ -133,6 +158,8 @@ SIZES = {
     OPS[2]: {"M": 40, "N": 100, "K": 500, "G": 3},
     OPS[3]: {"T": 40, "E": 6, "topk": 3, "K": 300, "I": 200},
     OPS[4]: {"T": 40, "E": 6, "topk": 3, "K": 300, "I": 200},
+    OPS[5]: {"M": 3, "N": 300, "K": 1100, "transposed": True},
+    OPS[6]: {"M": 40, "N": 100, "K": 600, "G": 3, "dtype": F32},
 }
 
 
@@ -167,6 +194,23 @@ def test_row_bits_independent_of_the_other_rows(isa, seed):
         if g >= 0:
             alone = gemm(a[m : m + 1], a_scale[m : m + 1], b[g], b_scale[g], dtype, None)
             compare.assert_bitwise(alone[0], together[m])
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["nt", "nn"])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_real_row_bits_independent_of_the_other_rows(isa, seed, dtype, transposed):
+    """Each number of rows has its own path through b; all give the bits of a row alone."""
+    generator = torch.Generator().manual_seed(seed)
+    size = {"M": 400, "N": 70, "K": 1030, "dtype": dtype, "transposed": transposed}
+    a, b, _ = ops.inputs("gemm_nt", generator, **size)
+    gemm = native.native_op("gemm_nt")
+    whole = gemm(a, b, F32)
+    for first, count in ((0, 1), (399, 1), (7, 2), (50, 3), (190, 4), (20, 12), (100, 13)):
+        compare.assert_bitwise(gemm(a[first : first + count], b, F32), whole[first : first + count])
+    group = torch.arange(400, dtype=torch.int32) % 5 - 1
+    grouped = native.native_op("m_grouped_gemm_nt_contiguous")
+    together = grouped(a, torch.stack([b] * 3), group, F32)
+    compare.assert_bitwise(together, torch.where((group % 4 < 3) & (group >= 0), whole.T, 0.0).T)
 
 
 def test_token_bits_independent_of_the_other_tokens(isa, seed):

@@ -116,6 +116,13 @@ def test_rmsnorm_cast(M, K, dtype, weight_dtype, residual, scale_format, layout,
 
 
 @settings(max_examples=25, deadline=None)
+@given(st.integers(0, 9), SIZES, dtypes, st.booleans(), seeds)
+def test_swiglu(M, I, dtype, special, seed):
+    x = values(generator(seed), M, 2 * I, dtype=dtype)
+    check("swiglu", (embed(with_special_values(x, seed) if special else x),))
+
+
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 9), SIZES, dtypes, st.booleans(), st.sampled_from([None, 0.0, 1.5, torch.inf]),
     FORMATS, LAYOUTS, st.booleans(), seeds,
@@ -148,6 +155,7 @@ def test_swiglu_cast_backward(M, I, dtype, fp8, weighted, limit, seed):
 # Sizes with several rows, enough of them for two threads.
 LARGE = {
     "rmsnorm_cast": {"M": 70, "K": 1100, "residual": True},
+    "swiglu": {"M": 70, "I": 1100},
     "swiglu_cast": {"M": 70, "I": 1100, "weighted": True},
     "swiglu_cast_backward": {"M": 70, "I": 1100, "weighted": True},
     "cast_per_block": {"N": 300, "K": 1100},
@@ -174,7 +182,7 @@ def test_bits_independent_of_threads(name, isa):
 
 
 @pytest.mark.parametrize(
-    "name", ["rmsnorm_cast", "swiglu_cast", "swiglu_cast_backward", "hadamard_cast"]
+    "name", ["rmsnorm_cast", "swiglu", "swiglu_cast", "swiglu_cast_backward", "hadamard_cast"]
 )
 def test_bits_independent_of_other_rows(name, isa):
     args = ops.inputs(name, generator(2), **LARGE[name])
@@ -211,6 +219,7 @@ def bad_calls() -> dict[str, tuple]:
         "rmsnorm_cast: residual: expected dtype": (
             "rmsnorm_cast", (x, x[0], 1e-6, x.bfloat16())),
         "rmsnorm_cast: scale_layout": ("rmsnorm_cast", (x, x[0], 1e-6, None, "fp32", "rows")),
+        "swiglu: gate_up: expected an even": ("swiglu", (x[:, :255],)),
         "swiglu_cast: gate_up: expected an even": ("swiglu_cast", (x[:, :255],)),
         "swiglu_cast: limit": ("swiglu_cast", (x, None, -1.0)),
         "swiglu_cast: weights": ("swiglu_cast", (x, torch.ones(3))),

@@ -55,7 +55,7 @@ def test_group_index(backend, generator, groups):
     assert not got[skipped.to(got.device)].any()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     groups=st.lists(st.integers(-2, 6), max_size=60),
     G=st.integers(0, 5),
@@ -73,20 +73,19 @@ def test_any_groups(groups, G, N, K, dtype, transposed, seed):
         check(with_index(args, groups))
 
 
-@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("dtype", [BF16, F32])
 def test_row_bits_independent_of_batch(backend, generator, dtype):
     """For a single row, gemm_nt with its group, and the first rows of the batch."""
-    a, b, index, _ = make(generator, 67, 70, 136, G=3, dtype=dtype)
+    a, b, index, _ = make(generator, 37, 40, 72, G=3, dtype=dtype)
     got = product(a, b, index, F32)
-    for row in (0, 1, 33, 66):
+    for row in (0, 17, 36):
         only = slice(row, row + 1)
         alone = product(a[only], b, index[only], F32)
         compare.assert_bitwise(alone, got[only], f"row {row}")
         if index[row] >= 0:
             single = deepkern.gemm_nt(a[only], b[int(index[row])], F32)
             compare.assert_bitwise(single, got[only], f"row {row} without groups")
-    for M in (3, 64):
-        compare.assert_bitwise(product(a[:M], b, index[:M], F32), got[:M], f"{M} rows")
+    compare.assert_bitwise(product(a[:5], b, index[:5], F32), got[:5], "5 rows")
 
 
 @pytest.mark.gpu

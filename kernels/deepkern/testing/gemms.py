@@ -57,6 +57,16 @@ def grouped_sizes_for_every_tile() -> list[dict]:
     ]
 
 
+def real_sizes_for_every_tile(sizes: list[dict]) -> list[dict]:
+    """Those of `sizes` that between them choose every tile of the GEMMs of real dtypes.
+
+    The tile is chosen by the bytes of a row. K ends in a partial block, which takes the most
+    registers. Then a tile of fp32, with few and with many rows.
+    """
+    tiles = [{**s, "K": s["K"] // 2 + 3} for s in sizes_with_a_new_tile(sizes, 128, "real")]
+    return [*tiles, {**sizes[0], "dtype": F32}, {**sizes[-1], "dtype": F32, "transposed": True}]
+
+
 def sizes_with_a_new_tile(sizes: list[dict], b_rows: int, variant: str = "dense") -> list[dict]:
     """Those of `sizes` at which some architecture chooses a tile that no earlier one chose."""
     chosen, tiles_so_far = [], set()

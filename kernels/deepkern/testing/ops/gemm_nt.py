@@ -45,6 +45,13 @@ SIZES = Sizes(
         for M in (1, 4, 64)
     ],
     gpu=[{"M": M, "N": N, "K": K} for N, K in gemms.V3[:4] for M in (1, 16, 128, 4096)],
+    inspect=[
+        {"M": 1, "N": 7168, "K": 2048},
+        {"M": 4096, "N": 7168, "K": 2048},
+        *gemms.real_sizes_for_every_tile(
+            [{"M": M, "N": N, "K": K} for M in gemms.ROWS for N, K in gemms.LAYERS]
+        ),
+    ],
 )
 EXACT = False
 

@@ -45,6 +45,10 @@ SIZES = Sizes(
         {**size, "M": size["G"] * size["M"], "skipped": 0}
         for size in gemms.v3_expert_sizes(((8, 1024), (32, 64)))
     ],
+    inspect=[
+        {**size, "M": size["G"] * size["M"], "skipped": 0}
+        for size in gemms.real_sizes_for_every_tile(gemms.EXPERT_SIZES)
+    ],
 )
 EXACT = False
 
