@@ -15,8 +15,9 @@ import openai
 import torch
 
 from model import DeepSeek
-from model.engine import Engine, Request, Update
+from model.engine import Engine
 from model.generate import CHECKPOINT
+from model.request import Request, Update
 from model.sampling import Sampling
 from model.serve import Server, create_server
 from model.tokenizer import Tokenizer, load_tokenizer

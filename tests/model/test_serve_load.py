@@ -83,7 +83,15 @@ def test_too_many_requests():
         thread.join(WAIT)
         assert statuses == [200]
         assert one.post(body).status_code == 200
-        assert one.post({**body, "n": 3}).status_code == 429
+        assert one.post({**body, "n": 3}).status_code == 400
+
+
+def test_bodies_have_a_time_limit():
+    with running(new_engine(), body_timeout=0.2) as one:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(one.socket.getsockname(), WAIT) as connection:
+            connection.sendall(head + b"Content-Length: 9\r\n\r\n{")
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_answers_have_a_time_limit():
