@@ -198,9 +198,8 @@ def test_large_scores(backend, generator):
 
 def test_inf_in_a_value_stays_inf(backend, generator):
     """In fp32, too, where the tensor core multiplies a high and a low part of each value."""
-    q, k, v = (
-        torch.randn(4, 1, 16, generator=generator, device=generator.device) for _ in range(3)
-    )
+    device = generator.device
+    q, k, v = torch.randn(3, 4, 1, 16, generator=generator, device=device).unbind()
     v[1, 0, 3] = math.inf
     bounds = torch.tensor([0, 4], dtype=torch.int32, device=device)
     out, _ = deepkern.mla_prefill(q, k, v, bounds, bounds, 0.25)
