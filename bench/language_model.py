@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import machine
+from . import generation, machine
 
 CHECKPOINT = machine.ROOT / "model" / "checkpoints" / "stdlib-bytes"
 HELD_OUT = "heldout.txt"
@@ -27,7 +27,16 @@ TIMED_TOKENS, REPEATS = 32, 3
 SCORED_BYTES = 8192
 WINDOW = 512
 
-STEPS = ("load", "logits", "continuation", "speed", "bits fp32", "bits bf16", "bits fp8")
+STEPS = (
+    "load",
+    "logits",
+    "continuation",
+    "speed",
+    "many requests",
+    "bits fp32",
+    "bits bf16",
+    "bits fp8",
+)
 
 
 def run(path: Path = CHECKPOINT, step: Callable[[str], object] = lambda what: None) -> list[dict]:
@@ -65,6 +74,8 @@ def measure(path: Path, step: Callable[[str], object]) -> list[dict]:
     fp8 = load(torch.bfloat16, fp8=True)
     for name, model in (("bf16", bf16), ("fp8", fp8)):
         records += speed(model, name, as_tokens(prompt, device))
+    step("many requests")
+    records += generation.measure(bf16, path, text, record)
     excerpt = text[:SCORED_BYTES]
     plain_bits = None
     for name, model in (("plain fp32", plain), ("bf16", bf16), ("fp8", fp8)):

@@ -7,10 +7,12 @@
 
 deepseek.py   the architecture, top to bottom
 plain.py      the same model in plain PyTorch: the definition, the oracle, and what training uses
-config.py     config.json and presets
-checkpoint.py names, shapes, reading and writing of checkpoint directories
-generate.py   generation and `python -m model.generate`
-train.py, evaluate.py, export.py   training, bits per byte, FP8 checkpoints; each a command
+config.py     config.json; presets.py has the published ones
+tensors.py    names and shapes of a checkpoint's tensors
+checkpoint.py reading and writing of checkpoint directories; convert.py is FP8 <-> bf16, a command
+sampling.py   logits -> tokens; tokenizer.py, chat_template.py and text.py: tokens <-> text
+generate.py   a prompt, chat.py a conversation, serve.py an HTTP server (server/); commands
+train.py, evaluate.py   training and bits per byte, commands; export.py writes what was trained
 """
 
 from __future__ import annotations

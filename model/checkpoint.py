@@ -2,20 +2,20 @@
 
 `Checkpoint.open` reads headers only.  `check` compares names, shapes and dtypes with those that the
 model expects, so an error names file and tensor before any weight is read.  Weights are bf16, fp16,
-fp32, or e4m3 with `<name>_scale_inv`: one factor per block (128x128, partial at the edges) that
-multiplies to dequantize.
+fp32, or e4m3 with `<name>_scale_inv` or `<name>_scale`: one factor per block (128x128, partial at
+the edges) that multiplies to dequantize, stored as fp32, bf16, fp16 or e8m0.
 
     checkpoint = Checkpoint.open("model/checkpoints/stdlib-bytes")
     config = checkpoint.check()
     weight, scale = checkpoint.read("model.layers.0.mlp.up_proj.weight")  # e4m3 [512, 192], [4, 2]
 
-The file has four parts: names and shapes of the tensors, FP8 blocks in plain PyTorch, reading,
-writing.
+The file has three parts: FP8 blocks in plain PyTorch, reading, writing.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,95 +31,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import Config
+from model.tensors import expected_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SCALE = "_scale_inv"
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
+SCALES = ("_scale_inv", "_scale")  # suffixes of the name of a scale tensor
+REAL = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {**REAL, "F8_E4M3": torch.float8_e4m3fn}
+SCALE_DTYPES = {**REAL, "F8_E8M0": torch.float8_e8m0fnu}
 BLOCK = 128  # rows and columns per scale
 E4M3_MAX = 448.0
 
-Shapes = dict[str, tuple[int, ...]]  # name -> shape
-
 # Some checkpoints hold these; this model computes them.
 IGNORED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+# Tensors that only a prediction layer has.
+PREDICTION = re.compile(r"^model\.layers\.\d+\.(eh_proj|enorm|hnorm|shared_head)\.")
 # Copies of the main model's embedding and head, which some checkpoints omit.
 SHARED_COPY = re.compile(r"^model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
-
-
-def expected_tensors(config: Config) -> Shapes:
-    """Name -> shape of every weight of the model, without the scales of FP8 weights."""
-    c = config
-    shapes: Shapes = {
-        "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
-        "model.norm.weight": (c.hidden_size,),
-    }
-    if not c.tie_word_embeddings:
-        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
-    for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers):
-        inner = _attention(c) | _feed_forward(c, layer)
-        inner["input_layernorm.weight"] = (c.hidden_size,)
-        inner["post_attention_layernorm.weight"] = (c.hidden_size,)
-        if layer >= c.num_hidden_layers:
-            inner |= _prediction(c)
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in inner.items()}
-    return shapes
-
-
-def _attention(c: Config) -> Shapes:
-    queries = c.num_attention_heads * c.qk_head_dim
-    keys_values = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    shapes: Shapes = {
-        "kv_a_proj_with_mqa.weight": (c.cache_width, c.hidden_size),
-        "kv_a_layernorm.weight": (c.kv_lora_rank,),
-        "kv_b_proj.weight": (keys_values, c.kv_lora_rank),
-        "o_proj.weight": (c.hidden_size, c.num_attention_heads * c.v_head_dim),
-    }
-    if c.q_lora_rank:
-        shapes["q_a_proj.weight"] = (c.q_lora_rank, c.hidden_size)
-        shapes["q_a_layernorm.weight"] = (c.q_lora_rank,)
-        shapes["q_b_proj.weight"] = (queries, c.q_lora_rank)
-    else:
-        shapes["q_proj.weight"] = (queries, c.hidden_size)
-    return {f"self_attn.{name}": shape for name, shape in shapes.items()}
-
-
-def _feed_forward(c: Config, layer: int) -> Shapes:
-    if not c.is_moe(layer):
-        return _mlp("mlp", c.hidden_size, c.intermediate_size)
-    shapes: Shapes = {"mlp.gate.weight": (c.n_routed_experts, c.hidden_size)}
-    if c.topk_method == "noaux_tc":
-        shapes["mlp.gate.e_score_correction_bias"] = (c.n_routed_experts,)
-    for expert in range(c.n_routed_experts):
-        shapes |= _mlp(f"mlp.experts.{expert}", c.hidden_size, c.moe_intermediate_size)
-    if c.n_shared_experts:
-        inner = c.moe_intermediate_size * c.n_shared_experts
-        shapes |= _mlp("mlp.shared_experts", c.hidden_size, inner)
-    return shapes
-
-
-def _mlp(name: str, size: int, inner: int) -> Shapes:
-    return {
-        f"{name}.gate_proj.weight": (inner, size),
-        f"{name}.up_proj.weight": (inner, size),
-        f"{name}.down_proj.weight": (size, inner),
-    }
-
-
-def _prediction(c: Config) -> Shapes:
-    return {
-        "embed_tokens.weight": (c.vocab_size, c.hidden_size),
-        "enorm.weight": (c.hidden_size,),
-        "hnorm.weight": (c.hidden_size,),
-        "eh_proj.weight": (c.hidden_size, 2 * c.hidden_size),
-        "shared_head.norm.weight": (c.hidden_size,),
-        "shared_head.head.weight": (c.vocab_size, c.hidden_size),
-    }
 
 
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,12 +78,27 @@ class CheckpointError(ValueError):
 
 @dataclass
 class StoredTensor:
-    """One tensor of a checkpoint: its file, shape and dtype by the header, and its reader."""
+    """One tensor of a checkpoint.
+
+    shape, dtype: by the header; None if the file is not there (`Checkpoint.open(partial=True)`).
+    dtype: in safetensors' spelling, such as "BF16".
+    read: returns the tensor.  read(True) may return a view of the mapped file, which takes no
+        memory of its own; read(False) returns a copy of a file's data.
+    """
 
     file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: not supported
-    read: Callable[[], Tensor]
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    read: Callable[[bool], Tensor]
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None if the dtype is not one of this format's."""
+        return {**DTYPES, **SCALE_DTYPES}.get(self.dtype or "")
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape or (0,)) * (self.torch_dtype or torch.uint8).itemsize
 
 
 class Checkpoint:
@@ -169,56 +111,80 @@ class Checkpoint:
     def __init__(self, config: Config, stored: dict[str, StoredTensor], source: str) -> None:
         self.config, self.stored, self.source = config, stored, source
         quantization = config.quantization_config or {}
-        self.block: tuple[int, int] = tuple(quantization.get("weight_block_size") or (128, 128))
+        self.block: tuple[int, int] = tuple(quantization.get("weight_block_size", (128, 128)))
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
-        """Opens a directory: config.json, and model.safetensors or an index with its shards."""
+    def open(cls, folder: str | Path, partial: bool = False) -> Checkpoint:
+        """Opens a directory: config.json, and model.safetensors or an index with its shards.
+
+        partial: shards that the index names may be absent.  Reading a tensor of such a shard
+            raises CheckpointError with the name of the file.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such directory (expected a checkpoint)")
         config, stored = Config.load(folder), {}
-        for file, names in _shards(folder).items():
-            stored.update(_headers(file, names))
+        for file, names in _shards(folder, partial).items():
+            stored.update(_headers(file, names) if file.is_file() else _absent(file, names or []))
         return cls(config, stored, str(folder))
 
     @classmethod
     def from_tensors(cls, config: Config, tensors: dict[str, Tensor]) -> Checkpoint:
         """A checkpoint of tensors in memory."""
-        stored = {
-            name: StoredTensor("memory", tuple(t.shape), t.dtype, lambda t=t: t)
-            for name, t in tensors.items()
-        }
+        names = {dtype: name for name, dtype in (DTYPES | SCALE_DTYPES).items()}
+
+        def entry(t: Tensor) -> StoredTensor:
+            dtype = names.get(t.dtype, str(t.dtype))
+            return StoredTensor("memory", tuple(t.shape), dtype, lambda _: t)
+
+        stored = {name: entry(t) for name, t in tensors.items()}
         return cls(config, stored, "memory")
 
-    def check(self) -> Config:
+    def check(self, layers: int | None = None) -> Config:
         """Raises CheckpointError unless every tensor exists with its shape and dtype.
+
+        layers: the number of decoder layers to use, at most the config's; without prediction
+            layers.  By default all, and a directory with more decoder layers than its config says
+            is refused.
 
         Returns the config of the model to build.  It has no prediction layers if the directory has
         no tensor of them; transformers' save_pretrained omits them.
         """
-        names = expected_tensors(self.config)
-        layers = self.config.num_hidden_layers
-        prediction = range(layers, layers + self.config.num_nextn_predict_layers)
-        config = self.config
-        if not any(_layer(name) in prediction for name in self.stored):
-            config = self._without_prediction()
-            names = expected_tensors(config)
+        config = self._config_to_build(layers)
+        names = expected_tensors(config)
         for name, shape in names.items():
             self._check_tensor(name, shape)
         for name, stored in self.stored.items():
-            if name.removesuffix(SCALE) in names or IGNORED.search(name):
+            known = name in names or any(name.removesuffix(s) in names for s in SCALES)
+            if known or IGNORED.search(name):
                 continue
             if config.tie_word_embeddings and name == "lm_head.weight":
                 continue  # a copy of the embedding
-            if config.num_nextn_predict_layers == 0 and _layer(name) >= layers:
-                continue  # a prediction layer that the config does not have
-            raise CheckpointError(f"{stored.file}: tensor {name} is not part of this model")
+            if config.num_nextn_predict_layers == 0 and _layer(name) >= config.num_hidden_layers:
+                continue  # a layer that the config does not have
+            shared = ".mlp.shared_experts." in name and not config.n_shared_experts
+            if shared and 0 in (stored.shape or ()):
+                continue  # transformers writes empty tensors for no shared experts
+            text = f"{stored.file}: tensor {name} is not part of this model"
+            raise CheckpointError(text + (" (n_shared_experts is 0)" if shared else ""))
         return config
 
-    def _without_prediction(self) -> Config:
-        values = {**vars(self.config), "num_nextn_predict_layers": 0}
-        return Config(**values)
+    def _config_to_build(self, layers: int | None) -> Config:
+        config, count = self.config, self.config.num_hidden_layers
+        if layers is not None:
+            if not 0 < layers <= count:
+                raise ValueError(f"layers = {layers}: expected 1 to num_hidden_layers = {count}")
+            return config.with_layers(layers)
+        layers_of = {name: _layer(name) for name in self.stored}
+        prediction = {layers_of[name] for name in self.stored if PREDICTION.match(name)}
+        extra = [n for n in sorted({*layers_of.values()} - prediction) if n >= count]
+        if extra:
+            text = f"{self.source}: layer {extra[0]} is a decoder layer, but num_hidden_layers is"
+            raise CheckpointError(f"{text} {count}; layers={count} runs the first {count} only")
+        expected = range(count, count + config.num_nextn_predict_layers)
+        if expected and not {*layers_of.values()} & {*expected}:
+            return config.with_layers(count)
+        return config
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         stored = self.stored.get(name)
@@ -226,46 +192,71 @@ class Checkpoint:
             if SHARED_COPY.match(name):
                 return
             raise CheckpointError(f"{self.source}: tensor {name} is missing")
+        if stored.shape is None:
+            return  # in an absent shard
         if stored.shape != shape:
             text = f"{stored.file}: tensor {name} has shape {list(stored.shape)}"
             raise CheckpointError(f"{text}, expected {list(shape)}")
-        if stored.dtype not in DTYPES.values():
-            raise CheckpointError(f"{stored.file}: tensor {name} has an unsupported dtype")
+        _check_dtype(stored, name, DTYPES)
         self._check_scale(name, stored)
 
     def _check_scale(self, name: str, stored: StoredTensor) -> None:
-        scale = self.stored.get(name + SCALE)
-        if stored.dtype != torch.float8_e4m3fn:
-            if scale is not None:
-                text = f"{scale.file}: tensor {name}{SCALE} belongs to FP8, but {name} is"
-                raise CheckpointError(f"{text} {stored.dtype}")
+        names = [name + suffix for suffix in SCALES if name + suffix in self.stored]
+        if stored.dtype != "F8_E4M3":
+            if names:
+                text = f"{self.stored[names[0]].file}: tensor {names[0]} belongs to FP8, but {name}"
+                raise CheckpointError(f"{text} is {stored.dtype}")
             return
-        if len(stored.shape) != 2:
+        if len(stored.shape or ()) != 2:
             raise CheckpointError(f"{stored.file}: tensor {name} is FP8 and not a matrix")
-        if scale is None:
-            text = f"{stored.file}: tensor {name} is FP8 and its scale {name}{SCALE} is missing"
+        if not names:
+            text = f"{stored.file}: tensor {name} is FP8 and its scale {name}{SCALES[0]} is missing"
             raise CheckpointError(text)
-        sizes = zip(stored.shape, self.block, strict=True)
+        if len(names) > 1:
+            raise CheckpointError(f"{stored.file}: tensor {name} has two scales: {names}")
+        scale = self.stored[names[0]]
+        if scale.shape is None:
+            return
+        sizes = zip(stored.shape or (), self.block, strict=True)
         shape = tuple(-(-size // block) for size, block in sizes)
         if scale.shape != shape:
-            text = f"{scale.file}: tensor {name}{SCALE} has shape {list(scale.shape)}"
+            text = f"{scale.file}: tensor {names[0]} has shape {list(scale.shape)}"
             raise CheckpointError(f"{text}, expected {list(shape)}")
+        _check_dtype(scale, names[0], SCALE_DTYPES)
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored
 
-    def read(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """A tensor in its stored dtype; if that is FP8, its scales too, fp32, one per `block`."""
-        tensor = self._read(name)
-        is_fp8 = tensor.dtype == torch.float8_e4m3fn
-        return tensor, self._read(name + SCALE).float() if is_fp8 else None
+    def layer_names(self, layer: int) -> list[str]:
+        """The names of the tensors of one layer, scales included."""
+        return [name for name in self.stored if _layer(name) == layer]
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str, mapped: bool = True) -> tuple[Tensor, Tensor | None]:
+        """A tensor in its stored dtype; if that is FP8, its scales too, fp32, one per `block`.
+
+        mapped: return a view of the mapped file where possible.  Without it, the tensor is a copy
+            and no page of the file stays in the process's memory.
+        """
+        tensor = self._read(name, mapped)
+        if tensor.dtype != torch.float8_e4m3fn:
+            return tensor, None
+        scale = next(name + suffix for suffix in SCALES if name + suffix in self.stored)
+        return tensor, self._read(scale, mapped=False).float()
+
+    def _read(self, name: str, mapped: bool) -> Tensor:
         try:
-            return self.stored[name].read()
-        except SafetensorError as error:
+            return self.stored[name].read(mapped)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             file = self.stored[name].file
             raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
+
+
+def _check_dtype(stored: StoredTensor, name: str, supported: dict[str, torch.dtype]) -> None:
+    if stored.dtype not in supported:
+        text = f"{stored.file}: tensor {name} has dtype {stored.dtype}"
+        raise CheckpointError(f"{text}, expected one of {', '.join(supported)}")
 
 
 def _layer(name: str) -> int:
@@ -274,7 +265,7 @@ def _layer(name: str) -> int:
     return int(number) if name.startswith("model.layers.") and number.isdigit() else -1
 
 
-def _shards(folder: Path) -> dict[Path, list[str] | None]:
+def _shards(folder: Path, partial: bool) -> dict[Path, list[str] | None]:
     """The files to read and the tensors that each must hold (None: no requirement)."""
     index = folder / INDEX
     if not index.is_file():
@@ -287,36 +278,68 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
         file_of = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: not a weight index: {error!r}") from error
-    shards: dict[Path, list[str] | None] = {}
+    names_of: dict[str, list[str]] = {}
     for name, file in file_of.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index}: tensor {name} has file {file!r}, expected a name")
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder / file}: shard is missing; tensor {name} is in it")
-        shards.setdefault(folder / file, []).append(name)  # type: ignore[union-attr]
-    return shards
+        names_of.setdefault(file if isinstance(file, str) else repr(file), []).append(name)
+    for file, names in names_of.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            text = f"{index}: tensor {names[0]} has file {file!r}"
+            raise CheckpointError(f"{text}, expected the name of a safetensors file")
+        if not (partial or (folder / file).is_file()):
+            raise CheckpointError(f"{folder / file}: shard is missing; tensor {names[0]} is in it")
+    return {folder / file: names for file, names in names_of.items()}
+
+
+def _absent(file: Path, names: list[str]) -> dict[str, StoredTensor]:
+    """Entries for the tensors of a shard that is not there; reading one raises."""
+
+    def entry(name: str) -> StoredTensor:
+        def read(_: bool) -> Tensor:
+            raise CheckpointError(f"{file}: shard is missing; tensor {name} is in it")
+
+        return StoredTensor(str(file), None, None, read)
+
+    return {name: entry(name) for name in names}
 
 
 def _headers(file: Path, names: list[str] | None) -> dict[str, StoredTensor]:
-    """The tensors of `file` by name; raises if it is damaged or lacks one of `names`."""
+    """Reads the header of one file; raises if the file is damaged or lacks one of `names`."""
     try:
-        shard = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
+        shard = safe_open(file, framework="pt")  # checks that the header fits the file
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
-    in_file = set(shard.keys())
+    header.pop("__metadata__", None)
     for name in names or ():
-        if name not in in_file:
+        if name not in header:
             raise CheckpointError(f"{file}: tensor {name} is missing; {INDEX} says it is here")
-    stored = {}
-    for name in shard.keys():  # noqa: SIM118  (not a dict)
-        header = shard.get_slice(name)
-        dtype = DTYPES.get(header.get_dtype())
 
-        def read(shard: Any = shard, name: str = name) -> Tensor:
-            return shard.get_tensor(name)
+    def entry(name: str) -> StoredTensor:
+        dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+        first, end = header[name]["data_offsets"]
+        start, size = 8 + length + first, end - first
+        torch_dtype = {**DTYPES, **SCALE_DTYPES}.get(dtype, torch.uint8)
 
-        stored[name] = StoredTensor(str(file), tuple(header.get_shape()), dtype, read)
-    return stored
+        def read(mapped: bool) -> Tensor:
+            if mapped and start % torch_dtype.itemsize == 0:
+                return shard.get_tensor(name)
+            return _copy(file, start, size).view(torch_dtype).view(shape)
+
+        return StoredTensor(str(file), shape, dtype, read)
+
+    return {name: entry(name) for name in header}
+
+
+def _copy(file: Path, start: int, size: int) -> Tensor:
+    """`size` bytes of a file from `start`, uint8 [size]."""
+    data = torch.empty(size, dtype=torch.uint8)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        if size and stream.readinto(data.numpy()) != size:  # type: ignore[arg-type]
+            raise OSError("the file ends within the tensor")
+    return data
 
 
 @contextmanager
@@ -335,29 +358,56 @@ def replace_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+class CheckpointWriter:
+    """Writes tensors to shards of at most `shard_bytes`, one shard in memory at a time.
+
+    writer = CheckpointWriter(folder)
+    writer.add("lm_head.weight", tensor)
+    writer.finish(config)  # names the shards, writes the index and config.json
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = 5 << 30) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        self.shard: dict[str, Tensor] = {}
+        self.size = self.total = 0
+        self.files: list[list[str]] = []  # names of the tensors in each written shard
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes a copy of the tensor."""
+        if self.size and self.size + tensor.nbytes > self.shard_bytes:
+            self._write_shard()
+        self.shard[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self.size += tensor.nbytes
+        self.total += tensor.nbytes
+
+    def _write_shard(self) -> None:
+        path = self.folder / f".shard-{len(self.files)}"
+        save_file(self.shard, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+        self.files.append([*self.shard])
+        self.shard, self.size = {}, 0
+
+    def finish(self, config: Config) -> None:
+        if self.shard or not self.files:
+            self._write_shard()
+        count, file_of = len(self.files), {}
+        for number, names in enumerate(self.files):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE
+            (self.folder / f".shard-{number}").rename(self.folder / file)
+            file_of.update(dict.fromkeys(names, file))
+        if count > 1:
+            weight_map = dict(sorted(file_of.items()))
+            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (self.folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+
+
 def write_checkpoint(
     folder: Path, config: Config, tensors: dict[str, Tensor], shard_bytes: int = 5 << 30
 ) -> None:
     """Writes config.json and the tensors, in shards with an index if they exceed `shard_bytes`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    writer = CheckpointWriter(folder, shard_bytes)
     for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().clone().contiguous()
-        size += tensor.nbytes
-    file_of = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if len(shards) == 1:
-            file = SINGLE
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)
-        file_of.update(dict.fromkeys(shard, file))
-    if len(shards) > 1:
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(file_of.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        writer.add(name, tensor)
+    writer.finish(config)

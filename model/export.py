@@ -1,11 +1,9 @@
-"""Writes FP8 checkpoints in the Hugging Face layout.
-
-    python -m model.export --checkpoint DIR --out DIR
+"""Writes a trained model as an FP8 checkpoint in the Hugging Face layout.
 
 Linear weights become e4m3 with one fp32 scale per 128x128 block, edge blocks partial, as in the
 released DeepSeek-V3 weights.  Embedding, head, gate, norms and the prediction layer's eh_proj are
-bf16 and the selection bias is fp32.  The command converts any checkpoint that this model reads;
-`export` writes a trained model with the record of its training.
+bf16 and the selection bias is fp32.  The record of the training is written next to them.
+`model/convert.py` converts checkpoints that exist.
 """
 
 from __future__ import annotations
@@ -13,13 +11,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shutil
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
 from model.checkpoint import (
@@ -30,14 +26,8 @@ from model.checkpoint import (
 )
 from model.config import FP8_QUANTIZATION, Config
 from model.evaluate import bits_per_byte
-from model.generate import exit_with
 from model.plain import PlainModel
-
-
-def is_quantized(name: str) -> bool:
-    """Whether DeepSeek checkpoints store this tensor in FP8."""
-    real = ("embed_tokens", "lm_head", "shared_head", "norm", "mlp.gate.", "eh_proj")
-    return name.endswith(".weight") and not any(part in name for part in real)
+from model.tensors import is_quantized
 
 
 def stored_tensors(model: PlainModel) -> dict[str, Tensor]:
@@ -177,29 +167,3 @@ def readme(metrics: dict[str, Any]) -> str:
     """README.md of a trained checkpoint."""
     files = "\n".join(f"- `{path}`" for path in metrics["held_out_files"])
     return README.format(files=files, **metrics)
-
-
-def main(
-    checkpoint: Annotated[Path, typer.Option(help="the directory to convert")],
-    out: Annotated[Path, typer.Option(help="the directory to write")],
-    overwrite: Annotated[bool, typer.Option(help="replace OUT if it is not empty")] = False,
-) -> None:
-    """Converts CHECKPOINT to FP8, in memory; tokenizer files are copied."""
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise typer.BadParameter(f"{out} is not empty", param_hint="--out")
-    try:
-        model = PlainModel.from_pretrained(checkpoint)
-    except (ValueError, FileNotFoundError) as error:
-        raise exit_with(error) from error
-    with replace_directory(out) as folder:
-        write_checkpoint(folder, fp8_config(model.config), stored_tensors(model))
-        for file in [
-            *checkpoint.glob("tokenizer*.json"),
-            *checkpoint.glob("generation_config.json"),
-        ]:
-            shutil.copy(file, folder)
-    print(out)
-
-
-if __name__ == "__main__":
-    typer.run(main)

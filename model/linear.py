@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deepkern
 from model.checkpoint import Checkpoint
 from model.weights import (
     Precision,
-    concat_rows,
     frozen,
-    load_matrix,
     load_real,
+    load_rows,
     quantize_weight,
     random_weight,
 )
@@ -57,7 +55,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Rows, Tensor]:
         """Normalizes x + residual, [M, K] each.  Returns the normed rows and the sum."""
-        values, scale, normed, total = deepkern.rmsnorm_cast(x, self.weight, self.eps, residual)
+        values, scale, normed, total = deepkern.rmsnorm_cast(
+            x, self.weight, self.eps, residual, self.precision.scale_format
+        )
         return Rows(normed, values, scale), x if total is None else total
 
 
@@ -80,14 +80,14 @@ class Linear(nn.Module):
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         parent = name.rpartition(".")[0]
         names = [f"{parent}.{part}" for part in self.parts] or [name]
-        weights = [load_matrix(checkpoint, f"{n}.weight", self.precision) for n in names]
-        weight, self.scale = concat_rows(weights)
+        names = [f"{n}.weight" for n in names]
+        weight, self.scale = load_rows(checkpoint, names, self.precision)
         self.weight = frozen(weight)
 
     def forward(self, x: Tensor | Rows) -> Tensor:
         """x [M, K] -> [M, N] in the model's dtype; a real x is cast per token with `fp8`."""
         if self.scale is None:
-            return F.linear(x.real if isinstance(x, Rows) else x, self.weight)
-        values, scale = x[1:] if isinstance(x, Rows) else deepkern.cast_per_token(x)
-        dtype = self.precision.dtype
+            return deepkern.gemm_nt(x.real if isinstance(x, Rows) else x, self.weight)
+        dtype, fmt = self.precision.dtype, self.precision.scale_format
+        values, scale = x[1:] if isinstance(x, Rows) else deepkern.cast_per_token(x, fmt)
         return deepkern.fp8_gemm_nt(values, scale, self.weight, self.scale, out_dtype=dtype)

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint, dequantize_blocks
-from model.config import LATENT_NORM_EPS, Config
-from model.rope import apply_rope, rope_cos_sin, rotation
+from model.config import INDEX_NORM_EPS, LATENT_NORM_EPS, Config
+from model.rope import apply_rope, interleave_pairs, pair_factors, rope_cos_sin, split_pairs
 
 
 class PlainRMSNorm(nn.Module):
@@ -63,23 +63,62 @@ class PlainAttention(nn.Module):
         per_head = c.qk_nope_head_dim + c.v_head_dim
         self.kv_b_proj = linear(c.kv_lora_rank, c.num_attention_heads * per_head)
         self.o_proj = linear(c.num_attention_heads * c.v_head_dim, c.hidden_size)
+        self.indexer = PlainIndexer(c) if c.index_topk else None
 
     def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         """x [B, S, hidden], cos_sin fp32 [S, rope] -> [B, S, hidden]."""
         c, heads = self.config, self.config.num_attention_heads
-        turn = rotation(cos_sin)[:, None]  # [S, 1, rope/2]
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
+        factors = pair_factors(cos_sin[:, None])  # [S, 1, rope] each
+        if c.q_lora_rank:
+            q_latent = self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_b_proj(q_latent) if c.q_lora_rank else self.q_proj(x)
         q = q.unflatten(-1, (heads, -1))  # [B, S, H, nope + rope]
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (heads, -1))
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        k_rope = apply_rope(k_rope[:, :, None], turn, c.rope_interleave).expand(-1, -1, heads, -1)
-        q = torch.cat([q_nope, apply_rope(q_rope, turn, c.rope_interleave)], -1)
+        if not c.rope_interleave:
+            q_rope, k_rope = interleave_pairs(q_rope), interleave_pairs(k_rope)
+        k_rope = apply_rope(k_rope[:, :, None], *factors).expand(-1, -1, heads, -1)
+        q = torch.cat([q_nope, apply_rope(q_rope, *factors)], -1)
         k = torch.cat([k_nope, k_rope], -1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=c.softmax_scale)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        if self.indexer is not None:
+            mask = self.indexer(x, q_latent, factors, mask)[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=c.softmax_scale)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class PlainIndexer(nn.Module):
+    """V3.2: the `index_topk` tokens with the largest Σ over heads of weight·relu(q·k)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, c = config, config
+        self.wq_b = linear(c.q_lora_rank, c.index_n_heads * c.index_head_dim)
+        self.wk = linear(c.hidden_size, c.index_head_dim)
+        self.k_norm = nn.LayerNorm(c.index_head_dim, eps=INDEX_NORM_EPS)
+        self.weights_proj = linear(c.hidden_size, c.index_n_heads)
+
+    @torch.no_grad()
+    def forward(
+        self, x: Tensor, q_latent: Tensor, factors: tuple[Tensor, Tensor], visible: Tensor
+    ) -> Tensor:
+        """x [B, S, hidden], visible bool [S, S] -> bool [B, S, S], the keys of each query."""
+        c = self.config
+        q = self.rotate(self.wq_b(q_latent).unflatten(-1, (c.index_n_heads, -1)), factors)
+        k = self.rotate(self.k_norm(self.wk(x))[:, :, None], factors)[:, :, 0]
+        scores = torch.einsum("bqhd,bkd->bqkh", q, k).relu()
+        scores = torch.einsum("bqkh,bqh->bqk", scores, self.weights_proj(x))
+        scores = scores.masked_fill(~visible, -math.inf)
+        chosen = scores.topk(min(c.index_topk, scores.shape[-1]), -1).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True) & visible
+
+    def rotate(self, x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, S, heads, D]: rotates pairs (i, i + rope/2) of the first `rope` values."""
+        x_rope, rest = x.tensor_split([self.config.qk_rope_head_dim], -1)
+        return torch.cat([split_pairs(apply_rope(interleave_pairs(x_rope), *factors)), rest], -1)
 
 
 class PlainMLP(nn.Module):

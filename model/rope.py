@@ -59,9 +59,13 @@ def rope_cos_sin(config: Config, length: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1) * scale
 
 
-def rotation(cos_sin: Tensor) -> Tensor:
-    """[cos | sin] fp32 [..., rope] -> cos + i·sin, complex64 [..., rope/2]."""
-    return torch.complex(*cos_sin.chunk(2, -1))
+def pair_factors(cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """[cos | sin] fp32 [..., rope] -> the factors of a value and of its partner, [..., rope] each.
+
+    Of a pair (a, b): a·cos - b·sin and b·cos + a·sin.
+    """
+    cos, sin = cos_sin.chunk(2, -1)
+    return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
 
 def interleave_pairs(x: Tensor) -> Tensor:
@@ -69,13 +73,16 @@ def interleave_pairs(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-def apply_rope(x: Tensor, turn: Tensor, interleave: bool = True) -> Tensor:
-    """Rotates x [..., rope] by `rotation(cos_sin)`, which broadcasts to [..., rope/2].
+def split_pairs(x: Tensor) -> Tensor:
+    """Moves pairs (2i, 2i + 1) of the last dimension to (i, i + rope/2)."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
-    A pair is two adjacent values (DeepSeek), or values i and i + rope/2 without `interleave`.  The
-    result has adjacent pairs in both cases, and x's dtype.
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the adjacent pairs of x [..., rope] in fp32, by `pair_factors`; x's dtype.
+
+    Each operation is rounded once, so that the bits do not depend on the number of rows.
     """
-    if not interleave:
-        x = interleave_pairs(x)
-    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    real = x.float()
+    partner = real.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (real * cos + partner * sin).to(x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,17 +11,21 @@ from torch import Tensor, nn
 import deepkern
 from model.checkpoint import Checkpoint, CheckpointError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Precision(NamedTuple):
     """Number formats and device of a model.
 
     With `fp8` every `Linear` and every routed expert keeps e4m3 weights with 128x128 scales and
-    casts its input per token.  Otherwise they compute in `dtype`.
+    casts its input per token, with scales in `scale_format`, "fp32" or "ue8m0".  Otherwise they
+    compute in `dtype`.
     """
 
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     fp8: bool = False
+    scale_format: str = "fp32"
 
 
 # A module starts with random weights.  `load(checkpoint, name)` replaces them; `name` is
@@ -48,22 +52,54 @@ def quantize_weight(weight: Tensor, precision: Precision) -> Matrix:
     return weight.to(precision.dtype), None
 
 
+def resolve_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint) -> torch.dtype:
+    """A dtype or its name; "auto" is the checkpoint's, as in transformers.
+
+    The checkpoint's is the one that config.json names, else that of the embedding.
+    """
+    if dtype == "auto":
+        embedding = checkpoint.stored["model.embed_tokens.weight"].torch_dtype
+        stored = DTYPES.get(checkpoint.config.stored_dtype or "") or embedding
+        return stored if stored in DTYPES.values() else torch.bfloat16  # type: ignore[return-value]
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in DTYPES.values():
+        names = ", ".join(["auto", *DTYPES])
+        raise ValueError(f"DeepSeek: dtype: expected one of {names}, got {dtype!r}")
+    return resolved
+
+
+# A tensor that needs no conversion is a view of the mapped file.  Every other one is read,
+# converted and freed before the next, so loading takes the memory of the model and of one weight.
+
+
 def load_real(
-    checkpoint: Checkpoint, name: str, precision: Precision, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    name: str,
+    precision: Precision,
+    dtype: torch.dtype | None = None,
+    mapped: bool = True,
 ) -> Tensor:
-    """Reads a tensor, dequantizes it if it is FP8, and converts it to `dtype` or the model's."""
-    tensor, scale = checkpoint.read(name)
-    tensor, dtype = tensor.to(precision.device), dtype or precision.dtype
+    """Reads a tensor, dequantizes it if it is FP8, and converts it to `dtype` or the model's.
+
+    mapped: the result may be a view of the mapped file.
+    """
+    device, dtype = precision.device, dtype or precision.dtype
+    mapped = mapped and checkpoint.stored[name].torch_dtype == dtype
+    tensor, scale = checkpoint.read(name, mapped and torch.device(device).type == "cpu")
+    tensor = tensor.to(device)
     if scale is None:
         return tensor.to(dtype)
-    return deepkern.cast_back(tensor, scale.to(precision.device), checkpoint.block, dtype)
+    return deepkern.cast_back(tensor, scale.to(device), checkpoint.block, dtype)
 
 
-def load_matrix(checkpoint: Checkpoint, name: str, precision: Precision) -> Matrix:
+def load_matrix(
+    checkpoint: Checkpoint, name: str, precision: Precision, mapped: bool = True
+) -> Matrix:
     """Reads the weight [N, K] of a Linear: e4m3 and its scales with `fp8`, else real."""
     if not precision.fp8:
-        return load_real(checkpoint, name, precision), None
-    weight, scale = checkpoint.read(name)
+        return load_real(checkpoint, name, precision, mapped=mapped), None
+    mapped = mapped and checkpoint.stored[name].torch_dtype == torch.float8_e4m3fn
+    weight, scale = checkpoint.read(name, mapped and torch.device(precision.device).type == "cpu")
     if scale is None:
         return quantize_weight(weight.to(precision.device), precision)
     if checkpoint.block != (128, 128):
@@ -72,27 +108,44 @@ def load_matrix(checkpoint: Checkpoint, name: str, precision: Precision) -> Matr
     return weight.to(precision.device), scale.to(precision.device)
 
 
-def concat_rows(parts: list[Matrix]) -> Matrix:
-    """Weights [N_i, K] with their block scales -> one [ΣN_i, K], whose product gives all outputs.
+def load_stack(
+    checkpoint: Checkpoint, groups: Sequence[Sequence[str]], precision: Precision
+) -> Matrix:
+    """Weights [N_i, K] of each group, one below the other -> [groups, ΣN_i, K] and its scales.
 
-    If an N_i but the last is not a multiple of 128, a block would hold rows of two weights.  The
-    scales are then repeated to one per row, [ΣN_i, K/128].
+    The scales are those of the 128x128 blocks, [groups, ΣN_i/128, K/128].  If an N_i but the last
+    is not a multiple of 128, a block would hold rows of two weights, and the scales are repeated to
+    one per row, [groups, ΣN_i, K/128].
     """
-    weight = join(torch.cat, [weight for weight, _ in parts])
-    scales = [scale for _, scale in parts if scale is not None]
-    if not scales:
-        return weight, None
-    if any(len(part) % 128 for part, _ in parts[:-1]):
-        lengths = [len(part) for part, _ in parts]
-        scales = [
-            scale.repeat_interleave(128, 0)[:rows]
-            for scale, rows in zip(scales, lengths, strict=True)
-        ]
-    return weight, torch.cat(scales)
+    shapes = [checkpoint.stored[name].shape or (0, 0) for name in groups[0]]
+    rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+    dtype = torch.float8_e4m3fn if precision.fp8 else precision.dtype
+    shape = len(groups), sum(rows), columns
+    stack, scales = torch.empty(shape, dtype=dtype, device=precision.device), []
+    for out, names in zip(stack, groups, strict=True):
+        parts = []
+        for name, part in zip(names, out.split(rows), strict=True):
+            weight, scale = load_matrix(checkpoint, name, precision, mapped=False)
+            part.copy_(weight)
+            parts.append(scale)
+        scales.append(concat_scales(parts, rows))
+    return stack, torch.stack(scales) if precision.fp8 else None  # type: ignore[arg-type]
 
 
-def join(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> Tensor:
-    """function(tensors) for torch.cat or torch.stack; e4m3 tensors are passed as bytes."""
-    if tensors[0].dtype != torch.float8_e4m3fn:
-        return function(tensors)
-    return function([t.view(torch.uint8) for t in tensors]).view(torch.float8_e4m3fn)
+def load_rows(checkpoint: Checkpoint, names: Sequence[str], precision: Precision) -> Matrix:
+    """The weights of one product, one below the other; scales as in `load_stack`."""
+    if len(names) == 1:
+        return load_matrix(checkpoint, names[0], precision)
+    weight, scale = load_stack(checkpoint, [names], precision)
+    return weight[0], None if scale is None else scale[0]
+
+
+def concat_scales(scales: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor | None:
+    """Block scales of weights with `rows` rows each, for the weights one below the other."""
+    parts = [scale for scale in scales if scale is not None]
+    if not parts:
+        return None
+    if any(count % 128 for count in rows[:-1]):
+        pairs = zip(parts, rows, strict=True)
+        parts = [scale.repeat_interleave(128, 0)[:count] for scale, count in pairs]
+    return torch.cat(parts)

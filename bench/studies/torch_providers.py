@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .provider_process import LanguageModel, serve
@@ -36,7 +35,7 @@ class Deepkern:
     @torch.no_grad()
     def next_tokens(self, tokens: np.ndarray) -> np.ndarray:
         last = self.model.hidden(torch.from_numpy(tokens), self.cache)[:, -1]
-        return greedy(F.linear(last, self.model.lm_head.weight))
+        return greedy(self.model.logits(last))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return self.model(torch.from_numpy(tokens), self.cache)[0].float().numpy()

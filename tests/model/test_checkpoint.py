@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import CheckpointError, DeepSeek
-from model.checkpoint import INDEX, SINGLE, replace_directory, write_checkpoint
+from model import CheckpointError, Config, DeepSeek
+from model.checkpoint import INDEX, SINGLE, Checkpoint, replace_directory, write_checkpoint
 from model.config import FP8_QUANTIZATION
 from model.export import stored_tensors
 from model.plain import PlainModel
+from model.tensors import expected_tensors
 
 TOKENS = torch.arange(30).view(2, 15) * 3
+V32 = {"model_type": "deepseek_v32", "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 Q_A = "model.layers.1.self_attn.q_a_proj.weight"
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 
@@ -97,6 +99,40 @@ def test_fp8_keeps_fp8_weights(fp8_folder):
     exact, rounded = load(fp8_folder)(TOKENS), model(TOKENS)
     # Activations have 3 mantissa bits, and a rounding error can change the choice of an expert.
     assert (rounded - exact).norm() / exact.norm() < 0.25
+
+
+def stored_blocks(
+    tensors: dict, prefix: str, names: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes and scales of weights one below the other, the scales one per row."""
+    weights = [tensors[f"{prefix}.{name}.weight"] for name in names]
+    scales = [tensors[f"{prefix}.{name}.weight_scale_inv"] for name in names]
+    rows = [s.repeat_interleave(128, 0)[: len(w)] for w, s in zip(weights, scales, strict=True)]
+    return torch.cat([w.view(torch.uint8) for w in weights]), torch.cat(rows)
+
+
+def test_fp8_keeps_all_bits_of_edge_blocks(fp8_folder):
+    """No N_i is a multiple of 128, so every scale of a joined weight is one per row."""
+    tensors, layer = load_file(fp8_folder / SINGLE), load(fp8_folder, fp8=True).model["layers"][1]
+    prefix, attention = "model.layers.1.self_attn", layer.self_attn
+    checked = [
+        (attention.qkv_a_proj, f"{prefix}", ["q_a_proj", "kv_a_proj_with_mqa"]),
+        (attention.q_b_proj, prefix, ["q_b_proj"]),
+        (attention.o_proj, prefix, ["o_proj"]),
+        (layer.mlp.shared_experts.down_proj, "model.layers.1.mlp.shared_experts", ["down_proj"]),
+    ]
+    found = [(m.weight, m.scale, *stored_blocks(tensors, p, names)) for m, p, names in checked]
+    experts = layer.mlp.experts
+    for e in range(8):
+        prefix = f"model.layers.1.mlp.experts.{e}"
+        gate_up = stored_blocks(tensors, prefix, ["gate_proj", "up_proj"])
+        down = stored_blocks(tensors, prefix, ["down_proj"])
+        found.append((experts.w13[e], experts.w13_scale[e], *gate_up))
+        found.append((experts.w2[e], experts.w2_scale[e], *down))
+    for weight, scale, data, row_scale in found:
+        assert torch.equal(weight.view(torch.uint8), data)
+        scale = scale if len(scale) == len(data) else scale.repeat_interleave(128, 0)[: len(data)]
+        assert torch.equal(scale, row_scale)
 
 
 def test_fp8_quantizes_real_weights_at_load(plain, saved):
@@ -201,6 +237,51 @@ def test_fp8_vector(fp8_folder):
     assert_error(fp8_folder, SINGLE, name, "not a matrix")
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int32, torch.float64, torch.float8_e4m3fn], ids=str
+)
+def test_wrong_scale_dtype(fp8_folder, dtype):
+    """One of e8m0 bytes stored as U8 would be read as numbers near 127."""
+    name = Q_A + "_scale_inv"
+    rewrite(fp8_folder, **{name: torch.full((1, 2), 100).to(dtype)})
+    assert_error(fp8_folder, str(fp8_folder / SINGLE), name, "dtype", "F8_E8M0")
+
+
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu], ids=str
+)
+def test_scale_dtypes_and_names(fp8_folder, suffix, dtype):
+    """Powers of two are exact in each dtype."""
+    tensors, exact = load_file(fp8_folder / SINGLE), {}
+    for name in list(tensors):
+        if name.endswith("_scale_inv"):
+            power = tensors.pop(name).log2().ceil().exp2()
+            tensors[name.removesuffix("_scale_inv") + suffix] = power.to(dtype)
+            exact[name] = power
+        else:
+            exact[name] = tensors[name]
+    save_file(tensors, fp8_folder / SINGLE)
+    plain = PlainModel.from_pretrained(fp8_folder)
+    for name, weight in dequantize_by_loop(exact).items():
+        assert torch.equal(plain.state_dict()[name], weight), name
+    torch.testing.assert_close(load(fp8_folder)(TOKENS), plain(TOKENS), atol=1e-4, rtol=0)
+
+
+def test_every_e8m0_scale_is_decoded():
+    scale = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu)[None]
+    weight = torch.zeros(1, 256 * 128).to(torch.float8_e4m3fn)
+    tensors = {"w.weight": weight, "w.weight_scale_inv": scale}
+    read = Checkpoint.from_tensors(Config(), tensors).read("w.weight")[1][0].double()
+    assert torch.equal(read[:255], torch.ldexp(torch.ones(255), torch.arange(-127.0, 128)).double())
+    assert read[255].isnan()
+
+
+def test_two_scales(fp8_folder):
+    rewrite(fp8_folder, **{Q_A + "_scale": torch.ones(1, 2)})
+    assert_error(fp8_folder, SINGLE, Q_A, "two scales")
+
+
 def test_wrong_scale_shape(fp8_folder):
     rewrite(fp8_folder, **{Q_A + "_scale_inv": torch.ones(1, 1)})
     assert_error(fp8_folder, SINGLE, Q_A + "_scale_inv", "[1, 1]", "[1, 2]")
@@ -283,12 +364,67 @@ def test_no_config(plain, saved):
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_hidden_layers": 4}, "model.layers."),
+        ({"num_hidden_layers": 2}, "layer 2 is a decoder layer"),
+        ({"n_shared_experts": None}, "n_shared_experts"),
+        ({"n_shared_experts": 2}, "shared_experts"),
+        ({"n_routed_experts": None}, "mlp.gate_proj"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+        ({"topk_group": None}, "topk_group"),
+        ({"model_type": "llama"}, "llama"),
+        ({"model_type": "deepseek_v32"}, "index_n_heads"),
+        (V32, "indexer.wq_b.weight is missing"),
     ],
 )
 def test_config_that_does_not_fit(plain, saved, change, word):
     folder = saved(plain)
     edit_json(folder / "config.json", lambda raw: raw.update(change))
     assert_error(folder, word, error=ValueError)
+
+
+def test_indexer_tensors_are_part_of_v32(make_config):
+    config = make_config(**V32)
+    tensors = {name: torch.zeros(shape) for name, shape in expected_tensors(config).items()}
+    checkpoint = Checkpoint.from_tensors(config, tensors)
+    assert checkpoint.check() == config
+    assert checkpoint.read("model.layers.2.self_attn.indexer.k_norm.bias")[0].shape == (16,)
+    with pytest.raises(CheckpointError, match="indexer.*is not part of this model"):
+        Checkpoint.from_tensors(make_config(), tensors).check()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("V3", {}), ("V3", {"n_shared_experts": 0}), ("V32", {})],
+    ids=["v3", "v3-no-shared-experts", "v32"],
+)
+def test_directories_that_transformers_writes(family, changes, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 32, "hidden_size": 24, "intermediate_size": 24, "moe_intermediate_size": 8,
+        "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1,
+    }  # fmt: skip
+    indexer = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4} if family == "V32" else {}
+    config = getattr(transformers, f"Deepseek{family}Config")(**sizes, **indexer, **changes)
+    getattr(transformers, f"Deepseek{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert expected_tensors(checkpoint.check()).keys() == {
+        name for name, stored in checkpoint.stored.items() if 0 not in stored.shape
+    }
+
+
+def test_empty_shared_experts(plain, saved, make_config, make_plain):
+    """transformers writes zero-size tensors for n_shared_experts = 0."""
+    none = make_plain(make_config(n_shared_experts=0))
+    folder = saved(none)
+    for layer in (1, 2):
+        prefix = f"model.layers.{layer}.mlp.shared_experts."
+        for name, shape in (("gate", (0, 72)), ("up", (0, 72)), ("down", (72, 0))):
+            rewrite(folder, **{f"{prefix}{name}_proj.weight": torch.zeros(shape)})
+    torch.testing.assert_close(load(folder)(TOKENS), none(TOKENS), atol=1e-4, rtol=0)
+    rewrite(folder, **{f"{prefix}down_proj.weight": torch.zeros(72, 40)})
+    assert_error(folder, f"{prefix}down_proj.weight", "n_shared_experts is 0")
 
 
 PREDICTION = "model.layers.3."

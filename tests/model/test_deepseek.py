@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import deepkern
+import model.batch as model_batch
 from model import Config, DeepSeek
-from model.latent_cache import LatentCache
 from model.rope import rope_cos_sin
 from model.weights import Precision
 
@@ -86,7 +86,7 @@ def test_random_weights_repeat_with_the_seed(tokens):
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
 def test_generate_equals_repeated_forward(make_config, make_plain, deepkern_model, tokens, fp8):
-    model = deepkern_model(make_plain(make_config()), fp8=fp8)
+    model = deepkern_model(make_plain(make_config(eos_token_id=None)), fp8=fp8)
     out = model.generate(tokens, 12)
     assert out.shape == (2, 42) and torch.equal(out[:, :30], tokens)
     expected = tokens
@@ -105,22 +105,58 @@ def test_sequences_are_independent(make_config, make_plain, deepkern_model, toke
 def test_page_size_and_poisoned_cache(make_config, make_plain, deepkern_model, tokens, page):
     model = deepkern_model(make_plain(make_config()))
     cache = model.new_cache(2, 30, page=page)
-    cache.layers.fill_(torch.nan)
+    cache.pool.latents.fill_(torch.nan)
     logits = [model(chunk, cache) for chunk in tokens.split([5, 1, 24], 1)]
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens), atol=1e-5, rtol=0)
 
 
-def test_cache_slots_are_distinct(make_config):
+def test_cache_slots_are_distinct(make_config, deepkern_model, make_plain):
     config = make_config()
-    cache = LatentCache(config, batch=3, capacity=20, dtype=torch.bfloat16, page=8)
+    cache = deepkern_model(make_plain(config)).new_cache(3, 20, page=8)
     cos_sin = rope_cos_sin(config, 24)
-    first = cache.next_slots(3, 13, cos_sin)
+    first = cache.next_batch(torch.zeros(3, 13, dtype=torch.int64), cos_sin)
     cache.length += 13
-    second = cache.next_slots(3, 11, cos_sin)
+    second = cache.next_batch(torch.zeros(3, 11, dtype=torch.int64), cos_sin)
     slots = torch.cat([first.slots, second.slots])
     assert slots.unique().numel() == 3 * 24 and slots.max() < 3 * 24
     assert second.positions.view(3, 11)[2].tolist() == list(range(13, 24))
-    assert second.cache_seqlens.tolist() == [24, 24, 24]
+    assert second.cache_seqlens.view(3, 11)[1].tolist() == list(range(14, 25))
+
+
+def test_rows_in_blocks_of_keys(make_config, make_plain, deepkern_model, tokens, monkeypatch):
+    """Merged blocks give the logits of one block, and chunks the bits of the whole."""
+    model = deepkern_model(make_plain(make_config()))
+    one_block = model(tokens)
+    monkeypatch.setattr(model_batch, "PREFILL_BLOCK", 8)
+    blocks = model(tokens)
+    torch.testing.assert_close(blocks, one_block, atol=1e-5, rtol=0)
+    cache = model.new_cache(2, 30, page=4)
+    chunks = [model(chunk, cache) for chunk in tokens.split([5, 14, 2, 9], 1)]
+    assert torch.equal(torch.cat(chunks, 1), blocks)
+
+
+def test_moves_but_keeps_its_dtypes(make_config, make_plain, deepkern_model, tokens):
+    model = deepkern_model(make_plain(make_config()), torch.bfloat16, fp8=True)
+    expected = model(tokens)
+    assert torch.equal(model.to("cpu").to(torch.bfloat16).bfloat16()(tokens), expected)
+    for change in (model.half, model.float, lambda: model.to(torch.float64)):
+        with pytest.raises(TypeError, match=r"load them with from_pretrained\(dtype="):
+            change()
+    assert torch.equal(model(tokens), expected)
+
+
+def test_generate_stops_and_takes_ragged_prompts(make_config, make_plain, deepkern_model):
+    plain = make_plain(make_config(eos_token_id=None))
+    model = deepkern_model(plain)
+    prompts = [[5, 6, 7], [8], list(range(20))]
+    free = model.generate(prompts, 6)
+    assert [len(row) for row in free] == [9, 7, 26]
+    assert free[1] == model.generate(torch.tensor([[8]]), 6)[0].tolist()
+    end = free[0][3]
+    model.config.eos_token_id = end
+    assert model.generate(prompts, 6)[0] == [5, 6, 7, end]
+    both = model.generate(torch.tensor([[5, 6, 7], [7, 6, 5]]), 6)
+    assert both[0, 3:].tolist() == [end] * (both.shape[1] - 3)
 
 
 BAD_STEPS = {

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
-from model import Config, DeepSeek
-from model.generate import (
-    ByteTokenizer,
-    FileTokenizer,
-    load_tokenizer,
-    main,
-    stop_tokens,
-    stream,
-    with_bos,
-)
+from model import DeepSeek
+from model.engine import Engine
+from model.generate import main
+from model.sampling import Sampling
+from model.tokenizer import FileTokenizer, load_tokenizer
 
 app = typer.Typer()
 app.command()(main)
@@ -64,29 +57,46 @@ def test_command_equals_generate(folder, prompt):
     tokenizer = load_tokenizer(folder)
     tokens = model.generate(torch.tensor([tokenizer.encode(prompt)]), 9)[0].tolist()
     assert tokens[:4] == [12, *b"abc"]
-    text = tokenizer.decode(tokens)
-    # The command does not print an incomplete character at the end; it may print a line end.
-    assert text.startswith(result.stdout.rstrip("\n")) or result.stdout.startswith(text)
+    assert result.stdout == prompt + tokenizer.decode(tokens[4:])
 
 
-def test_stream_equals_generate(folder):
-    model, prompt = DeepSeek.from_pretrained(folder, dtype=torch.float32), torch.tensor([[1], [2]])
-    tokens = torch.stack([prompt[:, 0], *stream(model, prompt, 5)], 1)
-    assert torch.equal(tokens, model.generate(prompt, 5))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.9, "seed": 3},
+        {"temperature": 1.5, "top_p": 0.8, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.2},
+    ],
+    ids=["temperature", "filters"],
+)
+def test_sampling_options(folder, options):
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    result = run("--checkpoint", folder, "--prompt", "abc", "--max-new-tokens", 9, *arguments)
+    tokenizer = load_tokenizer(folder)
+    engine = Engine(DeepSeek.from_pretrained(folder, dtype=torch.float32), tokenizer)
+    sampling = Sampling(max_new_tokens=9, **options)
+    (request,) = engine.generate([tokenizer.encode("abc")], sampling)
+    assert result.stdout == "abc" + request.text
+    assert "prompt 4 tokens" in result.stderr and "9 tokens" in result.stderr
 
 
-def test_with_bos():
-    assert with_bos([1, 2], 12) == [12, 1, 2]
-    assert with_bos([12, 2], 12) == [12, 2]
-    assert with_bos([], 12) == [12]
-    assert with_bos([1], None) == [1]
+def test_drafts_do_not_change_the_text():
+    arguments = "--prompt", "import os", "--max-new-tokens", 16
+    plain, drafted = run(*arguments), run(*arguments, "--draft-tokens", 1)
+    assert drafted.exit_code == 0 and drafted.stdout == plain.stdout
+    assert "drafts accepted" in drafted.stderr and "drafts" not in plain.stderr
 
 
-def test_byte_tokenizer_joins_characters():
-    decode = ByteTokenizer(None).decoder()
-    assert [decode(b) for b in "aö".encode()] == ["a", "", "ö"]
-    assert ByteTokenizer(12).encode("a\udcff") == [12, 97, 255]
-    assert ByteTokenizer(None).decode(list("aö".encode())) == "aö"
+def test_fp8_cache(folder):
+    options = "--dtype", "bfloat16", "--cache-dtype", "fp8", "--max-new-tokens", 4
+    result = run("--checkpoint", folder, *options)
+    assert result.exit_code == 0 and "4 tokens" in result.stderr
+
+
+def test_stop_string(folder):
+    text = run("--checkpoint", folder, "--prompt", "abc", "--max-new-tokens", 9).stdout[3:]
+    stop = text[1:3]
+    arguments = "--checkpoint", folder, "--prompt", "abc", "--stop", stop
+    assert run(*arguments).stdout == "abc" + text.split(stop)[0]
 
 
 def test_tokenizer_file(folder, tokenizer_file):
@@ -96,19 +106,6 @@ def test_tokenizer_file(folder, tokenizer_file):
     assert "".join(decode(token) for token in tokens) == tokenizer.decode(tokens) == "hé llo"
     result = run("--checkpoint", folder, "--prompt", "x = 1", "--max-new-tokens", 4)
     assert result.exit_code == 0 and "x = 1" in result.stdout
-
-
-@pytest.mark.parametrize(("add_bos", "first"), [(True, 12), (False, 64)], ids=["bos", "no_bos"])
-def test_tokenizer_config_adds_bos(folder, tokenizer_file, add_bos, first):
-    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
-    tokens = load_tokenizer(folder).encode("abc")
-    assert tokens[0] == first and len(tokens) == 3 + add_bos
-
-
-def test_stop_tokens():
-    assert stop_tokens(Config.preset("tiny")) == {12}
-    assert stop_tokens(Config.preset("tiny", eos_token_id=None)) == set()
-    assert stop_tokens(Config.preset("tiny", eos_token_id=[1, 2])) == {1, 2}
 
 
 def test_stops_at_the_end_token(folder):
@@ -127,3 +124,9 @@ def test_errors(tmp_path, make_config, make_plain, saved, folder):
     no_tokenizer = run("--checkpoint", words)
     assert no_tokenizer.exit_code == 2 and "tokenizer.json" in no_tokenizer.stderr
     assert run("--checkpoint", folder, "--dtype", "int4").exit_code == 2
+    cold = run("--checkpoint", folder, "--temperature", -1)
+    assert cold.exit_code == 2 and "sampling: temperature" in cold.stderr
+    no_layer = run("--checkpoint", folder, "--draft-tokens", 1)
+    assert no_layer.exit_code == 2 and "no prediction layer" in no_layer.stderr
+    long = run("--checkpoint", folder, "--prompt", "a" * 500)
+    assert long.exit_code == 2 and "prompt" in long.stderr

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from model import DeepSeek
+from model.engine import Engine
 from model.plain import PlainModel
+from model.sampling import Sampling
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,8 +43,12 @@ YARN = {
     "mscale_all_dim": 0.707,
     "original_max_position_embeddings": 16,
 }
+V32 = {**V3, "index_n_heads": 24, "index_head_dim": 16, "index_topk": 12}
 CASES = {
     "v3": ("V3", V3),
+    "v32": ("V32", V32),
+    "v32-few-tokens": ("V32", {**V32, "index_topk": 64}),
+    "v32-yarn": ("V32", {**V32, "rope_parameters": {**YARN, "mscale": 1.0}}),
     "v3-no-q-lora": ("V3", {**V3, "q_lora_rank": None}),
     "v3-one-group": ("V3", {**V3, "n_group": 1, "topk_group": 1}),
     "v3-all-dense": ("V3", {**V3, "first_k_dense_replace": 3}),
@@ -120,6 +126,27 @@ def test_decode_in_chunks(case, record_property):
     cache = model.new_cache(*tokens.shape, page=16)
     steps = [model(chunk, cache) for chunk in tokens.split([17, 1, 3, 19], 1)]
     report(f"chunks {folder.name}", torch.cat(steps, 1), logits, record_property)
+
+
+@torch.no_grad()
+def test_ragged_requests(case, record_property):
+    """Log-probabilities of an engine's tokens are those of transformers."""
+    folder, tokens, _ = case
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = DeepSeek.from_pretrained(folder, dtype=torch.float32)
+    engine = Engine(model, num_pages=40, page=4, max_batch_tokens=16, max_running=4)
+    prompts = [
+        row[:size].tolist()
+        for row, size in zip(tokens.repeat(3, 1), (30, 3, 1, 17, 8, 40), strict=True)
+    ]
+    requests = engine.generate(prompts, Sampling(max_new_tokens=6, ignore_eos=True))
+    for request in requests:
+        logits = reference(torch.tensor([request.known])).logits[0, len(request.prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1)
+        ours = torch.tensor([one.logprob for one in request.samples])
+        chosen = logprobs[torch.arange(6), request.tokens]
+        assert (logprobs.amax(-1) - chosen).max() <= TOLERANCE
+        report(f"engine {folder.name}", ours, chosen, record_property)
 
 
 @torch.no_grad()
