@@ -22,7 +22,7 @@ from model.sampling import Sampling
 from model.serve import Server, create_server
 from model.tokenizer import Tokenizer, load_tokenizer
 
-MODEL, WAIT = "stdlib-bytes", 30  # seconds that no wait of a test exceeds
+MODEL, WAIT = "stdlib-bytes", 60  # seconds that no wait of a test exceeds
 TOKENIZER = load_tokenizer(CHECKPOINT)
 
 

@@ -7,6 +7,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.sampling import Sample, Sampling
 from model.server.answers import Answer
@@ -209,6 +211,29 @@ def test_refused_fields_are_named(parse, fields, param):
     assert error["type"] == "invalid_request_error" and error["param"] == param
     assert param is None or param in error["message"]
     json.dumps(raised.value.body(), allow_nan=False)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=3),
+    lambda values: (
+        st.lists(values, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "user"]), values)
+    ),
+    max_leaves=6,
+)
+NAMES = sorted({name for _, fields, _ in REFUSED for name in fields})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5), st.booleans())
+def test_any_body_is_accepted_or_refused(fields, is_chat):
+    try:
+        call = (chat if is_chat else completion)(**fields)
+    except ApiError as error:
+        assert 400 <= error.status < 500
+        json.dumps(error.body()).encode()
+    else:
+        assert call.items() and all(len(prompt) < LIMITS.context for prompt in call.prompts)
 
 
 def test_a_template_that_refuses_the_messages():

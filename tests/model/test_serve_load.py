@@ -96,9 +96,8 @@ def test_bodies_have_a_time_limit():
 
 def test_answers_have_a_time_limit():
     with gated(request_timeout=0.2) as one:
-        stream = one.client().completions.create(model=MODEL, prompt="a", stream=True)
         with pytest.raises(openai.APIError, match=r"more than 0\.2 s"):
-            list(stream)
+            list(one.client().completions.create(model=MODEL, prompt="a", stream=True))
         plain = one.post({"prompt": "a"})  # while the engine is in a step
         assert plain.status_code == 504 and plain.json()["error"]["code"] == "timeout"
         one.engine.gate.set()
@@ -152,10 +151,7 @@ def test_shutdown_finishes_requests_and_refuses_new_ones():
         body = {"prompt": "a", "max_tokens": 5, "ignore_eos": True}
         (thread,) = in_threads(1, lambda _: answers.append(one.post(body)))
         assert one.engine.submitted.acquire(timeout=WAIT)
-        draining = threading.Event()
-        asyncio.run_coroutine_threadsafe(drained(one, draining), one.worker.loop)
-        one.server.should_exit = True
-        assert draining.wait(WAIT)
+        start_shutdown(one)
         refused = one.post(body)
         assert refused.status_code == 503 and "retry-after" in refused.headers
         assert httpx.get(one.url + "/health").status_code == 503
@@ -166,19 +162,23 @@ def test_shutdown_finishes_requests_and_refuses_new_ones():
         assert one.worker.finished == {"length": 1}
 
 
-async def drained(one: Running, event: threading.Event) -> None:
-    """Sets the event when the server refuses new requests."""
-    while not one.worker.draining:
-        await asyncio.sleep(0)
-    event.set()
+def start_shutdown(one: Running) -> None:
+    """Returns when the server refuses new requests."""
+
+    async def draining() -> None:
+        while not one.worker.draining:
+            await asyncio.sleep(0)
+
+    one.server.should_exit = True
+    asyncio.run_coroutine_threadsafe(draining(), one.worker.loop).result(WAIT)
 
 
 def test_shutdown_cancels_requests_after_its_timeout():
     with gated(shutdown_timeout=0) as one:
         stream = one.client().completions.create(model=MODEL, prompt="a", stream=True)
         assert one.engine.submitted.acquire(timeout=WAIT)
-        one.server.should_exit = True
-        threading.Timer(0.3, one.engine.gate.set).start()
+        start_shutdown(one)
+        one.engine.gate.set()
         with pytest.raises(openai.APIError, match="shuts down"):
             list(stream)
         one.thread.join(WAIT)
@@ -205,6 +205,8 @@ def test_command_serves_until_sigterm():
     paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(2 * WAIT, process.kill)
+    watchdog.start()
     try:
         assert process.stderr is not None
         url = next(m[0] for line in process.stderr if (m := re.search(r"http://[\d.:]+", line)))
@@ -221,5 +223,6 @@ def test_command_serves_until_sigterm():
         client.close()
         assert process.wait(WAIT) == 0
     finally:
+        watchdog.cancel()
         process.kill()
         process.communicate()
