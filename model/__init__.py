@@ -10,7 +10,8 @@ plain.py      the same model in plain PyTorch: the definition, the oracle, and w
 config.py     config.json; presets.py has the published ones
 tensors.py    names and shapes of a checkpoint's tensors
 checkpoint.py reading and writing of checkpoint directories; convert.py is FP8 <-> bf16, a command
-generate.py   generation and `python -m model.generate`
+sampling.py   logits -> tokens; tokenizer.py, chat_template.py and text.py: tokens <-> text
+generate.py   a prompt, chat.py a conversation, serve.py an HTTP server (server/); commands
 train.py, evaluate.py   training and bits per byte, commands; export.py writes what was trained
 """
 

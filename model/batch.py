@@ -125,21 +125,22 @@ def build_batch(
     """
     device = cos_sin.device
     pieces = sorted_pieces(segments)
-    starts = np.array([p.start for p in pieces])
-    counts = np.array([p.stop for p in pieces]) - starts
-    positions = ranges(starts, counts)
-    order = ranges(np.array([p.offset for p in pieces]), counts)  # the token of each row
+    starts, offsets = np.array([p.start for p in pieces]), np.array([p.offset for p in pieces])
     table = np.zeros((len(pieces), max(len(p.pages) for p in pieces)), np.int32)
     for row, piece in zip(table, pieces, strict=True):
         row[: len(piece.pages)] = piece.pages
-    rows = np.repeat(table, counts, 0)
+    positions, order, rows = starts, offsets, table
+    if len(pieces) < len(tokens):  # not a row each
+        counts = np.array([p.stop for p in pieces]) - starts
+        positions, rows = ranges(starts, counts), np.repeat(table, counts, 0)
+        order = ranges(offsets, counts)  # the token of each row
     slots = rows[np.arange(len(rows)), positions // page_size].astype(np.int64)
     slots = slots * page_size + positions % page_size
 
     def move(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    sorted_already = bool((np.diff(order) == 1).all())
+    sorted_already = bool((offsets[1:] > offsets[:-1]).all())
     num_prompt = sum(p.stop - p.start for p in pieces if p.prompt)
     placed = move(positions)
     cos, sin = pair_factors(cos_sin[placed][:, None])
@@ -154,13 +155,19 @@ def build_batch(
         block_table=move(rows),
         cache_seqlens=move((positions + 1).astype(np.int32)),
         longest=int(positions.max()) + 1,
-        sequences=[
-            (slice(end - count, end), start + count)
-            for end, count, start in zip(np.cumsum(counts), counts, starts, strict=True)
-        ],
+        sequences=rows_of(pieces),
         steps=prefill_steps([p for p in pieces if p.prompt], table, move),
         order=None if sorted_already else move(np.argsort(order)),
     )
+
+
+def rows_of(pieces: list[Piece]) -> list[tuple[slice, int]]:
+    """`TokenBatch.sequences`."""
+    sequences, end = [], 0
+    for piece in pieces:
+        first, end = end, end + piece.stop - piece.start
+        sequences.append((slice(first, end), piece.stop))
+    return sequences
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ Sequences share the pool; a token's place in it is its slot, page · page_size +
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,13 @@ from model.config import Config
 PAGE = 64  # tokens per page
 
 
+class LayerCache(NamedTuple):
+    """The caches of one layer; shapes as in `CachePool` without the first dimension."""
+
+    latents: Tensor
+    index_keys: Tensor | None
+
+
 class CachePool:
     """Pages for all layers.
 
@@ -23,6 +32,7 @@ class CachePool:
         [layers, pages, page_size, 1, R + 4·⌈R/128⌉ + 2·rope] in FP8.
     index_keys: None, or [layers, pages, page_size, 1, D] in the dtype of the model, or uint8
         [layers, pages, page_size, 1, D + 4] in FP8.
+    layers: the caches of each layer.
     """
 
     def __init__(
@@ -47,24 +57,14 @@ class CachePool:
         if c.index_topk:
             width = c.index_head_dim + (4 if fp8_index else 0)
             self.index_keys = torch.zeros(*shape, width, **(byte if fp8_index else real))
-
-    def layer(self, index: int) -> LayerCache:
-        """The caches of one layer."""
-        keys = None if self.index_keys is None else self.index_keys[index]
-        return LayerCache(self.latents[index], keys)
+        keys = [None] * layers if self.index_keys is None else self.index_keys.unbind()
+        self.layers = [LayerCache(*pair) for pair in zip(self.latents.unbind(), keys, strict=True)]
 
     def copy_page(self, source: int, target: int) -> None:
         """Copies one page of every layer."""
         for pool in (self.latents, self.index_keys):
             if pool is not None:
                 pool[:, target].copy_(pool[:, source])
-
-
-class LayerCache:
-    """The caches of one layer; shapes as in `CachePool` without the first dimension."""
-
-    def __init__(self, latents: Tensor, index_keys: Tensor | None) -> None:
-        self.latents, self.index_keys = latents, index_keys
 
 
 class LatentCache:

@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from model.engine import Engine, Request
+from model.engine import Engine
 from model.generate import (
     CHECKPOINT,
     CacheDtype,
@@ -45,6 +45,7 @@ from model.generate import (
     load_engine,
     sampling_of,
 )
+from model.request import Request
 from model.sampling import Sampling
 from model.text import ReasoningSplit
 
@@ -128,7 +129,7 @@ class Chat:
             self.messages.pop()
             self.note(f"error: {error}")
             return
-        inside = tokenizer.decode(prompt).rstrip().endswith(ReasoningSplit.START)
+        inside = tokenizer.decode(prompt[-16:]).rstrip().endswith(ReasoningSplit.START)
         start = time.perf_counter()
         text = self.print_answer(request, ReasoningSplit(inside))
         seconds = time.perf_counter() - start

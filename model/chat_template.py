@@ -36,7 +36,7 @@ PLAIN_TEMPLATE = """\
 {{ message.role }}: {{ message.content }}
 
 {% endfor %}
-{% if add_generation_prompt %}assistant: {% endif %}"""
+{% if add_generation_prompt %}assistant:{% endif %}"""
 
 
 class ChatTemplate:

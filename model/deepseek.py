@@ -206,8 +206,9 @@ class DeepSeek(nn.Module):
     def run(self, batch: TokenBatch, pool: CachePool) -> Tensor:
         """The hidden states after the final norm of every row, [N, hidden]."""
         x, residual = F.embedding(batch.tokens, self.model["embed_tokens"].weight), None
-        for index in range(self.config.num_hidden_layers):
-            x, residual = self.model["layers"][index](x, residual, batch, pool.layer(index))
+        caches = pool.layers[: self.config.num_hidden_layers]
+        for cache, layer in zip(caches, self.model["layers"], strict=False):
+            x, residual = layer(x, residual, batch, cache)
         rows, _ = self.model["norm"](x, residual)
         return rows.real
 
@@ -227,7 +228,7 @@ class DeepSeek(nn.Module):
         embedded = F.embedding(batch.tokens, layer.embed_tokens.weight)
         both = torch.cat([layer.enorm(embedded)[0].real, layer.hnorm(hidden)[0].real], -1)
         x = deepkern.gemm_nt(both, layer.eh_proj.weight)
-        x, residual = layer(x, None, batch, pool.layer(index))
+        x, residual = layer(x, None, batch, pool.layers[index])
         return layer.shared_head["norm"](x, residual)[0].real
 
     def prediction_logits(self, hidden: Tensor, depth: int = 0) -> Tensor:

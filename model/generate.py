@@ -22,7 +22,8 @@ import torch
 import typer
 
 from model.deepseek import DeepSeek
-from model.engine import Engine, Request
+from model.engine import Engine
+from model.request import Request
 from model.sampling import Sampling
 from model.tokenizer import load_tokenizer
 

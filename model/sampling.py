@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 FloatArray = npt.NDArray[np.float64]
@@ -132,7 +131,7 @@ def sample(
     if logits.dim() != 2 or not logits.is_floating_point() or sizes != (len(logits),) * 3:
         got = f"{logits.dtype} {list(logits.shape)} and {sizes} samplings, positions, histories"
         raise ValueError(f"sample: logits: expected real [N, V] and N of each, got {got}")
-    scores = logits.detach().to("cpu", torch.float64).contiguous().numpy()
+    scores = logits.detach().cpu().double().contiguous().numpy()
     if not samplings:
         return []
     row_max = scores.max(-1)

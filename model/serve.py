@@ -66,6 +66,7 @@ def create_server(
     max_prompt_tokens: int | None = None,
     max_new_tokens: int | None = None,
     max_body_bytes: int = 8 << 20,
+    body_timeout: float = 30,
     request_timeout: float = 600,
     shutdown_timeout: float = 30,
     **options: object,
@@ -81,7 +82,9 @@ def create_server(
         context=context,
         prompt_tokens=max_prompt_tokens or context,
         new_tokens=max_new_tokens or context,
+        choices=min(64, max_requests),
         body_bytes=max_body_bytes,
+        body_seconds=body_timeout,
         seconds=request_timeout,
     )
     worker = EngineWorker(engine, max_requests)

@@ -39,7 +39,7 @@ class Choice:
         """Adds an event; returns the piece of a stream, None if it would be empty."""
         piece = self.add(event)
         reported = self.logprobs and event.samples
-        if not event.text and not reported and event.finish_reason is None:
+        if not any(piece.values()) and not reported and event.finish_reason is None:
             return None
         piece["logprobs"] = self.report(event.samples) if reported else None
         return {"index": self.index, **piece, "finish_reason": event.finish_reason}

@@ -120,9 +120,9 @@ class Guard:
         if key is None or not scope["path"].startswith("/v1"):
             return True
         scheme, _, given = Request(scope).headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(
-            given.strip().encode(), key.encode()
-        )
+        # Starlette decodes headers as Latin-1.
+        same = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+        return scheme.lower() == "bearer" and same
 
 
 def unauthorized() -> ApiError:

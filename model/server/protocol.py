@@ -68,7 +68,8 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, encodable(message), code
+        self.param = param and encodable(param)
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
@@ -76,6 +77,11 @@ class ApiError(Exception):
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+
+def encodable(text: str) -> str:
+    """text with ? for halves of surrogate pairs, which JSON may have and UTF-8 may not."""
+    return text.encode(errors="replace").decode()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import anyio
 
-from model.engine import Engine, EngineStats, Request
+from model.engine import Engine
+from model.request import EngineStats, Request
 from model.sampling import Sample, Sampling
 
 logger = logging.getLogger("uvicorn.error")
@@ -181,23 +182,24 @@ class EngineWorker:
 
     def _run(self) -> None:
         while not self.stopping:
-            if self.failure is not None or not self.engine.has_work:
-                self.commands.get()()
-            while not self.commands.empty():
-                self.commands.get()()
-            if self.failure is None and self.engine.has_work:
-                self._step()
+            try:
+                self._commands_and_step()
+            except Exception as error:
+                logger.exception("the engine failed")
+                self.failure = error
+                self._end(list(self.owners.values()), "error")
+
+    def _commands_and_step(self) -> None:
+        if self.failure is not None or not self.engine.has_work:
+            self.commands.get()()
+        while not self.commands.empty():
+            self.commands.get()()
+        if self.failure is None and self.engine.has_work:
+            self._step()
 
     def _step(self) -> None:
-        try:
-            updates = self.engine.step()
-        except Exception as error:
-            logger.exception("the engine failed")
-            self.failure = error
-            self._end(list(self.owners.values()), "error")
-            return
         events = []
-        for request, tokens, text, reason in updates:
+        for request, tokens, text, reason in self.engine.step():
             owner = self.owners.get(request.id)
             if owner is not None:
                 samples = request.samples[owner.sent : owner.sent + len(tokens)]
@@ -208,7 +210,12 @@ class EngineWorker:
         self._send(events)
 
     def _send(self, events: list[tuple[Ticket, Event]]) -> None:
-        self.loop.call_soon_threadsafe(self._deliver, events, self.engine.stats())
+        self._call(self._deliver, events, self.engine.stats())
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        """Calls a function in the event loop, unless the program ends without waiting."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(function, *arguments)
 
     def _submit(self, ticket: Ticket, items: Sequence[Item]) -> None:
         owners, error = [], None
@@ -223,7 +230,7 @@ class EngineWorker:
                 self.engine.cancel(owner.request)
         else:
             self.owners.update({owner.request.id: owner for owner in owners})
-        self.loop.call_soon_threadsafe(self._accept, ticket, error)
+        self._call(self._accept, ticket, error)
 
     def _cancel(self, ticket: Ticket) -> None:
         owners = [owner for owner in self.owners.values() if owner.ticket is ticket]

@@ -79,6 +79,19 @@ def test_sampling_options(folder, options):
     assert "prompt 4 tokens" in result.stderr and "9 tokens" in result.stderr
 
 
+def test_drafts_do_not_change_the_text():
+    arguments = "--prompt", "import os", "--max-new-tokens", 16
+    plain, drafted = run(*arguments), run(*arguments, "--draft-tokens", 1)
+    assert drafted.exit_code == 0 and drafted.stdout == plain.stdout
+    assert "drafts accepted" in drafted.stderr and "drafts" not in plain.stderr
+
+
+def test_fp8_cache(folder):
+    options = "--dtype", "bfloat16", "--cache-dtype", "fp8", "--max-new-tokens", 4
+    result = run("--checkpoint", folder, *options)
+    assert result.exit_code == 0 and "4 tokens" in result.stderr
+
+
 def test_stop_string(folder):
     text = run("--checkpoint", folder, "--prompt", "abc", "--max-new-tokens", 9).stdout[3:]
     stop = text[1:3]
@@ -113,5 +126,7 @@ def test_errors(tmp_path, make_config, make_plain, saved, folder):
     assert run("--checkpoint", folder, "--dtype", "int4").exit_code == 2
     cold = run("--checkpoint", folder, "--temperature", -1)
     assert cold.exit_code == 2 and "sampling: temperature" in cold.stderr
+    no_layer = run("--checkpoint", folder, "--draft-tokens", 1)
+    assert no_layer.exit_code == 2 and "no prediction layer" in no_layer.stderr
     long = run("--checkpoint", folder, "--prompt", "a" * 500)
     assert long.exit_code == 2 and "prompt" in long.stderr

@@ -228,7 +228,7 @@ def test_template_file_precedes_the_one_of_tokenizer_config(checkpoint):
 def test_byte_model_has_a_plain_template(checkpoint):
     tokenizer = load_tokenizer(checkpoint(None))
     assert isinstance(tokenizer, ByteTokenizer)
-    text = "system: Be brief.\n\nuser: a b ö\n\nassistant: "
+    text = "system: Be brief.\n\nuser: a b ö\n\nassistant:"
     assert tokenizer.apply_chat_template(CHATS["system"]) == text
     assert tokenizer.encode_chat(CHATS["system"]) == list(text.encode())
 

@@ -30,10 +30,12 @@ def choose_real_tile(a: Tensor, b: Tensor, rows: int, groups: int = 1) -> GemmTi
     """The tile of `groups` products of `rows` rows of a [M, K] with b [..., N, K]."""
     target, (N, K) = arch.of(a.device), b.shape[-2:]
     if a.dtype == torch.float32:
-        BLOCK_M = 16 if rows <= 16 else 32
-        return GemmTile(BLOCK_M, 64, 4, 2 if target.backend == "cuda" else 1)
-    rows, groups = max(rows, 1), max(groups, 1)
-    tile = choose_gemm_tile(target, rows, N, a.element_size() * K, 128, groups, "real")
+        tile = GemmTile(16, 32, 4, 2) if rows <= 16 else GemmTile(32, 64, 4, 2)
+    else:
+        aligned = K % block_k(a) == 0 and is_aligned(a) and is_aligned(b)
+        variant = "real" if aligned else "real, unaligned"
+        rows, groups = max(rows, 1), max(groups, 1)
+        tile = choose_gemm_tile(target, rows, N, a.element_size() * K, 128, groups, variant)
     # One stage on sm_100, as in mla_prefill.py: a product could read bytes before their copy.
     return replace(tile, num_stages=1) if target.name == "sm_100" else tile
 
@@ -41,6 +43,12 @@ def choose_real_tile(a: Tensor, b: Tensor, rows: int, groups: int = 1) -> GemmTi
 def block_k(x: Tensor) -> int:
     """Values of K per step: 128 bytes."""
     return 128 // x.element_size()
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether kernels can load 16 bytes of `x` at a time, along K or along its rows."""
+    matrix = [stride for stride in x.stride() if stride != 1]
+    return 1 in x.stride()[-2:] and all(s * x.element_size() % 16 == 0 for s in matrix)
 
 
 def index_type(*tensors: Tensor) -> tl.dtype:

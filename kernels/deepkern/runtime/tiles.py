@@ -65,6 +65,9 @@ SPILLING_TILES = {
     ("gfx942", "m_grouped", 128): ((128, 128),),
 }
 
+# Tiles of the GEMMs of real dtypes, of those that the architecture has.
+REAL_TILES = ((16, 32), (16, 64), (64, 64), (64, 128), (128, 128))
+
 
 @dataclass(frozen=True)
 class GemmTile:
@@ -156,6 +159,10 @@ def candidate_tiles(
     """The tiles to choose from for these N and K on `arch`; independent of M (batch invariance)."""
     spilling = SPILLING_TILES.get((arch.name, variant, b_rows), ())
     tiles = [t for t in supported_tiles(arch, b_rows) if (t.BLOCK_M, t.BLOCK_N) not in spilling]
+    if variant.startswith("real"):
+        tiles = [t for t in tiles if (t.BLOCK_M, t.BLOCK_N) in REAL_TILES]
+    if variant == "real, unaligned":  # larger tiles spill: values are loaded one by one
+        tiles = [t for t in tiles if t.BLOCK_M * t.BLOCK_N <= 16 * 64]
     num_splits = choose_num_splits(arch, N, K) if variant == "dense" else 1
     if num_splits > 1:
         # Small M uses small tiles with parallel splits; large M has programs enough. Larger tiles
@@ -188,7 +195,8 @@ def choose_gemm_tile(
 ) -> GemmTile:
     """The tile of an [M, N] GEMM over K on `arch`: tuned, else the one with the best estimate.
 
-    variant: "dense"; or "m_grouped" or "k_grouped" for `groups` GEMMs of this size.
+    variant: "dense"; or "m_grouped" or "k_grouped" for `groups` GEMMs of this size; or "real" or
+    "real, unaligned" for GEMMs of 16-bit types, whose K counts bytes.
     """
     choose = _overrides[-1] if _overrides else tuned_or_modelled_tile
     return choose(arch, M, N, K, b_rows, groups, variant)

@@ -60,11 +60,18 @@ def grouped_sizes_for_every_tile() -> list[dict]:
 def real_sizes_for_every_tile(sizes: list[dict]) -> list[dict]:
     """Those of `sizes` that between them choose every tile of the GEMMs of real dtypes.
 
-    The tile is chosen by the bytes of a row. K ends in a partial block, which takes the most
-    registers. Then a tile of fp32, with few and with many rows.
+    The tile is chosen by the bytes of a row, and by whether rows are aligned. Then the tiles of
+    fp32, for few and for many rows, with a whole and with a partial last block of K.
     """
-    tiles = [{**s, "K": s["K"] // 2 + 3} for s in sizes_with_a_new_tile(sizes, 128, "real")]
-    return [*tiles, {**sizes[0], "dtype": F32}, {**sizes[-1], "dtype": F32, "transposed": True}]
+    aligned = sizes_with_a_new_tile(sizes, 128, "real")
+    unaligned = sizes_with_a_new_tile(sizes, 128, "real, unaligned")
+    tiles = [{**size, "K": size["K"] // 2} for size in aligned]
+    tiles += [{**size, "K": size["K"] // 2 + 3} for size in unaligned]
+    return tiles + [
+        {**size, "K": size["K"] + tail, "dtype": F32}
+        for size in (sizes[0], sizes[-1])
+        for tail in (0, 3)
+    ]
 
 
 def sizes_with_a_new_tile(sizes: list[dict], b_rows: int, variant: str = "dense") -> list[dict]:

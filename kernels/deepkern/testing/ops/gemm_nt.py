@@ -46,8 +46,7 @@ SIZES = Sizes(
     ],
     gpu=[{"M": M, "N": N, "K": K} for N, K in gemms.V3[:4] for M in (1, 16, 128, 4096)],
     inspect=[
-        {"M": 1, "N": 7168, "K": 2048},
-        {"M": 4096, "N": 7168, "K": 2048},
+        {"M": 4096, "N": 7168, "K": 2048, "transposed": True},
         *gemms.real_sizes_for_every_tile(
             [{"M": M, "N": N, "K": K} for M in gemms.ROWS for N, K in gemms.LAYERS]
         ),
