@@ -104,9 +104,7 @@ def fp8_experts_forward(
     """As `experts_forward`, with weights in FP8."""
     w13, w2 = self.gate_up_proj, self.down_proj
     scales = self.gate_up_proj_scale_inv.float(), self.down_proj_scale_inv.float()
-    out = moe_forward(
-        hidden_states, top_k_weights, top_k_index.int(), w13, scales[0], w2, scales[1]
-    )
+    out = moe_forward(hidden_states, top_k_weights, top_k_index, w13, scales[0], w2, scales[1])
     return out if shared is None else out + shared
 
 
