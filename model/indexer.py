@@ -106,7 +106,7 @@ class Indexer(nn.Module):
             products = deepkern.gemm_nt(q[rows].flatten(0, 1), known).relu()
             products = products.unflatten(0, (-1, self.heads))
             total = torch.zeros(products.shape[0], length, device=q.device)
-            for head in range(self.heads):  # in this order, whatever the number of rows
+            for head in range(self.heads):  # one order for any number of rows
                 total += products[:, head] * weights[rows, head, None]
             scores[rows, :length] = total
         return scores

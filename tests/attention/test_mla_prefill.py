@@ -196,6 +196,16 @@ def test_large_scores(backend, generator):
     check((q, k, v, *rest[:2], 0.0, True))
 
 
+def test_inf_in_a_value_stays_inf(backend, generator):
+    """In fp32, too, where the tensor core multiplies a high and a low part of each value."""
+    device = generator.device
+    q, k, v = torch.randn(3, 4, 1, 16, generator=generator, device=device).unbind()
+    v[1, 0, 3] = math.inf
+    bounds = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    out, _ = deepkern.mla_prefill(q, k, v, bounds, bounds, 0.25)
+    assert (out[1:, 0, 3] == math.inf).all() and out[:, 0, :3].isfinite().all()
+
+
 @pytest.mark.parametrize("special", [math.nan, math.inf])
 def test_nan_and_inf_do_not_spread(backend, special, generator):
     """A query affects its row and head only, a key its sequence and head only."""

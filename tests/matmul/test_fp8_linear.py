@@ -315,6 +315,16 @@ def test_no_second_derivative(generator):
         first.sum().backward()
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap], ids=["grad", "vmap"])
+def test_function_transforms_are_refused_by_name(transform):
+    weight = torch.randn(30, 200)
+    with pytest.raises(RuntimeError, match="fp8_linear: torch.func transforms .* not supported"):
+        transform(lambda x: fp8_linear(x, weight).sum())(torch.randn(4, 200))
+    scores = torch.randn(3, 4, 8)
+    with pytest.raises(RuntimeError, match="route_topk: torch.func transforms"):
+        transform(lambda x: deepkern.route_topk(x, topk=2)[0].sum())(scores)
+
+
 def valid_arguments():
     return {"x": torch.ones(4, 200), "weight": torch.ones(30, 200), "bias": torch.ones(30)}
 

@@ -32,7 +32,7 @@ from ..quant.cast_per_block import cast_per_block
 from ..quant.cast_per_channel import cast_per_channel
 from ..quant.cast_per_token import cast_per_token
 from ..quant.swiglu_cast import swiglu_cast_backward
-from ..runtime.contract import Contract, check_that
+from ..runtime.contract import Contract, check_no_transform, check_that
 from .expert_combine import expert_combine
 from .expert_dispatch import expert_dispatch, expert_dispatch_backward
 from .moe_forward import forward_with_gate_up, moe_forward
@@ -79,6 +79,7 @@ def fp8_experts(
     expected = f"2I = {2 * w2.shape[2]} rows, [gate, up] for w2's I = {w2.shape[2]}"
     check_that("fp8_experts", "w13", w13.shape[1] == 2 * w2.shape[2], expected, tuple(w13.shape))
     if torch.is_grad_enabled():
+        check_no_transform("fp8_experts")
         return FP8ExpertsFunction.apply(x, topk_weights, topk_idx, w13, w2)
     return moe_forward(x, topk_weights, topk_idx, *cast_per_block(w13), *cast_per_block(w2))
 

@@ -236,7 +236,10 @@ def matmul(a, b, a_format, b_format, dtype, precision="ieee"):
     if a_format == "fp32" and precision == "tf32x3":
         high_a, high_b = tf32(a, True), tf32(b, True)
         low_a, low_b = tf32(a - high_a, True), tf32(b - high_b, True)
-        pairs = ((low_a, high_b), (high_a, low_b), (high_a, high_b))
-        out = sum(np.matmul(p.astype(np.float64), q.astype(np.float64)) for p, q in pairs)
-        return out.astype(dtype)
+        pairs = (low_a, high_b), (high_a, low_b), (high_a, high_b)
+        *small, large = (np.matmul(p.astype(np.float64), q.astype(np.float64)) for p, q in pairs)
+        # As Triton does: the low part of inf is NaN, and the large product is inf already.
+        return (np.nan_to_num(sum(small), nan=0.0, posinf=np.inf, neginf=-np.inf) + large).astype(
+            dtype
+        )
     return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)

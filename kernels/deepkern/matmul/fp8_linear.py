@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from ..quant.cast_per_block import cast_per_block
 from ..quant.cast_per_channel import cast_per_channel
 from ..quant.cast_per_token import cast_per_token
-from ..runtime.contract import FP8, Contract, check_that
+from ..runtime.contract import FP8, Contract, check_no_transform, check_that
 from .fp8_gemm_nt import fp8_gemm_nt
 
 # Factor of gradients before their cast: the bound 1e-4 of the casts then corresponds to 4e-19.
@@ -84,6 +84,7 @@ def fp8_linear(
     check(x, weight, bias, weight_scale)
     rows = contiguous_rows(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     if torch.is_grad_enabled():
+        check_no_transform("fp8_linear")
         out = FP8LinearFunction.apply(rows, weight, bias, weight_scale)
     else:
         out = forward(rows, *quantize_weight(weight, weight_scale), bias)

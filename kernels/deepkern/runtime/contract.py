@@ -193,6 +193,13 @@ def check_choice(op: str, name: str, value: object, choices: tuple) -> None:
         raise ValueError(f"{op}: {name}: expected {expected}, got {value!r}")
 
 
+def check_no_transform(op: str) -> None:
+    """Raises RuntimeError under torch.func.grad, vmap and the like, which no gradient here has."""
+    if torch._C._are_functorch_transforms_active():
+        text = f"{op}: torch.func transforms (grad, vmap, jacrev) are not supported"
+        raise RuntimeError(f"{text}; use torch.autograd")
+
+
 def check_that(op: str, name: str, holds: bool, expected: str, got: object) -> None:
     """Raises ValueError unless `holds`: for rules that the contract text cannot state."""
     if not holds:

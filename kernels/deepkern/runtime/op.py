@@ -40,7 +40,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
 from . import backends, compiled
-from .contract import Contract
+from .contract import Contract, check_no_transform
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -171,6 +171,7 @@ class Op:
         """What the public function does: autograd, clear type errors, optional outputs."""
         try:
             if self.autograd is not None and torch.is_grad_enabled():
+                check_no_transform(self.name)
                 outputs = self.autograd.apply(*self.positional(args, kwargs))
             else:
                 outputs = self.call_native(args, kwargs)
