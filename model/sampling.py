@@ -210,10 +210,10 @@ def _nucleus(weights: FloatArray, top_p: float) -> IntArray:
     order = np.arange(count)
     if count > CANDIDATES:
         least = np.partition(weights, count - CANDIDATES)[count - CANDIDATES]
-        order = np.flatnonzero(weights > least)  # without those equal to the least: ties stay out
+        order = np.flatnonzero(weights >= least)  # more than CANDIDATES if some are equal
     order = order[np.argsort(-weights[order], kind="stable")]
     sums = weights[order].cumsum()
-    if len(order) < count and (not len(order) or sums[-1] < limit):
+    if len(order) < count and sums[-1] < limit:
         order = np.argsort(-weights, kind="stable")
         sums = weights[order].cumsum()
     kept = 1 + int(sums[:-1].searchsorted(limit, side="left"))

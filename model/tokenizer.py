@@ -173,28 +173,41 @@ class FileDecoder:
     def __init__(self, tokenizer: FileTokenizer) -> None:
         self.decode = tokenizer.decode
         self.tokens: list[int] = []  # the window
-        self.context, self.returned = 0, ""  # tokens returned with their text; text of the window
+        self.context = 0  # of those, tokens whose text was returned
+        self.returned, self.partial = "", 0  # text of the window; characters after the context
 
     def __call__(self, token: int) -> str:
         self.tokens.append(token)
-        return self._advance(self.decode(self.tokens))
-
-    def _advance(self, text: str) -> str:
+        text = self.decode(self.tokens)
+        if not text.startswith(self.returned):
+            # With byte fallback an incomplete character makes its neighbours U+FFFD, too.
+            if len(self.tokens) - self.context <= 4:
+                return ""
+            text = self._without_context()
         # An incomplete character is one U+FFFD, or one for each of up to 3 bytes.
         complete = text
         while complete.endswith(INCOMPLETE) and len(text) - len(complete) < 3:
             complete = complete[:-1]
         new = complete[len(self.returned) :]
         if complete == text and new:
-            self.tokens, self.context = self.tokens[self.context :], 0
-            self.context = len(self.tokens)
-            self.returned = self.decode(self.tokens)
+            self.tokens, self.partial = self.tokens[self.context :], 0
+            self.context, self.returned = len(self.tokens), self.decode(self.tokens)
         else:
-            self.returned += new
+            self.returned, self.partial = self.returned + new, self.partial + len(new)
         return new
 
     def finish(self) -> str:
-        return self.decode(self.tokens)[len(self.returned) :]
+        text = self.decode(self.tokens)
+        if not text.startswith(self.returned):
+            text = self._without_context()
+        return text[len(self.returned) :]
+
+    def _without_context(self) -> str:
+        """The text of the window after it was reduced to the tokens behind the context."""
+        self.tokens, self.context = self.tokens[self.context :], 0
+        text = self.decode(self.tokens)
+        self.returned = text[: self.partial]
+        return text
 
 
 def _byte_symbols() -> dict[str, int]:

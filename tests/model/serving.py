@@ -31,8 +31,8 @@ def bytes_model() -> DeepSeek:
     return DeepSeek.from_pretrained(CHECKPOINT, dtype=torch.float32)
 
 
-def new_engine(tokenizer: Tokenizer = TOKENIZER) -> Engine:
-    return Engine(bytes_model(), tokenizer)
+def new_engine(tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Engine:
+    return Engine(bytes_model(), tokenizer, **options)
 
 
 def generated(prompts: list[list[int]], **options: Any) -> list[Request]:

@@ -149,6 +149,20 @@ def test_logprobs_of_chat(client):
     assert [entry for piece in pieces if piece for entry in piece.content] == plain
 
 
+def test_drafts_do_not_change_a_stream():
+    """Steps that give several tokens report the log-probability of each."""
+    (request,) = generated([TOKENIZER.encode("import os")], max_new_tokens=16, logprobs=2)
+    fields: dict[str, Any] = {"prompt": "import os", "max_tokens": 16, "temperature": 0}
+    with running(new_engine(draft_tokens=2)) as one:
+        stream = one.client().completions.create(model=MODEL, logprobs=2, stream=True, **fields)
+        choices = [chunk.choices[0] for chunk in stream]
+        assert one.worker.stats.accepted > 0
+    assert "".join(choice.text for choice in choices) == request.text
+    values = [v for c in choices if c.logprobs for v in c.logprobs.token_logprobs]
+    assert values == [sample.logprob for sample in request.samples]
+    assert len(choices) < len(request.tokens)
+
+
 def test_stop_strings_and_end_tokens(client):
     (whole,) = generated([TOKENIZER.encode("def f(")], max_new_tokens=20)
     stop = whole.text[6:9]

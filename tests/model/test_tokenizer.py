@@ -192,6 +192,20 @@ def test_decoder_keeps_spaces_between_words(checkpoint):
     assert "".join(map(decode, tokens)) == tokenizer.decode(tokens) == "ab c cc ab"
 
 
+def test_decoder_waits_for_all_bytes_of_a_character(checkpoint):
+    """A decoder with byte fallback gives one U+FFFD for each byte of an incomplete character."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    source = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    source.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    decode = load_tokenizer(checkpoint(source)).decoder()
+    assert [decode(byte) for byte in "a€😀b".encode()] == ["a", "", "", "€", "", "", "", "😀", "b"]
+    assert decode(0xE2) == "" and decode.finish() == "\ufffd"
+    decode = load_tokenizer(checkpoint(source)).decoder()
+    pieces = [decode(byte) for byte in [*"€".encode(), *[0xFF] * 12]]
+    assert "".join(pieces) + decode.finish() == "€" + "\ufffd" * 12
+    assert sum(map(len, pieces)) > 8  # bytes that are not UTF-8 are not withheld to the end
+
+
 def test_token_bytes_of_special_tokens():
     tokenizer = byte_level_file()
     bos = tokenizer.tokenizer.token_to_id(BOS)
