@@ -15,8 +15,8 @@ LAYERS, EXPERT_LAYERS = 3, 2
 # PyTorch's ops that a hot spot would be without deepkern.
 BYPASSES = {
     "mm", "bmm", "addmm", "matmul", "linear", "einsum", "_softmax", "_log_softmax", "silu",
-    "sigmoid", "topk", "sort", "scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
-    "_fused_rms_norm", "rsqrt", "sqrt", "exp",
+    "sigmoid", "topk", "sort", "scaled_dot_product_attention", "_fused_rms_norm", "rsqrt",
+    "_scaled_dot_product_flash_attention_for_cpu", "sqrt", "exp",
 }  # fmt: skip
 
 
