@@ -29,18 +29,25 @@ from model.weights import Precision, frozen, load_real, random_weight
 
 
 class LatentProjection(nn.Module):
-    """kv_b_proj, real with `fp8` too: weight [H, nope + v, R], W_uk and W_uv of each head."""
+    """kv_b_proj, real with `fp8` too: weight [H, nope + v, R], W_uk and W_uv of each head.
+
+    key [H, R, nope] is W_ukᵀ again, contiguous along the dimension that decoding sums over.
+    """
 
     def __init__(self, config: Config, precision: Precision) -> None:
         super().__init__()
         c, self.precision = config, precision
         self.heads, self.nope = c.num_attention_heads, c.qk_nope_head_dim
         weight = random_weight(self.heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
-        self.weight = frozen(weight.to(precision.dtype))
+        self.store(weight.to(precision.dtype))
+
+    def store(self, weight: Tensor) -> None:
+        self.weight = frozen(weight)
+        self.key = frozen(weight[:, : self.nope].transpose(1, 2).contiguous())
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         weight = load_real(checkpoint, f"{name}.weight", self.precision)
-        self.weight = frozen(weight.view(self.heads, -1, weight.shape[1]))
+        self.store(weight.view(self.heads, -1, weight.shape[1]))
 
     def keys_and_values(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [T, R] -> keys without position [T, H, nope], values [T, H, v]."""
@@ -49,7 +56,7 @@ class LatentProjection(nn.Module):
 
     def absorb(self, q_nope: Tensor, head_index: Tensor) -> Tensor:
         """W_ukᵀ·q: [M, H, nope] -> [M, H, R]."""
-        return self.by_head(q_nope, self.weight[:, : self.nope].transpose(1, 2), head_index)
+        return self.by_head(q_nope, self.key, head_index)
 
     def expand(self, latent: Tensor, head_index: Tensor) -> Tensor:
         """W_uv·latent: [M, H, R] -> [M, H·v]."""
