@@ -31,7 +31,8 @@ from model.weights import Precision, frozen, load_real, random_weight
 class LatentProjection(nn.Module):
     """kv_b_proj, real with `fp8` too: weight [H, nope + v, R], W_uk and W_uv of each head.
 
-    key [H, R, nope] is W_ukᵀ again, contiguous along the dimension that decoding sums over.
+    key [H, R, nope] is W_ukᵀ again, contiguous along the dimension that decoding sums over.  It is
+    no part of the state; `store` replaces both.
     """
 
     def __init__(self, config: Config, precision: Precision) -> None:
@@ -40,10 +41,12 @@ class LatentProjection(nn.Module):
         self.heads, self.nope = c.num_attention_heads, c.qk_nope_head_dim
         weight = random_weight(self.heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
         self.store(weight.to(precision.dtype))
+        self.register_load_state_dict_post_hook(lambda module, _: module.store(module.weight.data))
 
     def store(self, weight: Tensor) -> None:
         self.weight = frozen(weight)
-        self.key = frozen(weight[:, : self.nope].transpose(1, 2).contiguous())
+        key = weight[:, : self.nope].transpose(1, 2).contiguous()
+        self.register_buffer("key", key, persistent=False)
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         weight = load_real(checkpoint, f"{name}.weight", self.precision)

@@ -7,8 +7,8 @@ property of its request, so that its bits are the same in every batch.
 
 The keys of a prompt are processed in blocks of PREFILL_BLOCK tokens, counted from the start of the
 sequence.  A query attends to its own block first, then to the earlier ones in ascending order, and
-`merge_states` joins the results.  So neither the chunks in which a prompt arrives nor the memory
-for expanded keys depend on its length.
+`merge_states` joins the results.  So the bits do not depend on the chunks in which a prompt
+arrives, and a prompt has at most one block of expanded keys at a time.
 Source: chunked context with merged states is from vLLM; blocks at fixed positions are ours.
 """
 

@@ -245,7 +245,8 @@ class DeepSeek(nn.Module):
         """
         self.check_tokens(tokens)
         if tokens.numel() == 0:
-            return torch.empty(*tokens.shape, self.config.hidden_size, dtype=self.precision.dtype)
+            shape = *tokens.shape, self.config.hidden_size
+            return torch.empty(shape, dtype=self.precision.dtype, device=self.device)
         cache = self.new_cache(*tokens.shape) if cache is None else cache
         cos_sin = self.rotary_table(cache.length + tokens.shape[1])
         batch = cache.next_batch(tokens, cos_sin)
@@ -290,9 +291,10 @@ class DeepSeek(nn.Module):
     ) -> Tensor | list[list[int]]:
         """The prompts with their continuations, greedy unless `sampling` says otherwise.
 
-        tokens: int64 [B, S], or prompts of any lengths.  A prompt ends at an end token of the
-        config.  Returns a list for a list, otherwise int64 [B, S + n] with n up to max_new_tokens,
-        where the end token fills the rest of sequences that ended early.
+        tokens: int64 [B, S], or prompts of any lengths.  Prompt k has the seed `sampling.seed` + k
+        and ends at an end token of the config.  Returns a list for a list, otherwise int64
+        [B, S + n] with n up to max_new_tokens, where the end token fills the rest of sequences that
+        ended early.
         """
         from model.engine import generate  # it imports this module
 

@@ -23,20 +23,21 @@ Source: continuous batching is from Orca (OSDI 2022), paging and preemption from
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from deepkern.arithmetic import cdiv
 from model.batch import Segment, TokenBatch, build_batch
 from model.cache import PAGE
 from model.deepseek import DeepSeek
 from model.graph import DecodeGraphs
-from model.pages import ROOT, PageAllocator
 from model.request import EngineStats, Request, Update, Work, end_tokens
-from model.sampling import Sample, Sampling, sample
+from model.sampling import Sample, Sampling, log_probabilities, sample
+from model.schedule import Scheduler
 from model.text import TextStream
 from model.tokenizer import Tokenizer
 
@@ -52,7 +53,7 @@ class Engine:
         num_pages: pages of the pool, of `page` tokens each.  None: 32768 tokens.
         cache_dtype: "fp8" for latents in FP8, or None for the model's dtype.
         max_batch_tokens: rows of a step at most.
-        max_running: requests that own pages at most.
+        max_running: requests that own pages at most, each with a row for itself and its drafts.
         draft_tokens: tokens that the prediction layer proposes per step.
         reuse_prompts: whether requests share the pages of equal prompts.
         graphs: whether decode steps are CUDA graphs; None: on a GPU, if the indexer is FP8 or
@@ -77,30 +78,31 @@ class Engine:
             raise ValueError(f"Engine: cache_dtype: expected None or 'fp8', got {cache_dtype!r}")
         if draft_tokens and not model.config.num_nextn_predict_layers:
             raise ValueError("Engine: draft_tokens: the checkpoint has no prediction layer")
-        per_request = 1 + draft_tokens
-        if max_batch_tokens < max_running * per_request:
-            max_running = max(1, max_batch_tokens // per_request)
-        self.model, self.tokenizer = model, tokenizer
-        num_pages = -(-POOL_TOKENS // page) if num_pages is None else num_pages
+        num_pages = cdiv(POOL_TOKENS, max(page, 1)) if num_pages is None else num_pages
+        rows = 1 + draft_tokens
+        for name, value, least in (
+            ("num_pages", num_pages, 1),
+            ("page", page, 1),
+            ("draft_tokens", draft_tokens, 0),
+            ("max_running", max_running, 1),
+            ("max_batch_tokens", max_batch_tokens, rows),
+        ):
+            if value < least:
+                raise ValueError(f"Engine: {name}: expected at least {least}, got {value}")
+        self.model, self.tokenizer, self.draft_tokens = model, tokenizer, draft_tokens
         self.pool = model.new_pool(num_pages, page, cache_dtype == "fp8")
-        self.allocator = PageAllocator(num_pages, page)
-        self.page, self.budget, self.max_running = page, max_batch_tokens, max_running
-        self.draft_tokens, self.reuse_prompts = draft_tokens, reuse_prompts
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # the oldest first
+        max_running = min(max_running, max_batch_tokens // rows)
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, max_running, reuse_prompts)
         self.counters, self.ids = EngineStats(), itertools.count()
-        real_index = self.pool.index_keys is not None and self.pool.index_keys.dtype != torch.uint8
+        config, index_keys = model.config, self.pool.index_keys
+        self.max_length = min(config.max_position_embeddings, num_pages * page)
         if graphs is None:
+            real_index = index_keys is not None and index_keys.dtype != torch.uint8
             graphs = model.device.type == "cuda" and not real_index
-        self.graphs = self.new_graphs() if graphs else None
-
-    def new_graphs(self) -> DecodeGraphs:
-        """Graphs for every batch of generated tokens."""
-        longest = min(
-            self.model.config.max_position_embeddings, len(self.allocator.owners) * self.page
-        )
-        rows = self.max_running * (1 + self.draft_tokens)
-        return DecodeGraphs(self.model, self.pool, rows, -(-longest // self.page))
+        self.graphs = None
+        if graphs:
+            pages = cdiv(self.max_length, page)
+            self.graphs = DecodeGraphs(model, self.pool, max_running * rows, pages)
 
     # requests
 
@@ -110,69 +112,82 @@ class Engine:
         Raises:
             ValueError: the prompt is empty, has a token outside the vocabulary or is too long for
                 the model or the pool; or there are stop strings and no tokenizer.
+            TypeError: a token is not an integer.
         """
         config = self.model.config
+        prompt = [operator.index(token) for token in prompt]  # also integers of numpy
         if not prompt:
             raise ValueError("Engine: the prompt is empty")
         for token in prompt:
             if not 0 <= token < config.vocab_size:
                 raise ValueError(f"Engine: token {token} is outside [0, {config.vocab_size})")
-        room = min(config.max_position_embeddings, self.allocator.num_pages * self.page)
-        room -= len(prompt)
+        room = self.max_length - len(prompt)
         if room < 1:
             text = f"Engine: a prompt of {len(prompt)} tokens leaves no room for a new one"
-            raise ValueError(f"{text}: at most {room + len(prompt)} fit")
+            raise ValueError(f"{text}: at most {self.max_length} fit")
         if sampling.stop and self.tokenizer is None:
             raise ValueError("Engine: stop strings need a tokenizer")
-        request = Request(next(self.ids), list(prompt), sampling, list(prompt))
+        request = Request(next(self.ids), prompt, sampling, list(prompt))
         request.max_tokens = min(sampling.max_new_tokens, room)
         ends = set() if sampling.ignore_eos else end_tokens(config.eos_token_id)
         request.stop_tokens = frozenset(ends | set(sampling.stop_tokens))
         if self.tokenizer is not None:
             request.stream = TextStream(self.tokenizer.decoder(), sampling.stop)
-        self.waiting.append(request)
+        self.scheduler.waiting.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
         """Ends a request; it keeps what it has.  A finished one does not change."""
         if request.finish_reason is None:
             request.finish_reason = "cancelled"
-            if request in self.waiting:
-                self.waiting.remove(request)
-            if request in self.running:
-                self.running.remove(request)
-            self.give_up_pages(request)
+            self.scheduler.remove(request)
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting)
+        return len(self.scheduler.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self.running)
+        return len(self.scheduler.running)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.scheduler.waiting or self.scheduler.running)
 
     def stats(self) -> EngineStats:
         """A copy of the counters."""
-        used = self.allocator.num_pages - self.allocator.num_available
-        state = {"running": self.num_running, "waiting": self.num_waiting, "pages_used": used}
-        state["pages_total"] = self.allocator.num_pages
-        return EngineStats(**{**vars(self.counters), **state})
+        scheduler, allocator = self.scheduler, self.scheduler.allocator
+        return replace(
+            self.counters,
+            cached_prompt_tokens=scheduler.reused_tokens,
+            preemptions=scheduler.preemptions,
+            running=self.num_running,
+            waiting=self.num_waiting,
+            pages_used=allocator.num_pages - allocator.num_available,
+            pages_total=allocator.num_pages,
+        )
 
     def generate(
         self,
         prompts: list[list[int]],
         sampling: Sampling | list[Sampling] = Sampling(),  # noqa: B008
     ) -> list[Request]:
-        """Runs the prompts to their ends; results are in their order."""
+        """Runs the prompts to their ends; results are in their order.
+
+        One `sampling` for all means the same random numbers for all; equal prompts then have equal
+        results.  If the call raises, the requests are cancelled.
+        """
         if isinstance(sampling, Sampling):
             sampling = [sampling] * len(prompts)
-        requests = [self.submit(p, s) for p, s in zip(prompts, sampling, strict=True)]
-        while any(request.finish_reason is None for request in requests):
-            self.step()
+        requests: list[Request] = []
+        try:
+            for prompt, one in zip(prompts, sampling, strict=True):
+                requests.append(self.submit(prompt, one))
+            while any(request.finish_reason is None for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.cancel(request)
         return requests
 
     def stream(self, prompt: list[int], sampling: Sampling = Sampling()) -> Iterator[Update]:  # noqa: B008
@@ -184,32 +199,61 @@ class Engine:
         finally:
             self.cancel(request)
 
+    @torch.inference_mode()
+    def score(self, prompt: list[int], tokens: list[int]) -> list[float]:
+        """The log-probability of each of `tokens` after `prompt`, with the bits of `generate`.
+
+        Raises:
+            ValueError: they do not fit in the free pages of the pool.
+        """
+        request = Request(-1, prompt, Sampling(), prompt + tokens)
+        allocator, last = self.scheduler.allocator, request.length - 1  # which needs no row
+        number = cdiv(last, self.pool.page_size)
+        if not prompt or number > allocator.num_available or last > self.max_length:
+            raise ValueError(f"Engine: score: {request.length} tokens do not fit")
+        pages = [allocator.allocate() for _ in range(number)]
+        request.pages = [page for page in pages if page is not None]
+        scores: list[float] = []
+        for start in range(0, last, self.scheduler.budget):
+            work = Work(request, start, min(start + self.scheduler.budget, last), 0)
+            hidden = self.run(self.build([work])[0])
+            first = max(start, len(prompt) - 1)  # the first row that predicts one of `tokens`
+            if first < work.stop:
+                logits = self.model.logits(hidden[first - start :])
+                scores += log_probabilities(logits, request.known[first + 1 : work.stop + 1])
+        allocator.release(request.pages)
+        return scores
+
     # one step
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """One forward pass; returns what it added.  Nothing if there is no work."""
-        finished = [self.finish_empty(r) for r in list(self.waiting) if r.max_tokens == 0]
-        work = self.schedule()
+        scheduler = self.scheduler
+        finished = [self.finish_empty(r) for r in list(scheduler.waiting) if r.max_tokens == 0]
+        work = scheduler.next_work()
         if not work:
             return finished
         self.counters.steps += 1
         batch, first_rows = self.build(work)
-        if self.graphs is not None and self.graphs.fits(batch):
-            hidden = self.graphs.run(batch)
-        else:
-            hidden = batch.in_order(self.model.run(batch, self.pool))
+        hidden = self.run(batch)
         updates = self.sample_all(work, hidden, first_rows)
         if self.draft_tokens:
             self.draft(work, hidden, first_rows)
-        for request in [r for r in self.running if r.finish_reason is not None]:
-            self.running.remove(request)
-            self.give_up_pages(request)
+        for update in updates:
+            if update.finish_reason is not None:
+                scheduler.remove(update.request)
         return finished + updates
+
+    def run(self, batch: TokenBatch) -> Tensor:
+        """The hidden states of the batch in the order of its tokens, [N, hidden]."""
+        if self.graphs is not None and self.graphs.fits(batch):
+            return self.graphs.run(batch)
+        return batch.in_order(self.model.run(batch, self.pool))
 
     def finish_empty(self, request: Request) -> Update:
         """A request for no tokens."""
-        self.waiting.remove(request)
+        self.scheduler.remove(request)
         request.finish_reason = "length"
         return Update(request, [], "", "length")
 
@@ -227,97 +271,7 @@ class Engine:
 
     def batch_of(self, tokens: list[int], segments: list[Segment]) -> TokenBatch:
         table = self.model.rotary_table(max(segment.stop for segment in segments))
-        return build_batch(torch.tensor(tokens), segments, self.page, table)
-
-    # scheduling
-
-    def schedule(self) -> list[Work]:
-        """The rows of the next step: generating requests first, then prompts by age."""
-        work: dict[int, Work] = {}
-        budget = self.budget
-        by_need = sorted(self.running, key=lambda r: r.length - r.computed > 1)
-        for request in by_need:
-            if request in self.running:  # it may have been preempted meanwhile
-                budget -= self.add_work(request, budget, work)
-        while budget > 0 and self.waiting and len(self.running) < self.max_running:
-            request = self.waiting[0]
-            self.reuse(request)
-            if not self.allocate(request, self.next_stop(request, budget), preempt=False):
-                self.give_up_pages(request)
-                break
-            self.counters.cached_prompt_tokens += request.computed
-            self.running.append(self.waiting.popleft())
-            budget -= self.add_work(request, budget, work)
-        return list(work.values())
-
-    def next_stop(self, request: Request, budget: int) -> int:
-        """One past the last position of the request's next rows, drafts included."""
-        last = len(request.prompt) + request.max_tokens - 1  # where the last token is drawn
-        return min(request.length + len(request.drafts), request.computed + budget, last)
-
-    def add_work(self, request: Request, budget: int, work: dict[int, Work]) -> int:
-        """Adds the next rows of a request; returns their number, 0 if there are no pages."""
-        stop = self.next_stop(request, budget)
-        if budget <= 0 or not self.allocate(request, stop, preempt=True, work=work):
-            return 0
-        work[request.id] = Work(request, request.computed, stop, max(0, stop - request.length))
-        return stop - request.computed
-
-    def allocate(
-        self, request: Request, stop: int, preempt: bool, work: dict[int, Work] | None = None
-    ) -> bool:
-        """Pages for positions up to `stop`; with `preempt`, at the expense of younger requests."""
-        while len(request.pages) * self.page < stop:
-            page = self.allocator.allocate()
-            if page is not None:
-                request.pages.append(page)
-                continue
-            if not preempt:
-                return False
-            victim = self.running[-1]
-            self.running.remove(victim)
-            self.give_up_pages(victim)
-            self.waiting.appendleft(victim)
-            self.counters.preemptions += 1
-            if work is not None:
-                work.pop(victim.id, None)
-            if victim is request:
-                return False
-        return True
-
-    def reuse(self, request: Request) -> None:
-        """Starts a request from the cached pages of an equal prompt."""
-        if not self.reuse_prompts or request.pages:
-            return
-        pages, partial, length, keys = self.allocator.reuse(request.prompt)
-        request.pages, request.keys = pages, keys
-        request.computed = len(pages) * self.page
-        if partial is not None:
-            self.allocator.own(partial)  # so that the copy does not take its place
-            page = self.allocator.allocate()
-            if page is not None:
-                self.pool.copy_page(partial, page)
-                request.pages.append(page)
-                request.computed = length
-            self.allocator.release([partial])
-
-    def give_up_pages(self, request: Request) -> None:
-        """Releases the pages; what they hold has to be computed again."""
-        self.allocator.release(request.pages)
-        request.pages, request.keys, request.drafts = [], [], []
-        request.computed = 0
-
-    def offer_pages(self, request: Request) -> None:
-        """Registers the pages of computed prompt tokens for later requests."""
-        count = min(request.computed, len(request.prompt))
-        while self.reuse_prompts and len(request.keys) * self.page < count:
-            number = len(request.keys)
-            tokens = tuple(request.prompt[number * self.page : count][: self.page])
-            parent = request.keys[-1] if request.keys else ROOT
-            key = self.allocator.register(request.pages[number], parent, tokens)
-            if len(tokens) < self.page:
-                return
-            request.keys.append(key)
+        return build_batch(torch.tensor(tokens), segments, self.pool.page_size, table)
 
     # after the forward pass
 
@@ -335,28 +289,32 @@ class Engine:
                 positions.append(position + 1)
                 penalty = request.sampling.repetition_penalty
                 histories.append(known[: position + 1] if penalty != 1 else ())
-        samples: Iterator[Sample] = iter(())
+        samples: Iterator[Sample | None] = iter(())
         if rows:
-            index = torch.tensor(rows, device=hidden.device)
-            samples = iter(
-                sample(self.model.logits(hidden[index]), samplings, positions, histories)
-            )
+            logits = self.model.logits(take(hidden, rows))
+            samples = iter(sample_finite(logits, samplings, positions, histories))
         updates = []
         for item in work:
             request, count = item.request, max(0, item.stop - item.request.length + 1)
             drawn = [next(samples) for _ in range(count)]
             request.computed = item.stop
-            self.offer_pages(request)
+            self.scheduler.offer_pages(request)
             if drawn:
                 updates.append(self.accept(request, item.drafts, drawn))
         return updates
 
-    def accept(self, request: Request, num_drafts: int, drawn: list[Sample]) -> Update:
-        """Appends the first sample, and each further one while the draft before it was right."""
+    def accept(self, request: Request, num_drafts: int, drawn: list[Sample | None]) -> Update:
+        """Appends the first sample, and each further one while the draft before it was right.
+
+        None instead of a sample ends the request with an error.
+        """
         drafts, request.drafts = request.drafts[:num_drafts], []
         first_length, text_before = request.length, len(request.text)
         accepted = 0
         for number, one in enumerate(drawn):
+            if one is None:
+                request.finish_reason = "error"
+                break
             request.append(one)
             self.counters.generated_tokens += 1
             if request.finish_reason is not None or number == len(drafts):
@@ -384,7 +342,7 @@ class Engine:
             rows += range(first, first + stop - item.start)
             tokens += request.known[item.start + 1 : stop + 1]
             segments += Work(request, item.start, stop, 0).segments()
-            if request.computed == request.length - 1:
+            if request.computed == request.length - 1 and self.can_propose(request):
                 proposing[len(rows) - 1] = request
         if not rows:
             return
@@ -408,9 +366,10 @@ class Engine:
 
     def can_propose(self, request: Request) -> bool:
         """Whether to draft one more token, for which the prediction layer caches one more."""
-        position = request.length + len(request.drafts) - 2
-        fits = position < len(request.pages) * self.page
-        return fits and len(request.drafts) < self.draft_tokens
+        drafts = len(request.drafts)
+        fits = request.length + drafts - 2 < len(request.pages) * self.pool.page_size
+        useful = len(request.samples) + drafts + 1 < request.max_tokens
+        return fits and useful and drafts < self.draft_tokens
 
     def predict(self, tokens: list[int], segments: list[Segment], hidden: Tensor) -> Tensor:
         """The states of the prediction layer, [N, hidden], in the order of the tokens."""
@@ -425,6 +384,20 @@ def take(rows: Tensor, index: list[int]) -> Tensor:
     return rows[torch.tensor(index, device=rows.device)]
 
 
+def sample_finite(
+    logits: Tensor,
+    samplings: list[Sampling],
+    positions: list[int],
+    histories: list[Sequence[int]],
+) -> list[Sample | None]:
+    """As `sample`, but None for a row of logits that has a NaN, +inf or no finite value."""
+    finite = logits.amax(-1).isfinite()
+    if finite.all():
+        return list(sample(logits, samplings, positions, histories))
+    samples = sample(logits.where(finite[:, None], 0), samplings, positions, histories)
+    return [s if ok else None for s, ok in zip(samples, finite.tolist(), strict=True)]
+
+
 def generate(
     model: DeepSeek,
     tokens: Tensor | list[list[int]],
@@ -436,10 +409,15 @@ def generate(
     if isinstance(tokens, Tensor):
         model.check_tokens(tokens)
         prompts = tokens.tolist()
-    pages = sum(-(-(len(prompt) + max_new_tokens) // PAGE) for prompt in prompts)
-    engine = Engine(model, num_pages=pages, max_running=max(1, len(prompts)), reuse_prompts=False)
+    most = model.config.max_position_embeddings
+    pages = sum(cdiv(min(len(prompt) + max_new_tokens, most), PAGE) for prompt in prompts)
+    count = max(1, len(prompts))
+    engine = Engine(
+        model, num_pages=max(1, pages), max_running=count, reuse_prompts=False, graphs=False
+    )
     sampling = replace(sampling or Sampling(), max_new_tokens=max_new_tokens)
-    results = [request.known for request in engine.generate(prompts, sampling)]
+    each = [replace(sampling, seed=sampling.seed + k) for k in range(len(prompts))]
+    results = [request.known for request in engine.generate(prompts, each)]
     if not isinstance(tokens, Tensor):
         return results
     longest = max(map(len, results), default=tokens.shape[1])

@@ -1,9 +1,10 @@
 """Decoding as a CUDA graph: the launches of a step are recorded once and replayed.
 
-A decode step has about twenty launches a layer and few rows, so that the host would be the limit.
+A decode step has about thirty launches a layer and few rows, so that the host would be the limit.
 A graph reads its inputs at fixed addresses and has a fixed number of rows: there is one for each
 power of two, and a step with fewer rows has padding rows, which have no slot and see no token.
-They change no bit of the others (`batch.py`).
+They change no bit of the others (`batch.py`).  With an indexer a graph scores all `max_pages` pages
+at every step.
 
     graphs = DecodeGraphs(model, pool, max_rows=64, max_pages=64)
     hidden = graphs.run(batch)  # of a batch of generated tokens
@@ -38,7 +39,7 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 def capture_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Records `function` after a run that loads its kernels."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # of the current device
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()
@@ -66,6 +67,8 @@ class DecodeGraphs:
         max_pages: int,
         capture: Capture = capture_cuda,
     ) -> None:
+        if pool.index_keys is not None and pool.index_keys.dtype != torch.uint8:
+            raise ValueError("DecodeGraphs: expected an indexer in FP8, got one in fp32")
         self.model, self.pool, self.capture = model, pool, capture
         self.max_rows, self.max_pages = max_rows, max_pages
         self.cos_sin = model.rotary_table(max_pages * pool.page_size)
@@ -83,7 +86,8 @@ class DecodeGraphs:
         size = 1 << (rows - 1).bit_length()
         if size not in self.graphs:
             inputs = self.empty_batch(size)
-            replay, result = self.capture(lambda: self.model.run(inputs, self.pool))
+            with torch.cuda.device(self.cos_sin.device if self.cos_sin.is_cuda else -1):
+                replay, result = self.capture(lambda: self.model.run(inputs, self.pool))
             self.graphs[size] = inputs, replay, result
         inputs, replay, result = self.graphs[size]
         for name, padding in PADDING.items():

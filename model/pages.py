@@ -6,7 +6,8 @@ only, that page is copied, as the rest of it is written by the new request.  A p
 owns any more keeps its tokens until the pool needs it, the least recently released first.
 
 Tokens that a model generated are not reused: their cached bits are those of a generated token, and
-a prompt has its own (`batch.py`).
+a prompt has its own (`batch.py`).  What the prediction layer caches at the end of reused tokens may
+belong to another next token; that can cost a draft, and no bit of the result.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class PageAllocator:
     idle: OrderedDict[int, None] = field(init=False)  # registered pages without owner, by age
     registered: dict[int, Registered] = field(init=False)
     children: dict[bytes, dict[int, Registered]] = field(init=False)  # of a key, by page
+    releases: int = 0  # how often a page has lost its last owner
 
     def __post_init__(self) -> None:
         self.free = list(range(self.num_pages))[::-1]
@@ -82,6 +84,7 @@ class PageAllocator:
             self.owners[page] -= 1
             if self.owners[page]:
                 continue
+            self.releases += 1
             if page in self.registered:
                 self.idle[page] = None
             else:
@@ -102,6 +105,10 @@ class PageAllocator:
         self.registered[page] = entry
         self.children.setdefault(parent, {})[page] = entry
         return page_key(parent, tokens)
+
+    def holds(self, page: int, count: int) -> bool:
+        """Whether the page is offered with `count` tokens."""
+        return page in self.registered and len(self.registered[page].tokens) == count
 
     def forget(self, page: int) -> None:
         """The page is not offered any more."""

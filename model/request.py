@@ -16,7 +16,8 @@ class Request:
 
     tokens, samples: the new tokens, the end token included, and how each was drawn.
     text: of the new tokens, without end token and stop string; "" without a tokenizer.
-    finish_reason: "stop" (an end token or a stop string), "length", "cancelled", or None.
+    finish_reason: "stop" (an end token or a stop string), "length", "cancelled", "error" (the model
+        gave logits that are not finite), or None.
     """
 
     id: int

@@ -19,7 +19,6 @@ CTRL (arXiv:1909.05858), SplitMix64 (Steele et al., OOPSLA 2014).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,11 +54,10 @@ class Sampling:
     logprobs: int = 0  # number of most likely tokens that are reported with each token
 
     def __post_init__(self) -> None:
-        self._require_number("temperature", 0, math.inf, "a finite number of at least 0")
+        self._require_number("temperature", 0, 1e300, "a finite number of at least 0")
         self._require_number("top_p", 0, 1, "a number from 0 to 1")
         self._require_number("min_p", 0, 1, "a number from 0 to 1")
-        self._require_number("repetition_penalty", 0, math.inf, "a finite number above 0")
-        self._require(self.repetition_penalty > 0, "repetition_penalty", "a finite number above 0")
+        self._require_number("repetition_penalty", 0.01, 100, "a number from 0.01 to 100")
         for name in ("top_k", "max_new_tokens", "logprobs"):
             self._require_integer(name, 0, 2**63, "an integer of at least 0")
         self._require_integer("seed", -(2**63), 2**64, "an integer from -2**63 to 2**64 - 1")
@@ -76,7 +74,7 @@ class Sampling:
     def _require_number(self, name: str, least: float, most: float, expected: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        self._require(number and least <= value <= most and value != math.inf, name, expected)
+        self._require(number and least <= value <= most, name, expected)
 
     def _require_integer(self, name: str, least: int, end: int, expected: str) -> None:
         value = getattr(self, name)
@@ -139,9 +137,7 @@ def sample(
         row = int(np.flatnonzero(~np.isfinite(row_max))[0])
         raise ValueError(f"sample: logits: row {row} has the maximum {row_max[row]}")
     tokens = scores.argmax(-1).tolist()  # the lowest id of equal logits
-    shifted = scores - row_max[:, None]
-    # The rows of a contiguous array are summed one by one, each in the order of its own elements.
-    log_sums = np.log(np.exp(shifted).sum(-1))
+    shifted, log_sums = normalize(scores)
     for row, sampling in enumerate(samplings):
         if sampling.temperature > 0 or sampling.repetition_penalty != 1:
             tokens[row] = _choose(scores[row], sampling, positions[row], histories[row])
@@ -152,6 +148,19 @@ def sample(
         else Sample(token, value, ())
         for row, (token, value, s) in enumerate(zip(tokens, values, samplings, strict=True))
     ]
+
+
+def normalize(scores: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Logits [N, V] less the maximum of their row, and the log of the sum of their exp, [N]."""
+    shifted = scores - scores.max(-1)[:, None]
+    # The rows of a contiguous array are summed one by one, each in the order of its own elements.
+    return shifted, np.log(np.exp(shifted).sum(-1))
+
+
+def log_probabilities(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """logits real [N, V], a token per row -> the `Sample.logprob` of each, without sampling."""
+    shifted, log_sums = normalize(logits.detach().cpu().double().contiguous().numpy())
+    return list((shifted[np.arange(len(tokens)), list(tokens)] - log_sums).tolist())
 
 
 def _choose(scores: FloatArray, s: Sampling, position: int, history: Sequence[int]) -> int:

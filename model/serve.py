@@ -76,8 +76,7 @@ def create_server(
     options: of `uvicorn.Config`, such as host and port.
     """
     assert engine.tokenizer is not None
-    config = engine.model.config
-    context = min(config.max_position_embeddings, engine.allocator.num_pages * engine.page)
+    context = engine.max_length
     limits = Limits(
         context=context,
         prompt_tokens=max_prompt_tokens or context,
@@ -89,7 +88,7 @@ def create_server(
     )
     worker = EngineWorker(engine, max_requests)
     settings = Settings(model, limits, api_key)
-    app = create_app(worker, engine.tokenizer, config.vocab_size, settings)
+    app = create_app(worker, engine.tokenizer, engine.model.config.vocab_size, settings)
     return Server(app, worker, shutdown_timeout, **options)
 
 

@@ -105,7 +105,8 @@ class EngineWorker:
         self.thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after the step that it is in."""
+        """Ends the thread after the step that it is in, and the open requests as cancelled."""
+        self.draining = True
 
         def command() -> None:
             self.stopping = True
@@ -188,6 +189,7 @@ class EngineWorker:
                 logger.exception("the engine failed")
                 self.failure = error
                 self._end(list(self.owners.values()), "error")
+        self._end(list(self.owners.values()), "cancelled")
 
     def _commands_and_step(self) -> None:
         if self.failure is not None or not self.engine.has_work:

@@ -70,6 +70,11 @@ def run_schedule(engine: Engine, requests: list[tuple[list[int], Sampling]], rng
     while pending or engine.has_work:
         while pending and rng.random() < 0.5:
             submitted.append(engine.submit(*pending.pop(0)))
+            if rng.random() < 0.2:  # a request that leaves
+                leaving = engine.submit([rng.randrange(101)] * rng.randrange(1, 40))
+                for update in engine.step():
+                    texts[update.request.id] = texts.get(update.request.id, 0) + len(update.tokens)
+                engine.cancel(leaving)
         for update in engine.step():
             texts[update.request.id] = texts.get(update.request.id, 0) + len(update.tokens)
         steps += 1
@@ -122,14 +127,65 @@ def test_v32_schedules_give_the_same_bits(make_config, rng, precision):
 @pytest.mark.proof
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 def test_200_schedules_give_the_same_bits(build, precision):
-    model = build(**precision)
+    model, preemptions = build(**precision), 0
 
     @settings(max_examples=70, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.randoms(use_true_random=False))
     def check(rng):
-        check_schedules(model, rng, 1)
+        nonlocal preemptions
+        preemptions += check_schedules(model, rng, 1)
 
     check()
+    assert preemptions > 0
+
+
+@pytest.mark.parametrize("budget", [7, 512])
+def test_scores_have_the_bits_of_generation(build, budget):
+    engine = Engine(build(dtype=torch.bfloat16), page=4, max_batch_tokens=budget, max_running=4)
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, ignore_eos=True)
+    for request in engine.generate([list(range(30)), [7]], sampling):
+        logprobs = [one.logprob for one in request.samples]
+        assert engine.score(request.prompt, request.tokens) == logprobs
+    assert engine.score([5], []) == [] and engine.stats().pages_used == 0
+    with pytest.raises(ValueError, match="score: 600 tokens do not fit"):
+        engine.score([1] * 300, [1] * 300)
+
+
+def test_logits_that_are_not_finite_end_one_request(build):
+    """An infinite embedding spoils the requests with its token and no other."""
+    model = build()
+    model.model["embed_tokens"].weight.data[9] = torch.inf
+    sampling = Sampling(max_new_tokens=6, ignore_eos=True)
+    engine = Engine(model, page=4, draft_tokens=1)
+    good, bad, other = engine.generate([[5, 6], [5, 9], [6, 5]], sampling)
+    assert bad.finish_reason == "error" and bad.tokens == []
+    for request in (good, other):
+        assert outcome(Engine(model).generate([request.prompt], sampling)[0]) == outcome(request)
+    assert engine.stats().pages_used == 0
+
+
+def test_long_requests_do_not_preempt_each_other_for_ever(build):
+    """Few rows per step: a request is admitted only if all that it knows fits."""
+    model = build({"max_position_embeddings": 512})
+    engine = Engine(model, page=4, num_pages=60, max_batch_tokens=16, reuse_prompts=False)
+    prompts = [[k] * 60 for k in range(6)]
+    engine.generate(prompts, Sampling(max_new_tokens=60, ignore_eos=True))
+    stats = engine.stats()
+    assert stats.preemptions > 0 and stats.prompt_tokens < 2 * 6 * 60
+
+
+def test_a_request_that_waits_forgets_no_pages(build):
+    engine = Engine(build(), page=4, num_pages=16)
+    engine.generate([list(range(20))], Sampling(max_new_tokens=1))
+    running = engine.submit([50] * 12, Sampling(max_new_tokens=30, ignore_eos=True))
+    engine.step()
+    engine.submit([60] * 56, Sampling(max_new_tokens=4, ignore_eos=True))
+    before = len(engine.scheduler.allocator.registered)
+    engine.step()
+    assert engine.num_waiting == 1 and len(engine.scheduler.allocator.registered) == before
+    while engine.has_work:
+        engine.step()
+    assert running.finish_reason == "length"
 
 
 def test_preempted_requests_finish(build):
@@ -246,6 +302,9 @@ def test_bad_requests(build, prompt, sampling, message):
 
 
 def test_bad_engines(build):
+    for name in ("num_pages", "page", "max_running", "max_batch_tokens"):
+        with pytest.raises(ValueError, match=f"Engine: {name}: expected at least 1, got 0"):
+            Engine(build(), **{name: 0})
     with pytest.raises(ValueError, match="cache_dtype: expected None or 'fp8', got 'int8'"):
         Engine(build(), cache_dtype="int8")
     with pytest.raises(ValueError, match="the checkpoint has no prediction layer"):

@@ -240,6 +240,8 @@ def test_sizes_that_differ_are_refused():
         ("top_k", 1.5),
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-308),
+        ("temperature", 10**400),
         ("repetition_penalty", math.inf),
         ("seed", 2**64),
         ("seed", None),

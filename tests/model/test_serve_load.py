@@ -197,7 +197,7 @@ def test_a_failed_engine_is_reported(monkeypatch):
         health = httpx.get(one.url + "/health")
         assert health.status_code == 503 and health.json() == {"status": "engine failed"}
         assert one.worker.finished == {"error": 2}
-        one.engine.waiting.clear()
+        one.engine.scheduler.waiting.clear()
 
 
 def test_command_serves_until_sigterm():
