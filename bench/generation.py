@@ -24,9 +24,7 @@ REPEATS = 2  # of speculative decoding
 
 def measure(model: Any, path: Path, text: bytes, record: Callable[..., dict]) -> list[dict]:
     """The records of an engine on `model`, and of transformers on the same weights in bf16."""
-    prompts = [
-        list(text[512 * k : 512 * k + PROMPT_BYTES + 7 * (k % 5)]) for k in range(max(BATCHES))
-    ]
+    prompts = [piece(text, k, PROMPT_BYTES + 7 * (k % 5)) for k in range(max(BATCHES))]
     records, outputs, rates = [], {}, {}
     for batch in BATCHES:
         rates[batch], outputs[batch], share = throughput(model, prompts[:batch])
@@ -38,12 +36,19 @@ def measure(model: Any, path: Path, text: bytes, record: Callable[..., dict]) ->
         record("batches of 1, 8 and 32 give the same tokens", float(same), "", same, "bit for bit"),
         record("engine, 32 requests to 1", gain, "x", None, "tokens/s of all requests together"),
         record("scheduling and sampling", share, "fraction", None, "of a step of 32 requests"),
-        *speculation(model, prompts[0], record),
     ]
+    if model.config.num_nextn_predict_layers:
+        records += speculation(model, prompts[0], record)
     for batch, rate in transformers_speed(path, text, record).items():
         note = f"bf16, {batch} prompts of {PROMPT_BYTES} tokens, the fastest step, 1 thread"
         records.append(record(f"transformers, batch {batch}", rate, "tokens/s", None, note))
     return records
+
+
+def piece(text: bytes, number: int, size: int) -> list[int]:
+    """A prompt: `size` bytes of the text, elsewhere for each number."""
+    start = 512 * number % max(1, len(text) - size)
+    return list(text[start : start + size])
 
 
 def throughput(model: Any, prompts: list[list[int]]) -> tuple[float, list[list[int]], float]:
@@ -129,7 +134,7 @@ def transformers_speed(path: Path, text: bytes, record: Callable[..., dict]) -> 
         model = load(Path(folder) / "bf16", dtype=torch.bfloat16).eval()
     rates = {}
     for batch in BATCHES:
-        prompt = torch.tensor([list(text[512 * k :][:PROMPT_BYTES]) for k in range(batch)])
+        prompt = torch.tensor([piece(text, k, PROMPT_BYTES) for k in range(batch)])
         out = model(prompt, use_cache=True, logits_to_keep=1)
         tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
         best = None

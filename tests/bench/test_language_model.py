@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import job, language_model
+from bench import generation, job, language_model
 from model.checkpoint import write_checkpoint
 from model.config import FP8_QUANTIZATION, Config
 from model.export import stored_tensors
@@ -25,6 +25,18 @@ NAMES = [
     "decode, bf16",
     "prefill, fp8",
     "decode, fp8",
+    "engine, batch 1",
+    "engine, batch 8",
+    "engine, batch 32",
+    "batches of 1, 8 and 32 give the same tokens",
+    "engine, 32 requests to 1",
+    "scheduling and sampling",
+    "drafts accepted",
+    "speculative decoding",
+    "speculation gives the same tokens",
+    "transformers, batch 1",
+    "transformers, batch 8",
+    "transformers, batch 32",
     "held-out bits per byte, plain fp32",
     "held-out bits per byte, bf16",
     "held-out bits per byte, fp8",
@@ -39,7 +51,7 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
         "tiny",
         hidden_size=128,
         num_hidden_layers=2,
-        num_nextn_predict_layers=0,
+        num_nextn_predict_layers=1,
         quantization_config=FP8_QUANTIZATION,
     )
     plain = PlainModel(config).eval()
@@ -49,6 +61,8 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
     few = {"SCORED_BYTES": 200, "WINDOW": 96, "NEW_TOKENS": 4, "TIMED_TOKENS": 2, "REPEATS": 1}
     for name, value in few.items():
         monkeypatch.setattr(language_model, name, value)
+    for name, value in {"NEW_TOKENS": 6, "DRAFTED_TOKENS": 8, "REPEATS": 1}.items():
+        monkeypatch.setattr(generation, name, value)
     # The model is random, so its losses by rounding have no meaning.
     monkeypatch.setattr(language_model, "BITS_LOST", 0.5)
     monkeypatch.setattr(language_model, "SAME_BYTES", 0.0)
