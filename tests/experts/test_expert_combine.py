@@ -144,7 +144,11 @@ def test_gradients(backend, topk, K, dtype, generator):
     want = torch.autograd.grad(plain(*exact, handle), exact, towards.double())
     for g, w in zip(got, want, strict=True):
         assert g.dtype == dtype
-        compare.assert_close(g, w)
+        if dtype == torch.bfloat16:  # rounded once; one of the 27 weights may dominate the rest
+            atol = 1e-5 * w.abs().max().item()
+            torch.testing.assert_close(g.double(), w, rtol=2.0**-8, atol=atol)
+        else:
+            compare.assert_close(g, w)
     named = handle[(handle >= 0) & (handle < len(y))].long()
     unnamed = torch.ones(len(y), dtype=torch.bool, device=y.device)
     unnamed[named] = False

@@ -152,7 +152,7 @@ def test_scores_have_the_bits_of_generation(build, budget):
 
 
 def test_logits_that_are_not_finite_end_one_request(build):
-    """An infinite embedding spoils the requests with its token and no other."""
+    """An infinite embedding ends the requests with its token and no other."""
     model = build()
     model.model["embed_tokens"].weight.data[9] = torch.inf
     sampling = Sampling(max_new_tokens=6, ignore_eos=True)
