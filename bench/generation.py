@@ -28,7 +28,7 @@ def measure(model: Any, path: Path, text: bytes, record: Callable[..., dict]) ->
     records, outputs, rates = [], {}, {}
     for batch in BATCHES:
         rates[batch], outputs[batch], share = throughput(model, prompts[:batch])
-        note = f"{batch} ragged requests, the fastest of {NEW_TOKENS - 1} steps, 1 thread"
+        note = f"{batch} requests, the fastest of {NEW_TOKENS - 1} steps, 1 thread"
         records.append(record(f"engine, batch {batch}", rates[batch], "tokens/s", None, note))
     same = outputs[1] == outputs[max(BATCHES)][:1] and outputs[8] == outputs[max(BATCHES)][:8]
     gain = rates[max(BATCHES)] / rates[1]
@@ -128,6 +128,8 @@ def transformers_speed(path: Path, text: bytes, record: Callable[..., dict]) -> 
     from model.checkpoint import Checkpoint
     from model.convert import Format, convert
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         convert(Checkpoint.open(path), Path(folder) / "bf16", Format.bf16)
         load = transformers.DeepseekV3ForCausalLM.from_pretrained
