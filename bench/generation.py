@@ -39,7 +39,10 @@ def measure(model: Any, path: Path, text: bytes, record: Callable[..., dict]) ->
     ]
     if model.config.num_nextn_predict_layers:
         records += speculation(model, prompts[0], record)
-    for batch, rate in transformers_speed(path, text, record).items():
+    rates = transformers_speed(path, text)
+    if not rates:
+        records.append(record("transformers", "not installed, not compared", "text", None))
+    for batch, rate in rates.items():
         note = f"bf16, {batch} prompts of {PROMPT_BYTES} tokens, the fastest step, 1 thread"
         records.append(record(f"transformers, batch {batch}", rate, "tokens/s", None, note))
     return records
@@ -119,7 +122,7 @@ def speculation(model: Any, prompt: list[int], record: Callable[..., dict]) -> l
 
 
 @torch.no_grad()
-def transformers_speed(path: Path, text: bytes, record: Callable[..., dict]) -> dict[int, float]:
+def transformers_speed(path: Path, text: bytes) -> dict[int, float]:
     """Tokens a second of transformers' greedy decoding by batch; empty without the package."""
     try:
         import transformers

@@ -63,7 +63,7 @@ class TokenBatch:
     """N rows; the first `num_prompt` are tokens of prompts, the others generated tokens.
 
     tokens, positions, slots: int64 [N].
-    cos, sin: fp32 [N, 1, rope], the factors of a value and of its partner in a pair; `rotate`.
+    cos, sin: fp32 [N, 1, rope], the factors of a value and of its partner in a pair; `apply_rope`.
     cos_sin: fp32 [positions, rope], the table of `rope_cos_sin`.
     block_table: int32 [N, P], the pages of the sequence of each row.
     cache_seqlens: int32 [N], tokens that each row sees, itself included.

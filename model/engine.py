@@ -35,7 +35,7 @@ from model.batch import Segment, TokenBatch, build_batch
 from model.cache import PAGE
 from model.deepseek import DeepSeek
 from model.graph import DecodeGraphs
-from model.request import EngineStats, Request, Update, Work, end_tokens
+from model.request import EngineStats, Request, Update, Work
 from model.sampling import Sample, Sampling, log_probabilities, sample
 from model.schedule import Scheduler
 from model.text import TextStream
@@ -129,8 +129,8 @@ class Engine:
             raise ValueError("Engine: stop strings need a tokenizer")
         request = Request(next(self.ids), prompt, sampling, list(prompt))
         request.max_tokens = min(sampling.max_new_tokens, room)
-        ends = set() if sampling.ignore_eos else end_tokens(config.eos_token_id)
-        request.stop_tokens = frozenset(ends | set(sampling.stop_tokens))
+        ends = () if sampling.ignore_eos else config.eos_token_ids
+        request.stop_tokens = frozenset([*ends, *sampling.stop_tokens])
         if self.tokenizer is not None:
             request.stream = TextStream(self.tokenizer.decoder(), sampling.stop)
         self.scheduler.waiting.append(request)

@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from model.deepseek import DeepSeek
@@ -28,11 +27,10 @@ from model.sampling import Sampling
 from model.tokenizer import load_tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib-bytes"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Options of several commands.
 Folder = Annotated[Path, typer.Option(help="a Hugging Face directory")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")]
 Fp8 = Annotated[bool, typer.Option(help="keep weights in FP8 and multiply in FP8")]
 CacheDtype = Annotated[str | None, typer.Option(help="fp8: keep the latent cache in FP8")]
 DraftTokens = Annotated[int, typer.Option(min=0, help="drafts per step of the MTP layer")]
@@ -45,10 +43,8 @@ Penalty = Annotated[float, typer.Option(help="of tokens that are in the text; 1:
 
 def load_model(checkpoint: Path, dtype: str, device: str, fp8: bool) -> DeepSeek:
     """`DeepSeek.from_pretrained` for a command: an error is one line and exit code 2."""
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"{dtype!r}: expected one of {', '.join(DTYPES)}")
     try:
-        return DeepSeek.from_pretrained(checkpoint, DTYPES[dtype], device, fp8)
+        return DeepSeek.from_pretrained(checkpoint, dtype, device, fp8)
     except (ValueError, FileNotFoundError) as error:
         raise exit_with(error) from error
 

@@ -101,10 +101,3 @@ class Work(NamedTuple):
         request, middle = self.request, min(max(self.start, len(self.request.prompt)), self.stop)
         parts = (self.start, middle, True), (middle, self.stop, False)
         return [Segment(a, b, request.pages, prompt) for a, b, prompt in parts if b > a]
-
-
-def end_tokens(eos: int | list[int] | None) -> set[int]:
-    """`eos_token_id` of a config as a set."""
-    if eos is None:
-        return set()
-    return set(eos) if isinstance(eos, list) else {eos}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepkern
 from deepkern.runtime import native
+from tests.models import randomize
 
 transformers = pytest.importorskip("transformers")
 fp8_modules = pytest.importorskip("transformers.integrations.finegrained_fp8")
@@ -79,15 +77,7 @@ def new_model(case: str, dtype: torch.dtype = torch.float32, **values):
     config.eos_token_id, config.pad_token_id = None, 0
     torch.manual_seed(1)
     model = getattr(transformers, f"Deepseek{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(std=0.2)
+    randomize(model)
     return model.to(dtype)
 
 
@@ -114,19 +104,6 @@ def median_error(ours: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def assert_close(ours: torch.Tensor, reference: torch.Tensor) -> None:
     assert reference.abs().max() > 0.5, "the logits are too small to compare"
     assert (ours - reference).abs().max() <= TOLERANCE
-
-
-class Calls(TorchDispatchMode):
-    """Counts the deepkern ops that run in the block."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "deepkern":
-            self.counts[function.__name__.split(".")[0]] += 1
-        return function(*args, **(kwargs or {}))
-
-    def __enter__(self):
-        self.counts = Counter()
-        return super().__enter__()
 
 
 def gradients(model, batch: dict, **arguments) -> dict[str, torch.Tensor]:

@@ -17,7 +17,6 @@ from tests.compat.patched_models import (
     FAMILIES,
     PADDING,
     TOLERANCE,
-    Calls,
     assert_close,
     assert_same_gradients,
     gradients,
@@ -28,6 +27,7 @@ from tests.compat.patched_models import (
     tokens_of,
     transformers,
 )
+from tests.models import Calls
 
 
 @pytest.mark.parametrize("padding", PADDING)

@@ -13,7 +13,6 @@ from tests.compat.patched_models import (
     DENSE,
     FAMILIES,
     SHAPE,
-    Calls,
     FP8Experts,
     FP8Linear,
     gradients,
@@ -24,6 +23,7 @@ from tests.compat.patched_models import (
     tokens_of,
     transformers,
 )
+from tests.models import Calls
 
 
 def set_fp8(case: str, **sizes):

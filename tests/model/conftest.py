@@ -13,6 +13,7 @@ from model.checkpoint import Checkpoint, write_checkpoint
 from model.config import Config
 from model.deepseek import DeepSeek, Precision
 from model.plain import PlainModel
+from tests.models import randomize
 
 YARN = {
     "type": "yarn",
@@ -53,19 +54,6 @@ def small_config(**changes: Any) -> Config:
         "max_position_embeddings": 128,
     }
     return Config(**{**values, **changes})
-
-
-@torch.no_grad()
-def randomize(model: torch.nn.Module) -> None:
-    """Weights of deviation 1/sqrt(inputs), norms from 0.5 to 1.5, selection biases around 0."""
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.uniform_(0.5, 1.5)
-        else:
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.normal_(std=0.2)
 
 
 def plain_model(config: Config) -> PlainModel:

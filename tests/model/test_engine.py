@@ -10,7 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import deepkern
 import model.batch
+from deepkern.runtime import native
 from model.deepseek import DeepSeek
 from model.engine import Engine, Request
 from model.sampling import Sampling
@@ -28,6 +30,13 @@ PRECISIONS = {
 def small_blocks(monkeypatch):
     """Prompts of a few tokens span several blocks of keys."""
     monkeypatch.setattr(model.batch, "PREFILL_BLOCK", 16)
+
+
+@pytest.fixture(autouse=True)
+def forced_backend():
+    """The native kernels, so that none of them is the reference; that only without a compiler."""
+    with deepkern.backend("torch" if native.missing_reason() else "cpu"):
+        yield
 
 
 @pytest.fixture
@@ -186,6 +195,20 @@ def test_a_request_that_waits_forgets_no_pages(build):
     while engine.has_work:
         engine.step()
     assert running.finish_reason == "length"
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("precision", [PRECISIONS["fp32"], PRECISIONS["fp8"]], ids=["fp32", "fp8"])
+def test_chunks_and_batches_give_the_same_bits_in_triton(build, precision):
+    model = build({"num_hidden_layers": 1, "first_k_dense_replace": 0}, **precision)
+    sampling = Sampling(max_new_tokens=3, ignore_eos=True)
+    prompts = [list(range(21)), [7, 8]]
+    with deepkern.backend("triton"):
+        engine = Engine(model, page=8, num_pages=16, max_batch_tokens=9, max_running=2)
+        together = engine.generate(prompts, sampling)
+        for request in together:
+            alone = Engine(model, page=64, num_pages=1).generate([request.prompt], sampling)[0]
+            assert outcome(alone) == outcome(request)
 
 
 def test_preempted_requests_finish(build):

@@ -9,6 +9,7 @@ from model import DeepSeek
 from model.engine import Engine
 from model.plain import PlainModel
 from model.sampling import Sampling
+from tests.models import randomize
 
 transformers = pytest.importorskip("transformers")
 
@@ -81,15 +82,8 @@ def case(request, tmp_path_factory):
     torch.manual_seed(1)
     config = getattr(transformers, f"Deepseek{family}Config")(**values)
     reference = getattr(transformers, f"Deepseek{family}ForCausalLM")(config).eval()
+    randomize(reference)
     with torch.no_grad():
-        for parameter in reference.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-        for name, buffer in reference.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(std=0.2)
         tokens = torch.randint(config.vocab_size, (2, 40))
         logits = reference(tokens).logits
     folder = tmp_path_factory.mktemp(request.param)
