@@ -34,8 +34,6 @@
 
 namespace sm90 {
 
-constexpr float LN_2 = 0.6931471805599453f;
-
 // A consumer warpgroup. WARPGROUP is also the parity of the tiles that it scores and the half of
 // the output's columns that it computes.
 template <bool FP8, int WARPGROUP>

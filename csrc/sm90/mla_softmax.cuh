@@ -11,6 +11,8 @@
 
 namespace sm90 {
 
+constexpr float LN_2 = 0.6931471805599453f;
+
 // Reductions over the four lanes that share a row.
 SM90_DEVICE float row_max_of(float x) {
   x = max_of(x, shuffle_xor(x, 1));
