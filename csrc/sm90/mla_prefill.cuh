@@ -44,7 +44,9 @@ struct PrefillTile {
   static constexpr uint32_t K_OFFSET = K_BYTES;
   static constexpr uint32_t V_OFFSET = K_OFFSET + 2 * K_BYTES;
   static constexpr uint32_t BARRIERS_OFFSET = V_OFFSET + 2 * V_BYTES;
-  static constexpr uint32_t SMEM_BYTES = BARRIERS_OFFSET + Ring<1>::BYTES + 2 * Ring<2>::BYTES;
+  // 8 bytes per consumer thread that nothing reads: see keep_softmax_before_wait.
+  static constexpr uint32_t ORDER_OFFSET = BARRIERS_OFFSET + Ring<1>::BYTES + 2 * Ring<2>::BYTES;
+  static constexpr uint32_t SMEM_BYTES = ORDER_OFFSET + 256 * 8;
   static_assert(SMEM_BYTES <= 232448, "the layout fits in the smem of a block");
 };
 
@@ -100,7 +102,7 @@ struct PrefillSchedule {
     const int blocks = block_count(), items = p.num_tiles * p.H;
     while (round * blocks < items) {
       const int place = round % 2 ? blocks - 1 - block_index() : block_index();
-      const int item = round++ * blocks + PLANT(no_reverse_order, block_index(), place);
+      const int item = round++ * blocks + place;
       if (item < items && select(w, item)) return true;
     }
     return false;
@@ -177,10 +179,8 @@ struct PrefillConsumer {
       : p(arguments), rings(smem) {}
 
   // The warpgroups issue their WGMMAs in turn. Warpgroup 1 lets warpgroup 0 start.
-  SM90_DEVICE void wait_turn() { UNLESS_PLANTED(no_turns, named_barrier_sync(2 + warpgroup, 256)); }
-  SM90_DEVICE void end_turn() {
-    UNLESS_PLANTED(no_turns, named_barrier_arrive(3 - warpgroup, 256));
-  }
+  SM90_DEVICE void wait_turn() { named_barrier_sync(2 + warpgroup, 256); }
+  SM90_DEVICE void end_turn() { named_barrier_arrive(3 - warpgroup, 256); }
 
   template <int STAGES>
   SM90_DEVICE void release(Ring<STAGES>& ring) {
@@ -246,10 +246,15 @@ struct PrefillConsumer {
     }
     return {alpha[0], alpha[1]};
   }
+  // ptxas moves a wait for WGMMAs over arithmetic, but not over a memory access that depends on it.
+  SM90_DEVICE void keep_softmax_before_wait() {
+    store_shared(rings.smem + PrefillTile::ORDER_OFFSET + thread_index() * 8,
+                 FloatPair{row_sum[0], row_sum[1]});
+  }
   SM90_DEVICE void pack_p() {
 #pragma unroll
     for (int i = 0; i < KEYS / 4; ++i) {
-      packed[i / 4][i % 4] = pack(to_bf16(score[2 * i]), to_bf16(score[2 * i + 1]));
+      packed[i / 4][i % 4] = pack_bf16(score[2 * i], score[2 * i + 1]);
     }
   }
   SM90_DEVICE void rescale(FloatPair alpha) {
@@ -300,7 +305,9 @@ struct PrefillConsumer {
     end_turn();
     UNLESS_PLANTED(no_wait_for_prefill_scores, wgmma_wait<1>());
     release(rings.keys);
+    keep_order(score);  // the release comes before the softmax
     const FloatPair alpha = softmax<MASKED>(j);
+    keep_softmax_before_wait();
     WHEN_PLANTED(releases_values_early, release(rings.values));
     UNLESS_PLANTED(rescales_before_pv_ends, wgmma_wait<0>());
     UNLESS_PLANTED(releases_values_early, release(rings.values));
@@ -331,7 +338,7 @@ struct PrefillConsumer {
 #pragma unroll
       for (int i = 2 * half; i < PrefillTile::V_DIM / 2; i += 4) {
         store_global(reinterpret_cast<uint32_t*>(out + i / 4 * 8),
-                     pack(to_bf16(sum[i] * scale), to_bf16(sum[i + 1] * scale)));
+                     pack_bf16(sum[i] * scale, sum[i + 1] * scale));
       }
       if (lane_index() % 4 == 0) {
         const float lse = total == 0.0f ? minus_infinity() : row_max[half] + log2_of(total);
@@ -350,7 +357,7 @@ struct PrefillConsumer {
         // Tiles of keys that all queries of the warpgroup attend to need no mask.
         const int full_tiles = w.visible_keys(p, w.first + warpgroup * 64) / KEYS;
         int j = w.key_tiles - 2;
-        for (; j >= PLANT(no_mask_after_first_step, 0, full_tiles); --j) step<true>(j);
+        for (; j >= PLANT(no_mask_after_first_step, w.key_tiles, full_tiles); --j) step<true>(j);
         for (; j >= 0; --j) step<false>(j);
         finish();
       }
