@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "../fp8_gemm.h"
@@ -61,6 +62,8 @@ inline void plan_mla_splits(MlaArguments& p) {
   const int splits =
       p.max_tokens / p.min_split_tokens + (p.max_tokens % p.min_split_tokens > 0);
   p.num_splits = splits < 1 ? 1 : splits < p.max_splits ? splits : p.max_splits;
+  // P of a score s is 2^(s · scale - maximum). With scale 0 a masked score would be inf · 0.
+  if (p.softmax_scale_log2 == 0) p.softmax_scale_log2 = std::numeric_limits<float>::min();
   if (p.page_size < 1) p.page_size = 1;  // no token is read, but page_size is a divisor
   // TMA needs pages of a multiple of 64 tokens and one stride between all tokens of the cache.
   p.tma_page_rows = p.token_stride > 0 ? p.page_stride / p.token_stride : 0;
