@@ -33,10 +33,11 @@ std::string launch_mla_prefill(const MlaPrefillArguments& p, void* stream) {
   if (encoder() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
   CUtensorMap q, k, v;
   const int64_t Hk = p.H / p.heads_per_key;
+  const int64_t key_rows = std::max(p.Tk, 1);  // a map needs a row, of which nothing is loaded
   const bool encoded =
       encode_heads(&q, p.q, p.T, p.H, PrefillTile::QK_DIM, p.q_row_stride, p.q_head_stride) &&
-      encode_heads(&k, p.k, p.Tk, Hk, PrefillTile::QK_DIM, p.k_row_stride, p.k_head_stride) &&
-      encode_heads(&v, p.v, p.Tk, Hk, PrefillTile::V_DIM, p.v_row_stride, p.v_head_stride);
+      encode_heads(&k, p.k, key_rows, Hk, PrefillTile::QK_DIM, p.k_row_stride, p.k_head_stride) &&
+      encode_heads(&v, p.v, key_rows, Hk, PrefillTile::V_DIM, p.v_row_stride, p.v_head_stride);
   if (!encoded) return "cuTensorMapEncodeTiled refused q, k or v";
   static std::atomic<uint64_t> prepared{0};  // whether the smem limit is set: one bit per device
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;

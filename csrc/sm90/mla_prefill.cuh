@@ -192,12 +192,12 @@ struct PrefillConsumer {
   SM90_DEVICE void multiply_qk() {
     rings.keys.wait_full();
     wgmma_fence(score);
-    const char* q = rings.smem + warpgroup * 64 * 128;
+    const uint64_t q = matrix_descriptor(rings.smem + warpgroup * 64 * 128, 0, 1024);
+    const uint64_t k = matrix_descriptor(rings.key_tile(), 0, 1024);
 #pragma unroll
     for (int step = 0; step < PrefillTile::QK_DIM / 16; ++step) {
-      const int at = step / 4 * PrefillTile::COLUMN_BYTES + step % 4 * 32;
-      wgmma_bf16<KEYS>(score, matrix_descriptor(q + at, 0, 1024),
-                       matrix_descriptor(rings.key_tile() + at, 0, 1024), step > 0);
+      const uint32_t at = step / 4 * PrefillTile::COLUMN_BYTES + step % 4 * 32;
+      wgmma_bf16<KEYS>(score, advance_descriptor(q, at), advance_descriptor(k, at), step > 0);
     }
     wgmma_commit();
   }
@@ -205,11 +205,11 @@ struct PrefillConsumer {
   SM90_DEVICE void multiply_pv() {
     UNLESS_PLANTED(no_wait_for_values, rings.values.wait_full());
     wgmma_fence(sum);
+    const uint64_t v = matrix_descriptor(rings.value_tile(), PrefillTile::COLUMN_BYTES, 1024);
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step) {
-      const char* rows = rings.value_tile() + PLANT(values_of_first_keys, 0, step) * 16 * 128;
-      wgmma_bf16<PrefillTile::V_DIM, false>(
-          sum, packed[step], matrix_descriptor(rows, PrefillTile::COLUMN_BYTES, 1024), true);
+      const uint32_t at = PLANT(values_of_first_keys, 0, step) * 16 * 128;
+      wgmma_bf16<PrefillTile::V_DIM, false>(sum, packed[step], advance_descriptor(v, at), true);
     }
     wgmma_commit();
   }

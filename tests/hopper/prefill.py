@@ -59,7 +59,9 @@ def prefill_of(library: ctypes.CDLL) -> PrefillFunction:
         read = {name: rows_with_gaps(x) for name, x in (("q", q), ("k", k), ("v", v))}
         read |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
         message = ctypes.create_string_buffer(4096)
-        options = RunOptions(seed, ORDERS[order], ctypes.cast(message, ctypes.c_char_p), len(message))
+        options = RunOptions(
+            seed, ORDERS[order], ctypes.cast(message, ctypes.c_char_p), len(message)
+        )
         with only(library, read, {"out": out, "lse": lse, "tiles": tiles}):
             failed = library.emulate_mla_prefill(ctypes.byref(p), blocks, options)
         if failed:
