@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import deepkern
-from bench import emulator
+from bench import emulator, hopper
 from deepkern.testing import compare, ops
-from tests.compiled import hopper
 
 pytestmark = pytest.mark.slow
 

@@ -23,10 +23,11 @@ from unittest import mock
 import torch
 
 import deepkern
-from bench.emulator import CSRC, ROOT, compiler, run, served
 from deepkern.runtime import backends, native, ptx_library
 
-HERE, BUILD = Path(__file__).parent, ROOT / "build" / "hopper"
+from .emulator import CSRC, ROOT, compiler, run, served
+
+HERE, BUILD = CSRC / "ptx" / "hopper", ROOT / "build" / "hopper"
 NVCC = shutil.which("nvcc")
 # The flags of setup.py, with PTX in the place of machine code, and line numbers.
 NVCC_FLAGS = ["-gencode", "arch=compute_90a,code=compute_90a", "-no-compress", "-lineinfo"]
@@ -126,7 +127,7 @@ def ops() -> ctypes.CDLL:
              "-DDEEPKERN_SM90_DEVICE=CPU", '-DDEEPKERN_SM90_SOURCES=""']  # fmt: skip
     parts = [
         compile_host(CSRC / "sm90" / "ops.cpp", *include, *named),
-        compile_host(HERE / "hopper_ops.cpp", *include),
+        compile_host(HERE / "ops.cpp", *include),
     ]
     library = link(parts, f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10")
     native.missing_reason()  # loads deepkern_native, which defines the schemas
@@ -147,12 +148,17 @@ def cuda_backend(
     seed: int = 0,
     order: str = "random",
     multiprocessors: int = 132,
+    every: int = 0,
     **settings,
 ) -> Iterator[None]:
-    """Forces backend `cuda` to accept CPU tensors and to run its kernels on the machine."""
+    """Forces backend `cuda` to accept CPU tensors and to run its kernels on the machine.
+
+    `every`: inside `deepkern.profiled`, run every n-th cluster of an op's main kernel only.
+    """
     used = library or kernels()
     ops().machine_use(*(getattr(used, name)() for name in LAUNCHERS))
     used.machine_set_multiprocessors(multiprocessors)
+    used.machine_run_every(every)
     used.machine_launches()
     on_gpu = backends.unsupported_on_device
 
