@@ -72,6 +72,9 @@ inline void plan_mla_splits(MlaArguments& p) {
              p.tma_rows() < INT32_MAX - 64;
 }
 
+// The operands of a group of heads take this part of the L2 cache: half of an H100's.
+constexpr int64_t PREFILL_L2_BYTES = 24 << 20;
+
 // Arguments of mla_prefill. Strides are in elements. Heads of a row do not overlap.
 struct MlaPrefillArguments {
   const void *q, *k, *v;      // bf16 [T, H, 192], [Tk, H / heads_per_key, 192] and [.., 128]
@@ -90,19 +93,45 @@ struct MlaPrefillArguments {
   bool causal;
 };
 
+// Arguments of mla_prefill_backward. `forward.out` and `forward.lse` are results of the forward
+// pass, `forward.tiles` is the table of query tiles.
+struct MlaPrefillBackwardArguments {
+  MlaPrefillArguments forward;
+  const void* grad_out;    // bf16 [T, H, 128]
+  const float* grad_lse;   // [H, T], or null
+  void *grad_q, *grad_k, *grad_v;
+  float* delta;            // scratch memory [H, T]
+  int* key_tiles;          // scratch memory [num_key_tiles, 4]
+  int64_t grad_out_row_stride, out_row_stride;
+  int grad_out_head_stride, out_head_stride;
+  float softmax_scale;
+  int num_key_tiles;       // of 64 keys
+  int key_heads_per_group;
+};
+
 // Sets num_tiles and heads_per_group.
 inline void plan_mla_prefill(MlaPrefillArguments& p) {
   p.num_tiles = (p.T + 127) / 128 + p.num_boundaries;
-  constexpr int64_t L2_BYTES = 24 << 20;  // half of an H100's cache
-  const int64_t key_heads = L2_BYTES / (int64_t{p.Tk} * (192 + 128) * 2 + 1);
+  const int64_t key_heads = PREFILL_L2_BYTES / (int64_t{p.Tk} * (192 + 128) * 2 + 1);
   const int64_t heads = (key_heads < 1 ? 1 : key_heads) * p.heads_per_key;
   p.heads_per_group = static_cast<int>(heads < p.H ? heads : p.H);
+}
+
+// Sets the numbers of tiles and of heads per group.
+inline void plan_mla_prefill_backward(MlaPrefillBackwardArguments& p) {
+  plan_mla_prefill(p.forward);
+  p.num_key_tiles = (p.forward.Tk + 63) / 64 + p.forward.num_boundaries;
+  const int key_heads = p.forward.H / p.forward.heads_per_key;
+  const int64_t head_bytes = int64_t{p.forward.T} * p.forward.heads_per_key * (192 + 128) * 2;
+  const int64_t heads = PREFILL_L2_BYTES / (head_bytes + 1);
+  p.key_heads_per_group = static_cast<int>(heads < 1 ? 1 : heads < key_heads ? heads : key_heads);
 }
 
 // Launch on the current device, which must be a Hopper GPU. Return an error message, or "".
 std::string launch_fp8_gemm(const Fp8GemmProblem& problem, void* stream);
 std::string launch_mla_decode(MlaArguments arguments, void* stream);
 std::string launch_mla_prefill(const MlaPrefillArguments& arguments, void* stream);
+std::string launch_mla_prefill_backward(const MlaPrefillBackwardArguments& arguments, void* stream);
 
 // Sets `stream` to torch's current stream of the device; false if torch has no CUDA.
 bool current_stream(int device, void** stream);

@@ -5,10 +5,10 @@
 //     out[i]      = softmax over the visible j of score[i, j] · v[j]
 //
 // Parallelization: a persistent kernel. A work item is a tile of 128 queries of one head; a table
-// of the tiles is written by find_prefill_tiles. A block has a producer warp and two consumer
-// warpgroups of 64 queries each. The producer loads keys and values by TMA, 128 at a time, into
-// two rings of two buffers, and runs ahead into the next work item. A consumer keeps scores, P and
-// the output in registers, and overlaps twice:
+// of the tiles is written by find_prefill_tiles (mla_prefill_schedule.cuh). A block has a producer
+// warp and two consumer warpgroups of 64 queries each. The producer loads keys and values by TMA,
+// 128 at a time, into two rings of two buffers, and runs ahead into the next work item. A consumer
+// keeps scores, P and the output in registers, and overlaps twice:
 //
 //   - within a warpgroup: Q·Kᵀ of step j and P·V of step j + 1 are issued together; the softmax of
 //     step j overlaps with P·V of step j + 1;
@@ -25,11 +25,9 @@
 // Source: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2, for both overlaps.
 #pragma once
 
-#include "mla_softmax.cuh"
+#include "mla_prefill_schedule.cuh"
 
 namespace sm90 {
-
-using deepkern::MlaPrefillArguments;
 
 struct PrefillTile {
   static constexpr int ROWS = 128;                 // queries
@@ -74,89 +72,28 @@ struct PrefillRings {
   }
 };
 
-// A work item: a tile of queries of one head, and the keys that its queries attend to.
-struct PrefillWork {
-  int head;
-  int first, end;          // first query of the tile, and the query after the sequence's last one
-  int key_begin, key_end;  // keys of the sequence
-  int key_tiles;           // steps: tiles of keys that a query of the tile attends to
-  int shift;               // causal: query i attends to the keys up to i + shift
-
-  // Keys of the sequence that the queries up to `query` attend to.
-  SM90_DEVICE int visible_keys(const MlaPrefillArguments& p, int query) const {
-    const int end = p.causal ? min_of(query + shift + 1, key_end) : key_end;
-    return end > key_begin ? end - key_begin : 0;
-  }
-};
-
-// The work items of a block. Heads are processed in groups whose keys and values fit in the L2
-// cache; within a group the tiles with the most keys come first. In odd rounds the blocks take
-// their items in reverse order, which balances the keys of the blocks.
-struct PrefillSchedule {
-  const MlaPrefillArguments& p;
-  int round = 0;
-
-  SM90_DEVICE explicit PrefillSchedule(const MlaPrefillArguments& arguments) : p(arguments) {}
-
-  SM90_DEVICE bool next(PrefillWork& w) {
-    const int blocks = block_count(), items = p.num_tiles * p.H;
-    while (round * blocks < items) {
-      const int place = round % 2 ? blocks - 1 - block_index() : block_index();
-      const int item = round++ * blocks + place;
-      if (item < items && select(w, item)) return true;
-    }
-    return false;
-  }
-  // Sets `w` to an item; false if its tile is empty.
-  SM90_DEVICE bool select(PrefillWork& w, int item) {
-    const int group_items = p.heads_per_group * p.num_tiles, group = item / group_items;
-    const int first_head = group * p.heads_per_group, in_group = item % group_items;
-    const int heads = min_of(p.heads_per_group, p.H - first_head);
-    w.head = first_head + in_group % heads;
-    const int* entry = p.tiles + int64_t{4} * (in_group / heads);
-    w.first = load_global(entry), w.end = load_global(entry + 1);
-    w.key_begin = load_global(entry + 2), w.key_end = load_global(entry + 3);
-    w.shift = w.key_end - w.end;  // both sequences end together
-    const int keys = w.visible_keys(p, w.first + PrefillTile::ROWS - 1);
-    w.key_tiles = (keys + PrefillTile::KEYS - 1) / PrefillTile::KEYS;
-    return w.first < w.end;
-  }
-};
-
-// Issues the copies of a tile of 128 rows and COLUMNS column blocks.
-template <int COLUMNS>
-SM90_DEVICE void load_rows(char* to, const TensorMap* map, Barrier* full, int column, int row) {
-  uint32_t bytes = COLUMNS * PrefillTile::COLUMN_BYTES;
-  WHEN_PLANTED(announces_too_few_rows, bytes -= 128);
-  barrier_arrive_expect(full, bytes);
-#pragma unroll
-  for (int c = 0; c < COLUMNS; ++c) {
-    tma_load(to + c * PrefillTile::COLUMN_BYTES, map, full, column + c * 64, row);
-  }
-}
-
 // Producer thread: loads the tiles of all work items.
 SM90_DEVICE void load_prefill_tiles(const TensorMap* q, const TensorMap* k, const TensorMap* v,
                                     const MlaPrefillArguments& p, char* smem) {
   PrefillRings rings(smem);
-  PrefillSchedule schedule(p);
+  PrefillSchedule<PrefillTile::KEYS> schedule(p);
   PrefillWork w;
   while (schedule.next(w)) {
     const int key_head = PLANT(keys_of_head_0, 0, w.head / p.heads_per_key);
     for (int j = w.key_tiles - 1; j >= 0; --j) {
       const int row = w.key_begin + j * PrefillTile::KEYS;
       rings.keys.wait_empty();
-      load_rows<3>(rings.key_tile(), k, &rings.keys.full_barrier[rings.keys.stage],
-                   key_head * p.k_head_stride, row);
+      load_rows<3, 128>(rings.key_tile(), k, &rings.keys.full_barrier[rings.keys.stage],
+                        key_head * p.k_head_stride, row);
       rings.keys.advance();
       if (j == w.key_tiles - 1) {
         UNLESS_PLANTED(no_wait_for_empty_queries, rings.queries.wait_empty());
-        load_rows<3>(smem, q, rings.queries.full_barrier, w.head * p.q_head_stride, w.first);
+        load_rows<3, 128>(smem, q, rings.queries.full_barrier, w.head * p.q_head_stride, w.first);
         rings.queries.advance();
       }
       rings.values.wait_empty();
-      load_rows<2>(rings.value_tile(), v, &rings.values.full_barrier[rings.values.stage],
-                   key_head * p.v_head_stride, row);
+      load_rows<2, 128>(rings.value_tile(), v, &rings.values.full_barrier[rings.values.stage],
+                        key_head * p.v_head_stride, row);
       rings.values.advance();
     }
   }
@@ -262,13 +199,10 @@ struct PrefillConsumer {
     for (int i = 0; i < PrefillTile::V_DIM / 2; ++i) sum[i] *= i / 2 % 2 ? alpha.high : alpha.low;
   }
 
-  // Zeros the values of the last tile that belong to the next sequence, because 0 · NaN is NaN.
+  // Zeros the values of the last tile that belong to the next sequence.
   SM90_DEVICE void clear_value_tail(int keys) {
     UNLESS_PLANTED(no_wait_for_values, rings.values.wait_full());
-    for (int i = thread_index(); i < (KEYS - keys) * 16; i += 256) {
-      const int chunk = i % 16, at = chunk / 8 * PrefillTile::COLUMN_BYTES + chunk % 8 * 16;
-      store_shared(rings.value_tile() + at + (keys + i / 16) * 128, Chunk{});
-    }
+    clear_rows<2, KEYS>(rings.value_tile(), keys);
     UNLESS_PLANTED(no_fence_after_value_tail, fence_async_proxy());
     UNLESS_PLANTED(no_wait_after_value_tail, named_barrier_sync(1, 256));
   }
@@ -348,7 +282,7 @@ struct PrefillConsumer {
   }
 
   SM90_DEVICE void attend() {
-    PrefillSchedule schedule(p);
+    PrefillSchedule<PrefillTile::KEYS> schedule(p);
     PrefillWork w;
     if (warpgroup == 1) end_turn();
     while (schedule.next(w)) {
@@ -387,82 +321,6 @@ void mla_prefill(SM90_PARAMETER TensorMap q,  // bf16 [T, H · stride], boxes [1
   } else {
     registers_increase<240>();
     PrefillConsumer(p, smem).attend();
-  }
-}
-
-// A span of rows between two boundaries: the rows before the first sequence, a sequence, or the
-// rows after the last one. Boundaries are clamped to the tensor and do not decrease.
-struct Boundaries {
-  const int* boundaries;  // int32 [count]
-  int count, rows;
-
-  // Boundary `i`, or the end of the tensor, without regard to the preceding ones.
-  SM90_DEVICE int clamped(int i) const {
-    if (i < 0) return 0;
-    if (i >= count) return rows;
-    const int x = load_global(boundaries + i);
-    return x < 0 ? 0 : min_of(x, rows);
-  }
-};
-
-// The largest value among the lanes up to this one, and the sum of these values.
-SM90_DEVICE int max_of_preceding(int x) {
-  for (int d = 1; d < 32; d *= 2) {
-    const int lane = lane_index(), other = shuffle_from(x, lane < d ? lane : lane - d);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-SM90_DEVICE int sum_of_preceding(int x) {
-  for (int d = 1; d < 32; d *= 2) {
-    const int lane = lane_index(), other = shuffle_from(x, lane < d ? lane : lane - d);
-    if (lane >= d) x += other;
-  }
-  return x;
-}
-
-// Pre-pass: writes the table of query tiles, four int32 per tile: first query, query after the
-// sequence's last one, first key, key after the sequence's last one. Entries without a tile are
-// zeros. The rows outside all sequences have tiles without keys. Of each sequence the last tile,
-// which has the most keys, comes first.
-// Parallelization: one warp per span. It scans the preceding spans, 32 at a time.
-SM90_KERNEL(128, 1)
-void find_prefill_tiles(SM90_PARAMETER MlaPrefillArguments p) {
-  const Boundaries queries{p.cu_seqlens_q, p.num_boundaries, p.T};
-  const Boundaries keys{p.cu_seqlens_k, p.num_boundaries, p.Tk};
-  const int num_spans = p.num_boundaries + 1, mine = block_index() * 4 + warp_index();
-  if (mine >= num_spans) return;
-  int last_end = 0, last_key_end = 0, preceding = 0;
-  int first = 0, end = 0, key_begin = 0, key_end = 0, tile = 0;
-  for (int start = 0; start <= mine; start += 32) {
-    const int span = start + lane_index();
-    const int ends = max_of_preceding(queries.clamped(span));
-    const int span_end = ends > last_end ? ends : last_end;
-    const int key_ends = max_of_preceding(keys.clamped(span));
-    const int span_key_end = key_ends > last_key_end ? key_ends : last_key_end;
-    const int previous = shuffle_from(span_end, lane_index() > 0 ? lane_index() - 1 : 0);
-    const int previous_key = shuffle_from(span_key_end, lane_index() > 0 ? lane_index() - 1 : 0);
-    const int span_first = lane_index() > 0 ? previous : last_end;
-    const int span_key_begin = lane_index() > 0 ? previous_key : last_key_end;
-    const int tiles = (span_end - span_first + PrefillTile::ROWS - 1) / PrefillTile::ROWS;
-    const int up_to = sum_of_preceding(tiles);
-    const int lane = mine - start < 31 ? mine - start : 31;
-    first = shuffle_from(span_first, lane), end = shuffle_from(span_end, lane);
-    key_begin = shuffle_from(span_key_begin, lane), key_end = shuffle_from(span_key_end, lane);
-    tile = preceding + shuffle_from(up_to - tiles, lane);
-    preceding += shuffle_from(up_to, 31);
-    last_end = shuffle_from(span_end, 31), last_key_end = shuffle_from(span_key_end, 31);
-  }
-  const bool is_sequence = mine > 0 && mine < num_spans - 1;
-  const int count = (end - first + PrefillTile::ROWS - 1) / PrefillTile::ROWS;
-  const int entries = mine == num_spans - 1 ? p.num_tiles - tile : count;
-  for (int i = lane_index(); i < entries; i += 32) {
-    int* entry = p.tiles + int64_t{4} * (tile + i);
-    const bool empty = i >= count;
-    store_global(entry, empty ? 0 : first + (count - 1 - i) * PrefillTile::ROWS);
-    store_global(entry + 1, empty ? 0 : end);
-    store_global(entry + 2, is_sequence ? key_begin : 0);
-    store_global(entry + 3, is_sequence ? key_end : 0);
   }
 }
 

@@ -12,8 +12,13 @@ extern "C" void emulate_plan_mla_prefill(deepkern::MlaPrefillArguments* p) {
 static TensorMap map_of(const void* x, int rows, int heads, int dim, int64_t row_stride,
                         int head_stride) {
   return {static_cast<char*>(const_cast<void*>(x)),
-          static_cast<uint64_t>((heads - 1) * head_stride + dim), static_cast<uint64_t>(rows),
-          static_cast<uint64_t>(row_stride) * 2, 64, 128, 2, true};
+          static_cast<uint64_t>((heads - 1) * head_stride + dim),
+          static_cast<uint64_t>(rows),
+          static_cast<uint64_t>(row_stride) * 2,
+          64,
+          128,
+          2,
+          true};
 }
 
 // 0: success; 1: failure, and `message` has the error.
@@ -26,9 +31,12 @@ extern "C" int emulate_mla_prefill(const deepkern::MlaPrefillArguments* p, int b
   const int find_blocks = (p->num_boundaries + 1 + 3) / 4;
   return run_checked(options, [&] {
     const auto find = make_launch(options, find_blocks, 128, 0);
-    Machine(find, [&] { find_prefill_tiles(*p); }).run();
-    const auto attend =
-        make_launch(options, blocks, PrefillTile::THREADS, PrefillTile::SMEM_BYTES);
+    Machine(find, [&] {
+      find_prefill_tiles<QUERY_ROWS>({p->cu_seqlens_q, p->num_boundaries, p->T},
+                                     {p->cu_seqlens_k, p->num_boundaries, p->Tk}, p->causal,
+                                     p->tiles, p->num_tiles);
+    }).run();
+    const auto attend = make_launch(options, blocks, PrefillTile::THREADS, PrefillTile::SMEM_BYTES);
     Machine(attend, [&] { mla_prefill(q, k, v, *p); }).run();
   });
 }

@@ -350,7 +350,7 @@ def check_contents(
 
 
 @mla_prefill.op.register_limits("cuda")
-def _unsupported_on_hopper(q, k, v, *_) -> str | None:
+def unsupported_on_hopper(q, k, v, *_) -> str | None:
     """Why the `cuda` backend (csrc/sm90/mla_prefill.cuh) does not support these, or None."""
     widths = q.shape[2], v.shape[2]
     if q.dtype != torch.bfloat16 or widths != (192, 128):
