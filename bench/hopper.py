@@ -36,7 +36,8 @@ NVCC_FLAGS += ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fno-gn
 HOST_FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-Wall", "-Wextra"]
 LIBRARY = "deepkern_machine"
 # Of cudart.cpp: each returns a launcher of csrc/sm90, in the order of machine_use.
-LAUNCHERS = tuple(f"machine_{name}_launcher" for name in ("fp8_gemm", "mla", "mla_prefill"))
+NAMES = ("fp8_gemm", "mla", "mla_prefill", "mla_prefill_backward")
+LAUNCHERS = tuple(f"machine_{name}_launcher" for name in NAMES)
 
 
 @functools.cache
@@ -107,7 +108,7 @@ def kernels(bug: str = "", of: str = "", tiles: str = "") -> ctypes.CDLL:
     """
     changed = {"sm90/fp8_gemm_tiles.h": tiles} if tiles else {}
     parts = []
-    for name in ("fp8_gemm", "mla_decode", "mla_prefill"):
+    for name in ("fp8_gemm", "mla_decode", "mla_prefill", "mla_prefill_backward"):
         flags = (f"-DPLANT_{bug}=1",) if name == of else ()
         parts.append(compile_kernels(f"sm90/{name}.cu", changed, flags))
     parts.append(compile_host(HERE / "cudart.cpp", "-isystem", str(toolkit() / "include")))

@@ -120,6 +120,8 @@ GOALS = [
     _hopper("mla_decode", "B 128, H 16, 4K, FP8",
             {"lengths": (4096,), "batch": 128, "H": 16, "cache_dtype": _U8}),
     _hopper("mla_prefill", "8K causal, H 128", {"lengths": (8192,), "H": 16}, "16 heads"),
+    _hopper("mla_prefill_backward", "8K causal, H 128", {"lengths": (8192,), "H": 16},
+            "16 heads"),
 ]  # fmt: skip
 
 

@@ -314,12 +314,12 @@ void mla_prefill(SM90_PARAMETER TensorMap q,  // bf16 [T, H · stride], boxes [1
     barrier_init_fence();
   }
   block_sync();
-  // 128 · 24 + 256 · 240 = 384 · 168 registers.
+  // 128 · 40 + 256 · 232 = 384 · 168 registers.
   if (warp >= 8) {
-    registers_decrease<PLANT(prefill_producer_keeps_registers, 96, 24)>();
+    registers_decrease<PLANT(prefill_producer_keeps_registers, 96, 40)>();
     if (warp == 8 && elect_one()) load_prefill_tiles(&q, &k, &v, p, smem);
   } else {
-    registers_increase<240>();
+    registers_increase<232>();
     PrefillConsumer(p, smem).attend();
   }
 }

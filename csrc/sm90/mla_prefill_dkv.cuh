@@ -469,18 +469,17 @@ void mla_prefill_dkv(SM90_PARAMETER TensorMap grad_out,  // bf16 [T, H · stride
     barrier_init_fence();
   }
   block_sync();
-  // 128 · 40 + 256 · 232 = 384 · 168 registers.
+  // 128 · (40 + 224 + 240) = 384 · 168 registers.
   if (warp >= 8) {
     registers_decrease<40>();
     if (warp == 8 && elect_one()) load_dkv_tiles(&grad_out, &q, &k, &v, p, smem);
     if (warp == 9) load_dkv_rows(p, smem);
+  } else if (warp < 4) {
+    registers_increase<224>();
+    DvConsumer(p, smem).run();
   } else {
-    registers_increase<232>();
-    if (warp < 4) {
-      DvConsumer(p, smem).run();
-    } else {
-      DkConsumer(p, smem).run();
-    }
+    registers_increase<240>();
+    DkConsumer(p, smem).run();
   }
 }
 

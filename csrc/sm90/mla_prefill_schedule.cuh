@@ -25,8 +25,10 @@ struct PrefillWork {
 };
 
 // The work items of a block: pairs of a head and an entry of the table of tiles. Heads are
-// processed in groups whose operands fit in the L2 cache; within a group the order is that of the
-// table. In odd rounds the blocks take their items in reverse order, which balances their work.
+// processed in groups whose operands fit in the L2 cache. Within a group the tiles follow the order
+// of the table, the most work first, or the opposite order, in turns; the last group starts with
+// the most. The blocks take one item each per round, also in both orders in turns. So the work of
+// consecutive items changes slowly, and two rounds together give each block nearly the same work.
 struct ItemOrder {
   int num_tiles, heads, heads_per_group;
   int round = 0;
@@ -34,15 +36,19 @@ struct ItemOrder {
   // Sets `head` and `tile` to the next pair; false if there is none.
   SM90_DEVICE bool next(int& head, int& tile) {
     const int blocks = block_count(), items = num_tiles * heads;
-    while (round * blocks < items) {
-      const int place = round % 2 ? blocks - 1 - block_index() : block_index();
+    const int rounds = (items + blocks - 1) / blocks;
+    while (round < rounds) {
+      const bool reversed = (rounds - round) % 2 == 1;
+      const int place = reversed ? blocks - 1 - block_index() : block_index();
       const int item = round++ * blocks + place;
       if (item >= items) continue;
-      const int group_items = heads_per_group * num_tiles, first = item / group_items;
-      const int in_group = item % group_items;
-      const int group_heads = min_of(heads_per_group, heads - first * heads_per_group);
-      head = first * heads_per_group + in_group % group_heads;
+      const int group_items = heads_per_group * num_tiles, group = item / group_items;
+      const int in_group = item % group_items, first_head = group * heads_per_group;
+      const int group_heads = min_of(heads_per_group, heads - first_head);
+      const int groups_left = (heads - 1) / heads_per_group - group;
+      head = first_head + in_group % group_heads;
       tile = in_group / group_heads;
+      if (groups_left % 2 == 1) tile = num_tiles - 1 - tile;
       return true;
     }
     return false;

@@ -215,6 +215,10 @@ EXPORTED void* machine_mla_prefill_launcher() {
   return reinterpret_cast<void*>(&deepkern::launch_mla_prefill);
 }
 
+EXPORTED void* machine_mla_prefill_backward_launcher() {
+  return reinterpret_cast<void*>(&deepkern::launch_mla_prefill_backward);
+}
+
 // The launches since the last call, a line for each: blocks, blocks of a cluster, kernel.
 EXPORTED const char* machine_launches() {
   static std::string taken;
