@@ -45,8 +45,6 @@ struct Launch {
   int registers = 0;                           // per thread at launch; 0: the maximum
   uint64_t seed = 0;
   Order order = Order::random;
-  int accumulator_bits = 0;  // kept in an FP8 sum, 14 on Hopper; 0: float32
-  bool sums_in_order = false;  // WGMMA adds one product after the other in float32, not exactly
 };
 
 struct Block;

@@ -132,7 +132,6 @@ class Run:
     seed: int = 0
     order: str = "random"
     blocks: int = 4
-    accumulator_bits: int = 0
     by_tma: bool | None = None
     splits: int = 1  # number of splits of K
     out: Tensor | None = None
@@ -172,8 +171,7 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
         with only(library, read, {"out": out}):
             failed = library.emulate_fp8_gemm(
                 *matrices, ctypes.byref(p), TILES.index(run.tile), run.blocks,
-                ctypes.c_uint64(run.seed), ORDERS[run.order], run.accumulator_bits, message,
-                len(message),
+                ctypes.c_uint64(run.seed), ORDERS[run.order], message, len(message),
             )  # fmt: skip
         if failed:
             raise EmulatorFailure(message.value.decode())

@@ -72,13 +72,11 @@ void run_tile(int tile, const Operand& a, const Operand& b, const GemmArguments&
 // tile: index in sm90/fp8_gemm_tiles.h.
 extern "C" int emulate_fp8_gemm(char* a, int64_t a_rows, int64_t a_row, char* b, int64_t b_rows,
                                 int64_t b_row, const GemmArguments* p, int tile, int blocks,
-                                uint64_t seed, int order, int accumulator_bits, char* message,
-                                int message_bytes) {
+                                uint64_t seed, int order, char* message, int message_bytes) {
   Launch launch;
   launch.blocks = blocks;
   launch.seed = seed;
   launch.order = static_cast<emulator::Order>(order);
-  launch.accumulator_bits = accumulator_bits;
   try {
     run_tile(tile, {a, static_cast<uint64_t>(a_rows), static_cast<uint64_t>(a_row)},
              {b, static_cast<uint64_t>(b_rows), static_cast<uint64_t>(b_row)}, *p, launch);
