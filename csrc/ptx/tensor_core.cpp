@@ -253,14 +253,24 @@ float special_sum(const float* a, const float* b, int N, int k0, int k1, float c
 
 inline __attribute__((always_inline)) void round_results(const double* exact, const Sums& sums,
                                                          float* d) {
-  for (int j = 0; j < COLUMNS; ++j) {
-    if (sums.f16) {
+  if (sums.f16) {
+    for (int j = 0; j < COLUMNS; ++j) {
       const auto code = static_cast<uint16_t>(encode(exact[j] + 0.0, F16, Rounding::RN));
       d[j] = f16_to_float(code);
-    } else {
-      d[j] = truncate(exact[j], sums.result_bits);
     }
+    return;
   }
+  // Truncation clears bits of a double whose exponent is one of float32, or which is 0.
+  const uint64_t mask = ~uint64_t{0} << (52 - sums.result_bits);
+  constexpr uint64_t LEAST = static_cast<uint64_t>(LEAST_EXPONENT + 1023) << 52;
+  int subnormal = 0;
+  for (int j = 0; j < COLUMNS; ++j) {
+    const uint64_t bits = double_bits(exact[j]), magnitude = bits & ~uint64_t{0} >> 1;
+    subnormal |= magnitude < LEAST && magnitude != 0;
+    d[j] = static_cast<float>(bits_double(bits & mask) + 0.0);
+  }
+  if (!subnormal) return;
+  for (int j = 0; j < COLUMNS; ++j) d[j] = truncate(exact[j], sums.result_bits);
 }
 
 // Replaces results by those of special_sum where an operand is infinite or NaN.

@@ -16,7 +16,7 @@ NO_EXPONENT = -100_000
 
 
 def unpack(codes: ndarray, name: str) -> tuple[ndarray, ndarray]:
-    """(significand with its sign, exponent) with value = significand · 2^(exponent - mantissa bits).
+    """(significand with its sign, exponent): value = significand · 2^(exponent - mantissa bits).
 
     Subnormal numbers have the least exponent. Zeros, infinities and NaN have no exponent.
     """

@@ -72,9 +72,7 @@ LAYOUTS = [FP8_LAYOUT] + [
 
 def hopper_sums(a: torch.Tensor, b: torch.Tensor, c):
     """c + a · bᵀ as WGMMAs of 32 bytes of K add on Hopper."""
-    name, fraction, result, block = (
-        ("e4m3", 13, 13, 32) if a.dtype == FP8 else ("bf16", 25, 23, 16)
-    )
+    name, fraction, result, block = ("e4m3", 13, 13, 32) if a.dtype == FP8 else ("bf16", 25, 23, 16)
     codes = [x.view(torch.uint8 if a.dtype == FP8 else torch.uint16).numpy() for x in (a, b)]
     return tensor_core_model.dot_add(*codes, name, c, fraction, result, block)
 
@@ -82,7 +80,7 @@ def hopper_sums(a: torch.Tensor, b: torch.Tensor, c):
 @pytest.mark.parametrize("N", WIDTHS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: " ".join(k for k, on in x.items() if on))
 def test_wgmma(kernels, N, layout, generator):
-    """The bits of Hopper's sums: both types, K- and MN-major, A in registers, with and without C."""
+    """The bits of Hopper's sums: both types and layouts, A in registers, with and without C."""
     K, dtype = (128, FP8) if layout["fp8"] else (64, torch.bfloat16)
     a, b = (torch.randn(rows, K, generator=generator).to(dtype) for rows in (64, N))
     addend = torch.randn(64, N, generator=generator)
