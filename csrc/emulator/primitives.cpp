@@ -264,12 +264,16 @@ void barrier_arrive(Barrier* barrier) {
   arrive(block, block.mbarrier(barrier, "barrier_arrive"), 0);
 }
 
-void barrier_arrive_at(Barrier* barrier, int rank) {
-  const uint32_t offset = current().block->offset(barrier, 8, "barrier_arrive_at");
-  Block& block = cluster_block(rank, "barrier_arrive_at");
-  Mbarrier& b = block.mbarrier(block.shared + offset, "barrier_arrive_at");
-  if (!b.init_fenced) fail("barrier_arrive_at: no barrier_init_fence after barrier_init");
+void barrier_arrive_remote(Barrier* barrier, int rank) {
+  const uint32_t offset = current().block->offset(barrier, 8, "barrier_arrive_remote");
+  Block& block = cluster_block(rank, "barrier_arrive_remote");
+  Mbarrier& b = block.mbarrier(block.shared + offset, "barrier_arrive_remote");
+  if (!b.init_fenced) fail("barrier_arrive_remote: no barrier_init_fence after barrier_init");
   arrive(block, b, 0);
+}
+
+void barrier_arrive_release_cluster(Barrier* barrier, int rank) {
+  barrier_arrive_remote(barrier, rank);
 }
 
 void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
@@ -286,6 +290,10 @@ void barrier_wait(Barrier* barrier, uint32_t parity) {
   const uint32_t offset = block.offset(barrier, 8, "barrier_wait");
   machine().wait(b.waiters, [&] { return describe(b, offset, parity); },
                  [&] { return (b.phase & 1) != parity; });
+}
+
+void barrier_wait_acquire_cluster(Barrier* barrier, uint32_t parity) {
+  barrier_wait(barrier, parity);
 }
 
 namespace {

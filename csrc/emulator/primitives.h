@@ -96,9 +96,11 @@ void fence_async_proxy();
 void barrier_init(Barrier* barrier, int count);
 void barrier_init_fence();
 void barrier_arrive(Barrier* barrier);
-void barrier_arrive_at(Barrier* barrier, int rank);
+void barrier_arrive_remote(Barrier* barrier, int rank);
+void barrier_arrive_release_cluster(Barrier* barrier, int rank);
 void barrier_arrive_expect(Barrier* barrier, uint32_t bytes);
 void barrier_wait(Barrier* barrier, uint32_t parity);
+void barrier_wait_acquire_cluster(Barrier* barrier, uint32_t parity);
 
 // Thread barriers.
 void named_barrier_sync(int id, int threads);

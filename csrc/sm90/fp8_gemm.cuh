@@ -122,7 +122,7 @@ SM90_DEVICE void release_stage(OperandRing<Tile>& ring) {
   if (Tile::CLUSTER == 1) {
     if (lane_index() == 0) barrier_arrive(empty);
   } else if (lane_index() < PLANT(neighbour_not_released, 1, Tile::CLUSTER)) {
-    barrier_arrive_at(empty, lane_index());
+    barrier_arrive_remote(empty, lane_index());
   }
 }
 
@@ -197,7 +197,7 @@ template <class Tile>
 SM90_DEVICE void multiply_tiles(const TensorMap* out, const GemmArguments& p, char* smem,
                                 typename Tile::Tiles tiles) {
   OperandRing<Tile> ring(smem);
-  Ring<1> partials_ring(smem + Tile::PARTIALS_BARRIERS);
+  typename Tile::PartialsRing partials_ring(smem + Tile::PARTIALS_BARRIERS);
   const int warpgroup = thread_index() / 128, rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
   const int thread_row = warpgroup * 64 + thread_index() % 128 / 32 * 16 + lane_index() / 4;
   char* staging = smem + Tile::STAGING + (Tile::SWAPPED ? 0 : warpgroup * 64 * Tile::N * 4);
@@ -256,7 +256,8 @@ void fp8_gemm(SM90_PARAMETER TensorMap a,    // e4m3 [rows of A, K], boxes of 12
     const int partials_arrivals =
         4 * Tile::WARPGROUPS * PLANT(partials_expect_one_block, 1, cluster);
     if (Tile::SWAPPED) {
-      Ring<1>(smem + Tile::PARTIALS_BARRIERS).init(partials_arrivals, partials_arrivals);
+      typename Tile::PartialsRing(smem + Tile::PARTIALS_BARRIERS)
+          .init(partials_arrivals, partials_arrivals);
     }
     UNLESS_PLANTED(no_barrier_init_fence, barrier_init_fence());
   }

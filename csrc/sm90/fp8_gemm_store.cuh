@@ -126,12 +126,24 @@ SM90_DEVICE void store_four(const GemmArguments& p, int64_t row, int n, Floats x
   }
 }
 
+// A warp's arrival at a barrier of the partial sums in the first `blocks` blocks of the cluster.
+// One block exchanges nothing and needs no release in the scope of the cluster.
+template <class Tile>
+SM90_DEVICE void arrive_partials(Barrier* barrier, int blocks, int num_splits) {
+  if (!Tile::CLUSTER_SPLIT_K || num_splits == 1) {
+    if (lane_index() < blocks) barrier_arrive(barrier);
+  } else if (lane_index() < blocks) {
+    barrier_arrive_release_cluster(barrier, lane_index());
+  }
+}
+
 // Epilogue of a swapped tile. A thread's sums are those of `column` and `column` + 8 of the tile.
 // Each block writes its partial sums to its smem, where all blocks of the cluster read them. Each
 // warp of the cluster then reduces and stores whole rows of D.
 template <class Tile>
-SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], Ring<1>& partials_ring,
-                               char* partials, const GemmArguments& p, const TileWork& w,
+SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2],
+                               typename Tile::PartialsRing& partials_ring, char* partials,
+                               const GemmArguments& p, const TileWork& w,
                                const typename Tile::Tiles& tiles, int column) {
   const int num_splits = Tile::CLUSTER_SPLIT_K ? p.num_splits : 1;
   const int rank = Tile::CLUSTER_SPLIT_K ? cluster_rank() : 0;
@@ -143,7 +155,7 @@ SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], Ring<1>& partial
   }
   UNLESS_PLANTED(no_warp_sync_after_partials, warp_sync());
   const int notified = PLANT(one_block_not_notified, num_splits - 1, num_splits);
-  if (lane_index() < notified) barrier_arrive_at(partials_ring.full_barrier, lane_index());
+  arrive_partials<Tile>(partials_ring.full_barrier, notified, num_splits);
   UNLESS_PLANTED(no_wait_for_partials, partials_ring.wait_full());
   const int first_m = PLANT(all_ranks_store_same_rows, 0, rank) + num_splits * warp_index();
   for (int m = first_m; m < Tile::N; m += num_splits * 4 * Tile::WARPGROUPS) {
@@ -160,7 +172,7 @@ SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], Ring<1>& partial
     }
   }
   UNLESS_PLANTED(no_warp_sync_after_reduction, warp_sync());
-  if (lane_index() < num_splits) barrier_arrive_at(partials_ring.empty_barrier, lane_index());
+  arrive_partials<Tile>(partials_ring.empty_barrier, num_splits, num_splits);
   partials_ring.advance();
 }
 

@@ -41,6 +41,7 @@ struct GemmTile {
   static constexpr uint32_t BARRIERS = SCALES + STAGES * SCALE_BYTES;
   static constexpr uint32_t PARTIALS_BARRIERS = BARRIERS + Ring<STAGES>::BYTES;
   static constexpr uint32_t SMEM_BYTES = PARTIALS_BARRIERS + (SWAPPED ? Ring<1>::BYTES : 0);
+  using PartialsRing = Ring<1, CLUSTER_SPLIT_K>;  // one buffer: the staging buffer
 
   // Arrivals on a full barrier: the TMA thread, and each lane of the warp that loads scales.
   static constexpr int FULL_ARRIVALS =

@@ -177,8 +177,19 @@ SM90_DEVICE void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
-// Arrives at the barrier at the same smem offset in block `rank` of the cluster.
-SM90_DEVICE void barrier_arrive_at(Barrier* barrier, int rank) {
+// Arrives at the barrier at the same smem offset in block `rank` of the cluster. It releases in the
+// scope of this block, so it may only say that a buffer is free: no data of this thread is visible
+// to the other block.
+SM90_DEVICE void barrier_arrive_remote(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
+      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+// The same for data: makes this thread's earlier accesses visible to the threads of the cluster
+// that wait with barrier_wait_acquire_cluster. Costs a membar of the whole GPU (MEMBAR.ALL.GPU).
+SM90_DEVICE void barrier_arrive_release_cluster(Barrier* barrier, int rank) {
   asm volatile(
       "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
       " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
@@ -193,8 +204,18 @@ SM90_DEVICE void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
                "r"(bytes)
                : "memory");
 }
-// Waits until the phase of this parity completes. Phases count from 0.
+// Waits until the phase of this parity completes. Phases count from 0. Acquires in the scope of
+// this block: copies of TMA to this block's smem and what its threads wrote.
 SM90_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n .reg .pred done;\n again:\n"
+      " mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      " @done bra ended;\n bra again;\n ended:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// The same for data of other blocks of the cluster. Invalidates all of L1 (CCTL.IVALL).
+SM90_DEVICE void barrier_wait_acquire_cluster(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n .reg .pred done;\n again:\n"
       " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"

@@ -352,7 +352,7 @@ ERRORS = {
     "block_sync without one thread": "31 lanes wait for block_sync",
     "cluster_wait without cluster_arrive": "cluster_wait: no cluster_arrive since the last call",
     "cluster_arrive without cluster_wait": "cluster_arrive: no cluster_wait since the last call",
-    "a missing rank": "barrier_arrive_at: no block of rank 1",
+    "a missing rank": "barrier_arrive_remote: no block of rank 1",
     "multicast to a missing rank": "tma_load_multicast: no block of rank 1",
     "a store past shared memory": "store_shared: 4 bytes at offset 16384 are not in the 16384",
     "a load before shared memory": "load_shared: 4 bytes at offset -4 are not in",

@@ -109,7 +109,7 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
     }
     if (name == "a missing rank") {
       init_barrier(1);
-      barrier_arrive_at(barrier, 1);
+      barrier_arrive_remote(barrier, 1);
     }
     if (name == "multicast to a missing rank") {
       init_barrier(1);

@@ -230,7 +230,7 @@ int emulate_cluster(char* in, float* out, RunOptions options) {
     barrier_wait(full, 0);
     float sum = load_shared<float>(memory + lane_index() / 16 * 128 + lane_index() % 16 * 4);
     for (int lanes = 16; lanes; lanes /= 2) sum += shuffle_xor(sum, lanes);
-    if (elect_one()) barrier_arrive_at(read, 1 - rank);
+    if (elect_one()) barrier_arrive_remote(read, 1 - rank);
     barrier_wait(read, 0);
     if (lane_index() == 0) store_global(out + block_index(), 100.0f * rank + sum);
     cluster_arrive();
@@ -239,16 +239,21 @@ int emulate_cluster(char* in, float* out, RunOptions options) {
 }
 
 // out[4, 4]: each of the four blocks of a cluster reads 4 floats from the next block's shared
-// memory. bug 1: no cluster barrier before the read; bug 2: none after it.
+// memory, which signals an mbarrier. bug 1: no cluster barrier before the signal; bug 2: none after
+// the read.
 int emulate_distributed(float* out, int bug, RunOptions options) {
-  Launch launch = make_launch(options, 4, 32, 16);
+  Launch launch = make_launch(options, 4, 32, 24);
   launch.cluster = 4;
   return run_checked(options, launch, [&] {
     const int rank = cluster_rank();
+    Barrier* written = new_barrier(shared_memory() + 16, 1);
+    if (bug != 1) cluster_sync();
     if (lane_index() < 4) {
       store_shared(shared_memory() + 4 * lane_index(), 10.0f * rank + lane_index());
     }
-    if (bug != 1) cluster_sync();
+    warp_sync();
+    if (elect_one()) barrier_arrive_release_cluster(written, (rank + 3) % 4);
+    barrier_wait_acquire_cluster(written, 0);
     const Floats next = load_shared_at(shared_memory(), (rank + 1) % 4);
     for (int i = 0; i < 4; ++i) {
       if (lane_index() == i) store_global(out + rank * 4 + i, next.value[i]);
