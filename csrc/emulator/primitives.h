@@ -60,20 +60,16 @@ bool elect_one();
 // Shared memory.
 char* shared_memory();
 uint32_t shared_address(const void* p);
-void record_shared_store(const void* p, uint32_t bytes);
+void store_shared_bytes(void* p, const void* value, uint32_t bytes);
+void load_shared_bytes(const void* p, void* value, uint32_t bytes);
 template <class T>
 void store_shared(void* p, T value) {
-  record_shared_store(p, sizeof(T));
-  std::memcpy(p, &value, sizeof(T));
+  store_shared_bytes(p, &value, sizeof(T));
 }
 template <class T>
 T load_shared(const void* p) {
-  if (emulator::current().block->offset(p, sizeof(T), "load_shared") % sizeof(T)) {
-    emulator::fail("load_shared: address is not aligned");
-  }
-  emulator::current().block->machine->maybe_yield(32);
   T value;
-  std::memcpy(&value, p, sizeof(T));
+  load_shared_bytes(p, &value, sizeof(T));
   return value;
 }
 struct alignas(16) Chunk {
@@ -136,7 +132,8 @@ void tma_store_wait() {
 uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes);
 void wgmma_fence();
 template <int N>
-void wgmma_fence(float (&)[N]) {
+void wgmma_fence(float (&d)[N]) {
+  asm volatile("" ::"r"(&d[0]) : "memory");  // they are written before the fence here, too
   wgmma_fence();
 }
 void wgmma_commit();

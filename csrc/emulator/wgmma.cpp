@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "../ptx/tensor_core.h"
+#include "calls.h"
 #include "primitives.h"
 
 namespace emulator {
@@ -20,46 +21,58 @@ namespace {
 // K-major operand such a row has consecutive k of one matrix row, else 64 matrix rows at one k.
 struct Tile {
   const Block& block;
+  const std::vector<Clock>& clocks;  // of the warps that issued the WGMMA
   uint32_t start, leading, stride;
   int element_bytes;
   bool k_major;
 
-  Tile(const Block& b, uint64_t descriptor, int element_bytes, bool k_major)
+  Tile(const Block& b, const Wgmma& w, uint64_t descriptor, bool k_major)
       : block(b),
+        clocks(w.clocks),
         start(static_cast<uint32_t>(descriptor & 0x3fff) << 4),
         leading(static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4),
         stride(static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4),
-        element_bytes(element_bytes),
+        element_bytes(w.fp8 ? 1 : 2),
         k_major(k_major) {
+    constexpr uint64_t RESERVED = 0x3ff1c000c000c000;  // bits 14, 15, 30, 31, 46-48 and 52-61
+    if (descriptor & RESERVED) fail("wgmma: descriptor: a reserved bit is set");
+    if (descriptor >> 49 & 7) fail("wgmma: descriptor: expected base offset 0");
     if (descriptor >> 62 != 1) fail("wgmma: descriptor: expected the 128-byte swizzle");
     // The descriptor's base offset, which could shift the swizzle pattern, is not emulated.
     if (start >> 7 & 7) fail("wgmma: descriptor: expected a tile aligned to 8 rows of 128 bytes");
   }
 
-  // The offset in shared memory, checked.
-  uint32_t offset_of(int row, int k) const {
+  // 16 bytes that start with the element (row, k), checked.
+  const char* chunk(int row, int k) const {
     uint32_t offset = start;
     if (k_major) {
       offset += row / 8 * stride + row % 8 * 128 + k * element_bytes;
     } else {
       offset += row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * element_bytes;
     }
-    offset ^= (offset >> 7 & 7) << 4;
-    block.offset(block.shared + offset, element_bytes, "wgmma");
-    if (block.unfenced_writer[offset]) {
-      fail("wgmma reads shared memory at offset " + std::to_string(offset) + ", which thread " +
-           std::to_string(block.unfenced_writer[offset] - 1) +
-           " wrote and no fence_async_proxy followed");
-    }
-    return offset;
+    offset = swizzled(offset);
+    block.offset(block.shared + offset, 16, "wgmma");
+    block.records.async_load(offset, 16, "wgmma", clocks);
+    return block.shared + offset;
   }
 
   // [rows, K] elements without gaps.
   std::vector<uint8_t> codes(int rows, int K) const {
     std::vector<uint8_t> codes(static_cast<size_t>(rows) * K * element_bytes);
-    for (int i = 0; i < rows * K; ++i) {
-      std::memcpy(&codes[i * element_bytes], block.shared + offset_of(i / K, i % K),
-                  element_bytes);
+    const int width = 16 / element_bytes;
+    for (int row = 0; k_major && row < rows; ++row) {
+      for (int k = 0; k < K; k += width) {
+        std::memcpy(&codes[(row * K + k) * element_bytes], chunk(row, k), 16);
+      }
+    }
+    for (int k = 0; !k_major && k < K; ++k) {
+      for (int row = 0; row < rows; row += width) {
+        const char* from = chunk(row, k);
+        for (int i = 0; i < width; ++i) {
+          std::memcpy(&codes[((row + i) * K + k) * element_bytes], from + i * element_bytes,
+                      element_bytes);
+        }
+      }
     }
     return codes;
   }
@@ -84,11 +97,10 @@ std::vector<uint8_t> codes_of_registers(const Wgmma& w) {
 void execute(Block& block, int group, const Wgmma& w) {
   using deepkern::ptx::Element;
   const Element element = w.fp8 ? Element::E4M3 : Element::BF16;
-  const int bytes = w.fp8 ? 1 : 2;
   const std::vector<uint8_t> left = w.a_in_registers
                                         ? codes_of_registers(w)
-                                        : Tile(block, w.a, bytes, w.a_k_major).codes(64, w.K);
-  const std::vector<uint8_t> right = Tile(block, w.b, bytes, w.b_k_major).codes(w.N, w.K);
+                                        : Tile(block, w, w.a, w.a_k_major).codes(64, w.K);
+  const std::vector<uint8_t> right = Tile(block, w, w.b, w.b_k_major).codes(w.N, w.K);
   std::vector<float> sums(64 * w.N);
   const auto for_each = [&](auto move) {
     for (int t = 0; t < WARPGROUP_SIZE; ++t) {
@@ -135,7 +147,31 @@ uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t st
          uint64_t{1} << 62;
 }
 
-void wgmma_fence() { current().wgmma_fenced = true; }
+void wgmma_fence() {
+  Thread& t = current();
+  emulator::converge("wgmma_fence");
+  t.fenced_stack.assign(static_cast<const char*>(__builtin_frame_address(0)),
+                        t.fiber->stack_end());
+  t.written_accumulators.clear();
+}
+
+namespace {
+
+// Fails unless the thread has left the accumulators as they were at its last wgmma_fence.
+void check_fence(Thread& t, const float* accumulators, size_t bytes) {
+  const char* p = reinterpret_cast<const char*>(accumulators);
+  const char* end = t.fiber->stack_end();
+  const auto depth = static_cast<size_t>(end - p);
+  const bool fenced = !t.fenced_stack.empty() &&
+                      t.written_accumulators.count(const_cast<float*>(accumulators)) == 0;
+  if (!fenced) fail("wgmma: no wgmma_fence since its registers were last written");
+  if (p >= end || depth > t.fenced_stack.size()) return;  // declared since, or not on the stack
+  if (std::memcmp(p, &*(t.fenced_stack.end() - static_cast<std::ptrdiff_t>(depth)), bytes)) {
+    fail("wgmma: its accumulators were written after the last wgmma_fence");
+  }
+}
+
+}  // namespace
 
 void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
   Thread& t = current();
@@ -145,9 +181,10 @@ void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
   if (N % 8 || N < 8 || N > 256) {
     fail("wgmma: N: expected a multiple of 8 up to 256, got " + std::to_string(N));
   }
+  emulator::converge("wgmma");
   auto found = t.accumulators.find(accumulators);
   if (found == t.accumulators.end()) {
-    if (!t.wgmma_fenced) fail("wgmma: no wgmma_fence since its registers were last written");
+    check_fence(t, accumulators, static_cast<size_t>(N / 2) * sizeof(float));
     std::vector<float> values(accumulators, accumulators + N / 2);
     found = t.accumulators
                 .emplace(accumulators, emulator::PendingAccumulators{std::move(values), 0})
@@ -167,6 +204,7 @@ void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
   }
   w.accumulators[rank] = accumulators;
   if (a) std::copy_n(a, 4, &w.a_registers[rank * 4]);
+  if (t.lane() == 0) w.clocks.push_back(t.clock);
   if (++w.issued < WARPGROUP_SIZE) return;
   block->cluster->schedule(
       [=, &g] {
@@ -179,12 +217,14 @@ void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
 }
 
 void wgmma_commit() {
+  emulator::converge("wgmma_commit");
   current().wgmma_commits.push_back(current().wgmmas_issued);
   current().block->machine->maybe_yield(8);
 }
 
 void wgmma_wait_groups(int pending) {
   Thread& t = current();
+  emulator::converge_and_wait("wgmma_wait", static_cast<uint64_t>(pending));
   const int count = static_cast<int>(t.wgmma_commits.size()) - pending;
   if (count <= 0) return;
   const uint64_t target = t.wgmma_commits[count - 1];
@@ -194,8 +234,8 @@ void wgmma_wait_groups(int pending) {
   for (auto i = t.accumulators.begin(); i != t.accumulators.end();) {
     if (i->second.last_wgmma < target) {
       std::copy(i->second.values.begin(), i->second.values.end(), i->first);
+      t.written_accumulators.insert(i->first);
       i = t.accumulators.erase(i);
-      t.wgmma_fenced = false;
     } else {
       ++i;
     }
