@@ -45,6 +45,8 @@ inline bf16 low_bf16(uint32_t pair) { return {static_cast<uint16_t>(pair)}; }
 inline bf16 high_bf16(uint32_t pair) { return {static_cast<uint16_t>(pair >> 16)}; }
 inline fp16 low_fp16(uint32_t pair) { return {static_cast<uint16_t>(pair)}; }
 inline fp16 high_fp16(uint32_t pair) { return {static_cast<uint16_t>(pair >> 16)}; }
+inline uint32_t pack_bf16(float low, float high) { return pack(to_bf16(low), to_bf16(high)); }
+inline uint32_t pack_fp16(float low, float high) { return pack(to_fp16(low), to_fp16(high)); }
 uint32_t e4m3_to_bf16(uint16_t codes);
 uint32_t multiply_bf16(uint32_t x, uint32_t y);
 
@@ -130,6 +132,11 @@ void tma_store_wait() {
 
 // WGMMA.
 uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes);
+inline uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + (bytes >> 4);
+}
+template <int N>
+void keep_order(float (&)[N]) {}
 void wgmma_fence();
 template <int N>
 void wgmma_fence(float (&d)[N]) {
@@ -214,6 +221,8 @@ inline void atomic_max(int* p, int x) {
   access_global(emulator::Access::atomic, p, 4, "atomic_max");
   *p = x > *p ? x : *p;
 }
+inline float max_of(float a, float b) { return __builtin_fmaxf(a, b); }
+inline float min_of(float a, float b) { return __builtin_fminf(a, b); }
 inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float divide(float a, float b) { return a / b; }
 inline float exp2_of(float x) { return __builtin_exp2f(x); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "../fp8_gemm.h"
@@ -61,6 +62,8 @@ inline void plan_mla_splits(MlaArguments& p) {
   const int splits =
       p.max_tokens / p.min_split_tokens + (p.max_tokens % p.min_split_tokens > 0);
   p.num_splits = splits < 1 ? 1 : splits < p.max_splits ? splits : p.max_splits;
+  // P of a score s is 2^(s · scale - maximum). With scale 0 a masked score would be inf · 0.
+  if (p.softmax_scale_log2 == 0) p.softmax_scale_log2 = std::numeric_limits<float>::min();
   if (p.page_size < 1) p.page_size = 1;  // no token is read, but page_size is a divisor
   // TMA needs pages of a multiple of 64 tokens and one stride between all tokens of the cache.
   p.tma_page_rows = p.token_stride > 0 ? p.page_stride / p.token_stride : 0;
@@ -69,9 +72,37 @@ inline void plan_mla_splits(MlaArguments& p) {
              p.tma_rows() < INT32_MAX - 64;
 }
 
+// Arguments of mla_prefill. Strides are in elements. Heads of a row do not overlap.
+struct MlaPrefillArguments {
+  const void *q, *k, *v;      // bf16 [T, H, 192], [Tk, H / heads_per_key, 192] and [.., 128]
+  const int *cu_seqlens_q, *cu_seqlens_k;  // [num_boundaries], not trusted
+  void* out;                  // bf16 [T, H, 128]
+  float* lse;                 // [H, T], natural logarithm
+  int* tiles;                 // scratch memory [num_tiles, 4]
+  int64_t q_row_stride, k_row_stride, v_row_stride;
+  int q_head_stride, k_head_stride, v_head_stride;
+  float softmax_scale_log2;   // softmax_scale · log2(e)
+  int T, Tk, H;
+  int heads_per_key;          // heads of q per head of k and v
+  int num_boundaries;         // sequences + 1
+  int num_tiles;              // entries of `tiles`
+  int heads_per_group;        // heads whose keys and values fit in the L2 cache
+  bool causal;
+};
+
+// Sets num_tiles and heads_per_group.
+inline void plan_mla_prefill(MlaPrefillArguments& p) {
+  p.num_tiles = (p.T + 127) / 128 + p.num_boundaries;
+  constexpr int64_t L2_BYTES = 24 << 20;  // half of an H100's cache
+  const int64_t key_heads = L2_BYTES / (int64_t{p.Tk} * (192 + 128) * 2 + 1);
+  const int64_t heads = (key_heads < 1 ? 1 : key_heads) * p.heads_per_key;
+  p.heads_per_group = static_cast<int>(heads < p.H ? heads : p.H);
+}
+
 // Launch on the current device, which must be a Hopper GPU. Return an error message, or "".
 std::string launch_fp8_gemm(const Fp8GemmProblem& problem, void* stream);
 std::string launch_mla_decode(MlaArguments arguments, void* stream);
+std::string launch_mla_prefill(const MlaPrefillArguments& arguments, void* stream);
 
 // Sets `stream` to torch's current stream of the device; false if torch has no CUDA.
 bool current_stream(int device, void** stream);

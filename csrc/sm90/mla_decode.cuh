@@ -34,8 +34,6 @@
 
 namespace sm90 {
 
-constexpr float LN_2 = 0.6931471805599453f;
-
 // A consumer warpgroup. WARPGROUP is also the parity of the tiles that it scores and the half of
 // the output's columns that it computes.
 template <bool FP8, int WARPGROUP>
@@ -64,9 +62,32 @@ struct Consumer {
       score_tile(score, smem, t, ring.full_barrier + 2 * tile, phase);
     }
   }
-  SM90_DEVICE void compute_p(float (&score)[32], float (&alpha)[2], int tile, int first) {
-    softmax_tile(score, alpha, state, p.softmax_scale_log2, first, TokenTile(smem, tile).positions,
-                 smem + MlaTile::ROW_LIMITS_OFFSET + 4 * row);
+  // Scores to packed P, published to the other warpgroup. Updates the state and sets alpha.
+  SM90_DEVICE void compute_p(uint32_t (&packed)[4][4], float (&score)[32], float (&alpha)[2],
+                             int tile, int first) {
+    const char* positions = TokenTile(smem, tile).positions;
+    const float scale = p.softmax_scale_log2;
+    const char* row_limits = smem + MlaTile::ROW_LIMITS_OFFSET;
+    // The first row has the lowest limit.
+    if (FP8 || first + MlaTile::TOKENS > load_shared<int>(row_limits) || !all_present(positions)) {
+      mask_scores(score, scale > 0.0f ? minus_infinity() : -minus_infinity(), first, positions,
+                  row_limits + 4 * row);
+    }
+    float row_max[2], p_sum[2] = {};
+    row_maxima(row_max, score, state.row_max, scale);
+    if (FP8) {  // four more registers would spill
+      update_row_max(state, alpha, row_max);
+      exponentials(score, state.row_sum, row_max, scale);
+      pack_p<FP8>(packed, score);
+      publish_p(packed, row_max);
+    } else {
+      exponentials(score, p_sum, row_max, scale);
+      pack_p<FP8>(packed, score);
+      publish_p(packed, row_max);
+      read_own_maxima(row_max);
+      update_row_max(state, alpha, row_max);
+      state.row_sum[0] += p_sum[0], state.row_sum[1] += p_sum[1];
+    }
   }
   // Issues sum += P·V of a tile, with this warpgroup's P in registers.
   SM90_DEVICE void multiply_own_p(const uint32_t (&packed)[4][4], int tile) {
@@ -109,14 +130,23 @@ struct Consumer {
     WHEN_PLANTED(releases_values_before_wgmma_wait, wgmma_wait<0>());
   }
   // Publishes P and the row maxima to the other warpgroup.
-  SM90_DEVICE void publish_p(const uint32_t (&packed)[4][4]) {
+  SM90_DEVICE void publish_p(const uint32_t (&packed)[4][4], const float (&row_max)[2]) {
     write_p(packed, smem + MlaTile::P_OFFSET);
-    char* row_max = smem + MlaTile::ROW_STATS_OFFSET + (WARPGROUP * MlaTile::ROWS + row) * 4;
+    char* maxima = smem + MlaTile::ROW_STATS_OFFSET + (WARPGROUP * MlaTile::ROWS + row) * 4;
     if (lane_index() % 4 == 0) {
-      store_shared(row_max, state.row_max[0]);
-      store_shared(row_max + 32, state.row_max[1]);
+      store_shared(maxima, row_max[0]);
+      store_shared(maxima + 32, row_max[1]);
     }
     named_barrier_arrive(2 + WARPGROUP, 256);
+  }
+  // Reads back the maxima that this warp published. The other warpgroup waits for P, and ptxas
+  // would move the 128 products of rescale_output before the arrival, whatever order the PTX has.
+  // It does not move a load, on which alpha then depends.
+  SM90_DEVICE void read_own_maxima(float (&row_max)[2]) {
+    const char* maxima = smem + MlaTile::ROW_STATS_OFFSET + (WARPGROUP * MlaTile::ROWS + row) * 4;
+    UNLESS_PLANTED(no_warp_sync_before_own_maxima, warp_sync());
+    row_max[0] = load_shared<float>(maxima);
+    row_max[1] = load_shared<float>(maxima + 32);
   }
   // Waits for the other warpgroup's P and for this warpgroup's piece of that tile, and updates the
   // row maxima.
@@ -136,9 +166,7 @@ struct Consumer {
     float score[32], alpha[2];
     uint32_t packed[4][4];
     compute_scores(score, 0);
-    compute_p(score, alpha, 0, first);
-    pack_p<FP8>(packed, score);
-    publish_p(packed);
+    compute_p(packed, score, alpha, 0, first);
     rescale_output(sum, alpha);
     multiply_own_p(packed, 0);
     release_tile(0);
@@ -157,9 +185,7 @@ struct Consumer {
     receive_p(alpha, 0);
     rescale_output(sum, alpha);
     multiply_received_p(0);
-    compute_p(score, alpha, 1, first);
-    pack_p<FP8>(packed, score);
-    publish_p(packed);
+    compute_p(packed, score, alpha, 1, first);
     UNLESS_PLANTED(rescales_before_wgmma_wait, release_tile(0));
     rescale_output(sum, alpha);
     multiply_own_p(packed, 1);
@@ -194,7 +220,7 @@ SM90_DEVICE void stage_columns(const float* sum, const float (&scale)[2], char* 
   uint32_t pair[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    pair[i] = pack(to_bf16(sum[2 * i] * scale[i % 2]), to_bf16(sum[2 * i + 1] * scale[i % 2]));
+    pair[i] = pack_bf16(sum[2 * i] * scale[i % 2], sum[2 * i + 1] * scale[i % 2]);
   }
   store_matrix_x4(staging + row * 512 + (chunk ^ (row % 8)) * 16, pair[0], pair[1], pair[2],
                   pair[3]);
@@ -330,7 +356,7 @@ void mla_decode(SM90_PARAMETER TensorMap map,  // if p.by_tma: cache [tma_rows, 
   if (warp >= 8) {
     // Producer warpgroup.
     constexpr int EXTRA_REGISTERS = PLANT(mla_producer_keeps_registers, 8, 0);
-    registers_decrease<(FP8 ? 88 : 72) + EXTRA_REGISTERS>();
+    registers_decrease<(FP8 ? 88 : 56) + EXTRA_REGISTERS>();
     if (FP8) {
       load_fp8_tokens(p, w, smem);
     } else {
@@ -338,7 +364,7 @@ void mla_decode(SM90_PARAMETER TensorMap map,  // if p.by_tma: cache [tma_rows, 
     }
   } else {
     // Consumer warpgroups.
-    registers_increase<FP8 ? 208 : 216>();
+    registers_increase<FP8 ? 208 : 224>();
     if (warp < 4) {
       attend<FP8, 0>(p, w, smem);
     } else {
@@ -385,7 +411,7 @@ void mla_combine(SM90_PARAMETER MlaArguments p) {
 #pragma unroll
   for (int j = 0; j < 16; j += 2) {
     store_global(reinterpret_cast<uint32_t*>(out + j / 2 * 64 + lane_index() * 2),
-                 pack(to_bf16(sum[j] * scale), to_bf16(sum[j + 1] * scale)));
+                 pack_bf16(sum[j] * scale, sum[j + 1] * scale));
   }
   if (lane_index() == 0) {
     const float lse = weight_sum == 0.0f ? minus_infinity() : lse_max + log2_of(weight_sum);

@@ -50,7 +50,6 @@ struct MlaTile {
 constexpr int ABSENT = 255;  // position of an absent token; no row attends to it
 
 SM90_DEVICE float minus_infinity() { return -__builtin_huge_valf(); }
-SM90_DEVICE float max_of(float a, float b) { return a > b ? a : b; }
 SM90_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
 // The splits of a sequence. They depend on its length alone.
@@ -353,6 +352,7 @@ SM90_DEVICE void load_fp8_tokens(const MlaArguments& p, const MlaWork& w, char* 
     // Wait for consumer release.
     ring.wait_empty_tile();
     const int tokens = PLANT(announces_half_filled_tile, MlaTile::TOKENS - 32, MlaTile::TOKENS);
+#pragma unroll 1
     for (int at = 0; at < tokens; at += 32) {
       loader.store(tokens_0, at, tile);
       loader.fetch(tokens_0, first + at + 32);

@@ -1,4 +1,4 @@
-// The `cuda` backend: FP8 GEMMs and mla_decode on CUDA tensors. Compiled only with nvcc's kernels.
+// The `cuda` backend: FP8 GEMMs, mla_decode and mla_prefill on CUDA tensors. Compiled only with nvcc's kernels.
 //
 // The Python ops have checked their arguments. This file checks the limits of the kernels.
 #include <torch/csrc/stable/library.h>
@@ -244,6 +244,60 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache
   return {out, lse};
 }
 
+constexpr int64_t PREFILL_QK_DIM = 192, PREFILL_V_DIM = 128;  // values
+
+// x [rows, heads, dim] for a tensor map of rows that hold all heads: a view, or a copy.
+Tensor with_heads_in_rows(const Tensor& x) {
+  const int64_t columns = (x.size(1) - 1) * x.stride(1) + x.size(2);
+  const bool disjoint = (x.size(1) <= 1 || x.stride(1) >= x.size(2)) &&
+                        (x.size(0) <= 1 || x.stride(0) >= columns);
+  if (disjoint && columns < INT32_MAX) return with_aligned_rows(x);
+  Tensor copy = torch::stable::new_empty(x, x.sizes());
+  return torch::stable::copy_(copy, x);
+}
+
+std::tuple<Tensor, Tensor> mla_prefill(const Tensor& queries, const Tensor& keys,
+                                       const Tensor& values, const Tensor& cu_seqlens_q,
+                                       const Tensor& cu_seqlens_k, double softmax_scale,
+                                       bool causal) {
+  const char* op = "mla_prefill";
+  STD_TORCH_CHECK(queries.scalar_type() == ScalarType::BFloat16 &&
+                      queries.size(2) == PREFILL_QK_DIM && values.size(2) == PREFILL_V_DIM,
+                  op, ": q, v: expected, on backend cuda, bfloat16 of widths 192 and 128, got ",
+                  torch::headeronly::toString(queries.scalar_type()), " of widths ",
+                  queries.size(2), " and ", values.size(2));
+  const int64_t T = queries.size(0), H = queries.size(1), Tk = keys.size(0), Hk = keys.size(1);
+  Tensor out = torch::stable::new_empty(queries, {T, H, PREFILL_V_DIM});
+  Tensor lse = torch::stable::new_empty(queries, {H, T}, ScalarType::Float);
+  if (T * H == 0) return {out, lse};
+  // Without keys the copies are never issued, but the tensor maps need a row.
+  const Tensor no_key = torch::stable::new_zeros(queries, {1, Hk, PREFILL_QK_DIM});
+  const Tensor no_value = torch::stable::new_zeros(queries, {1, Hk, PREFILL_V_DIM});
+  const Tensor q = with_heads_in_rows(queries), k = with_heads_in_rows(Tk > 0 ? keys : no_key);
+  const Tensor v = with_heads_in_rows(Tk > 0 ? values : no_value);
+
+  MlaPrefillArguments p{};
+  p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
+  p.cu_seqlens_q = int_data(cu_seqlens_q), p.cu_seqlens_k = int_data(cu_seqlens_k);
+  p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.q_row_stride = q.stride(0), p.k_row_stride = k.stride(0), p.v_row_stride = v.stride(0);
+  p.q_head_stride = static_cast<int>(q.stride(1)), p.k_head_stride = static_cast<int>(k.stride(1));
+  p.v_head_stride = static_cast<int>(v.stride(1));
+  p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);
+  p.T = static_cast<int>(T), p.Tk = static_cast<int>(Tk), p.H = static_cast<int>(H);
+  p.heads_per_key = static_cast<int>(H / Hk);
+  p.num_boundaries = static_cast<int>(cu_seqlens_q.size(0));
+  p.causal = causal;
+  plan_mla_prefill(p);
+  STD_TORCH_CHECK(int64_t{p.num_tiles} * H < INT32_MAX / 2, op, ": q: expected, on backend cuda, "
+                  "fewer than 2^30 tiles of 128 queries and heads, got ", p.num_tiles * H);
+  Tensor tiles = torch::stable::new_empty(q, {p.num_tiles, 4}, ScalarType::Int);
+  p.tiles = static_cast<int*>(tiles.mutable_data_ptr());
+  const std::string error = launch_mla_prefill(p, stream_of(op, q));
+  STD_TORCH_CHECK(error.empty(), op, ": backend cuda: ", error);
+  return {out, lse};
+}
+
 // Tests register the same functions for CPU tensors and run the kernels in the emulator.
 #ifndef DEEPKERN_SM90_LIBRARY
 #define DEEPKERN_SM90_LIBRARY deepkern_native
@@ -255,6 +309,7 @@ STABLE_TORCH_LIBRARY_IMPL(DEEPKERN_SM90_LIBRARY, DEEPKERN_SM90_DEVICE, m) {
   m.impl("m_grouped_fp8_gemm_nt_masked", TORCH_BOX(&masked));
   m.impl("k_grouped_fp8_gemm_nt", TORCH_BOX(&k_grouped));
   m.impl("mla_decode", TORCH_BOX(&mla_decode));
+  m.impl("mla_prefill", TORCH_BOX(&mla_prefill));
 }
 
 }  // namespace

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import deepkern
-from bench import emulator
+from bench import emulator, hopper
 from deepkern.testing import compare, ops
-from tests.compiled import hopper
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +65,7 @@ def check(name: str, args, **how) -> None:
     compare.assert_matches(name, got, getattr(deepkern.reference, name)(*args), "sm_90")
     with emulator.cuda_backend(**how):
         want = getattr(deepkern, name)(*args)
-    if name != "mla_decode":
+    if not name.startswith("mla_"):
         return compare.assert_bitwise(got, want)
     # log2f of CUDA and of the C library differ in the last place, so lse and splits do.
     torch.testing.assert_close(got[1], want[1], rtol=3e-7, atol=3e-7)
@@ -114,6 +113,20 @@ def test_decode(kind, order, lengths, Sq, H, page, seed, generator):
     combines = max(lengths) > 512
     kernels = [name for *_, name in hopper.launches()]
     assert ["mla_combine" in name for name in kernels] == [False] + [True] * combines
+
+
+@pytest.mark.parametrize(
+    ("order", "lengths", "keys", "size"),
+    [("random", (130, 0, 20), (300, 7, 20), {"H": 2, "Hk": 1}),
+     ("earliest", (150,), (150,), {"H": 1, "causal": False}),
+     ("latest", (3, 40), (290, 0), {"H": 2, "unused": 3})],
+)  # fmt: skip
+def test_prefill(order, lengths, keys, size, seed, generator):
+    inputs = ops.inputs("mla_prefill", generator, lengths, keys, **size)
+    args = deepkern.OPS["mla_prefill"].positional(inputs)
+    check("mla_prefill", args, seed=seed, order=order, multiprocessors=2)
+    find, attend = [name for *_, name in hopper.launches()]
+    assert "find_prefill_tiles" in find and "11mla_prefill" in attend
 
 
 def test_float32_sums(generator):
@@ -167,6 +180,8 @@ BUGS = {
     "no_wait_for_partials": ("fp8_gemm", SPLITS, "."),
     "no_wait_for_p": ("mla_decode", "", "race|phase|wrote|writes"),
     "no_fence_after_gather": ("mla_decode", "", "proxy"),
+    "no_fence_after_value_tail": ("mla_prefill", "", "proxy"),
+    "rescales_before_pv_ends": ("mla_prefill", "", "wgmma"),
 }
 
 
@@ -176,6 +191,8 @@ def find_error(bug: str, generator) -> str:
     line = next((t for t in hopper.tiles() if tile and t.startswith(tile)), "")
     library = hopper.kernels(bug, kernel, f"{line}\n" * len(hopper.tiles()) if line else "")
     name, size = "mla_decode", {"lengths": (200, 577), "Sq": 2, "H": 3, "page": 16}
+    if kernel == "mla_prefill":
+        name, size = kernel, {"lengths": (200,), "lengths_k": (300,), "H": 1}
     if kernel == "fp8_gemm":
         name = GEMMS[line[5:].split(",")[0]]
         size = {"M": 270, "N": 136, "K": 1152} | ({"G": 2} if "k_grouped" in name else {})

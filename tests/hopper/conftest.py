@@ -80,7 +80,8 @@ def planted(bug: str, kernel: str, changed: dict[str, str] | None = None) -> Ite
     """
     kept = f"emulator/kernels/{kernel}.cpp"
     used = {path: text for path, text in sources().items()
-            if path == kept or not path.startswith("emulator/kernels/")}  # fmt: skip
+            if path in (kept, "emulator/kernels/harness.h")
+            or not path.startswith("emulator/kernels/")}  # fmt: skip
     library = build(used | (changed or {}), f"-DPLANT_{bug}")
     yield library
     library.emulate_free_stacks()
@@ -122,6 +123,13 @@ def only(
 
 class EmulatorFailure(AssertionError):
     """An error that the emulator found in a kernel."""
+
+
+class RunOptions(ctypes.Structure):
+    """RunOptions of csrc/emulator/kernels/harness.h."""
+
+    _fields_ = [("seed", ctypes.c_uint64), ("order", ctypes.c_int),
+                ("message", ctypes.c_char_p), ("message_bytes", ctypes.c_int)]  # fmt: skip
 
 
 @dataclass

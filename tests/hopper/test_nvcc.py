@@ -144,3 +144,39 @@ def test_mla_decode_overlaps_softmax_with_wgmma(tmp_path):
     overlapped = [p for p in part.split("WARPGROUP.DEPBAR") if "HGMMA.64x256" in p]
     exponentials = [p[p.index("HGMMA.64x256") :].count("MUFU.EX2") for p in overlapped]
     assert max(exponentials) >= 32, exponentials
+
+
+@pytest.mark.slow
+def test_mla_prefill(tmp_path):
+    """No spills; in a step the exponentials come between the issue of P·V and the wait for it."""
+    cubin, output = compile("mla_prefill", tmp_path)
+    assert "serialized" not in output, output
+    assert not re.search(r"[1-9]\d* bytes (spill|stack)", output), output
+    part = next(p for p in functions(cubin) if "11mla_prefill" in p.splitlines()[0])
+    registers = re.search(r"Used (\d+) registers, used 16 barriers", output)
+    assert registers is not None and int(registers[1]) == RAISED
+    assert not re.search(r"\b(STL|LDL)\b", part)
+    # Three instances of Q·Kᵀ with 12 WGMMAs each and of P·V with 8, for 16 values or keys.
+    assert part.count("HGMMA.64x128x16") == 3 * (12 + 8)
+    # The loop of the unmasked steps: the last backward branch over both products.
+    steps = [s for s in main_loops(part) if s.count("HGMMA") == 12 + 8]
+    assert len(steps) == 2
+    for step, instructions in zip(steps, (890, 520), strict=True):
+        issued, softmax, after = step.split("WARPGROUP.DEPBAR")
+        assert issued.count("HGMMA") == 12 + 8 and softmax.count("MUFU.EX2") == 64 + 2
+        assert step.count(";") <= instructions and "F2F." not in step, step.count(";")
+        assert "CCTL" not in step and "MEMBAR" not in step
+
+
+def main_loops(part: str) -> list[str]:
+    """The bodies of the innermost loops with WGMMAs: from the target of a backward branch on."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*;)", part)
+    address = {int(at, 16): i for i, (at, _) in enumerate(lines)}
+    loops = []
+    for i, (at, text) in enumerate(lines):
+        target = re.search(r"\bBRA (?:`\(.*\)|0x([0-9a-f]+))", text)
+        if target and target[1] and int(target[1], 16) < int(at, 16):
+            loops.append((address[int(target[1], 16)], i))
+    inner = [(a, b) for a, b in loops if not any(a < c and d < b for c, d in loops)]
+    bodies = ["\n".join(text for _, text in lines[a : b + 1]) for a, b in inner]
+    return [body for body in bodies if "HGMMA" in body]

@@ -23,7 +23,7 @@ SIZES = [(1, 8, 128, 1), (40, 100, 257, 3), (200, 136, 256, 5), (3, 9, 100, 9)] 
 def typical_args(name: str, generator) -> tuple:
     """All arguments of an op, at a typical size."""
     size = {"M": 20, "N": 40, "K": 160} | ({"G": 3} if name in GROUPED else {})
-    if name == "mla_decode":
+    if name.startswith("mla_"):
         size = {"lengths": (70,), "H": 3}
     return deepkern.OPS[name].positional(ops.inputs(name, generator, **size))
 

@@ -12,6 +12,7 @@ from bench.emulator import sources
 from deepkern.testing import compare
 
 from . import test_planted_bugs as gemm
+from . import test_planted_prefill_bugs as prefill
 from .conftest import EmulatorFailure, mla_of, planted
 from .test_mla_decode import CACHES, WORST_SCALE, operands, scales_of
 from .test_planted_bugs import ANY, WRONG
@@ -177,4 +178,4 @@ def test_every_hook_has_a_test():
     kernels = "".join(text for path, text in sources().items() if path.startswith("sm90/"))
     kernels = re.sub(r"(?m)^ *(//|#define).*$", "", kernels)
     hooks = set(re.findall(r"\b(?:UNLESS_PLANTED|WHEN_PLANTED|PLANT)\(\s*(\w+)", kernels))
-    assert hooks == {*gemm.BUGS, *gemm.SPLIT_BUGS, *BUGS, *FP8_BUGS}
+    assert hooks == {*gemm.BUGS, *gemm.SPLIT_BUGS, *BUGS, *FP8_BUGS, *prefill.BUGS}

@@ -12,7 +12,7 @@ from bench.emulator import CSRC, ORDERS, build, sources
 from deepkern.testing import compare
 from tests.compiled import tensor_core_model
 
-from .conftest import EmulatorFailure, only
+from .conftest import EmulatorFailure, RunOptions, only
 
 FP8 = torch.float8_e4m3fn
 every_order = pytest.mark.parametrize("order", ORDERS)
@@ -24,13 +24,6 @@ def kernels() -> ctypes.CDLL:
 
 
 KERNELS = CSRC / "emulator" / "kernels"
-
-
-class RunOptions(ctypes.Structure):
-    """RunOptions of csrc/emulator/kernels/harness.h."""
-
-    _fields_ = [("seed", ctypes.c_uint64), ("order", ctypes.c_int),
-                ("message", ctypes.c_char_p), ("message_bytes", ctypes.c_int)]  # fmt: skip
 
 
 class Product(ctypes.Structure):

@@ -24,8 +24,8 @@ void load_pairs(uint32_t (&pairs)[4], const char* a, int k) {
 
 template <int N>
 void issue(const Product& p, float (&d)[N / 2], char* a_tile, char* b_tile, int step) {
-  const uint64_t a = p.a_k_major ? matrix_descriptor(a_tile + step * 32, 0, 1024)
-                                : matrix_descriptor(a_tile + step * 2048, 8192, 1024);
+  const uint64_t a = advance_descriptor(matrix_descriptor(a_tile, p.a_k_major ? 0 : 8192, 1024),
+                                        step * (p.a_k_major ? 32 : 2048));
   const uint64_t b = p.b_k_major ? matrix_descriptor(b_tile + step * 32, 0, 1024)
                                 : matrix_descriptor(b_tile + step * 2048, 8192, 1024);
   const bool add = step > 0 || p.c;
@@ -61,6 +61,7 @@ void product(const Product& p, const TensorMap& a_map, const TensorMap& b_map) {
   };
   for (int i = 0; i < N / 2; ++i) d[i] = p.c ? load_global(p.c + offset(i)) : NAN;
   barrier_wait(full, 0);
+  keep_order(d);
   wgmma_fence();
   for (int step = 0; step < 4; ++step) issue<N>(p, d, a_tile, b_tile, step);
   wgmma_commit();
@@ -386,6 +387,10 @@ int emulate_numbers(const char* function, const uint32_t* x, const uint32_t* y, 
   const auto run = [&](uint32_t a, uint32_t b, uint32_t c) -> uint32_t {
     const float u = float_of(a), v = float_of(b), w = float_of(c);
     if (name == "to_bf16") return pack(to_bf16(u), to_bf16(v));
+    if (name == "pack_bf16") return pack_bf16(u, v);
+    if (name == "pack_fp16") return pack_fp16(u, v);
+    if (name == "max_of") return float_bits(max_of(u, v));
+    if (name == "min_of") return float_bits(min_of(u, v));
     if (name == "to_fp16") return pack(to_fp16(u), to_fp16(v));
     if (name == "low_bf16") return float_bits(to_float(low_bf16(a)));
     if (name == "high_bf16") return float_bits(to_float(high_bf16(a)));
