@@ -26,7 +26,7 @@ struct Operand {
 template <class Tile>
 void run(const Operand& a, const Operand& b, GemmArguments p, Launch launch) {
   const auto K = static_cast<uint64_t>(p.K), N = static_cast<uint64_t>(p.N);
-  const uint32_t left = Tile::M, right = Tile::N / Tile::CLUSTER;
+  const uint32_t left = Tile::M / Tile::CLUSTER_N, right = Tile::N / Tile::CLUSTER_M;
   const TensorMap a_map{a.data, K, a.rows, a.row_bytes, 128, Tile::SWAPPED ? right : left, 1, true};
   const TensorMap b_map{b.data, K, b.rows, b.row_bytes, 128, Tile::SWAPPED ? left : right, 1, true};
   const uint32_t size = p.out_type == Real::fp32 ? 4 : 2;
