@@ -241,33 +241,35 @@ SM90_DEVICE void accumulate_split(float (&sum)[N / 2], char* staging, bool is_fi
   }
 }
 
-// Adds C to a warpgroup's 64 rows of D. A thread's rows are `row` and `row` + 8. All loads are in
-// flight before the first addition, and no branch depends on an element. PAIRS: rows of C start at
-// pairs, and N is even.
+// Adds C to a warpgroup's 64 rows of D. A thread's rows are `row` and `row` + 8. The loads of 64
+// columns are in flight before the first addition, and no branch depends on an element. PAIRS: rows
+// of C start at pairs, and N is even.
 template <bool PAIRS, class Tile, class T>
 SM90_DEVICE void add_c(float (&sum)[Tile::N / 2], const GemmArguments& p, const TileWork& w,
                        const typename Tile::Tiles& tiles, const T* c, int row, int thread) {
   const int column = w.column + thread % 4 * 2, left = p.N - column;
-  float value[Tile::N / 2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const bool stored = row + 8 * half < w.row_end;
-    const T* from = c + tiles.out_row(w, row + 8 * half) * p.c_row_stride + column;
+  for (int first = 0; first < Tile::N / 2; first += 32) {
+    FloatPair value[16];
 #pragma unroll
-    for (int i = 0; i < Tile::N / 4; i += 2) {
-      float* to = &value[2 * i + 2 * half];
-      FloatPair pair = {0.0f, 0.0f};
+    for (int i = 0; i < 16; ++i) {
+      const int m = row + i % 2 * 8, n = first / 32 * 64 + i / 2 * 8;
+      const T* from = c + tiles.out_row(w, m) * p.c_row_stride + column + n;
+      const bool low = m < w.row_end && n < left, high = m < w.row_end && n + 1 < left;
+      value[i] = {0.0f, 0.0f};
       if (PAIRS) {
-        if (stored && 4 * i < left) pair = load_pair(from + 4 * i);
+        if (low) value[i] = load_pair(from);
       } else {
-        if (stored && 4 * i < left) pair.low = widen(load_global(from + 4 * i));
-        if (stored && 4 * i + 1 < left) pair.high = widen(load_global(from + 4 * i + 1));
+        if (low) value[i].low = widen(load_global(from));
+        if (high) value[i].high = widen(load_global(from + 1));
       }
-      to[0] = pair.low, to[1] = pair.high;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      sum[first + 2 * i] += value[i].low;
+      sum[first + 2 * i + 1] += value[i].high;
     }
   }
-#pragma unroll
-  for (int i = 0; i < Tile::N / 2; ++i) sum[i] += value[i];
 }
 
 // Epilogue of a tile that is not swapped: 64 rows of D from `first_row` on, of one wave of a
