@@ -146,7 +146,7 @@ std::string launch_fp8_gemm(const Fp8GemmProblem& x, void* stream) {
   }
   // Each contiguous group may add a partial tile, which count_blocks does not include.
   int64_t blocks = count_blocks(tile, x.M, x.N, x.groups, splits);
-  if (x.variant == GemmVariant::contiguous) blocks += x.groups;
+  if (x.variant == GemmVariant::contiguous) blocks += x.groups * cluster;
   const int64_t max_blocks =
       std::max<int64_t>(int64_t{num_sms} * tile.resident_blocks() / cluster, 1) * cluster;
   cudaLaunchConfig_t config{};

@@ -29,6 +29,21 @@ C_CASES = [
     *((t, dtype) for t in DENSE for dtype in (torch.bfloat16, torch.float16, torch.float32)),
     *((t, torch.float32) for t in TILES if t.variant == "k_grouped"),
 ]
+VARIANTS = tuple(OPS)  # deepkern::GemmVariant
+# Variant, M, N, K, groups and rows of B per scale -> rows, columns, stages, clusters, swapped. The
+# notes compare these choices with those of DeepGEMM.
+CHOICES = {
+    ("dense", 4096, 7168, 16384, 1, 128): (256, 128, 3, 1, 2, False),
+    ("dense", 4096, 24576, 1536, 1, 128): (256, 128, 3, 1, 2, False),
+    ("dense", 4096, 4096, 7168, 1, 128): (256, 128, 3, 1, 2, False),
+    ("dense", 4096, 7168, 2048, 1, 128): (256, 128, 3, 1, 2, False),
+    ("dense", 4096, 2112, 7168, 1, 128): (128, 128, 5, 2, 1, False),  # two splits of K
+    ("dense", 64, 7168, 16384, 1, 128): (64, 64, 12, 1, 2, False),
+    ("dense", 16, 4096, 4096, 1, 128): (64, 16, 10, 1, 1, True),
+    ("contiguous", 4 * 8192, 4096, 7168, 4, 128): (256, 128, 3, 1, 2, False),
+    ("masked", 256, 4096, 7168, 4, 128): (256, 128, 3, 1, 2, False),
+    ("k_grouped", 4096, 7168, 4 * 8192, 4, 1): (128, 128, 4, 1, 2, False),
+}
 every_tile = pytest.mark.parametrize("tile", TILES, ids=str)
 
 
@@ -152,14 +167,13 @@ def test_same_bits_for_any_schedule_of_splits(emulated, tile, order, seeds, gene
 def test_choice_of_splits_and_tile():
     """N and K alone give the splits: at most 8, of at least four K blocks."""
     library = build(sources())
-    want = {(4096, 4096): 4, (4097, 4096): 1, (2048, 2048): 4, (2049, 2048): 4,
-             (2112, 7168): 4, (576, 7168): 8, (1, 1 << 20): 8, (1, 1023): 2, (1, 9): 1}  # fmt: skip
+    want = {(4096, 4096): 1, (4032, 4096): 2, (2048, 2048): 4, (2049, 2048): 2,
+            (2112, 7168): 2, (576, 7168): 8, (1, 1 << 20): 8, (1, 1023): 2, (1, 9): 1}  # fmt: skip
     for shape, splits in want.items():
         assert library.chosen_splits(*map(c_int64, shape)) == splits, shape
-    for M in (1, 16):
-        tile = TILES[library.chosen_tile(*map(c_int64, (M, 4096, 4096, 128)))]
-        assert tile.swapped and tile.columns == 16
-    assert not TILES[library.chosen_tile(*map(c_int64, (4096, 4096, 4096, 128)))].swapped
+    for (variant, *sizes), want in CHOICES.items():
+        chosen = library.chosen_tile(VARIANTS.index(variant), *map(c_int64, sizes))
+        assert TILES[chosen][1:7] == want, (variant, sizes)
 
 
 def test_repeated_row_scales_match_block_scales(emulated, generator):

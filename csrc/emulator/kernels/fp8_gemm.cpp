@@ -89,10 +89,11 @@ extern "C" int emulate_fp8_gemm(char* a, int64_t a_rows, int64_t a_row, char* b,
   return 0;
 }
 
-// The choices of the launcher for a dense GEMM on 132 SMs.
+// The choices of the launcher on 132 SMs.
 extern "C" int chosen_splits(int64_t N, int64_t K) {
   return deepkern::choose_num_splits(GemmVariant::dense, N, K);
 }
-extern "C" int chosen_tile(int64_t M, int64_t N, int64_t K, int64_t b_rows) {
-  return deepkern::choose_tile(GemmVariant::dense, M, N, K, 1, b_rows, 132);
+extern "C" int chosen_tile(int variant, int64_t M, int64_t N, int64_t K, int64_t groups,
+                           int64_t b_rows) {
+  return deepkern::choose_tile(static_cast<GemmVariant>(variant), M, N, K, groups, b_rows, 132);
 }
