@@ -26,11 +26,12 @@ GEMMS = {
 ORDERS = ("random", "earliest", "latest")
 # For each tile a product that the launcher chooses it for: M, N, K, groups, SMs of the GPU.
 PRODUCTS = [
-    (9, 200, 2064, 1, 16), (150, 100, 272, 1, 32), (150, 72, 1040, 1, 16),
-    (150, 72, 1040, 1, 1), (257, 200, 400, 1, 1), (150, 72, 2064, 1, 8), (150, 72, 1040, 1, 1),
-    (150, 72, 2064, 1, 8), (150, 72, 400, 2, 1), (150, 72, 400, 2, 8), (150, 72, 400, 2, 1),
-    (150, 200, 272, 3, 1), (150, 200, 272, 3, 32), (150, 200, 272, 3, 1), (150, 72, 400, 2, 1),
-    (150, 72, 1040, 2, 16),
+    (9, 72, 272, 1, 1), (9, 40, 2064, 1, 16), (17, 72, 272, 1, 1), (130, 136, 272, 1, 2),
+    (130, 40, 400, 1, 2), (70, 40, 1040, 1, 1), (17, 72, 400, 1, 2), (17, 40, 272, 1, 1),
+    (9, 40, 1040, 1, 1), (9, 40, 272, 1, 1),
+    (257, 136, 272, 2, 2), (70, 40, 400, 2, 1), (9, 40, 272, 2, 1), (9, 40, 272, 2, 1),
+    (130, 136, 272, 2, 2), (40, 40, 272, 2, 1), (9, 40, 272, 2, 1), (9, 40, 272, 2, 1),
+    (70, 136, 400, 2, 2), (70, 72, 400, 2, 1), (9, 40, 272, 2, 1),
 ]  # fmt: skip
 TILES = dict(zip(hopper.tiles(), PRODUCTS, strict=True))
 
@@ -165,14 +166,17 @@ def test_random_calls(kind, part, rng, generator):
 
 
 # Planted bugs. Hook -> (kernel, start of the tile's line, regular expression of the error).
-WHOLE, PAIRS = "TILE(dense, 2, 128, 4, 1, false, 128)", "TILE(dense, 2, 128, 4, 2, false, 128)"
-SPLITS, K_GROUPED = "TILE(dense, 1, 16, 10", "TILE(k_grouped, 2"
+WHOLE, PAIRS = "TILE(dense, 128, 128, 5, 1, 1, false, 128", "TILE(dense, 128, 128, 5, 2"
+SPLITS, K_GROUPED = "TILE(dense, 64, 16, 10", "TILE(k_grouped, 128"
+WAVES = "TILE(dense, 256"
 BUGS = {
     "no_wait_full": ("fp8_gemm", WHOLE, "."),
     "releases_before_wgmma_wait": ("fp8_gemm", WHOLE, "."),
     "no_wgmma_wait": ("fp8_gemm", WHOLE, "wgmma"),
     "no_fence_before_tma_store": ("fp8_gemm", WHOLE, "proxy"),
     "wait_full_wrong_parity": ("fp8_gemm", WHOLE, "."),
+    "releases_after_first_wave": ("fp8_gemm", WAVES, "."),
+    "no_warp_sync_after_scale_stores": ("fp8_gemm", WHOLE, "race|wrote|writes"),
     "neighbour_not_released": ("fp8_gemm", PAIRS, "deadlock|wait"),
     "exits_before_neighbour": ("fp8_gemm", PAIRS, "ended|exit"),
     "no_clearing_of_k_tail": ("fp8_gemm", K_GROUPED, "wrong result"),
