@@ -320,6 +320,12 @@ void Machine::maybe_yield(int odds) {
   if (draw(*this, odds) == 0) current().fiber->leave();
 }
 
+void Machine::maybe_lag() {
+  constexpr int ODDS = 256, SWITCHES = 40;
+  if (draw(*this, ODDS) != 0) return;
+  for (int i = 0; i < SWITCHES; ++i) current().fiber->leave();
+}
+
 void Machine::wake(WaitList& waiters) {
   for (Thread* t : waiters.threads) {
     t->wait_reason = nullptr;

@@ -246,6 +246,7 @@ struct Machine {
             const std::function<bool()>& ready);
   void wake(WaitList& waiters);
   void maybe_yield(int odds);  // runs other threads first, once in `odds` calls: lanes may diverge
+  void maybe_lag();  // rarely lets other threads run for long: a lane falls behind its warp
   // Records an access of the current thread to global memory, see memory.h.
   void record_access(Access access, const void* p, int64_t bytes, const char* what,
                      const void* value = nullptr);

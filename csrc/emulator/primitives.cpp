@@ -46,6 +46,7 @@ void load_shared_bytes(const void* p, void* value, uint32_t bytes) {
   const uint32_t offset = t.block->offset(p, bytes, "load_shared");
   if (offset % bytes) fail("load_shared: address is not aligned");
   machine().maybe_yield(32);
+  machine().maybe_lag();
   t.block->records.load(offset, bytes, "load_shared");
   for (const auto& store : t.delayed_stores) {
     if (store.offset < offset + bytes && offset < store.offset + store.bytes) {
