@@ -196,10 +196,11 @@ def tiles() -> list[str]:
 
 def tile_of(kernel: str) -> str | None:
     """The line of the tile in a mangled name of a kernel; None for other kernels."""
-    found = re.search(r"11GemmVariantE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)ELi(\d+)E", kernel)
+    found = re.search(r"11GemmVariantE(\d)E((?:Li\d+E){5})Lb(\d)ELi(\d+)E", kernel)
     if found is None:
         return None
-    variant, *sizes, swapped, b_rows = found.groups()
+    variant, numbers, swapped, b_rows = found.groups()
+    sizes = re.findall(r"\d+", numbers)
     names = ("dense", "contiguous", "masked", "k_grouped")  # deepkern::GemmVariant
     swaps = "true" if swapped == "1" else "false"
     return f"TILE({', '.join([names[int(variant)], *sizes, swaps, b_rows])})"

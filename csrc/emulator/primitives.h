@@ -54,6 +54,7 @@ uint32_t multiply_bf16(uint32_t x, uint32_t y);
 inline int thread_index() { return emulator::current().index; }
 inline int warp_index() { return emulator::current().warp(); }
 inline int lane_index() { return emulator::current().lane(); }
+inline int not_before(int x) { return x; }
 inline int block_index() { return emulator::current().block->index; }
 inline int block_count() { return emulator::current().block->launch().blocks; }
 inline int cluster_rank() { return emulator::current().block->rank; }
@@ -62,20 +63,16 @@ bool elect_one();
 // Shared memory.
 char* shared_memory();
 uint32_t shared_address(const void* p);
-void record_shared_store(const void* p, uint32_t bytes);
+void store_shared_bytes(void* p, const void* value, uint32_t bytes);
+void load_shared_bytes(const void* p, void* value, uint32_t bytes);
 template <class T>
 void store_shared(void* p, T value) {
-  record_shared_store(p, sizeof(T));
-  std::memcpy(p, &value, sizeof(T));
+  store_shared_bytes(p, &value, sizeof(T));
 }
 template <class T>
 T load_shared(const void* p) {
-  if (emulator::current().block->offset(p, sizeof(T), "load_shared") % sizeof(T)) {
-    emulator::fail("load_shared: address is not aligned");
-  }
-  emulator::current().block->machine->maybe_yield(32);
   T value;
-  std::memcpy(&value, p, sizeof(T));
+  load_shared_bytes(p, &value, sizeof(T));
   return value;
 }
 struct alignas(16) Chunk {
@@ -143,7 +140,8 @@ template <int N>
 void keep_order(float (&)[N]) {}
 void wgmma_fence();
 template <int N>
-void wgmma_fence(float (&)[N]) {
+void wgmma_fence(float (&d)[N]) {
+  asm volatile("" ::"r"(&d[0]) : "memory");  // they are written before the fence here, too
   wgmma_fence();
 }
 void wgmma_commit();

@@ -21,23 +21,41 @@ class Tile(NamedTuple):
     """A row of csrc/sm90/fp8_gemm_tiles.h."""
 
     variant: str
-    warpgroups: int
+    rows: int
     columns: int
     stages: int
-    cluster: int
+    cluster_m: int
+    cluster_n: int
     swapped: bool
     b_rows: int
 
     def __str__(self) -> str:
-        words = [f"{self.variant} {64 * self.warpgroups}x{self.columns}"]
-        words += ["pairs"] * (self.cluster > 1) + ["swapped"] * self.swapped
+        words = [f"{self.variant} {self.rows}x{self.columns}"]
+        words += ["pairs share b"] * (self.cluster_m > 1) + ["pairs share a"] * (self.cluster_n > 1)
+        words += ["swapped"] * self.swapped
         return " ".join([*words, f"scale per {self.b_rows}"])
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def warpgroups(self) -> int:
+        return 1 if self.rows == 64 else 2
+
+    @property
+    def waves(self) -> int:
+        return self.rows // (64 * self.warpgroups)
+
+    @property
+    def splits_k(self) -> bool:
+        return self.variant == "dense" and self.waves == 1
 
 
 def tiles() -> tuple[Tile, ...]:
     text = (CSRC / "sm90" / "fp8_gemm_tiles.h").read_text()
     rows = [line[5:-1].split(", ") for line in text.splitlines() if line.startswith("TILE(")]
-    return tuple(Tile(r[0], *map(int, r[1:5]), r[5] == "true", int(r[6])) for r in rows)
+    return tuple(Tile(r[0], *map(int, r[1:6]), r[6] == "true", int(r[7])) for r in rows)
 
 
 TILES = tiles()
@@ -68,6 +86,7 @@ class GemmArguments(ctypes.Structure):
                                             "num_splits", "blocks_per_split", "group_m", "c_type",
                                             "out_type")),
         ("rows_aligned", ctypes.c_bool), ("store_by_tma", ctypes.c_bool),
+        ("c_pairs", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -140,7 +159,6 @@ class Run:
     seed: int = 0
     order: str = "random"
     blocks: int = 4
-    accumulator_bits: int = 0
     by_tma: bool | None = None
     splits: int = 1  # number of splits of K
     out: Tensor | None = None
@@ -169,6 +187,7 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
             M, N, K, G, a_scale.shape[-1], run.splits, -(-blocks // run.splits), 8,
             0 if c is None else TYPES[c.dtype], TYPES[out_dtype], aligned,
             aligned if run.by_tma is None else run.by_tma,
+            N % 2 == 0 and (c is None or c.stride(-2) % 2 == 0),
         )  # fmt: skip
         read = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "sizes": sizes, "c": c}
         message = ctypes.create_string_buffer(4096)
@@ -180,8 +199,7 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
         with only(library, read, {"out": out}):
             failed = library.emulate_fp8_gemm(
                 *matrices, ctypes.byref(p), TILES.index(run.tile), run.blocks,
-                ctypes.c_uint64(run.seed), ORDERS[run.order], run.accumulator_bits, message,
-                len(message),
+                ctypes.c_uint64(run.seed), ORDERS[run.order], message, len(message),
             )  # fmt: skip
         if failed:
             raise EmulatorFailure(message.value.decode())

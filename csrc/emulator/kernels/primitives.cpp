@@ -263,6 +263,57 @@ int emulate_distributed(float* out, int bug, RunOptions options) {
   });
 }
 
+// out[2, 2, 4]: the two blocks of a cluster exchange 4 floats twice through one buffer. Bugs: 1: the
+// arrival that says that the buffer is full releases in the block's scope; 2: the wait for it
+// acquires there; 3, 4: likewise when it is free again.
+int emulate_exchange(float* out, int bug, RunOptions options) {
+  Launch launch = make_launch(options, 2, 32, 32);
+  launch.cluster = 2;
+  return run_checked(options, launch, [&] {
+    const int rank = cluster_rank(), lane = lane_index();
+    char* buffer = shared_memory();
+    auto *full = reinterpret_cast<Barrier*>(buffer + 16), *empty = full + 1;
+    if (lane == 0) {
+      barrier_init(full, 1);
+      barrier_init(empty, 1);
+      barrier_init_fence();
+    }
+    cluster_sync();
+    const auto tell = [&](Barrier* barrier, bool narrow) {
+      warp_sync();
+      if (lane != 0) return;
+      narrow ? barrier_arrive_remote(barrier, 1 - rank)
+             : barrier_arrive_release_cluster(barrier, 1 - rank);
+    };
+    const auto wait = [&](Barrier* barrier, uint32_t parity, bool narrow) {
+      narrow ? barrier_wait(barrier, parity) : barrier_wait_acquire_cluster(barrier, parity);
+    };
+    for (uint32_t i = 0; i < 2; ++i) {
+      if (i > 0) wait(empty, 0, bug == 4);
+      if (lane < 4) store_shared(buffer + 4 * lane, 100.0f * i + 10.0f * rank + lane);
+      tell(full, bug == 1);
+      wait(full, i, bug == 2);
+      const Floats other = load_shared_at(buffer, 1 - rank);
+      if (i == 0) tell(empty, bug == 3);
+      if (lane < 4) store_global(out + (i * 2 + rank) * 4 + lane, other.value[lane]);
+    }
+    cluster_sync();
+  });
+}
+
+// out[i] = 31 - i through shared memory, between the lanes of a warp. bug: no warp_sync.
+int emulate_neighbours(float* out, bool bug, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 32, 128), [&] {
+    char* memory = shared_memory();
+    const int lane = lane_index();
+    store_shared(memory + 4 * lane, static_cast<float>(lane));
+    const float own = load_shared<float>(memory + 4 * lane);
+    if (!bug) warp_sync();
+    const float other = load_shared<float>(memory + 4 * (31 - lane));
+    store_global(out + lane, own == lane ? other : NAN);
+  });
+}
+
 // out[warp] = 100 * (lanes elected in one of two calls) + (lanes elected in both).
 int emulate_elect(int* out, RunOptions options) {
   return run_checked(options, make_launch(options, 1, 128, 0), [&] {
