@@ -4,25 +4,28 @@
 //
 // Parallelization: a persistent kernel. Each resident block loops over tiles of D (schedule.cuh). A
 // block has one producer warpgroup and WARPGROUPS consumer warpgroups. One thread of the producer
-// loads 64·WARPGROUPS rows of the left MMA operand (lhs) and N rows of the right one (rhs) by TMA,
-// 128 values of K per stage of a ring with STAGES buffers. Each consumer warpgroup multiplies 64
-// lhs rows. A full and an empty barrier per stage s synchronize them:
+// loads M rows of the left MMA operand (lhs) and N rows of the right one (rhs) by TMA, 128 values of
+// K per stage of a ring with STAGES buffers. SCALE_WARPS warps of it load the scales of the stage.
+// Each consumer warpgroup multiplies 64 lhs rows, or twice 64 (WAVES = 2) with one set of registers
+// for the products. A full and an empty barrier per stage s synchronize them:
 //
 //     producer     wait empty[s] -> announce bytes, issue TMA -> full[s]
+//     scale warp   load scales of several stages -> wait empty[s] -> store to smem -> full[s]
 //     consumer     wait full[s] -> 4 WGMMA -> arrive empty[s] -> sum = fma(product, scales, sum)
 //
 // WGMMA keeps about 14 bits of an FP8 sum, so each K block's product is promoted to a float32 sum.
 // While one consumer promotes, the other one's WGMMAs run. The lhs is A. For small M it is B
-// (SWAPPED), because the rhs may be narrow. If each rhs row has its own scale, a second producer
-// warp loads these scales. With CLUSTER = 2, two blocks with neighbouring tile rows share a tile of
-// B: each loads half of it and multicasts it to both, which halves the reads from L2.
+// (SWAPPED), because the rhs may be narrow. In a cluster of two, blocks with neighbouring tile rows
+// share a tile of B, or blocks with neighbouring tile columns share a tile of A: each loads half of
+// it and multicasts it to both, which halves the reads from L2.
 //
 // Split-K: where N gives few tiles, K is split in `num_splits` ranges (choose.h), whose partial
 // sums are added in a fixed order. For small M a cluster of `num_splits` blocks computes a tile,
 // one split per block. The blocks exchange partial sums through smem (fp8_gemm_store.cuh). For
 // large M a block computes one split after the other.
 //
-// Limit: large products are limited by the tensor cores, products with small M by reading B.
+// Limit: large products are limited by smem and the tensor cores, products with small M by reading
+// B. step_limits in choose.h counts the clocks of each unit.
 //
 // Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2; DeepGEMM.
 #pragma once
