@@ -86,7 +86,7 @@ struct StepLimits {
   double tensor;  // WGMMAs at 4096 multiply-adds per clock
   double smem;    // WGMMAs read 64 + columns rows of 128 bytes, TMA writes; 128 bytes per clock
   double l2;      // bytes of both operands, without what the other block of the cluster loads
-  double issue;   // instructions of a scheduler: promotion, and some 50 around it (test_nvcc.py)
+  double issue;   // instructions of a scheduler: promotion, and about 50 around it (test_nvcc.py)
   double chain;   // of one warpgroup: wait, WGMMAs, promotion, one after the other
   double latency;  // of a load, divided by the buffers of the ring
 

@@ -4,25 +4,28 @@
 //
 // Parallelization: a persistent kernel. Each resident block loops over tiles of D (schedule.cuh). A
 // block has one producer warpgroup and WARPGROUPS consumer warpgroups. One thread of the producer
-// loads 64·WARPGROUPS rows of the left MMA operand (lhs) and N rows of the right one (rhs) by TMA,
-// 128 values of K per stage of a ring with STAGES buffers. Each consumer warpgroup multiplies 64
-// lhs rows. A full and an empty barrier per stage s synchronize them:
+// loads M rows of the left MMA operand (lhs) and N rows of the right one (rhs) by TMA, 128 values
+// of K per stage of a ring with STAGES buffers. SCALE_WARPS warps of it load the scales of the
+// stage. Each consumer warpgroup multiplies 64 lhs rows, or twice 64 (WAVES = 2) with one set of
+// registers for the products. A full and an empty barrier per stage s synchronize them:
 //
 //     producer     wait empty[s] -> announce bytes, issue TMA -> full[s]
+//     scale warp   load scales of several stages -> wait empty[s] -> store to smem -> full[s]
 //     consumer     wait full[s] -> 4 WGMMA -> arrive empty[s] -> sum = fma(product, scales, sum)
 //
 // WGMMA keeps about 14 bits of an FP8 sum, so each K block's product is promoted to a float32 sum.
 // While one consumer promotes, the other one's WGMMAs run. The lhs is A. For small M it is B
-// (SWAPPED), because the rhs may be narrow. If each rhs row has its own scale, a second producer
-// warp loads these scales. With CLUSTER = 2, two blocks with neighbouring tile rows share a tile of
-// B: each loads half of it and multicasts it to both, which halves the reads from L2.
+// (SWAPPED), because the rhs may be narrow. In a cluster of two, blocks with neighbouring tile rows
+// share a tile of B, or blocks with neighbouring tile columns share a tile of A: each loads half of
+// it and multicasts it to both, which halves the reads from L2.
 //
 // Split-K: where N gives few tiles, K is split in `num_splits` ranges (choose.h), whose partial
 // sums are added in a fixed order. For small M a cluster of `num_splits` blocks computes a tile,
 // one split per block. The blocks exchange partial sums through smem (fp8_gemm_store.cuh). For
 // large M a block computes one split after the other.
 //
-// Limit: large products are limited by the tensor cores, products with small M by reading B.
+// Limit: large products are limited by smem and the tensor cores, products with small M by reading
+// B. step_limits in choose.h counts the clocks of each unit.
 //
 // Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2; DeepGEMM.
 #pragma once
@@ -82,6 +85,26 @@ SM90_DEVICE void load_operands(const TensorMap* a, const TensorMap* b, char* sme
   }
 }
 
+// The address of scale `i` of a stage, for the first K block of a tile, and the distance to that
+// of the next block. Rows outside the matrix have the scale of row 0.
+template <class Tile>
+SM90_DEVICE const float* find_scale(const GemmArguments& p, const TileWork& w, int i,
+                                    int* block_stride) {
+  const int rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
+  const int row = w.row + (Tile::CLUSTER_M > 1 ? rank * Tile::M : 0);
+  const int column = w.column + (Tile::CLUSTER_N > 1 ? rank * Tile::N : 0);
+  const bool is_lhs = i < Tile::LHS_SCALES, is_a = is_lhs != Tile::SWAPPED;
+  const Scales& scales =
+      is_a || PLANT(scales_of_wrong_operand, true, false) ? p.a_scale : p.b_scale;
+  const int at = (is_a ? row : column) + i - (is_lhs ? 0 : Tile::RHS_SCALES_START);
+  const bool valid = PLANT(reads_scales_past_last_row, true, at < (is_a ? p.M : p.N)) && at > 0 &&
+                     i < Tile::SCALES;
+  const int rows_per_scale = is_lhs ? Tile::LHS_ROWS_PER_SCALE : Tile::RHS_ROWS_PER_SCALE;
+  *block_stride = static_cast<int>(scales.block_stride);
+  return scales_of_row(scales, w.group, valid ? at : 0, rows_per_scale) +
+         w.scale_block * scales.block_stride;
+}
+
 // Producer warps for scales: load the scales of each stage. A lane loads those of four K blocks at
 // once (two, if it loads three scales per stage), so that the latency is paid once for as many
 // stages.
@@ -91,29 +114,12 @@ SM90_DEVICE void load_scales(const GemmArguments& p, char* smem, typename Tile::
   constexpr int THREADS = 32 * Tile::SCALE_WARPS;
   constexpr int PER_LANE = (Tile::SCALES + THREADS - 1) / THREADS, BLOCKS = PER_LANE < 3 ? 4 : 2;
   OperandRing<Tile> ring(smem);
-  const Scales& lhs = Tile::SWAPPED ? p.b_scale : p.a_scale;
-  const Scales& rhs = PLANT(scales_of_wrong_operand, p.b_scale,
-                            Tile::SWAPPED ? p.a_scale : p.b_scale);
-  const int rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
-  const int lhs_end = Tile::SWAPPED ? p.N : p.M, rhs_end = Tile::SWAPPED ? p.M : p.N;
   TileWork w;
   while (tiles.next(w)) {
-    const int row = w.row + (Tile::CLUSTER_M > 1 ? rank * Tile::M : 0);
-    const int column = w.column + (Tile::CLUSTER_N > 1 ? rank * Tile::N : 0);
-    const int first_lhs = Tile::SWAPPED ? column : row, first_rhs = Tile::SWAPPED ? row : column;
     const float* from[PER_LANE];
     int stride[PER_LANE];
     for (int i = 0; i < PER_LANE; ++i) {
-      const int scale = first_thread + i * THREADS;
-      const bool is_lhs = scale < Tile::LHS_SCALES;
-      const int at = is_lhs ? first_lhs + scale : first_rhs + scale - Tile::RHS_SCALES_START;
-      const bool valid = PLANT(reads_scales_past_last_row, true,
-                               at < (is_lhs ? lhs_end : rhs_end)) && scale < Tile::SCALES;
-      const Scales& scales = is_lhs ? lhs : rhs;
-      const int per_scale = is_lhs ? Tile::LHS_ROWS_PER_SCALE : Tile::RHS_ROWS_PER_SCALE;
-      stride[i] = static_cast<int>(scales.block_stride);
-      from[i] = scales_of_row(scales, w.group, valid && at > 0 ? at : 0, per_scale) +
-                w.scale_block * scales.block_stride;
+      from[i] = find_scale<Tile>(p, w, first_thread + i * THREADS, &stride[i]);
     }
     const int blocks = (w.k_length + Tile::K - 1) / Tile::K;
     for (int j = 0; j < blocks; j += BLOCKS) {
@@ -185,6 +191,42 @@ SM90_DEVICE void promote(float (&sum)[Tile::N / 2], const float (&product)[Tile:
   }
 }
 
+// Issues four WGMMAs of 32 values of K each: product = 64 lhs rows from `first_row` on, times the
+// rhs.
+template <class Tile>
+SM90_DEVICE void issue_wgmmas(float (&product)[Tile::N / 2], OperandRing<Tile>& ring,
+                              int first_row) {
+  UNLESS_PLANTED(no_wgmma_fence, wgmma_fence());
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const char* lhs_rows = ring.lhs() + first_row * Tile::K;
+    WHEN_PLANTED(reads_past_smem, lhs_rows = ring.smem + Tile::SMEM_BYTES / 16 * 16);
+    const uint32_t lhs_stride = PLANT(wrong_descriptor_stride, 512, 1024);
+    wgmma_e4m3<Tile::N>(product, matrix_descriptor(lhs_rows + step * 32, 0, lhs_stride),
+                        matrix_descriptor(ring.rhs() + step * 32, 0, 1024),
+                        PLANT(accumulates_in_first_wgmma, true, step > 0));
+  }
+  UNLESS_PLANTED(no_wgmma_commit, wgmma_commit());
+}
+
+// Reads the scales of lhs rows `row` and `row` + 8 and those of this thread's rhs rows.
+template <class Tile>
+SM90_DEVICE void read_scales(float (&lhs)[2], FloatPair (&rhs)[Tile::RHS_PAIRS], const char* scales,
+                             int row) {
+  for (int half = 0; half < 2; ++half) {
+    lhs[half] = load_shared<float>(scales + (Tile::LHS_SCALES == 1 ? 0 : 4 * (row + 8 * half)));
+  }
+  const char* first_rhs = scales + 4 * Tile::RHS_SCALES_START;
+  if constexpr (Tile::RHS_ROWS_PER_SCALE == 1) {
+#pragma unroll
+    for (int i = 0; i < Tile::RHS_PAIRS; ++i) {
+      rhs[i] = load_shared<FloatPair>(first_rhs + 32 * i + lane_index() % 4 * 8);
+    }
+  } else {
+    rhs[0].low = load_shared<float>(first_rhs);
+  }
+}
+
 // Mainloop: sum = the scaled products of one tile over `k_length` values of K. A thread's sums are
 // those of lhs rows `thread_row` and `thread_row` + 8 of each wave.
 template <class Tile>
@@ -197,41 +239,17 @@ SM90_DEVICE void multiply(float (&sum)[Tile::WAVES][Tile::N / 2], OperandRing<Ti
     // Wait for the operands and their scales.
     ring.wait_full();
     if (Tile::VARIANT == GemmVariant::k_grouped && k_length - j * Tile::K < Tile::K) {
-      UNLESS_PLANTED(no_clearing_of_k_tail,
-                     clear_k_tail<Tile>(ring.lhs(), k_length - j * Tile::K));
+      UNLESS_PLANTED(no_clearing_of_k_tail, clear_k_tail<Tile>(ring.lhs(), k_length - j * Tile::K));
     }
 #pragma unroll
     for (int wave = 0; wave < Tile::WAVES; ++wave) {
-      const int first_row = (wave * Tile::WARPGROUPS + warpgroup) * 64;
       float product[Tile::N / 2];
-      // Issue four WGMMAs of 32 values of K each.
-      UNLESS_PLANTED(no_wgmma_fence, wgmma_fence());
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const char* lhs_rows = ring.lhs() + first_row * Tile::K;
-        WHEN_PLANTED(reads_past_smem, lhs_rows = ring.smem + Tile::SMEM_BYTES / 16 * 16);
-        const uint32_t lhs_stride = PLANT(wrong_descriptor_stride, 512, 1024);
-        wgmma_e4m3<Tile::N>(product, matrix_descriptor(lhs_rows + step * 32, 0, lhs_stride),
-                            matrix_descriptor(ring.rhs() + step * 32, 0, 1024),
-                            PLANT(accumulates_in_first_wgmma, true, step > 0));
-      }
-      UNLESS_PLANTED(no_wgmma_commit, wgmma_commit());
-      // The scales, while the WGMMAs run.
-      const char* scales = ring.scales();
-      const int lhs_at = Tile::LHS_SCALES == 1 ? 0 : wave * Tile::WARPGROUPS * 64 + thread_row;
-      const float lhs_scale[2] = {
-          load_shared<float>(scales + 4 * lhs_at),
-          load_shared<float>(scales + 4 * (Tile::LHS_SCALES == 1 ? 0 : lhs_at + 8))};
+      float lhs_scale[2];
       FloatPair rhs_scales[Tile::RHS_PAIRS];
-      const char* rhs = scales + 4 * Tile::RHS_SCALES_START;
-      if (Tile::RHS_ROWS_PER_SCALE == 1) {
-#pragma unroll
-        for (int i = 0; i < Tile::RHS_PAIRS; ++i) {
-          rhs_scales[i] = load_shared<FloatPair>(rhs + 32 * i + lane_index() % 4 * 8);
-        }
-      } else {
-        rhs_scales[0].low = load_shared<float>(rhs);
-      }
+      issue_wgmmas<Tile>(product, ring, (wave * Tile::WARPGROUPS + warpgroup) * 64);
+      // While the WGMMAs run:
+      read_scales<Tile>(lhs_scale, rhs_scales, ring.scales(),
+                        wave * Tile::WARPGROUPS * 64 + thread_row);
       const bool last = wave == Tile::WAVES - 1;
       if (last) WHEN_PLANTED(releases_before_wgmma_wait, release_stage<Tile>(ring));
       UNLESS_PLANTED(no_wgmma_wait, wgmma_wait<PLANT(wgmma_wait_leaves_one, 1, 0)>());
@@ -263,8 +281,7 @@ SM90_DEVICE void multiply_tiles(const TensorMap* out, const GemmArguments& p, ch
       const int k_left = w.k_length - block * Tile::K;
       const int k_length =
           Tile::SERIAL_SPLIT_K
-              ? PLANT(serial_splits_overlap, k_left,
-                      clamp(k_left, 0, p.blocks_per_split * Tile::K))
+              ? PLANT(serial_splits_overlap, k_left, clamp(k_left, 0, p.blocks_per_split * Tile::K))
               : w.k_length;
       multiply<Tile>(sum, ring, thread_row, k_length);
       if (serial_splits > 1) {

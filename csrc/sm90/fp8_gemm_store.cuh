@@ -66,6 +66,7 @@ SM90_DEVICE void stage_floats(const float (&sum)[N / 2], char* staging, int thre
                  FloatPair{sum[i], sum[i + 1]});
   }
 }
+
 // The same for T of 16 bits.
 template <int N, class T>
 SM90_DEVICE void stage_halves(const float (&sum)[N / 2], char* staging, int thread) {
@@ -156,10 +157,11 @@ SM90_DEVICE void store_four(const GemmArguments& p, int64_t row, int n, Floats x
   const int64_t at = row * p.N + n;
   if (p.rows_aligned && left < 4) return;  // aligned rows of D are multiples of 4 values
   with_type(p.out_type, [&](auto* null) {
-    auto* out = static_cast<decltype(null)>(p.out) + at;
+    using T = std::remove_pointer_t<decltype(null)>;
+    T* out = static_cast<T*>(p.out) + at;
     if (!p.rows_aligned) {
       for (int i = 0; i < left; ++i) {
-        std::remove_reference_t<decltype(*null)> value;
+        T value;
         narrow(value, x.value[i]);
         store_global(out + i, value);
       }

@@ -99,10 +99,11 @@ def test_same_bits_for_any_schedule(emulated, tile, order, seeds, generator):
 
 @pytest.mark.parametrize(("tile", "c_dtype"), C_CASES, ids=str)
 def test_adds_c(emulated, tile, c_dtype, generator):
-    args = operands(tile, generator, 70, 100, 256)
-    shape = (3, 70, 100) if tile.variant == "k_grouped" else (70, 100)
-    c = torch.randn(shape, generator=generator).to(c_dtype)
-    check(emulated, tile, args, torch.float32, c)
+    for N in (100, 101):  # rows of pairs, and rows of single values
+        args = operands(tile, generator, 70, N, 256)
+        shape = (3, 70, N) if tile.variant == "k_grouped" else (70, N)
+        c = torch.randn(shape, generator=generator).to(c_dtype)
+        check(emulated, tile, args, torch.float32, c)
 
 
 @pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
