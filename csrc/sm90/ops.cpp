@@ -172,8 +172,16 @@ bool rows_are_aligned(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1;
 }
 
-Tensor with_aligned_rows(const Tensor& x) {
-  if (rows_are_aligned(x)) return x;
+// q [B, Sq, H, 576] with one stride between all rows: a view, or a copy.
+Tensor with_uniform_rows(const Tensor& x) {
+  bool uniform = rows_are_aligned(x) && (x.size(2) == 1 || x.stride(2) >= x.size(3));
+  int64_t stride = x.size(2) > 1 ? x.stride(2) : x.size(3);
+  if (x.size(2) == 1 && x.size(1) > 1) stride = x.stride(1);
+  if (x.size(2) == 1 && x.size(1) == 1 && x.size(0) > 1) stride = x.stride(0);
+  uniform = uniform && stride >= x.size(3);
+  if (x.size(1) > 1) uniform = uniform && x.stride(1) == x.size(2) * stride;
+  if (x.size(0) > 1) uniform = uniform && x.stride(0) == x.size(1) * x.size(2) * stride;
+  if (uniform) return x;
   Tensor copy = torch::stable::new_empty(x, x.sizes());
   return torch::stable::copy_(copy, x);
 }
@@ -213,13 +221,14 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache
   Tensor out = torch::stable::new_empty(queries, {B, Sq, H, MLA_V_DIM});
   Tensor lse = torch::stable::new_empty(queries, {B, H, Sq}, ScalarType::Float);
   if (B * rows == 0) return {out, lse};
-  const Tensor q = with_aligned_rows(queries);
+  const Tensor q = with_uniform_rows(queries);
 
   MlaArguments p{};
   p.q = q.const_data_ptr(), p.cache = cache.const_data_ptr();
   p.block_table = int_data(table), p.cache_seqlens = int_data(lengths);
   p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.q_batch_stride = q.stride(0), p.q_query_stride = q.stride(1), p.q_head_stride = q.stride(2);
+  // Of the innermost dimension with more than one row.
+  p.q_row_stride = H > 1 ? q.stride(2) : Sq > 1 ? q.stride(1) : B > 1 ? q.stride(0) : MLA_WIDTH;
   p.table_row_stride = table.stride(0);
   p.page_stride = cache.stride(0), p.token_stride = cache.stride(1);
   p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);
