@@ -51,8 +51,8 @@ struct MlaArguments {
   int64_t tma_rows() const { return (num_pages - 1) * tma_page_rows + page_size; }
 };
 
-// Sets the fields of the parallelization. Splits depend on Sq · H and on a sequence's own length, so
-// neither the batch nor the width of the block table changes the bits of a result.
+// Sets the fields of the parallelization. Splits depend on Sq · H and on a sequence's own length,
+// so neither the batch nor the width of the block table changes the bits of a result.
 //
 // A split's partial result costs the traffic of 3.6 cached bf16 tokens per row. So a split has 64
 // tokens per row (5.6 % more traffic), between 512 and 4096. Fewer and longer splits would serve

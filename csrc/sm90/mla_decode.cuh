@@ -6,9 +6,9 @@
 //
 // Parallelization: the Sq · H rows (query, head) of a sequence form tiles of 64 rows, and its
 // tokens are divided into splits. The grid is persistent: a block computes one row tile over one
-// split after the other (mla_load.cuh), 64 tokens at a time. A token tile is stored once in smem, as
+// split after the other (mla_items.cuh), 64 tokens at a time. A token tile is stored once in smem, as
 // nine column blocks of 64x64, and serves as K and V.
-// One producer warpgroup loads. Two consumer warpgroups alternate ("seesaw"):
+// One producer warpgroup loads (mla_load.cuh). Two consumer warpgroups alternate ("seesaw"):
 // warpgroup 0 computes the scores of even tiles and columns 0 to 255 of the output, warpgroup 1 the
 // scores of odd tiles and columns 256 to 511. The softmax of one (mla_softmax.cuh) overlaps with
 // the WGMMAs of the other:
