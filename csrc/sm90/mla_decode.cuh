@@ -290,8 +290,9 @@ SM90_DEVICE void store_row(const float (&sum)[2][64], const float (&scale)[2][2]
 
 // Adds the row sums of the two warpgroups, in the same order in both.
 SM90_DEVICE void exchange_row_sums(float (&row_sum)[2], char* smem, int warpgroup, int row) {
-  // In place of the maxima that the other warpgroup published last.
-  UNLESS_PLANTED(row_sums_over_unread_maxima, named_barrier_sync(1, 256));
+  // In place of the maxima that the other warpgroup published last and may still read back. No
+  // planted bug: it would read them at once, and no order of the emulator delays it that long.
+  named_barrier_sync(1, 256);
   char* sums = smem + MlaTile::ROW_STATS_OFFSET + 4 * row;
   char* to = sums + (1 - warpgroup) * MlaTile::ROWS * 4;
 #pragma unroll

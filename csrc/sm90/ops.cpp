@@ -172,15 +172,23 @@ bool rows_are_aligned(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1;
 }
 
-// q [B, Sq, H, 576] with one stride between all rows: a view, or a copy.
+// The stride between the rows of x [.., width], if they all have the same one.
+int64_t row_stride(const Tensor& x) {
+  for (int64_t d = x.dim() - 2; d >= 0; --d) {
+    if (x.size(d) > 1) return x.stride(d);
+  }
+  return x.size(x.dim() - 1);
+}
+
+// x as rows for one tensor map, with one stride and not overlapping: x itself, or a copy.
 Tensor with_uniform_rows(const Tensor& x) {
-  bool uniform = rows_are_aligned(x) && (x.size(2) == 1 || x.stride(2) >= x.size(3));
-  int64_t stride = x.size(2) > 1 ? x.stride(2) : x.size(3);
-  if (x.size(2) == 1 && x.size(1) > 1) stride = x.stride(1);
-  if (x.size(2) == 1 && x.size(1) == 1 && x.size(0) > 1) stride = x.stride(0);
-  uniform = uniform && stride >= x.size(3);
-  if (x.size(1) > 1) uniform = uniform && x.stride(1) == x.size(2) * stride;
-  if (x.size(0) > 1) uniform = uniform && x.stride(0) == x.size(1) * x.size(2) * stride;
+  const int64_t last = x.dim() - 1, stride = row_stride(x);
+  bool uniform = rows_are_aligned(x) && stride >= x.size(last);
+  int64_t rows = 1;  // in the dimensions after d
+  for (int64_t d = last - 1; d >= 0; --d) {
+    uniform = uniform && (x.size(d) == 1 || x.stride(d) == rows * stride);
+    rows *= x.size(d);
+  }
   if (uniform) return x;
   Tensor copy = torch::stable::new_empty(x, x.sizes());
   return torch::stable::copy_(copy, x);
@@ -227,8 +235,7 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache
   p.q = q.const_data_ptr(), p.cache = cache.const_data_ptr();
   p.block_table = int_data(table), p.cache_seqlens = int_data(lengths);
   p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  // Of the innermost dimension with more than one row.
-  p.q_row_stride = H > 1 ? q.stride(2) : Sq > 1 ? q.stride(1) : B > 1 ? q.stride(0) : MLA_WIDTH;
+  p.q_row_stride = row_stride(q);
   p.table_row_stride = table.stride(0);
   p.page_stride = cache.stride(0), p.token_stride = cache.stride(1);
   p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);

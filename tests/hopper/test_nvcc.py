@@ -98,7 +98,7 @@ def test_instructions(compiled):
 # the RoPE values. Bytes spilled: the FP8 producer keeps the phases of its ring in local memory.
 MLA_KERNELS = {
     "mla_decodeILb0E": (RAISED, 0, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9 + 2}),
-    "mla_decodeILb1E": (RAISED, 20, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 5 + 2,
+    "mla_decodeILb1E": (RAISED, 16, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 5 + 2,
                                      "UTMALDG": 2}),
     "mla_combine": (80, 0, {}),
 }  # fmt: skip
