@@ -25,7 +25,7 @@ struct Fp8GemmProblem {
 
 // Arguments of mla_decode. Strides are in elements.
 struct MlaArguments {
-  const void* q;      // bf16 [batch, Sq, H, 576]
+  const void* q;      // bf16 [batch · Sq · H, 576], rows at multiples of 16 bytes
   const void* cache;  // [num_pages, page_size, 576] bf16, or 656 bytes per token in the FP8 format
   const int* block_table;    // [batch, max_tokens / page_size], page numbers
   const int* cache_seqlens;  // [batch], tokens
@@ -33,15 +33,15 @@ struct MlaArguments {
   float* lse;                // [batch, H, Sq], natural logarithm
   float* partial_out;        // [batch, num_splits, Sq * H, 512], results of the splits
   float* partial_lse;        // [batch, num_splits, Sq * H], base 2
-  int64_t q_batch_stride, q_query_stride, q_head_stride, table_row_stride;
+  int64_t q_row_stride, table_row_stride;
   int64_t page_stride, token_stride;  // of the cache
   float softmax_scale_log2;           // softmax_scale · log2(e)
   int batch, Sq, H;
   int max_tokens;  // of a sequence: pages of block_table · page_size
   int num_pages, page_size;
   int row_tiles;          // tiles of 64 rows (query, head) per sequence
-  int num_splits;         // splits per sequence in the grid
-  int min_split_tokens;   // of a split
+  int num_splits;         // splits of the longest possible sequence
+  int min_split_log2;     // log2 of the fewest tokens of a split, unless the sequence has one split
   int max_splits;         // per sequence
   bool causal;
   bool by_tma;            // TMA can load the cache: see plan_mla_splits
@@ -51,16 +51,21 @@ struct MlaArguments {
   int64_t tma_rows() const { return (num_pages - 1) * tma_page_rows + page_size; }
 };
 
-// Sets the fields of the parallelization. Splits depend on Sq · H and on a sequence's own length, so neither the batch nor
-// the width of the block table changes the bits of a result. The Triton kernel uses the same rule.
+// Sets the fields of the parallelization. Splits depend on Sq · H and on a sequence's own length,
+// so neither the batch nor the width of the block table changes the bits of a result.
+//
+// A split's partial result costs the traffic of 3.6 cached bf16 tokens per row. So a split has 64
+// tokens per row (5.6 % more traffic), between 512 and 4096. Fewer and longer splits would serve
+// large batches better, more and shorter ones a single sequence: see docs/notes/hopper.md.
 inline void plan_mla_splits(MlaArguments& p) {
-  p.row_tiles = static_cast<int>((int64_t{p.Sq} * p.H + 63) / 64);
+  const int64_t rows = int64_t{p.Sq} * p.H;
+  p.row_tiles = static_cast<int>((rows + 63) / 64);
   int power = 1;
   while (power < p.row_tiles) power *= 2;
   p.max_splits = power == 1 ? 64 : power < 16 ? 128 / power : 8;
-  p.min_split_tokens = int64_t{p.Sq} * p.H <= 32 ? 512 : 1024;
-  const int splits =
-      p.max_tokens / p.min_split_tokens + (p.max_tokens % p.min_split_tokens > 0);
+  p.min_split_log2 = 9;
+  while (64 * rows > 1 << p.min_split_log2 && p.min_split_log2 < 12) ++p.min_split_log2;
+  const int splits = p.max_tokens >> p.min_split_log2;
   p.num_splits = splits < 1 ? 1 : splits < p.max_splits ? splits : p.max_splits;
   // P of a score s is 2^(s · scale - maximum). With scale 0 a masked score would be inf · 0.
   if (p.softmax_scale_log2 == 0) p.softmax_scale_log2 = std::numeric_limits<float>::min();

@@ -1,7 +1,9 @@
 // mla_prefill and its gradients: the work items of a persistent block, and the tables of tiles.
 #pragma once
 
+#include "launch.h"
 #include "mla_softmax.cuh"
+#include "ring.cuh"
 
 namespace sm90 {
 

@@ -58,14 +58,11 @@ SM90_DEVICE bool all_present(const char* positions) {
   return (bits & 0x80808080) == 0;
 }
 
-// Sets the scores of tokens that a row does not attend to. `positions`: uint8 [64] in smem.
-// `row_limits`: int in smem, the number of tokens that `row` attends to; row + 8 is 32 bytes later.
-SM90_DEVICE void mask_scores(float (&score)[32], float masked, int first, const char* positions,
-                             const char* row_limits) {
-  // Limits relative to the tile. At most TOKENS, so that ABSENT is masked.
-  const int limit_0 = load_shared<int>(row_limits) - first;
-  const int limit[2] = {PLANT(limit_above_absent, limit_0, min_of(limit_0, MlaTile::TOKENS)),
-                        min_of(load_shared<int>(row_limits + 32) - first, MlaTile::TOKENS)};
+// Sets the scores of tokens that a row does not attend to. `limit`: the number of the tile's tokens
+// that the thread's two rows attend to, at most TOKENS, so that ABSENT is masked. `positions`: uint8
+// [64] in smem.
+SM90_DEVICE void mask_scores(float (&score)[32], float masked, const int (&limit)[2],
+                             const char* positions) {
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
     const int two_positions = load_shared<uint16_t>(positions + i * 2 + lane_index() % 4 * 2);

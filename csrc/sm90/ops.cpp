@@ -172,8 +172,24 @@ bool rows_are_aligned(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1;
 }
 
-Tensor with_aligned_rows(const Tensor& x) {
-  if (rows_are_aligned(x)) return x;
+// The stride between the rows of x [.., width], if they all have the same one.
+int64_t row_stride(const Tensor& x) {
+  for (int64_t d = x.dim() - 2; d >= 0; --d) {
+    if (x.size(d) > 1) return x.stride(d);
+  }
+  return x.size(x.dim() - 1);
+}
+
+// x as rows for one tensor map, with one stride and not overlapping: x itself, or a copy.
+Tensor with_uniform_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1, stride = row_stride(x);
+  bool uniform = rows_are_aligned(x) && stride >= x.size(last);
+  int64_t rows = 1;  // in the dimensions after d
+  for (int64_t d = last - 1; d >= 0; --d) {
+    uniform = uniform && (x.size(d) == 1 || x.stride(d) == rows * stride);
+    rows *= x.size(d);
+  }
+  if (uniform) return x;
   Tensor copy = torch::stable::new_empty(x, x.sizes());
   return torch::stable::copy_(copy, x);
 }
@@ -213,13 +229,13 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache
   Tensor out = torch::stable::new_empty(queries, {B, Sq, H, MLA_V_DIM});
   Tensor lse = torch::stable::new_empty(queries, {B, H, Sq}, ScalarType::Float);
   if (B * rows == 0) return {out, lse};
-  const Tensor q = with_aligned_rows(queries);
+  const Tensor q = with_uniform_rows(queries);
 
   MlaArguments p{};
   p.q = q.const_data_ptr(), p.cache = cache.const_data_ptr();
   p.block_table = int_data(table), p.cache_seqlens = int_data(lengths);
   p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.q_batch_stride = q.stride(0), p.q_query_stride = q.stride(1), p.q_head_stride = q.stride(2);
+  p.q_row_stride = row_stride(q);
   p.table_row_stride = table.stride(0);
   p.page_stride = cache.stride(0), p.token_stride = cache.stride(1);
   p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);

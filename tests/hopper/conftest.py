@@ -227,12 +227,11 @@ class MlaArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "cache", "block_table", "cache_seqlens",
                                                "out", "lse", "partial_out", "partial_lse")),
         *((name, ctypes.c_int64) for name in (
-            "q_batch_stride", "q_query_stride", "q_head_stride", "table_row_stride", "page_stride",
-            "token_stride")),
+            "q_row_stride", "table_row_stride", "page_stride", "token_stride")),
         ("softmax_scale_log2", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("batch", "Sq", "H", "max_tokens", "num_pages",
                                             "page_size", "row_tiles", "num_splits",
-                                            "min_split_tokens", "max_splits")),
+                                            "min_split_log2", "max_splits")),
         *((name, ctypes.c_bool) for name in ("causal", "by_tma", "fp8")),
         ("tma_page_rows", ctypes.c_int64),
     ]  # fmt: skip
@@ -241,20 +240,21 @@ class MlaArguments(ctypes.Structure):
 def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
     """The mla_decode of `library`: the op's arguments, then how to run it.
 
-    `by_tma=False` gathers all pages. By default the launcher decides.
+    `by_tma=False` gathers all pages. By default the launcher decides. `blocks`: number of SMs.
     """
 
     def mla(q, cache, table, lengths, scale, causal=True, v_head_dim=512, *,
-            seed=0, order="random", by_tma=True) -> tuple[Tensor, Tensor]:  # fmt: skip
+            seed=0, order="random", by_tma=True, blocks=3) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert v_head_dim == 512 and q.dtype == torch.bfloat16
         assert cache.dtype in (torch.bfloat16, torch.uint8)
-        (B, Sq, H, _), (blocks, page) = q.shape, cache.shape[:2]
+        (B, Sq, H, _), (pages, page) = q.shape, cache.shape[:2]
+        q = q.contiguous()
         out = torch.full((B, Sq, H, 512), torch.nan, dtype=torch.bfloat16)
         lse = torch.full((B, H, Sq), torch.nan)
         p = MlaArguments(
             *(x.data_ptr() for x in (q, cache, table, lengths, out, lse)), 0, 0,
-            *q.stride()[:3], table.stride(0), *cache.stride()[:2], scale * 1.4426950408889634,
-            B, Sq, H, table.shape[1] * page, blocks, page, causal=causal,
+            576, table.stride(0), *cache.stride()[:2], scale * 1.4426950408889634,
+            B, Sq, H, table.shape[1] * page, pages, page, causal=causal,
             fp8=cache.dtype == torch.uint8,
         )  # fmt: skip
         library.emulate_cut_mla(ctypes.byref(p))
@@ -267,7 +267,7 @@ def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
         message = ctypes.create_string_buffer(4096)
         with only(library, read, write):
             failed = library.emulate_mla_decode(
-                ctypes.byref(p), ctypes.c_uint64(seed), ORDERS[order], message, len(message)
+                ctypes.byref(p), blocks, ctypes.c_uint64(seed), ORDERS[order], message, len(message)
             )
         if failed:
             raise EmulatorFailure(message.value.decode())

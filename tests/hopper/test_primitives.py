@@ -292,6 +292,8 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_conversions(kernels, name, dtype, generator):
     x = any_floats(generator)
     pairs = apply(kernels, f"to_{name}", x, x.flip(0), dtype=torch.int32)
+    packed = apply(kernels, f"pack_{name}", x, x.flip(0), dtype=torch.int32)
+    compare.assert_bitwise(packed, pairs)
     halves = pairs.view(dtype).view(-1, 2)
     assert_same_bits(halves[:, 0], x.to(dtype))
     assert_same_bits(halves[:, 1], x.flip(0).to(dtype))
@@ -324,6 +326,13 @@ def test_arithmetic(kernels, generator):
     want = x.abs().double().log2()
     got = apply(kernels, "log2_of", x.abs(), dtype=torch.float32)
     assert bool(((got - want).abs() <= 2.0**-22 * want.abs().clamp(min=1)).all())
+    edges = torch.tensor([-torch.inf, torch.inf, torch.nan, 0.0]).repeat(4)
+    for name, want in (("max_of", torch.fmax), ("min_of", torch.fmin)):
+        other = edges.view(4, 4).T.flatten()
+        assert_same_bits(apply(kernels, name, x, y, dtype=torch.float32), want(x, y))
+        assert_same_bits(
+            apply(kernels, name, edges, other, dtype=torch.float32), want(edges, other)
+        )
     edges = torch.tensor([-torch.inf, torch.inf, torch.nan, 0.0])
     assert_same_bits(apply(kernels, "exp2_of", edges, dtype=torch.float32), torch.exp2(edges))
 
