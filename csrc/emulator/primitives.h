@@ -54,6 +54,7 @@ uint32_t multiply_bf16(uint32_t x, uint32_t y);
 inline int thread_index() { return emulator::current().index; }
 inline int warp_index() { return emulator::current().warp(); }
 inline int lane_index() { return emulator::current().lane(); }
+inline int not_before(int x) { return x; }
 inline int block_index() { return emulator::current().block->index; }
 inline int block_count() { return emulator::current().block->launch().blocks; }
 inline int cluster_rank() { return emulator::current().block->rank; }

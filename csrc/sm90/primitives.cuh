@@ -96,6 +96,12 @@ SM90_DEVICE uint32_t multiply_bf16(uint32_t x, uint32_t y) {
 SM90_DEVICE int thread_index() { return threadIdx.x; }
 SM90_DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 SM90_DEVICE int lane_index() { return threadIdx.x % 32; }
+// x, in a way that the compiler cannot compute before this call: what follows from the result is
+// computed here, not kept in registers through an earlier loop.
+SM90_DEVICE int not_before(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 SM90_DEVICE int block_index() { return blockIdx.x; }
 SM90_DEVICE int block_count() { return gridDim.x; }
 SM90_DEVICE int cluster_rank() {
