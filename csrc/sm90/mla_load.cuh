@@ -237,6 +237,7 @@ struct Fp8Loader {
   }
   // Starts to load the 16 tokens from `first` on, and the page of the next fetch.
   SM90_DEVICE void fetch(Fp8Token& to, const MlaWork& w, int first) {
+    const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int token = first + row;
     const bool valid = page >= 0;
     const Chunk* from = address(page, token);
@@ -253,6 +254,7 @@ struct Fp8Loader {
   // values, ratios, positions. The RoPE values are loaded here, from L2 in most cases: the load of
   // the scales before them fetches 128 bytes.
   SM90_DEVICE void store(const Fp8Token& token, int first, int at, const TokenTile& tile) {
+    const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int position = at + row;
     const bool valid = token.page >= 0;
     const Chunk rope = load_streamed(address(token.page, first + position) +
@@ -291,6 +293,7 @@ struct Fp8Loader {
   // Stores 16 codes times `step` (a bf16 in both halves) as two chunks of a 128-byte tile row.
   // Four of eight lanes store their chunks in the opposite order, to avoid bank conflicts.
   SM90_DEVICE void store_codes(const Chunk& codes, uint32_t step, char* tile_row, int swizzle) {
+    const int chunk = not_before(this->chunk);
     const bool swapped = chunk >= 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

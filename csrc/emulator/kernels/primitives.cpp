@@ -414,7 +414,7 @@ int emulate_numbers(const char* function, const uint32_t* x, const uint32_t* y, 
 // load_streamed: out[i] = in[i] if valid[i], else zeros; 32 chunks.
 int emulate_streamed(const Chunk* in, Chunk* out, const int* valid, RunOptions options) {
   return run_checked(options, make_launch(options, 1, 32, 0), [&] {
-    const int i = lane_index();
+    const int i = not_before(lane_index());
     store_global(out + i, load_streamed(in + i, load_global(valid + i) != 0));
   });
 }
