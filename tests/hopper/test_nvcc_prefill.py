@@ -30,12 +30,12 @@ def machine_code(tmp_path_factory) -> dict[str, str]:
 
 
 def loops(part: str) -> list[str]:
-    """The bodies of loops that have a WGMMA and no loop with a WGMMA inside."""
+    """The bodies of the innermost loops that have a WGMMA, in their order."""
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?;)", part)
     address = {int(at, 16): i for i, (at, _) in enumerate(lines)}
     spans = []
     for i, (at, text) in enumerate(lines):
-        target = re.search(r"\bBRA 0x([0-9a-f]+)", text)
+        target = re.match(r"@!?U?P\d+ BRA 0x([0-9a-f]+)", text)  # others return from a wait
         if target and int(target[1], 16) < int(at, 16):
             first = address[int(target[1], 16)]
             if any("HGMMA" in text for _, text in lines[first : i + 1]):
