@@ -55,7 +55,7 @@ def test_steps(machine_code, kernel, want):
         assert issued.count("HGMMA") == wgmmas
         assert "".join(overlapped).count("MUFU.EX2") == exponentials
         assert step.count(";") <= most, step.count(";")
-        assert not re.search(r"\b(STL|LDL|F2F|CCTL|MEMBAR)\b", step)
+        assert not re.search(r"\b(STL|LDL|F2F|CCTL|MEMBAR\.\w+\.GPU)\b", step)
 
 
 def test_steps_of_dkv(machine_code):
@@ -63,7 +63,7 @@ def test_steps_of_dkv(machine_code):
     steps = loops(machine_code["mla_prefill_dkv"])
     assert sorted(step.count("HGMMA") for step in steps) == [8 + 8, 2 * (12 + 8)]
     for step in steps:
-        assert not re.search(r"\b(STL|LDL|F2F|CCTL|MEMBAR)\b", step)
+        assert not re.search(r"\b(STL|LDL|F2F|CCTL|MEMBAR\.\w+\.GPU)\b", step)
     ds, weights = sorted(steps, key=lambda step: step.count("HGMMA"))
     assert ds.count(";") <= 740, ds.count(";")
     overlapped = [part for part in weights.split("WARPGROUP.DEPBAR") if "MUFU.EX2" in part]
