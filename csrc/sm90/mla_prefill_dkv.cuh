@@ -78,7 +78,7 @@ struct DkvWork {
   int first_step, steps;       // for one head of q: tiles of queries from first_step to steps - 1
   int shift;                   // causal: query i attends to the keys up to i + shift
 
-  // Tiles of queries from this one on need no mask, but for the last one if it is not full.
+  // Tiles of queries from this one on need no mask, except a last one that is not full.
   SM90_DEVICE int first_full_step(const MlaPrefillArguments& p) const {
     const int not_full = p.causal ? first + DkvTile::KEYS - 1 - shift - query_begin : 0;
     return not_full > 0 ? (not_full + DkvTile::ROWS - 1) / DkvTile::ROWS : 0;
