@@ -267,7 +267,7 @@ Tensor with_heads_in_rows(const Tensor& x) {
   const int64_t columns = (x.size(1) - 1) * x.stride(1) + x.size(2);
   const bool disjoint = (x.size(1) <= 1 || x.stride(1) >= x.size(2)) &&
                         (x.size(0) <= 1 || x.stride(0) >= columns);
-  if (disjoint && columns < INT32_MAX) return with_aligned_rows(x);
+  if (disjoint && columns < INT32_MAX && rows_are_aligned(x)) return x;
   Tensor copy = torch::stable::new_empty(x, x.sizes());
   return torch::stable::copy_(copy, x);
 }
