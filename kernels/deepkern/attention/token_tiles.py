@@ -140,7 +140,7 @@ def online_softmax_step(
     if any_key if BRANCH else True:
         weights, alpha, new_max, row_sum = softmax_weights(
             row_max, row_sum, q, rope, latent, scale, new_unit, attn_mask, score_scale,
-            VALUE_DTYPE, PRECISION,
+            BRANCH, VALUE_DTYPE, PRECISION,
         )  # fmt: skip
     if HALF:
         alpha *= unit * inverse(new_unit)
@@ -163,6 +163,7 @@ def softmax_weights(
     unit,  # of the weights
     attn_mask,
     score_scale,
+    BRANCH: tl.constexpr,
     DTYPE: tl.constexpr,  # of the weights
     PRECISION: tl.constexpr,
 ):
@@ -176,13 +177,19 @@ def softmax_weights(
     scaled before they are added up: a shared accumulator is such a dependence too.
     """
     q_rope, q_latent, q_unit = q
-    scores = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION) * score_scale
-    latent_scale = q_unit * score_scale
-    for j in tl.static_range(len(q_latent)):
-        product = tl.dot(q_latent[j], tl.trans(latent[j]), input_precision=PRECISION)
-        if len(scale) > 0:
-            product *= scale[j][None, :]
-        scores += product * latent_scale
+    scores = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
+    if BRANCH or len(scale) > 0:
+        scores *= score_scale
+        latent_scale = q_unit * score_scale
+        for j in tl.static_range(len(q_latent)):
+            product = tl.dot(q_latent[j], tl.trans(latent[j]), input_precision=PRECISION)
+            if len(scale) > 0:
+                product *= scale[j][None, :]
+            scores += product * latent_scale
+    else:
+        for j in tl.static_range(len(q_latent)):
+            scores = tl.dot(q_latent[j], tl.trans(latent[j]), scores, input_precision=PRECISION)
+        scores *= score_scale
     scores = tl.where(attn_mask, scores, float("-inf"))  # [ROWS, KEYS]
 
     new_max = tl.maximum(row_max, tl.max(scores, 1))
