@@ -26,7 +26,9 @@ _NVIDIA_LIMITS = {
 }
 _NVIDIA_RESERVED = 1 << 10  # shared memory of every block that CUDA reserves
 
-_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.M)
+_SASS = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)([^;\n]*)", re.M
+)
 _GCN = re.compile(r"^\s+([a-z][a-z0-9_]+)", re.M)
 _WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
@@ -35,7 +37,8 @@ def read(kernel, target: Arch) -> dict:
     """The record of a CompiledKernel.
 
     registers: per thread.
-    spill_bytes: stored to and loaded from local memory per thread, each instruction counted once.
+    spill_bytes: stored to and loaded from local memory in loops, per thread, each instruction
+        counted once. Spills that run once per block cost less than the registers they save.
     shared: bytes per block.
     blocks: resident blocks per SM, and limit: the resource that bounds them.
     matrix: tensor-core instructions by mnemonic.
@@ -68,11 +71,14 @@ def _cuobjdump() -> Path:
 def read_sass(text: str) -> dict:
     """Registers, spills and instruction counts from what `cuobjdump -res-usage -sass` prints."""
     registers = int(re.search(r"\bREG:(\d+)", text)[1])
-    counts: Counter[str] = Counter()
+    instructions = [(int(at, 16), *rest) for at, *rest in _SASS.findall(text)]
+    counts = Counter(name for _, name, *_ in instructions)
+    loops = [(int(target[1], 16), at) for at, name, _, operands in instructions
+             if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", operands))
+             and int(target[1], 16) < at]  # fmt: skip
     spill_bytes = 0
-    for name, modifiers in _SASS.findall(text):
-        counts[name] += 1
-        if name in ("STL", "LDL"):
+    for at, name, modifiers, _ in instructions:
+        if name in ("STL", "LDL") and any(begin <= at <= end for begin, end in loops):
             spill_bytes += next((_WIDTH[m] for m in modifiers.split(".") if m in _WIDTH), 4)
     return {
         "registers": registers,

@@ -167,15 +167,18 @@ SASS = """
         /*0070*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64] ;    /* 0x0 */
         /*0080*/                   LDG.E.128 R4, [R2.64] ;                /* 0x0 */
         /*0090*/                   FFMA R4, R4, R5, R6 ;                  /* 0x0 */
+        /*00a0*/              @!P1 BRA 0x20 ;                             /* 0x0 */
+        /*00b0*/                   LDL.128 R4, [R1+0x10] ;                /* 0x0 */
+        /*00c0*/                   BRA 0xc0;                              /* 0x0 */
 """
 
 
 def test_reads_sass():
     record = assembly.read_sass(SASS)
     assert record["registers"] == 72
-    assert record["spill_bytes"] == 16 + 4 + 8
+    assert record["spill_bytes"] == 4 + 8  # in the loop, 0x20 to 0xa0
     assert record["matrix"] == {"HGMMA": 1, "QGMMA": 1}
-    assert record["tma"] == 1 and record["async_copy"] == 1 and record["instructions"] == 10
+    assert record["tma"] == 1 and record["async_copy"] == 1 and record["instructions"] == 13
 
 
 GCN = """

@@ -66,12 +66,12 @@ def _split(cache: Tensor, R: int, latent_dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def alignment(tensor: Tensor) -> int:
-    """The largest of 1, 2, 4 and 8 that divides a cache tensor's page and token strides.
+    """The largest of 1, 2, 4, 8 and 16 that divides a cache tensor's page and token strides.
 
     Triton itself only detects divisibility by 16, and the RoPE values of a 656-byte token are
     328 elements apart.
     """
-    return math.gcd(8, *tensor.stride()[:2])
+    return math.gcd(16, *tensor.stride()[:2])
 
 
 def width(dtype: torch.dtype, R: int, D: int) -> int:
@@ -166,29 +166,3 @@ def store(row_ptr, index, value, mask):
         for i in tl.static_range(SIZE):
             byte = (bits >> (8 * i)) & 0xFF
             tl.store(row_ptr + index * SIZE + i, byte.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def e4m3_over_256(words, DTYPE: tl.constexpr):
-    """int32 [N, W], four e4m3 per word -> DTYPE [N, 4 * W], the values times 2^-8, exactly.
-
-    Integer arithmetic is used even where e4m3 is a native type: the compiler would move a
-    conversion after the transfer through smem, and 8-bit matrix operands cannot be transposed
-    during that transfer. The sign and the other 7 bits, moved to their places in a float16, are the
-    value times 2^-8; two float16 fit into a word.
-    """
-    # 0x7f is NaN and the only code for which adding 1 carries into the eighth bit. The carry sets
-    # that bit, which turns the float16 into a NaN.
-    carried = (words & 0x7F7F7F7F) + 0x01010101
-    magnitude = (words & 0x7F7F7F7F) | (carried & -0x7F7F7F80)
-    even = ((words << 8) & -0x7FFF8000) | ((magnitude << 7) & 0x7F807F80)  # values 0 and 2
-    odd = (words & -0x7FFF8000) | ((magnitude >> 1) & 0x7F807F80)  # values 1 and 3
-    low = tl.join(lower_half(even).to(DTYPE), lower_half(even >> 16).to(DTYPE))
-    high = tl.join(lower_half(odd).to(DTYPE), lower_half(odd >> 16).to(DTYPE))
-    return tl.reshape(tl.join(low, high), (words.shape[0], 4 * words.shape[1]))
-
-
-@triton.jit
-def lower_half(word):
-    """The float16 in the lower half of an int32, as float32."""
-    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -30,6 +30,7 @@ from ..runtime.contract import check_that
 from ..runtime.op import op
 from . import paged_launch
 from .cache import check_block_table, check_decode, check_lengths, check_page_size
+from .fp8_tokens import LEAST_UNIT
 from .paged_launch import Tile
 from .splits import length_of, split_length_of
 from .token_tiles import (
@@ -148,6 +149,9 @@ def mla_decode_kernel(
     num_pages,  # pages of the cache; other page numbers are absent tokens
     CAUSAL: tl.constexpr,
     FP8: tl.constexpr,  # whether the cache has the FP8 format
+    HALF: tl.constexpr,  # FP8 and bf16 q: products with latents are float16, see fp8_tokens.py
+    ASM: tl.constexpr,  # whether inline assembly of NVIDIA GPUs is available
+    BRANCH: tl.constexpr,  # see softmax_weights
     DOT_DTYPE: tl.constexpr,  # operands of the matrix products
     ROPE_DTYPE: tl.constexpr,  # RoPE values of the cache
     PRECISION: tl.constexpr,  # input_precision of the matrix products
@@ -178,9 +182,11 @@ def mla_decode_kernel(
     query, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
     q_offset = query * q.query_stride + head * q.head_stride
     q_row = q.ptr + sequence * q.sequence_stride + q_offset[:, None]
-    queries = load_queries(q_row, R, D, row_mask, DOT_DTYPE, R_BLOCK, NUM_R_BLOCKS, EVEN_R, D_TILE)
+    queries = load_queries(
+        q_row, R, D, row_mask, HALF, DOT_DTYPE, R_BLOCK, NUM_R_BLOCKS, EVEN_R, D_TILE
+    )
     acc = zero_tiles(NUM_R_BLOCKS, (ROWS, R_BLOCK))
-    rounded_sum = zero_tiles(NUM_R_BLOCKS if FP8 else 0, (ROWS, KEYS))
+    unit = tl.full((), LEAST_UNIT if HALF else 1.0, tl.float32)
     limit = length - (Sq - 1 - row // H) if CAUSAL else tl.zeros_like(row) + length  # [ROWS]
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
@@ -191,9 +197,10 @@ def mla_decode_kernel(
         key_mask = (page >= 0) & (page < num_pages)  # [KEYS]
         token = token_pointers(cache, page, key % page_size, LATENT_ALIGN, ROPE_ALIGN)
         attn_mask = key_mask[None, :] & (key[None, :] < limit[:, None])
-        acc, rounded_sum, row_max, row_sum = online_softmax_step(
-            acc, rounded_sum, row_max, row_sum, queries, token, key_mask, attn_mask, score_scale,
-            R, D, FP8, DOT_DTYPE, ROPE_DTYPE, PRECISION, R_BLOCK, EVEN_R, D_TILE,
+        acc, unit, row_max, row_sum = online_softmax_step(
+            acc, unit, row_max, row_sum, queries, token, key_mask, attn_mask,
+            start < end, score_scale, R, D, FP8, HALF, ASM, BRANCH, DOT_DTYPE, ROPE_DTYPE,
+            PRECISION, R_BLOCK, EVEN_R, D_TILE,
         )  # fmt: skip
 
     out_row = sequence * Sq * H + row
@@ -205,7 +212,7 @@ def mla_decode_kernel(
     )
     store_out(
         out_ptr, partial_ptr, out_row, partial_row, row_mask, only_split,
-        acc, rounded_sum, row_sum, None, R, R_BLOCK, EVEN_R,
+        acc, unit, row_sum, None, R, HALF, R_BLOCK, EVEN_R,
     )  # fmt: skip
 
 

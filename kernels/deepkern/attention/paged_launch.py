@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 from ..arithmetic import cdiv, next_power_of_2
-from ..runtime import arch
+from ..runtime import arch, backends
 from ..runtime.arch import Arch
 from .cache import alignment, cache_view, rope_dtype, triton_dtype
 from .splits import mla_combine_splits_kernel
@@ -69,16 +69,11 @@ def _tile(
         return (32 if num_rows > 16 and large_smem else 16, 32, 128, 8, 2)  # 64 rows spill
     if not nvidia:
         return (16 if num_rows <= 16 or cached == torch.uint8 else 32, 32, 128, 4, 2)
-    if cached == torch.uint8 and kind == "dense":
-        # 32 and 64 rows spill: the rounded weights are summed per row and key.
-        return (16, 32, 128, 8 if target.name in ("sm_100", "sm_120") else 4, 2)
-    if cached == torch.uint8:  # 64 rows spill; on sm_120 32 rows spill too
-        rows = 16 if num_rows <= 16 or target.name == "sm_120" else 32
-        return (rows, 64 if large_smem else 32, 128, 8, 2)
-    if num_rows <= 16:
-        return (16, 64, 128, 4, 2)
-    if num_rows > 32 and target.wgmma:
-        return (64, 32, 128, 8, 2)  # 64 keys spill
+    fp8, dense = cached == torch.uint8, kind == "dense"
+    if num_rows <= 16 or (fp8 and dense and target.name in ("sm_100", "sm_120")):  # 32 rows spill
+        return (16, 32 if fp8 else 64, 128, 4, 2)
+    if num_rows > 32 and target.wgmma and not (fp8 and dense):  # 64 rows spill
+        return (64, 32 if fp8 else 64, 128, 8, 2)  # FP8: 64 keys spill
     return (32, 64 if large_smem else 32, 128, 8, 2)
 
 
@@ -140,14 +135,18 @@ def launch_paged_attention(
     if num_splits > 1:
         partial = q.new_empty(B, num_splits, Sq * H, R, dtype=torch.float32)
         partial_lse = q.new_empty(B, num_splits, Sq * H, dtype=torch.float32)
-    view = cache_view(cache, R, torch.int32)
+    target, dot = arch.of(q.device), dot_dtype(q, cache)
+    fp8 = cache.dtype == torch.uint8
+    view = cache_view(cache, R, torch.float8_e4m3fn if target.native_fp8 else torch.int32)
     splits = {"KEYS": tile.keys, "MIN_SPLIT": tile.min_split, "MAX_SPLITS": tile.max_splits}
     kernel[(row_tiles, num_splits)](
         QueryView(q, *q.stride()[:3]), view, lengths, out, lse, partial, partial_lse,
         softmax_scale * LOG2_E, Sq, H, R, W - R, max_length, cache.shape[1], **arguments,
-        FP8=cache.dtype == torch.uint8, DOT_DTYPE=triton_dtype(dot_dtype(q, cache)),
-        ROPE_DTYPE=triton_dtype(rope_dtype(cache)),
-        PRECISION=arch.of(q.device).input_precision,
+        FP8=fp8, HALF=fp8 and dot == torch.bfloat16 and R > 0,
+        ASM=target.backend == "cuda" and not backends.interpreting(),
+        BRANCH=target.wgmma and tile.rows >= 64,
+        DOT_DTYPE=triton_dtype(dot), ROPE_DTYPE=triton_dtype(rope_dtype(cache)),
+        PRECISION=target.input_precision,
         LATENT_ALIGN=alignment(view.latent), ROPE_ALIGN=alignment(view.rope),
         ROWS=tile.rows, **latent_blocks(R, W, tile.latents), **splits,
         num_warps=tile.warps, num_stages=tile.stages,

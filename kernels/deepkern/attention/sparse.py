@@ -29,6 +29,7 @@ from ..arithmetic import cdiv, next_power_of_2
 from ..runtime.contract import check_that
 from . import paged_launch
 from .cache import check_lengths
+from .fp8_tokens import LEAST_UNIT
 from .paged_launch import Tile
 from .splits import LN_2, length_of, sink_factor, split_length_of
 from .token_tiles import (
@@ -110,6 +111,9 @@ def mla_sparse_attention_kernel(
     max_ptr,  # fp32 [B, H, Sq], largest score, or None
     num_slots,  # tokens that fit into the cache; other indices select no token
     FP8: tl.constexpr,  # whether the cache has the FP8 format
+    HALF: tl.constexpr,  # FP8 and bf16 q: products with latents are float16, see fp8_tokens.py
+    ASM: tl.constexpr,  # whether inline assembly of NVIDIA GPUs is available
+    BRANCH: tl.constexpr,  # see softmax_weights
     DOT_DTYPE: tl.constexpr,  # operands of the matrix products
     ROPE_DTYPE: tl.constexpr,  # RoPE values of the cache
     PRECISION: tl.constexpr,  # input_precision of the matrix products
@@ -142,26 +146,27 @@ def mla_sparse_attention_kernel(
     q_row = q.ptr + sequence * q.sequence_stride + query * q.query_stride
     queries = load_queries(
         q_row + (head.to(tl.int64) * q.head_stride)[:, None], R, D, row_mask,
-        DOT_DTYPE, R_BLOCK, NUM_R_BLOCKS, EVEN_R, D_TILE,
+        HALF, DOT_DTYPE, R_BLOCK, NUM_R_BLOCKS, EVEN_R, D_TILE,
     )  # fmt: skip
     acc = zero_tiles(NUM_R_BLOCKS, (ROWS, R_BLOCK))
-    rounded_sum = zero_tiles(NUM_R_BLOCKS if FP8 else 0, (ROWS,))
+    unit = tl.full((), LEAST_UNIT if HALF else 1.0, tl.float32)
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     indices_row = indices.ptr + sequence * indices.sequence_stride + query * indices.query_stride
     n = begin + tl.arange(0, KEYS)
     next_slot = tl.load(indices_row + n, mask=n < end, other=-1)
     for start in range(begin, end, KEYS):
-        # Prefetch the next indices: the token addresses depend on them.
         slot = next_slot
-        n = start + KEYS + tl.arange(0, KEYS)
-        next_slot = tl.load(indices_row + n, mask=n < end, other=-1)
         key_mask = (slot >= 0) & (slot < num_slots)  # [KEYS]
         token = token_pointers(cache, slot // page_size, slot % page_size, LATENT_ALIGN, ROPE_ALIGN)
-        acc, rounded_sum, row_max, row_sum = online_softmax_step(
-            acc, rounded_sum, row_max, row_sum, queries, token, key_mask, key_mask[None, :],
-            score_scale, R, D, FP8, DOT_DTYPE, ROPE_DTYPE, PRECISION, R_BLOCK, EVEN_R, D_TILE,
+        acc, unit, row_max, row_sum = online_softmax_step(
+            acc, unit, row_max, row_sum, queries, token, key_mask, key_mask[None, :],
+            start < end, score_scale, R, D, FP8, HALF, ASM, BRANCH, DOT_DTYPE, ROPE_DTYPE,
+            PRECISION, R_BLOCK, EVEN_R, D_TILE,
         )  # fmt: skip
+        # Prefetch the next indices: the token addresses depend on them.
+        n = start + KEYS + tl.arange(0, KEYS)
+        next_slot = tl.load(indices_row + n, mask=n < end, other=-1)
 
     only_split = split_length >= length
     out_row = (sequence * Sq + query) * H + head
@@ -175,7 +180,7 @@ def mla_sparse_attention_kernel(
             tl.store(max_ptr + lse_index, row_max * LN_2, mask=row_mask)
     store_out(
         out_ptr, partial_ptr, out_row, partial_row, row_mask, only_split,
-        acc, rounded_sum, row_sum, sink_factor(sink_ptr, head, row_mask, lse), R, R_BLOCK, EVEN_R,
+        acc, unit, row_sum, sink_factor(sink_ptr, head, row_mask, lse), R, HALF, R_BLOCK, EVEN_R,
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ tokens; the loads of rows also by `mla_sparse_prefill_backward`.
 
 R is processed in blocks of R_BLOCK latents: acc, q and the tokens' latents are tuples of
 NUM_R_BLOCKS tiles. The D RoPE values are a tile of their own. row_max [ROWS] is an exponent of 2,
-row_sum [ROWS] a sum of powers of 2. With FP8 tokens, `rounded_sum` holds the sums of the weights
-after rounding, per block.
+row_sum [ROWS] a sum of powers of 2. With bf16 q and FP8 tokens (HALF) products with latents are
+float16 and acc is over a power of two, `unit`: see fp8_tokens.py.
 
 Source: FlashAttention-2 (arXiv 2307.08691) for the online softmax.
 """
@@ -19,7 +19,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cache import e4m3_over_256, load
+from .cache import load
+from .fp8_tokens import (
+    WEIGHT_RANGE,
+    half_queries,
+    inverse,
+    load_e4m3,
+    load_scales,
+    unit_of,
+)
 from .splits import LN_2
 
 
@@ -29,19 +37,26 @@ def load_queries(
     R,
     D,
     row_mask,  # [ROWS]; rows outside load as 0
+    HALF: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     R_BLOCK: tl.constexpr,
     NUM_R_BLOCKS: tl.constexpr,
     EVEN_R: tl.constexpr,
     D_TILE: tl.constexpr,
 ):
-    """RoPE values [ROWS, D_TILE], and latents: NUM_R_BLOCKS tiles [ROWS, R_BLOCK]."""
+    """RoPE values [ROWS, D_TILE]; NUM_R_BLOCKS tiles of latents [ROWS, R_BLOCK]; their unit.
+
+    With HALF the latents are float16, over their unit [ROWS, 1]; otherwise the unit is 1.
+    """
     mask = row_mask[:, None]
     rope = load_rope(q_row + R, D, mask, q_row.dtype.element_ty, DOT_DTYPE, D_TILE)
-    latent = ()
+    DTYPE: tl.constexpr = tl.float32 if HALF else DOT_DTYPE
+    latent, unit = (), 1.0
     for j in tl.static_range(NUM_R_BLOCKS):
-        latent = latent + (load_block(q_row, j, R, mask, DOT_DTYPE, R_BLOCK, EVEN_R),)
-    return rope, latent
+        latent = latent + (load_block(q_row, j, R, mask, DTYPE, R_BLOCK, EVEN_R),)
+    if HALF:
+        latent, unit = half_queries(latent)
+    return rope, latent, unit
 
 
 @triton.jit
@@ -75,17 +90,21 @@ def token_pointers(
 @triton.jit
 def online_softmax_step(
     acc,  # NUM_R_BLOCKS tiles fp32 [ROWS, R_BLOCK]
-    rounded_sum,  # FP8: NUM_R_BLOCKS tiles, see add_rounded_weights; else ()
+    unit,  # of acc; 1 without HALF
     row_max,  # [ROWS]
     row_sum,  # [ROWS]
     q,  # as load_queries returns them
     token,  # of token_pointers
     key_mask,  # [KEYS]; other tokens load as 0, so NaN in unused cache cannot propagate
     attn_mask,  # [ROWS or 1, KEYS]; other scores are -inf
+    any_key,  # a run-time condition that holds, see softmax_weights
     score_scale,  # softmax_scale * log2(e)
     R,
     D,
     FP8: tl.constexpr,
+    HALF: tl.constexpr,
+    ASM: tl.constexpr,
+    BRANCH: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     ROPE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -93,61 +112,100 @@ def online_softmax_step(
     EVEN_R: tl.constexpr,
     D_TILE: tl.constexpr,
 ):
-    """acc, rounded_sum, row_max and row_sum after these tokens."""
-    q_rope, q_latent = q
+    """acc, unit, row_max and row_sum after these tokens."""
+    NUM_R_BLOCKS: tl.constexpr = len(acc)
     latent_row, scale_row, rope_row = token
     token_mask = key_mask[:, None]
+    scale, new_unit = (), unit  # NUM_R_BLOCKS times fp32 [KEYS]
+    if FP8:
+        scale = load_scales(scale_row, latent_row, key_mask, R, R_BLOCK, NUM_R_BLOCKS)
+    if HALF:
+        new_unit = unit_of(scale, unit)
     rope = load_rope(rope_row, D, token_mask, ROPE_DTYPE, DOT_DTYPE, D_TILE)
-    scores = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
-    latent, scale = (), ()  # NUM_R_BLOCKS tiles [KEYS, R_BLOCK]; FP8: [1, KEYS]
-    for j in tl.static_range(len(q_latent)):
+    VALUE_DTYPE: tl.constexpr = tl.float16 if HALF else DOT_DTYPE
+    latent = ()  # NUM_R_BLOCKS tiles [KEYS, R_BLOCK]
+    for j in tl.static_range(NUM_R_BLOCKS):
         if FP8:
-            values = load_e4m3(latent_row, j, R, token_mask, DOT_DTYPE, R_BLOCK, EVEN_R)
-            # The scale multiplies the fp32 product, where it is not rounded to DOT_DTYPE.
-            block_scale = load(scale_row, j * R_BLOCK // 128, key_mask, tl.float32) * 256.0
-            scale = scale + (block_scale[None, :],)
-            product = tl.dot(q_latent[j], tl.trans(values), input_precision=PRECISION)
-            scores += product * scale[j]
+            values = load_e4m3(latent_row, j, R, token_mask, VALUE_DTYPE, ASM, R_BLOCK, EVEN_R)
         else:
             values = load_block(latent_row, j, R, token_mask, DOT_DTYPE, R_BLOCK, EVEN_R)
-            scores = tl.dot(q_latent[j], tl.trans(values), scores, input_precision=PRECISION)
         latent = latent + (values,)
-    scores = tl.where(attn_mask, scores * score_scale, float("-inf"))  # [ROWS, KEYS]
 
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # no token yet: weights are 0
-    weights = tl.exp2(scores - finite_max[:, None])
-    alpha = tl.exp2(row_max - finite_max)
-    row_sum = row_sum * alpha + tl.sum(weights, 1)
-    new_acc, new_rounded_sum = (), ()
-    for j in tl.static_range(len(q_latent)):
-        if FP8:
-            # acc is later divided by the sum of the weights as the product uses them, that is
-            # after rounding: the rounding error cancels where one token dominates.
-            scaled = (weights * scale[j]).to(DOT_DTYPE)
-            rounded = scaled.to(tl.float32) * (1.0 / scale[j])
-            rounded = tl.where(tl.abs(scale[j]) < 1e-30, weights, rounded)
-            new_rounded_sum = new_rounded_sum + (
-                add_rounded_weights(rounded_sum[j], alpha, rounded),
-            )
-        else:
-            scaled = weights.to(DOT_DTYPE)
+    # The values without a token. Not constants, which would take smem during the whole loop.
+    shape: tl.constexpr = (row_sum.shape[0], key_mask.shape[0])
+    weights = (tl.broadcast_to(row_sum[:, None], shape).to(VALUE_DTYPE),)
+    for _ in tl.static_range(len(scale) - 1):
+        weights = weights + (weights[0],)
+    alpha, new_max = row_max, row_max
+    if any_key if BRANCH else True:
+        weights, alpha, new_max, row_sum = softmax_weights(
+            row_max, row_sum, q, rope, latent, scale, new_unit, attn_mask, score_scale,
+            BRANCH, VALUE_DTYPE, PRECISION,
+        )  # fmt: skip
+    if HALF:
+        alpha *= unit * inverse(new_unit)
+    new_acc = ()
+    for j in tl.static_range(NUM_R_BLOCKS):
         rescaled = acc[j] * alpha[:, None]
-        new_acc = new_acc + (tl.dot(scaled, latent[j], rescaled, input_precision=PRECISION),)
-    return new_acc, new_rounded_sum, new_max, row_sum
+        weight = weights[j if FP8 else 0]
+        new_acc = new_acc + (tl.dot(weight, latent[j], rescaled, input_precision=PRECISION),)
+    return new_acc, new_unit, new_max, row_sum
 
 
 @triton.jit
-def add_rounded_weights(rounded_sum, alpha, weights):
-    """rounded_sum * alpha + weights [ROWS, KEYS].
+def softmax_weights(
+    row_max,  # [ROWS], before these tokens
+    row_sum,  # [ROWS], before these tokens
+    q,  # as load_queries returns them
+    rope,  # [KEYS, D_TILE]
+    latent,  # NUM_R_BLOCKS tiles [KEYS, R_BLOCK]
+    scale,  # of each tile [KEYS], or () without FP8
+    unit,  # of the weights
+    attn_mask,
+    score_scale,
+    BRANCH: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the weights
+    PRECISION: tl.constexpr,
+):
+    """The weights, a tile [ROWS, KEYS] for each scale or one; alpha, row_max and row_sum.
 
-    rounded_sum is [ROWS], or [ROWS, KEYS] where registers allow it: then the reduction over keys
-    happens once, after the loop.
+    Weights are times the scale; in float16 over the unit and times WEIGHT_RANGE too.
+
+    Triton gives each warp whole rows of a product on whose result another product depends. With 64
+    rows, of which four warps hold 16 each, two warp groups then compute everything twice. So the
+    caller puts this into a branch (BRANCH), behind which Triton does not look, and products are
+    scaled before they are added up: a shared accumulator is such a dependence too.
     """
-    if len(rounded_sum.shape) == 1:
-        return rounded_sum * alpha + tl.sum(weights, 1)
+    q_rope, q_latent, q_unit = q
+    scores = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
+    if BRANCH or len(scale) > 0:
+        scores *= score_scale
+        latent_scale = q_unit * score_scale
+        for j in tl.static_range(len(q_latent)):
+            product = tl.dot(q_latent[j], tl.trans(latent[j]), input_precision=PRECISION)
+            if len(scale) > 0:
+                product *= scale[j][None, :]
+            scores += product * latent_scale
     else:
-        return rounded_sum * alpha[:, None] + weights
+        for j in tl.static_range(len(q_latent)):
+            scores = tl.dot(q_latent[j], tl.trans(latent[j]), scores, input_precision=PRECISION)
+        scores *= score_scale
+    scores = tl.where(attn_mask, scores, float("-inf"))  # [ROWS, KEYS]
+
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # no token yet: weights are 0
+    exponentials = tl.exp2(scores - finite_max[:, None])
+    alpha = tl.exp2(row_max - finite_max)
+    row_sum = row_sum * alpha + tl.sum(exponentials, 1)
+    weights = ()
+    for j in tl.static_range(len(scale)):
+        factor = scale[j]
+        if tl.float16 == DTYPE:
+            factor *= WEIGHT_RANGE * inverse(unit)
+        weights = weights + ((exponentials * factor[None, :]).to(DTYPE),)
+    if len(scale) == 0:
+        weights = (exponentials.to(DTYPE),)
+    return weights, alpha, new_max, row_sum
 
 
 @triton.jit
@@ -179,10 +237,11 @@ def store_out(
     row_mask,  # [ROWS]
     only_split,  # whether this split is the whole sequence
     acc,
-    rounded_sum,
+    unit,  # of acc
     row_sum,
     factor,  # [ROWS], multiplies out, not the partial result; None: 1
     R,
+    HALF: tl.constexpr,  # whether products were float16
     R_BLOCK: tl.constexpr,
     EVEN_R: tl.constexpr,
 ):
@@ -190,10 +249,10 @@ def store_out(
     for j in tl.static_range(len(acc)):
         column = j * R_BLOCK + tl.arange(0, R_BLOCK)[None, :]
         mask = row_mask[:, None] & ((column < R) | EVEN_R)
-        norm = row_sum
-        if len(rounded_sum) > 0:
-            norm = rounded_sum[j] if len(rounded_sum[j].shape) == 1 else tl.sum(rounded_sum[j], 1)
-        result = acc[j] / tl.where(row_sum == 0.0, 1.0, norm)[:, None]
+        norm = tl.where(row_sum == 0.0, 1.0, row_sum)
+        result = acc[j] / norm[:, None]
+        if HALF:
+            result *= unit * (1.0 / WEIGHT_RANGE)
         if only_split:
             if factor is not None:
                 result *= factor[:, None]
@@ -210,19 +269,6 @@ def load_block(
     """Block j of each row's R values: [rows, R_BLOCK] of DTYPE; 0 where masked and from R on."""
     column = j * R_BLOCK + tl.arange(0, R_BLOCK)[None, :]
     return tl.load(row_ptr + column, mask=mask & ((column < R) | EVEN_R), other=0.0).to(DTYPE)
-
-
-@triton.jit
-def load_e4m3(
-    row_ptr, j, R, mask, DTYPE: tl.constexpr, R_BLOCK: tl.constexpr, EVEN_R: tl.constexpr
-):
-    """As `load_block`, of e4m3 values in int32 words, times 2^-8."""
-    word = j * (R_BLOCK // 4) + tl.arange(0, R_BLOCK // 4)[None, :]
-    values = e4m3_over_256(load(row_ptr, word, mask & ((word * 4 < R) | EVEN_R), tl.int32), DTYPE)
-    if not EVEN_R:  # the last word may hold R % 4 values only
-        column = j * R_BLOCK + tl.arange(0, R_BLOCK)[None, :]
-        values = tl.where(mask & (column < R), values, 0.0)
-    return values
 
 
 @triton.jit
