@@ -185,6 +185,7 @@ def test_every_hook_has_a_test():
     hooks = set(re.findall(r"\b(?:UNLESS_PLANTED|WHEN_PLANTED|PLANT)\(\s*(\w+)", kernels))
     assert hooks == {
         *gemm.BUGS,
+        *gemm.PAIR_BUGS,
         *gemm.SPLIT_BUGS,
         *BUGS,
         *FP8_BUGS,
