@@ -167,6 +167,16 @@ def row(goal: Goal, report: Profile) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def key(row: str) -> tuple[str, ...]:
+    """The op, the backend and the shape of a row of the table."""
+    return tuple(cell.strip() for cell in row.split("|")[1:4])
+
+
+def predicted(row: str) -> tuple[int, str]:
+    """The predicted share of a row, for the order of rows."""
+    return int(row.split("|")[4].strip().rstrip("%")), row
+
+
 def main() -> None:
     console, rows, failures = screen(), [], 0
     for goal in GOALS:
@@ -189,11 +199,13 @@ def main() -> None:
         gc.collect()
     if failures:
         sys.exit(f"{failures} goal shapes failed: {OUT.name} is unchanged")
-    if len(sys.argv) == 1:
+    if rows:
         before, rest = OUT.read_text().split(BEGIN)
+        kept = {key(line): line for line in rest.split(END)[0].splitlines() if "`" in line}
+        kept |= {key(text): text for _, text in rows}
         head = ("| op | backend | shape | predicted | bound | roof | binding limit | counts "
                 "| run as |\n|---|---|---|--:|--:|--:|---|---|---|")  # fmt: skip
-        body = "\n".join(text for _, text in sorted(rows))
+        body = "\n".join(sorted(kept.values(), key=predicted))
         OUT.write_text(f"{before}{BEGIN}\n{head}\n{body}\n{END}{rest.split(END)[1]}")
 
 
