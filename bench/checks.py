@@ -97,8 +97,9 @@ def tolerance(op: str, want: tuple) -> float:
     """The widest bound of an output of `op`; 0 if all must be equal bit for bit."""
     if facts(op).EXACT:
         return 0.0
-    dtypes = [x.dtype for x in want if isinstance(x, Tensor)]
-    return max((compare.TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    outputs = [x for x in want if isinstance(x, Tensor) and x.dtype in compare.TOLERANCE]
+    bounds = (compare.tolerance(x.dtype, op, compare.target_of(x)) for x in outputs)
+    return max(bounds, default=0.0)
 
 
 def largest(got: tuple, want: tuple) -> float | None:

@@ -131,15 +131,12 @@ def cuda_backend(
     order: str = "random",
     multiprocessors: int = 132,
     launches: bool = True,
-    sums_in_order: bool = False,
 ) -> Iterator[None]:
     """Forces backend `cuda` to accept CPU tensors and to run its kernels in the emulator.
 
-    With `launches=False` no kernel runs, only the host code of a call. With `sums_in_order` WGMMA
-    adds as the PTX machine does, which gives the same bits; else a sum is exact and rounded once.
+    With `launches=False` no kernel runs, only the host code of a call.
     """
-    how = multiprocessors, int(launches), int(sums_in_order)
-    ops().emulate_how(ctypes.c_uint64(seed), ORDERS[order], *how)
+    ops().emulate_how(ctypes.c_uint64(seed), ORDERS[order], multiprocessors, int(launches))
     on_gpu = backends.unsupported_on_device
 
     def unsupported(op, name, device):

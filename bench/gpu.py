@@ -36,7 +36,7 @@ LIMIT = 590  # seconds for a stage
 def ops_of(family: str) -> list[str]:
     """The ops in the family's folder; for hopper, the ops with a Hopper kernel."""
     if family == "hopper":
-        return [*tune.OPS, "mla_decode"]
+        return [*tune.OPS, "mla_decode", "mla_prefill", "mla_prefill_backward"]
     modules = {name: getattr(deepkern, name).__module__ for name in sorted(deepkern.OPS)}
     return [name for name, module in modules.items() if module.split(".")[1] == family]
 

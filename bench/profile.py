@@ -25,7 +25,7 @@ from deepkern.runtime.profile import Launch, Statement, profiled, run_every
 from deepkern.testing.costs import Cost
 from deepkern.testing.ops import cost, facts
 
-from . import budgets, compiling, limits
+from . import budgets, compiling, hopper, limits
 
 COUNTS = ("issued", "bytes", "sectors", "wavefronts", "least_wavefronts", "flops")
 _CALLED = re.compile(r"@\[ (?:\S+?):(\d+):\d+")
@@ -93,6 +93,23 @@ def run(
     configs = [compiling.config(kernel) for kernel in kernels]
     work = cost(op, before, args if result is None else result)
     return Profile(op, target, size, work, launches, configs)
+
+
+def run_hopper(op: str, size: dict, every: int = 1, seed: int = 1) -> Profile:
+    """The same for an op of csrc/sm90, whose kernels nvcc compiles.
+
+    `every`: run every n-th cluster of the op's main kernel only.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    registered = deepkern.OPS[op]
+    args = registered.positional(facts(op).inputs(generator, **size))
+    before = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+    with (
+        hopper.cuda_backend(every=every, check_races=False, check_initialized=False),
+        profiled() as launches,
+    ):
+        result = registered.launcher("cuda")(*args)
+    return Profile(op, "sm_90", size, cost(op, before, result), launches, [""] * len(launches))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""Profiles of the shapes that the goals name, on sm_90: `python -m bench.studies.goal_profiles`.
+"""Profiles of the shapes that the goals name, on sm_90: `python -m bench.studies.goal_profiles
+[OP or BACKEND ...]`.
 
 Writes the table of docs/notes/profile.md. A large grid runs in part (every n-th cluster), and the
 counts are scaled by the number of blocks: exact where all blocks do equal work. Where a shape is
@@ -8,6 +9,7 @@ too large for a CPU, its blocks are fewer and the same; the column "run as" says
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ from ..profile import Profile
 OUT = Path(__file__).parents[2] / "docs" / "notes" / "profile.md"
 BEGIN, END = "<!-- goal shapes -->", "<!-- end of goal shapes -->"
 TARGET = "sm_90"
+SMS = 132  # of an H200
 _U8 = torch.uint8
 _GEMM, _GROUPED = "fp8_gemm_nt_kernel", "m_grouped_fp8_gemm_nt_kernel"
 _DECODE = {"mla_decode_kernel": 509, "mla_combine_splits_kernel": 1021}
@@ -36,6 +39,12 @@ class Goal(NamedTuple):
     size: dict
     every: dict[str, int] = {}
     note: str = ""  # how the run differs from the goal
+    backend: str = "triton"
+
+
+def _hopper(op: str, shape: str, size: dict, note: str = "") -> Goal:
+    """A goal of csrc/sm90, whose blocks are persistent: the first cluster runs."""
+    return Goal(op, shape, size, {}, note, "cuda")
 
 
 def _gemm(M: int, N: int, K: int) -> Goal:
@@ -96,6 +105,23 @@ GOALS = [
     Goal("moe_forward", "2048 tokens, 256 experts",
          {"T": 64, "E": 8, "topk": 8, "K": 7168, "I": 2048, "none": 0.0}, {_GROUPED: 37},
          "8 experts with 64 tokens each"),
+    *(_hopper("fp8_gemm_nt", f"{M} x {N} x {K}", {"M": M, "N": N, "K": K})
+      for M, N, K in ((4096, 7168, 16384), (4096, 24576, 1536), (4096, 4096, 7168),
+                      (4096, 7168, 2048), (64, 7168, 16384), (16, 4096, 4096), (1, 4096, 4096))),
+    _hopper("m_grouped_fp8_gemm_nt_contiguous", "4 x 8192, 4096 x 7168",
+            {"G": 4, "M": 8192, "N": 4096, "K": 7168, "skipped": 0}, "4 x 2048 rows"),
+    _hopper("m_grouped_fp8_gemm_nt_masked", "4 x 256, 4096 x 7168",
+            {"G": 4, "M": 256, "N": 4096, "K": 7168, "expected_m": 256}),
+    _hopper("k_grouped_fp8_gemm_nt", "4 groups, 4096 x 7168 x 32768",
+            {"M": 4096, "N": 7168, "K": 32768, "G": 4, "equal": True}),
+    _hopper("mla_decode", "B 128, H 128, 8K, bf16",
+            {"lengths": (8192,), "batch": 128, "H": 128}),
+    _hopper("mla_decode", "B 128, H 16, 4K, bf16", {"lengths": (4096,), "batch": 128, "H": 16}),
+    _hopper("mla_decode", "B 128, H 16, 4K, FP8",
+            {"lengths": (4096,), "batch": 128, "H": 16, "cache_dtype": _U8}),
+    _hopper("mla_prefill", "8K causal, H 128", {"lengths": (8192,), "H": 16}, "16 heads"),
+    _hopper("mla_prefill_backward", "8K causal, H 128", {"lengths": (8192,), "H": 16},
+            "16 heads"),
 ]  # fmt: skip
 
 
@@ -120,14 +146,20 @@ def causes(report: Profile) -> str:
     kinds = profile.by_kind(launch)
     total = sum(kinds.values())
     mix = ", ".join(f"{k} {n / total:.0%}" for k, n in list(kinds.items())[:3])
-    return "; ".join([f"{launch.kernel}: {top}", *found, mix])
+    return "; ".join([f"{short_name(launch.kernel)}: {top}", *found, mix])
+
+
+def short_name(kernel: str) -> str:
+    """The function of a mangled C++ name in namespace sm90; other names as they are."""
+    found = re.match(r"_ZN4sm90(\d+)(.*)", kernel)
+    return found[2][: int(found[1])] if found else kernel
 
 
 def row(goal: Goal, report: Profile) -> str:
     times = report.times()
     slowest = max(times, key=lambda t: max(t.values()))
     cells = (
-        f"`{goal.op}`", goal.shape, f"{report.predicted:.0%}", f"{report.bound:.0%}",
+        f"`{goal.op}`", goal.backend, goal.shape, f"{report.predicted:.0%}", f"{report.bound:.0%}",
         profile_table.microseconds(report.roof),
         "the roof" if report.predicted > 0.99 else limits.NAMES[profile.binding(slowest)],
         causes(report), goal.note,
@@ -138,11 +170,14 @@ def row(goal: Goal, report: Profile) -> str:
 def main() -> None:
     console, rows, failures = screen(), [], 0
     for goal in GOALS:
-        if len(sys.argv) > 1 and goal.op not in sys.argv[1:]:
+        if len(sys.argv) > 1 and not {goal.op, goal.backend} & set(sys.argv[1:]):
             continue
         began = time.monotonic()
         try:
-            report = profile.run(goal.op, TARGET, goal.size, goal.every)
+            if goal.backend == "cuda":
+                report = profile.run_hopper(goal.op, goal.size, every=SMS)
+            else:
+                report = profile.run(goal.op, TARGET, goal.size, goal.every)
         except Exception as error:
             console.print(f"{goal.op} {goal.shape}: {type(error).__name__}: {error}"[:600])
             failures += 1
@@ -156,8 +191,8 @@ def main() -> None:
         sys.exit(f"{failures} goal shapes failed: {OUT.name} is unchanged")
     if len(sys.argv) == 1:
         before, rest = OUT.read_text().split(BEGIN)
-        head = ("| op | shape | predicted | bound | roof | binding limit | counts | run as |\n"
-                "|---|---|--:|--:|--:|---|---|---|")  # fmt: skip
+        head = ("| op | backend | shape | predicted | bound | roof | binding limit | counts "
+                "| run as |\n|---|---|---|--:|--:|--:|---|---|---|")  # fmt: skip
         body = "\n".join(text for _, text in sorted(rows))
         OUT.write_text(f"{before}{BEGIN}\n{head}\n{body}\n{END}{rest.split(END)[1]}")
 

@@ -20,6 +20,7 @@ class Fiber {
   void enter();
   void leave();
   bool finished() const { return finished_; }
+  const char* stack_end() const { return static_cast<const char*>(stack_) + bytes_; }
 
   void run_body();  // the first call on the new stack
 

@@ -42,6 +42,13 @@ uint32_t Block::offset(const void* p, uint32_t bytes, const char* what) const {
   return static_cast<uint32_t>(start);
 }
 
+void Thread::finish_stores() {
+  for (const DelayedStore& s : delayed_stores) {
+    std::memcpy(block->shared + s.offset, s.data.data(), s.bytes);
+  }
+  delayed_stores.clear();
+}
+
 Mbarrier& Block::mbarrier(const void* p, const char* what) {
   const uint32_t start = offset(p, 8, what);
   const auto found = mbarriers.find(start);
@@ -158,6 +165,8 @@ void Machine::record_access(Access access, const void* p, int64_t bytes, const c
 }
 
 Cluster::Cluster(Machine& m, Grid& g, int number) : machine(&m), grid(&g) {
+  arriving.resize(g.launch.cluster);
+  released.resize(g.launch.cluster);
   for (int rank = 0; rank < g.launch.cluster; ++rank) {
     add_block(rank, number * g.launch.cluster + rank);
   }
@@ -177,7 +186,8 @@ void Cluster::add_block(int rank, int index) {
   block->groups.resize((launch.threads + WARPGROUP_SIZE - 1) / WARPGROUP_SIZE);
   for (Warpgroup& g : block->groups) g.registers = initial_registers(launch);
   block->registers = (initial_registers(launch) + 7) / 8 * 8 * launch.threads;
-  block->unfenced_writer.assign(launch.shared_bytes, 0);
+  block->records.reset(launch.shared_bytes, launch.cluster > 1);
+  block->warps.resize(launch.threads / WARP_SIZE);
   block->running_threads = launch.threads;
   for (int w = 0; w < launch.threads / WARP_SIZE; ++w) {
     block->elected_lanes.push_back(draw(*machine, WARP_SIZE));
@@ -195,6 +205,13 @@ void Cluster::add_thread(Block& block, int index) {
   auto body = [this, t] {
     try {
       grid->kernel();
+      t->finish_stores();
+      Warp& warp = t->block->warps[t->warp()];
+      if (--warp.running_lanes == 0 && !warp.calls.empty()) {
+        const Warp::Call& call = warp.calls.front();
+        fail(std::string(call.what) + ": called by " + std::to_string(call.lanes) +
+             " lanes of the warp only");
+      }
       if (!t->accumulators.empty()) fail("the thread ends without a wait for its last WGMMA");
       if (t->open_store_group->pending_writes) fail("the thread ends with uncommitted TMA stores");
       if (--t->block->running_threads == 0) {
@@ -301,6 +318,12 @@ void Machine::wait(WaitList& waiters, const std::function<std::string()>& reason
 
 void Machine::maybe_yield(int odds) {
   if (draw(*this, odds) == 0) current().fiber->leave();
+}
+
+void Machine::maybe_lag() {
+  constexpr int ODDS = 256, SWITCHES = 40;
+  if (draw(*this, ODDS) != 0) return;
+  for (int i = 0; i < SWITCHES; ++i) current().fiber->leave();
 }
 
 void Machine::wake(WaitList& waiters) {

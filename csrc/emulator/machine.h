@@ -24,6 +24,7 @@
 
 #include "fiber.h"
 #include "memory.h"
+#include "shared_memory.h"
 #include "tensor_map.h"
 
 namespace emulator {
@@ -45,8 +46,6 @@ struct Launch {
   int registers = 0;                           // per thread at launch; 0: the maximum
   uint64_t seed = 0;
   Order order = Order::random;
-  int accumulator_bits = 0;  // kept in an FP8 sum, 14 on Hopper; 0: float32
-  bool sums_in_order = false;  // WGMMA adds one product after the other in float32, not exactly
 };
 
 struct Block;
@@ -74,11 +73,15 @@ struct Thread {
   int index;  // in the block
   std::unique_ptr<Fiber> fiber;
   const std::function<std::string()>* wait_reason = nullptr;  // null: the thread can run
-  bool wgmma_fenced = false;  // wgmma_fence was called since the registers were last written
+  std::vector<char> fenced_stack;  // the thread's stack at the last wgmma_fence: its registers
+  std::set<float*> written_accumulators;  // by WGMMAs, since then
   uint64_t wgmmas_issued = 0;
   std::deque<uint64_t> wgmma_commits;  // `wgmmas_issued` at each commit
   std::map<float*, PendingAccumulators> accumulators;
+  Clock clock;
   std::vector<std::pair<uint32_t, uint32_t>> unfenced_stores;  // offset and bytes, shared memory
+  std::vector<DelayedStore> delayed_stores;
+  uint64_t aligned_calls = 0;
   std::shared_ptr<StoreGroup> open_store_group = std::make_shared<StoreGroup>();
   std::deque<std::shared_ptr<StoreGroup>> store_groups;  // committed
   WaitList store_waiters;
@@ -89,22 +92,42 @@ struct Thread {
 
   int warp() const { return index / WARP_SIZE; }
   int lane() const { return index % WARP_SIZE; }
+  void finish_stores();  // the delayed ones reach memory
   int group() const { return index / WARPGROUP_SIZE; }
 };
 
 struct Mbarrier {
+  int number = 0;  // of the block's mbarriers
   int expected_arrivals = 0, pending_arrivals = 0;
   int64_t pending_bytes = 0;  // announced and not yet copied
   uint32_t phase = 0;
   bool init_fenced = false;  // the initialization is visible to TMA and to other blocks
   int init_thread = -1;
+  // Of the arrivals in this phase and in the last one: from this block, and releases of cluster
+  // scope from others.
+  Clock arriving, arrived, arriving_cluster, arrived_cluster;
   WaitList waiters;
 };
 
 struct NamedBarrier {
-  int threads = 0, arrived = 0;   // expected threads, arrived threads
-  std::set<int> arrived_threads;  // indices
+  int threads = 0, arrived = 0;  // expected threads, arrived threads
+  std::set<int> arrived_warps;   // indices
   uint64_t generation = 0;
+  Clock arriving, released;
+  WaitList waiters;
+};
+
+// A warp executes an .aligned instruction when all its lanes call it, one after another here.
+struct Warp {
+  struct Call {
+    const char* what;
+    uint64_t operands;
+    int lanes;
+  };
+  std::deque<Call> calls;  // that some lanes have not made yet
+  uint64_t completed = 0;  // calls that all lanes have made
+  uint64_t generation = 0;  // of the named barrier that the warp arrived at last
+  int running_lanes = WARP_SIZE;
   WaitList waiters;
 };
 
@@ -112,6 +135,7 @@ struct NamedBarrier {
 struct Collective {
   int arrived = 0, returned = 0;  // threads
   std::vector<uint64_t> values;
+  Clock clock;
   WaitList waiters;
 };
 
@@ -124,6 +148,7 @@ struct Wgmma {
   int issued = 0;                           // threads
   std::vector<float*> accumulators;         // of each thread
   std::vector<uint32_t> a_registers;        // 4 per thread
+  std::vector<Clock> clocks;                // of the warps that issued it
 };
 
 struct Warpgroup {
@@ -141,15 +166,16 @@ struct Block {
   std::unique_ptr<char, void (*)(void*)> arena{nullptr, std::free};
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warpgroup> groups;
+  std::vector<Warp> warps;
+  SharedMemory records;
   std::map<uint32_t, Mbarrier> mbarriers;  // by offset in shared memory
   std::map<int, NamedBarrier> named_barriers;
   std::map<std::pair<int, uint64_t>, Collective> collectives;  // by kind and warp, number of call
-  std::vector<uint16_t> unfenced_writer;  // per shared byte: index + 1 of the thread, 0: fenced
-  std::vector<int> elected_lanes;         // per warp
-  int running_threads = 0;                // not yet ended
-  int stores_reading = 0;                 // TMA stores that still read shared memory
-  int registers = 0;                      // of all threads, in units of 8 per thread
-  bool released_dependents = false;       // the dependent grid need not wait for this block
+  std::vector<int> elected_lanes;    // per warp
+  int running_threads = 0;           // not yet ended
+  int stores_reading = 0;            // TMA stores that still read shared memory
+  int registers = 0;                 // of all threads, in units of 8 per thread
+  bool released_dependents = false;  // the dependent grid need not wait for this block
   WaitList register_waiters;
 
   const struct Launch& launch() const;
@@ -186,7 +212,7 @@ struct Cluster {
   std::vector<PendingWork> pending;
   int running_threads = 0;  // not yet ended
   int arrived_threads = 0;  // at the cluster barrier
-  uint64_t generation = 0;
+  std::vector<Clock> arriving, released;  // there, of each block
   WaitList waiters;
 
   Cluster(Machine& machine, Grid& grid, int number);
@@ -212,6 +238,7 @@ struct Machine {
   std::vector<std::unique_ptr<Cluster>> running_clusters;
   std::mt19937_64 random;
   Order order;
+  uint64_t time = 1;  // releases of cluster scope
   std::string failure;
 
   // Blocks the current thread until ready(). `reason` describes the condition in a deadlock.
@@ -219,6 +246,7 @@ struct Machine {
             const std::function<bool()>& ready);
   void wake(WaitList& waiters);
   void maybe_yield(int odds);  // runs other threads first, once in `odds` calls: lanes may diverge
+  void maybe_lag();  // rarely lets other threads run for long: a lane falls behind its warp
   // Records an access of the current thread to global memory, see memory.h.
   void record_access(Access access, const void* p, int64_t bytes, const char* what,
                      const void* value = nullptr);

@@ -45,6 +45,8 @@ inline bf16 low_bf16(uint32_t pair) { return {static_cast<uint16_t>(pair)}; }
 inline bf16 high_bf16(uint32_t pair) { return {static_cast<uint16_t>(pair >> 16)}; }
 inline fp16 low_fp16(uint32_t pair) { return {static_cast<uint16_t>(pair)}; }
 inline fp16 high_fp16(uint32_t pair) { return {static_cast<uint16_t>(pair >> 16)}; }
+inline uint32_t pack_bf16(float low, float high) { return pack(to_bf16(low), to_bf16(high)); }
+inline uint32_t pack_fp16(float low, float high) { return pack(to_fp16(low), to_fp16(high)); }
 uint32_t e4m3_to_bf16(uint16_t codes);
 uint32_t multiply_bf16(uint32_t x, uint32_t y);
 
@@ -52,6 +54,7 @@ uint32_t multiply_bf16(uint32_t x, uint32_t y);
 inline int thread_index() { return emulator::current().index; }
 inline int warp_index() { return emulator::current().warp(); }
 inline int lane_index() { return emulator::current().lane(); }
+inline int not_before(int x) { return x; }
 inline int block_index() { return emulator::current().block->index; }
 inline int block_count() { return emulator::current().block->launch().blocks; }
 inline int cluster_rank() { return emulator::current().block->rank; }
@@ -60,20 +63,16 @@ bool elect_one();
 // Shared memory.
 char* shared_memory();
 uint32_t shared_address(const void* p);
-void record_shared_store(const void* p, uint32_t bytes);
+void store_shared_bytes(void* p, const void* value, uint32_t bytes);
+void load_shared_bytes(const void* p, void* value, uint32_t bytes);
 template <class T>
 void store_shared(void* p, T value) {
-  record_shared_store(p, sizeof(T));
-  std::memcpy(p, &value, sizeof(T));
+  store_shared_bytes(p, &value, sizeof(T));
 }
 template <class T>
 T load_shared(const void* p) {
-  if (emulator::current().block->offset(p, sizeof(T), "load_shared") % sizeof(T)) {
-    emulator::fail("load_shared: address is not aligned");
-  }
-  emulator::current().block->machine->maybe_yield(32);
   T value;
-  std::memcpy(&value, p, sizeof(T));
+  load_shared_bytes(p, &value, sizeof(T));
   return value;
 }
 struct alignas(16) Chunk {
@@ -96,9 +95,11 @@ void fence_async_proxy();
 void barrier_init(Barrier* barrier, int count);
 void barrier_init_fence();
 void barrier_arrive(Barrier* barrier);
-void barrier_arrive_at(Barrier* barrier, int rank);
+void barrier_arrive_remote(Barrier* barrier, int rank);
+void barrier_arrive_release_cluster(Barrier* barrier, int rank);
 void barrier_arrive_expect(Barrier* barrier, uint32_t bytes);
 void barrier_wait(Barrier* barrier, uint32_t parity);
+void barrier_wait_acquire_cluster(Barrier* barrier, uint32_t parity);
 
 // Thread barriers.
 void named_barrier_sync(int id, int threads);
@@ -132,9 +133,15 @@ void tma_store_wait() {
 
 // WGMMA.
 uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes);
+inline uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + (bytes >> 4);
+}
+template <int N>
+void keep_order(float (&)[N]) {}
 void wgmma_fence();
 template <int N>
-void wgmma_fence(float (&)[N]) {
+void wgmma_fence(float (&d)[N]) {
+  asm volatile("" ::"r"(&d[0]) : "memory");  // they are written before the fence here, too
   wgmma_fence();
 }
 void wgmma_commit();
@@ -215,6 +222,8 @@ inline void atomic_max(int* p, int x) {
   access_global(emulator::Access::atomic, p, 4, "atomic_max");
   *p = x > *p ? x : *p;
 }
+inline float max_of(float a, float b) { return __builtin_fmaxf(a, b); }
+inline float min_of(float a, float b) { return __builtin_fminf(a, b); }
 inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float divide(float a, float b) { return a / b; }
 inline float exp2_of(float x) { return __builtin_exp2f(x); }

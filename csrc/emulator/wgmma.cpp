@@ -1,93 +1,78 @@
 // WGMMA: D[64, N] += A[64, K] · B[N, K]ᵀ by a warpgroup, asynchronously.
 //
 // How: the last of the 128 threads to issue it schedules the product, which reads A and B through
-// their descriptors when it runs. The accumulators stay in the machine until wgmma_wait.
+// their descriptors when it runs. The accumulators stay in the machine until wgmma_wait. Products
+// are added as Hopper's tensor core adds them (../ptx/tensor_core.h), so results have its bits as
+// far as MMA-Sim models them.
 //
-// The FP8 sums of a launch with accumulator_bits are those of ../ptx/tensor_core.h: aligned to the
-// largest exponent and truncated, as on Hopper with 14 bits.
-//
-// Limit: scalar loops, 64 * N * K multiplications and the address arithmetic of each operand.
+// Limit: the sums of the hardware, 64 * N * K terms aligned one by one, and the address arithmetic
+// of each operand.
 #include <algorithm>
-#include <array>
 #include <cmath>
 
 #include "../ptx/tensor_core.h"
+#include "calls.h"
 #include "primitives.h"
 
 namespace emulator {
 namespace {
 
-float from_bf16(uint16_t bits) {
-  const uint32_t wide = uint32_t{bits} << 16;
-  float x;
-  std::memcpy(&x, &wide, 4);
-  return x;
-}
-
-float from_e4m3(uint8_t code) {
-  static const std::array<float, 256> table = [] {
-    std::array<float, 256> t{};
-    for (int i = 0; i < 256; ++i) {
-      const int exponent = i >> 3 & 15, mantissa = i & 7;
-      float x = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
-      if ((i & 127) == 127) x = NAN;
-      t[i] = i & 128 ? -x : x;
-    }
-    return t;
-  }();
-  return table[code];
-}
-
 // An operand in shared memory, given by its matrix descriptor: rows of 128 bytes, swizzled. In a
 // K-major operand such a row has consecutive k of one matrix row, else 64 matrix rows at one k.
 struct Tile {
   const Block& block;
+  const std::vector<Clock>& clocks;  // of the warps that issued the WGMMA
   uint32_t start, leading, stride;
   int element_bytes;
   bool k_major;
 
-  Tile(const Block& b, uint64_t descriptor, int element_bytes, bool k_major)
+  Tile(const Block& b, const Wgmma& w, uint64_t descriptor, bool k_major)
       : block(b),
+        clocks(w.clocks),
         start(static_cast<uint32_t>(descriptor & 0x3fff) << 4),
         leading(static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4),
         stride(static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4),
-        element_bytes(element_bytes),
+        element_bytes(w.fp8 ? 1 : 2),
         k_major(k_major) {
+    constexpr uint64_t RESERVED = 0x3ff1c000c000c000;  // bits 14, 15, 30, 31, 46-48 and 52-61
+    if (descriptor & RESERVED) fail("wgmma: descriptor: a reserved bit is set");
+    if (descriptor >> 49 & 7) fail("wgmma: descriptor: expected base offset 0");
     if (descriptor >> 62 != 1) fail("wgmma: descriptor: expected the 128-byte swizzle");
     // The descriptor's base offset, which could shift the swizzle pattern, is not emulated.
     if (start >> 7 & 7) fail("wgmma: descriptor: expected a tile aligned to 8 rows of 128 bytes");
   }
 
-  float at(int row, int k) const {
-    const uint32_t offset = offset_of(row, k);
-    if (element_bytes == 1) return from_e4m3(static_cast<uint8_t>(block.shared[offset]));
-    uint16_t bits;
-    std::memcpy(&bits, block.shared + offset, 2);
-    return from_bf16(bits);
-  }
-
-  // The offset in shared memory, checked.
-  uint32_t offset_of(int row, int k) const {
+  // 16 bytes that start with the element (row, k), checked.
+  const char* chunk(int row, int k) const {
     uint32_t offset = start;
     if (k_major) {
       offset += row / 8 * stride + row % 8 * 128 + k * element_bytes;
     } else {
       offset += row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * element_bytes;
     }
-    offset ^= (offset >> 7 & 7) << 4;
-    block.offset(block.shared + offset, element_bytes, "wgmma");
-    if (block.unfenced_writer[offset]) {
-      fail("wgmma reads shared memory at offset " + std::to_string(offset) + ", which thread " +
-           std::to_string(block.unfenced_writer[offset] - 1) +
-           " wrote and no fence_async_proxy followed");
-    }
-    return offset;
+    offset = swizzled(offset);
+    block.offset(block.shared + offset, 16, "wgmma");
+    block.records.async_load(offset, 16, "wgmma", clocks);
+    return block.shared + offset;
   }
 
+  // [rows, K] elements without gaps.
   std::vector<uint8_t> codes(int rows, int K) const {
-    std::vector<uint8_t> codes(static_cast<size_t>(rows) * K);
-    for (int i = 0; i < rows * K; ++i) {
-      codes[i] = static_cast<uint8_t>(block.shared[offset_of(i / K, i % K)]);
+    std::vector<uint8_t> codes(static_cast<size_t>(rows) * K * element_bytes);
+    const int width = 16 / element_bytes;
+    for (int row = 0; k_major && row < rows; ++row) {
+      for (int k = 0; k < K; k += width) {
+        std::memcpy(&codes[(row * K + k) * element_bytes], chunk(row, k), 16);
+      }
+    }
+    for (int k = 0; !k_major && k < K; ++k) {
+      for (int row = 0; row < rows; row += width) {
+        const char* from = chunk(row, k);
+        for (int i = 0; i < width; ++i) {
+          std::memcpy(&codes[((row + i) * K + k) * element_bytes], from + i * element_bytes,
+                      element_bytes);
+        }
+      }
     }
     return codes;
   }
@@ -97,21 +82,25 @@ struct Tile {
 int accumulator_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
 int accumulator_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
-float dot(const float* a, const float* b, int K, float c, bool in_order) {
-  if (in_order) {
-    for (int k = 0; k < K; ++k) c += a[k] * b[k];
-    return c;
+// A [64, 16] of bf16 from registers: pairs, in the layout of accumulators with N = 16.
+std::vector<uint8_t> codes_of_registers(const Wgmma& w) {
+  std::vector<uint8_t> codes(64 * w.K * 2);
+  for (int t = 0; t < WARPGROUP_SIZE; ++t) {
+    for (int i = 0; i < 8; i += 2) {
+      const int at = accumulator_row(t, i) * w.K + accumulator_column(t, i);
+      std::memcpy(&codes[at * 2], &w.a_registers[t * 4 + i / 2], 4);
+    }
   }
-  double exact = 0;
-  for (int k = 0; k < K; ++k) exact += double{a[k]} * b[k];
-  return static_cast<float>(c + exact);
+  return codes;
 }
 
-// An FP8 product with the sums of the hardware, which keeps `bits` bits of a number.
-void execute_truncated(Block& block, int group, const Wgmma& w, int bits) {
-  constexpr auto E4M3 = deepkern::ptx::Element::E4M3;
-  const std::vector<uint8_t> left = Tile(block, w.a, 1, true).codes(64, w.K);
-  const std::vector<uint8_t> right = Tile(block, w.b, 1, true).codes(w.N, w.K);
+void execute(Block& block, int group, const Wgmma& w) {
+  using deepkern::ptx::Element;
+  const Element element = w.fp8 ? Element::E4M3 : Element::BF16;
+  const std::vector<uint8_t> left = w.a_in_registers
+                                        ? codes_of_registers(w)
+                                        : Tile(block, w, w.a, w.a_k_major).codes(64, w.K);
+  const std::vector<uint8_t> right = Tile(block, w, w.b, w.b_k_major).codes(w.N, w.K);
   std::vector<float> sums(64 * w.N);
   const auto for_each = [&](auto move) {
     for (int t = 0; t < WARPGROUP_SIZE; ++t) {
@@ -123,45 +112,10 @@ void execute_truncated(Block& block, int group, const Wgmma& w, int bits) {
     }
   };
   if (w.accumulate) for_each([](float& value, float& sum) { sum = value; });
-  deepkern::ptx::Sums rule;
-  rule.fraction_bits = rule.result_bits = bits - 1;
-  deepkern::ptx::multiply_add(64, w.N, w.K, E4M3, E4M3, left.data(), right.data(), sums.data(),
-                              rule);
+  const auto rule = deepkern::ptx::hardware_sums(90, deepkern::ptx::Unit::WGMMA, element);
+  deepkern::ptx::multiply_add(64, w.N, w.K, element, element, left.data(), right.data(),
+                              sums.data(), rule);
   for_each([](float& value, float& sum) { value = sum; });
-}
-
-void execute(Block& block, int group, const Wgmma& w) {
-  const int bits = block.launch().accumulator_bits;
-  if (w.fp8 && bits) return execute_truncated(block, group, w, bits);
-  const bool in_order = block.launch().sums_in_order;
-  const Tile b(block, w.b, w.fp8 ? 1 : 2, w.b_k_major);
-  std::vector<float> left(64 * w.K), right(w.N * w.K);
-  for (int n = 0; n < w.N; ++n) {
-    for (int k = 0; k < w.K; ++k) right[n * w.K + k] = b.at(n, k);
-  }
-  if (w.a_in_registers) {  // pairs of bf16, in the layout of accumulators with N = 16
-    for (int t = 0; t < WARPGROUP_SIZE; ++t) {
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t pair = w.a_registers[t * 4 + i / 2];
-        left[accumulator_row(t, i) * w.K + accumulator_column(t, i)] =
-            from_bf16(static_cast<uint16_t>(i % 2 ? pair >> 16 : pair));
-      }
-    }
-  } else {
-    const Tile a(block, w.a, w.fp8 ? 1 : 2, w.a_k_major);
-    for (int m = 0; m < 64; ++m) {
-      for (int k = 0; k < w.K; ++k) left[m * w.K + k] = a.at(m, k);
-    }
-  }
-  for (int t = 0; t < WARPGROUP_SIZE; ++t) {
-    Thread& thread = *block.threads[group * WARPGROUP_SIZE + t];
-    auto& values = thread.accumulators.at(w.accumulators[t]).values;
-    for (int i = 0; i < w.N / 2; ++i) {
-      const float* row = &left[accumulator_row(t, i) * w.K];
-      const float* column = &right[accumulator_column(t, i) * w.K];
-      values[i] = dot(row, column, w.K, w.accumulate ? values[i] : 0.0f, in_order);
-    }
-  }
 }
 
 bool same_operands(const Wgmma& x, const Wgmma& y) {
@@ -193,7 +147,31 @@ uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t st
          uint64_t{1} << 62;
 }
 
-void wgmma_fence() { current().wgmma_fenced = true; }
+void wgmma_fence() {
+  Thread& t = current();
+  emulator::converge("wgmma_fence");
+  t.fenced_stack.assign(static_cast<const char*>(__builtin_frame_address(0)),
+                        t.fiber->stack_end());
+  t.written_accumulators.clear();
+}
+
+namespace {
+
+// Fails unless the thread has left the accumulators as they were at its last wgmma_fence.
+void check_fence(Thread& t, const float* accumulators, size_t bytes) {
+  const char* p = reinterpret_cast<const char*>(accumulators);
+  const char* end = t.fiber->stack_end();
+  const auto depth = static_cast<size_t>(end - p);
+  const bool fenced = !t.fenced_stack.empty() &&
+                      t.written_accumulators.count(const_cast<float*>(accumulators)) == 0;
+  if (!fenced) fail("wgmma: no wgmma_fence since its registers were last written");
+  if (p >= end || depth > t.fenced_stack.size()) return;  // declared since, or not on the stack
+  if (std::memcmp(p, &*(t.fenced_stack.end() - static_cast<std::ptrdiff_t>(depth)), bytes)) {
+    fail("wgmma: its accumulators were written after the last wgmma_fence");
+  }
+}
+
+}  // namespace
 
 void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
   Thread& t = current();
@@ -203,9 +181,10 @@ void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
   if (N % 8 || N < 8 || N > 256) {
     fail("wgmma: N: expected a multiple of 8 up to 256, got " + std::to_string(N));
   }
+  emulator::converge("wgmma");
   auto found = t.accumulators.find(accumulators);
   if (found == t.accumulators.end()) {
-    if (!t.wgmma_fenced) fail("wgmma: no wgmma_fence since its registers were last written");
+    check_fence(t, accumulators, static_cast<size_t>(N / 2) * sizeof(float));
     std::vector<float> values(accumulators, accumulators + N / 2);
     found = t.accumulators
                 .emplace(accumulators, emulator::PendingAccumulators{std::move(values), 0})
@@ -225,6 +204,7 @@ void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
   }
   w.accumulators[rank] = accumulators;
   if (a) std::copy_n(a, 4, &w.a_registers[rank * 4]);
+  if (t.lane() == 0) w.clocks.push_back(t.clock);
   if (++w.issued < WARPGROUP_SIZE) return;
   block->cluster->schedule(
       [=, &g] {
@@ -237,12 +217,14 @@ void wgmma_issue(Wgmma operation, float* accumulators, const uint32_t* a) {
 }
 
 void wgmma_commit() {
+  emulator::converge("wgmma_commit");
   current().wgmma_commits.push_back(current().wgmmas_issued);
   current().block->machine->maybe_yield(8);
 }
 
 void wgmma_wait_groups(int pending) {
   Thread& t = current();
+  emulator::converge_and_wait("wgmma_wait", static_cast<uint64_t>(pending));
   const int count = static_cast<int>(t.wgmma_commits.size()) - pending;
   if (count <= 0) return;
   const uint64_t target = t.wgmma_commits[count - 1];
@@ -252,8 +234,8 @@ void wgmma_wait_groups(int pending) {
   for (auto i = t.accumulators.begin(); i != t.accumulators.end();) {
     if (i->second.last_wgmma < target) {
       std::copy(i->second.values.begin(), i->second.values.end(), i->first);
+      t.written_accumulators.insert(i->first);
       i = t.accumulators.erase(i);
-      t.wgmma_fenced = false;
     } else {
       ++i;
     }

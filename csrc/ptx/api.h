@@ -32,7 +32,7 @@ struct Options {
   enum Order { RANDOM, EARLIEST, LATEST } order = RANDOM;
   bool check_races = true;        // shared and global memory
   bool check_initialized = true;  // shared and tensor memory
-  bool hardware_sums = false;     // tensor cores add as the target's hardware does, else in float32
+  bool hardware_sums = true;      // tensor cores add as the target's hardware does, else in float32
   int resident_blocks = 8;
   uint64_t max_instructions = 0;  // of warps in all; 0: no limit
 };

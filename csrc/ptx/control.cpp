@@ -67,8 +67,9 @@ void release(Warp& warp, Barrier& barrier) {
   warp.grid->progress();
 }
 
+// Threads of the block that have not exited, without those of a warp that waits.
 int threads_that_can_arrive(const Block& block) {
-  int lanes = 0;
+  int lanes = -LANES;
   for (const Warp& warp : block.warps) lanes += warp.live ? LANES : 0;
   return lanes;
 }
@@ -112,7 +113,7 @@ Status bar_sync(Warp& warp, const Instruction& i, uint32_t mask) {
     std::string text = "barrier " + std::to_string(number) + ", which " +
                        std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
                        " threads reached";
-    if (threads_that_can_arrive(*warp.block) < barrier.expected)
+    if (threads_that_can_arrive(*warp.block) < barrier.expected - barrier.arrived)
       warp.fail(i, -1, "waits for " + text + "; the other threads have exited");
     return warp.wait(text);
   }

@@ -29,6 +29,11 @@ typedef float Float8 __attribute__((vector_size(32)));
 typedef uint16_t Unaligned16 __attribute__((aligned(1), may_alias));
 typedef uint32_t Unaligned32 __attribute__((aligned(1), may_alias));
 typedef float Unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Unaligned4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t Int8 __attribute__((vector_size(32)));
+typedef int32_t UnalignedInt8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef double Double4 __attribute__((vector_size(32)));
 
 constexpr int ZERO_EXPONENT = -10000;  // below that of any number, in sums of two as well
 constexpr int LEAST_EXPONENT = -126;   // of an accumulator, and so of the alignment
@@ -118,7 +123,7 @@ FOR_EACH_CPU void multiply_float32(int M, int N, int K, const float* a, const fl
 
 // A decoded operand of the sums of the hardware. Infinities and NaN are zeros in it.
 struct Parts {
-  std::vector<double> values;
+  std::vector<float> values;
   std::vector<int32_t> exponents;
   std::vector<uint8_t> special;  // of a row of A or a column of B: it has an infinity or NaN
 };
@@ -144,7 +149,7 @@ inline int exponent_of(float x, int least) {
 
 // `x` is [rows, K] if `row` is K and `column` 1, else [K, rows].
 Parts split(const std::vector<float>& x, Element element, int rows, int K, int row, int column) {
-  Parts p{std::vector<double>(x.size()), std::vector<int32_t>(x.size()),
+  Parts p{std::vector<float>(x.size()), std::vector<int32_t>(x.size()),
           std::vector<uint8_t>(rows)};
   const int least = least_exponent(element);
   for (int i = 0; i < rows; ++i) {
@@ -172,33 +177,70 @@ inline __attribute__((always_inline)) float truncate(double x, int bits) {
 
 constexpr int COLUMNS = 8;
 
-// c[j] += the products k0 <= k < k1 of one row of A and COLUMNS columns of B, as one sum without
-// rounding: every term is aligned to the largest exponent and truncated. All values are integers
-// below 2^53 multiples of a power of two, so double arithmetic is exact.
-inline __attribute__((always_inline)) void fused_sums(const double* a, const int32_t* a_exponents,
-                                                      const double* b, const int32_t* b_exponents,
+// Products of FP8 values scaled to at most 13 fraction bits, truncated and added, exactly in float32
+// and int32.
+inline __attribute__((always_inline)) void add_narrow(const float* a, const float* b, int N, int k0,
+                                                      int k1, const double* scale, double* totals) {
+  // A scale that float32 does not hold is that of a block whose products are all 0.
+  constexpr double LARGEST_SCALE = 0x1p113;
+  Float8 factor;
+  Int8 sums = {};
+  for (int j = 0; j < COLUMNS; ++j) {
+    factor[j] = static_cast<float>(std::min(scale[j], LARGEST_SCALE));
+  }
+  for (int k = k0; k < k1; ++k) {
+    const float x = a[k];
+    const Float8 left = {x, x, x, x, x, x, x, x};
+    sums += __builtin_convertvector(left * AT(b + k * N) * factor, Int8);
+  }
+  for (int j = 0; j < COLUMNS; ++j) totals[j] += sums[j];
+}
+
+// Likewise for any products and up to 25 fraction bits, in float64: a product has at most 22 bits,
+// a scaled one is below 2^28, and a sum of 32 has at most 33 bits.
+inline __attribute__((always_inline)) void add_wide(const float* a, const float* b, int N, int k0,
+                                                    int k1, const double* scale, double* totals) {
+  Double4 factor[2], sums[2] = {};
+  for (int j = 0; j < COLUMNS; ++j) factor[j / 4][j % 4] = scale[j];
+  for (int k = k0; k < k1; ++k) {
+    const double x = a[k];
+    const Double4 left = {x, x, x, x};
+    for (int half = 0; half < 2; ++half) {
+      const Double4 right =
+          __builtin_convertvector(*(Unaligned4*)(b + k * N + 4 * half), Double4);
+      const Int4 kept = __builtin_convertvector(left * right * factor[half], Int4);
+      sums[half] += __builtin_convertvector(kept, Double4);
+    }
+  }
+  for (int j = 0; j < COLUMNS; ++j) totals[j] += sums[j / 4][j % 4];
+}
+
+// sums[j] = c[j] + the products k0 <= k < k1 of one row of A and COLUMNS columns of B, as one sum
+// without rounding: every term is aligned to the largest exponent and truncated.
+inline __attribute__((always_inline)) void fused_sums(const float* a, const int32_t* a_exponents,
+                                                      const float* b, const int32_t* b_exponents,
                                                       int N, int k0, int k1, int fraction_bits,
-                                                      int least, const float* c, double* sums) {
-  int32_t largest[COLUMNS];
-  double scale[COLUMNS], total[COLUMNS];
+                                                      int least, bool narrow, const float* c,
+                                                      double* sums) {
+  Int8 largest;
   for (int j = 0; j < COLUMNS; ++j) {
     largest[j] = std::max(exponent_of(c[j], least), LEAST_EXPONENT);
   }
   for (int k = k0; k < k1; ++k) {
-    for (int j = 0; j < COLUMNS; ++j) {
-      largest[j] = std::max(largest[j], a_exponents[k] + b_exponents[k * N + j]);
-    }
+    const Int8 exponents = a_exponents[k] + *(UnalignedInt8*)(b_exponents + k * N);
+    largest = exponents > largest ? exponents : largest;
   }
+  double scale[COLUMNS], totals[COLUMNS];
   for (int j = 0; j < COLUMNS; ++j) {
     scale[j] = power_of_two(fraction_bits - largest[j]);
-    total[j] = __builtin_trunc(c[j] * scale[j]);
+    totals[j] = __builtin_trunc(c[j] * scale[j]);
   }
-  for (int k = k0; k < k1; ++k) {
-    for (int j = 0; j < COLUMNS; ++j) {
-      total[j] += __builtin_trunc(a[k] * b[k * N + j] * scale[j]);
-    }
+  if (narrow) {
+    add_narrow(a, b, N, k0, k1, scale, totals);
+  } else {
+    add_wide(a, b, N, k0, k1, scale, totals);
   }
-  for (int j = 0; j < COLUMNS; ++j) sums[j] = total[j] * power_of_two(largest[j] - fraction_bits);
+  for (int j = 0; j < COLUMNS; ++j) sums[j] = totals[j] * power_of_two(largest[j] - fraction_bits);
 }
 
 // The sum by the rules of IEEE; the result is wanted only where it is infinite or NaN.
@@ -211,14 +253,24 @@ float special_sum(const float* a, const float* b, int N, int k0, int k1, float c
 
 inline __attribute__((always_inline)) void round_results(const double* exact, const Sums& sums,
                                                          float* d) {
-  for (int j = 0; j < COLUMNS; ++j) {
-    if (sums.f16) {
+  if (sums.f16) {
+    for (int j = 0; j < COLUMNS; ++j) {
       const auto code = static_cast<uint16_t>(encode(exact[j] + 0.0, F16, Rounding::RN));
       d[j] = f16_to_float(code);
-    } else {
-      d[j] = truncate(exact[j], sums.result_bits);
     }
+    return;
   }
+  // Truncation clears bits of a double whose exponent is one of float32, or which is 0.
+  const uint64_t mask = ~uint64_t{0} << (52 - sums.result_bits);
+  constexpr uint64_t LEAST = static_cast<uint64_t>(LEAST_EXPONENT + 1023) << 52;
+  int subnormal = 0;
+  for (int j = 0; j < COLUMNS; ++j) {
+    const uint64_t bits = double_bits(exact[j]), magnitude = bits & ~uint64_t{0} >> 1;
+    subnormal |= magnitude < LEAST && magnitude != 0;
+    d[j] = static_cast<float>(bits_double(bits & mask) + 0.0);
+  }
+  if (!subnormal) return;
+  for (int j = 0; j < COLUMNS; ++j) d[j] = truncate(exact[j], sums.result_bits);
 }
 
 // Replaces results by those of special_sum where an operand is infinite or NaN.
@@ -237,6 +289,7 @@ inline __attribute__((always_inline)) void multiply_cells(int m, int n, int N, i
                                                           const float* left, const float* right,
                                                           const Sums& sums, float* d) {
   const int block = sums.block ? sums.block : K, least = sums.f16 ? -14 : LEAST_EXPONENT;
+  const bool narrow = sums.fraction_bits <= 13;
   double exact[COLUMNS];
   float c[COLUMNS], finite[COLUMNS];
   for (int k = 0; k < K; k += block) {
@@ -249,7 +302,7 @@ inline __attribute__((always_inline)) void multiply_cells(int m, int n, int N, i
       special |= B.special[n + j] | infinite;
     }
     fused_sums(&A.values[m * K], &A.exponents[m * K], &B.values[n], &B.exponents[n], N, k, end,
-               sums.fraction_bits, least, finite, exact);
+               sums.fraction_bits, least, narrow, finite, exact);
     round_results(exact, sums, d);
     if (special) {
       correct_special(left + m * K, right + n, N, k, end, c, A.special[m], &B.special[n], d);
@@ -281,14 +334,14 @@ Sums hardware_sums(int target, Unit unit, Element a) {
   const int blackwell = 100, hopper = 90, ada = 89;
   Sums sums;
   sums.fraction_bits = target < hopper ? 24 : 25;
+  sums.block = fp8 ? 32 : a == Element::TF32 ? 8 : 16;  // 32 bytes
   if (unit == Unit::MMA) {
     const bool known = target == ada || target >= 120 || !fp8;
     if (target < 80 || !known) {
       throw InvalidProgram("mma.sync on sm_" + std::to_string(target) +
                            ": the sums of its hardware are not known");
     }
-    // Up to Ada a product of K elements is two of K / 2.
-    if (target < hopper) sums.block = fp8 ? 16 : a == Element::TF32 ? 4 : 8;
+    if (target < hopper) sums.block /= 2;  // up to Ada
     if (target == ada && fp8) sums.fraction_bits = sums.result_bits = 13;
   } else if (unit == Unit::WGMMA && target >= hopper && target < blackwell) {
     if (fp8) sums.fraction_bits = sums.result_bits = 13;

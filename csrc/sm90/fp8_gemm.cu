@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
 #include "launch.h"
 #include "tensor_map.h"
@@ -31,9 +32,7 @@ Kernel kernel_of() {
 
 // In the order of SM90_TILES.
 const Kernel KERNELS[] = {
-#define TILE(VARIANT, WARPGROUPS, COLUMNS, STAGES, CLUSTER, SWAPPED, B_ROWS)               \
-  kernel_of<sm90::GemmTile<GemmVariant::VARIANT, WARPGROUPS, COLUMNS, STAGES, CLUSTER, SWAPPED, \
-                           B_ROWS>>(),
+#define TILE(VARIANT, ...) kernel_of<sm90::GemmTile<GemmVariant::VARIANT, __VA_ARGS__>>(),
 #include "fp8_gemm_tiles.h"
 #undef TILE
 };
@@ -61,7 +60,14 @@ int64_t rows_of_out(const Fp8GemmProblem& x) {
   return x.M * (d_per_group ? x.groups : 1);
 }
 
-GemmArguments arguments(const Fp8GemmProblem& x, const Sm90Tile& tile, int splits) {
+// The tile rows that resident tiles cover when they form a square of D, which reads the fewest bytes
+// of A and B.
+int tile_rows_of_square(const Sm90Tile& tile, int cluster, int num_sms) {
+  const double tiles = static_cast<double>(num_sms) * tile.resident_blocks() / cluster;
+  return std::max(static_cast<int>(std::sqrt(tiles * tile.d_columns() / tile.d_rows())), 1);
+}
+
+GemmArguments arguments(const Fp8GemmProblem& x, const Sm90Tile& tile, int splits, int num_sms) {
   const Fp8Gemm& gemm = x.gemm;
   const int size = gemm.out_type == Real::fp32 ? 4 : 2;
   const bool contiguous = x.variant == GemmVariant::contiguous;
@@ -79,9 +85,12 @@ GemmArguments arguments(const Fp8GemmProblem& x, const Sm90Tile& tile, int split
   p.scale_blocks = static_cast<int>(x.scale_blocks);
   p.num_splits = splits;
   p.blocks_per_split = static_cast<int>(((gemm.K + 127) / 128 + splits - 1) / splits);
-  p.group_m = std::max(1024 / tile.d_rows(), 1);
+  p.group_m = tile_rows_of_square(tile, cluster_size(tile, splits), num_sms);
   p.rows_aligned = x.N * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   p.store_by_tma = p.rows_aligned && !tile.swapped && !contiguous;
+  const int c_size = gemm.c_type == Real::fp32 ? 4 : 2;
+  p.c_pairs = x.N % 2 == 0 && gemm.c_row_stride % 2 == 0 &&
+              reinterpret_cast<uintptr_t>(gemm.c) % (2 * c_size) == 0;
   return p;
 }
 
@@ -123,9 +132,10 @@ std::string launch_fp8_gemm(const Fp8GemmProblem& x, void* stream) {
   // Tensor maps are encoded for each launch and passed by value, so they cannot be stale.
   const int splits = choose_num_splits(x.variant, x.N, K);
   const int cluster = cluster_size(tile, splits);
-  GemmArguments p = arguments(x, tile, splits);
+  GemmArguments p = arguments(x, tile, splits, num_sms);
   TensorMap a, b, out{};
-  const int lhs_rows = tile.lhs_rows(), rhs_rows = tile.columns / tile.cluster;  // of a box
+  // Rows of a box: a block loads its part of an operand that its cluster shares.
+  const int lhs_rows = tile.lhs_rows / tile.cluster_n, rhs_rows = tile.columns / tile.cluster_m;
   bool encoded = encode_codes(&a, x.gemm.a, K, tile.swapped ? rhs_rows : lhs_rows) &&
                  encode_codes(&b, x.gemm.b, K, tile.swapped ? lhs_rows : rhs_rows);
   if (p.store_by_tma) {
@@ -144,7 +154,7 @@ std::string launch_fp8_gemm(const Fp8GemmProblem& x, void* stream) {
   }
   // Each contiguous group may add a partial tile, which count_blocks does not include.
   int64_t blocks = count_blocks(tile, x.M, x.N, x.groups, splits);
-  if (x.variant == GemmVariant::contiguous) blocks += x.groups;
+  if (x.variant == GemmVariant::contiguous) blocks += x.groups * cluster;
   const int64_t max_blocks =
       std::max<int64_t>(int64_t{num_sms} * tile.resident_blocks() / cluster, 1) * cluster;
   cudaLaunchConfig_t config{};

@@ -1,25 +1,49 @@
 // Epilogue of fp8_gemm.cuh: reduces the partial sums of split-K, adds C and stores a tile of D.
 #pragma once
 
+#include <type_traits>
+
 #include "fp8_gemm_tile.cuh"
 
 namespace sm90 {
 
-// Element i of `p`, an array of `type`.
-SM90_DEVICE float load_real(const void* p, int64_t i, Real type) {
-  if (type == Real::fp32) return load_global(static_cast<const float*>(p) + i);
-  if (type == Real::bf16) return to_float(load_global(static_cast<const bf16*>(p) + i));
-  return to_float(load_global(static_cast<const fp16*>(p) + i));
+// Calls function(T*) with a null pointer to the type that `type` names.
+template <class Function>
+SM90_DEVICE void with_type(Real type, const Function& function) {
+  if (type == Real::fp32) {
+    function(static_cast<float*>(nullptr));
+  } else if (type == Real::bf16) {
+    function(static_cast<bf16*>(nullptr));
+  } else {
+    function(static_cast<fp16*>(nullptr));
+  }
 }
 
-SM90_DEVICE void store_real(void* p, int64_t i, float x, Real type) {
-  if (type == Real::fp32) {
-    store_global(static_cast<float*>(p) + i, x);
-  } else if (type == Real::bf16) {
-    store_global(static_cast<bf16*>(p) + i, to_bf16(x));
-  } else {
-    store_global(static_cast<fp16*>(p) + i, to_fp16(x));
-  }
+SM90_DEVICE float widen(float x) { return x; }
+SM90_DEVICE float widen(bf16 x) { return to_float(x); }
+SM90_DEVICE float widen(fp16 x) { return to_float(x); }
+SM90_DEVICE void narrow(float& to, float x) { to = x; }
+SM90_DEVICE void narrow(bf16& to, float x) { to = to_bf16(x); }
+SM90_DEVICE void narrow(fp16& to, float x) { to = to_fp16(x); }
+SM90_DEVICE uint32_t pack_as(bf16, float low, float high) {
+  return pack(to_bf16(low), to_bf16(high));
+}
+SM90_DEVICE uint32_t pack_as(fp16, float low, float high) {
+  return pack(to_fp16(low), to_fp16(high));
+}
+
+// Two neighbouring elements, loaded as one access.
+SM90_DEVICE FloatPair load_pair(const float* p) {
+  const uint64_t bits = load_global(reinterpret_cast<const uint64_t*>(p));
+  return {float_of(static_cast<uint32_t>(bits)), float_of(static_cast<uint32_t>(bits >> 32))};
+}
+SM90_DEVICE FloatPair load_pair(const bf16* p) {
+  const uint32_t bits = load_global(reinterpret_cast<const uint32_t*>(p));
+  return {to_float(low_bf16(bits)), to_float(high_bf16(bits))};
+}
+SM90_DEVICE FloatPair load_pair(const fp16* p) {
+  const uint32_t bits = load_global(reinterpret_cast<const uint32_t*>(p));
+  return {to_float(low_fp16(bits)), to_float(high_fp16(bits))};
 }
 
 // Synchronizes the 128 threads of consumer warpgroup `warpgroup`.
@@ -29,32 +53,41 @@ SM90_DEVICE void warpgroup_sync(int warpgroup) {
 }
 
 // Writes a warpgroup's 64 rows to its staging buffer, as boxes [64, 128 bytes] with the 128-byte
-// swizzle that TMA expects. The chunks that a warp writes at once are in different banks.
+// swizzle that TMA expects. `thread`: number in the warpgroup. The chunks that a warp writes at
+// once are in different banks.
 template <int N>
-SM90_DEVICE void stage_tile(const float (&sum)[N / 2], char* staging, Real type) {
-  const int row = thread_index() % 128 / 32 * 16 + lane_index() / 4, pair = lane_index() % 4;
+SM90_DEVICE void stage_floats(const float (&sum)[N / 2], char* staging, int thread) {
+  const int row = thread / 32 * 16 + thread % 32 / 4, pair = thread % 4;
+#pragma unroll
   for (int i = 0; i < N / 2; i += 2) {
-    const int m = row + i / 2 % 2 * 8, size = type == Real::fp32 ? 4 : 2;
-    const int byte = (i / 4 * 8 + pair * 2) * size;  // in the row
+    const int m = row + i / 2 % 2 * 8, byte = (i / 4 * 8 + pair * 2) * 4;  // in the row
     char* box_row = staging + byte / 128 * (64 * 128) + m * 128;
-    char* to = box_row + ((byte % 128 / 16) ^ (m % 8)) * 16 + byte % 16;
-    if (type == Real::fp32) {
-      store_shared(to, uint64_t{float_bits(sum[i])} | uint64_t{float_bits(sum[i + 1])} << 32);
-    } else if (type == Real::bf16) {
-      store_shared(to, pack(to_bf16(sum[i]), to_bf16(sum[i + 1])));
-    } else {
-      store_shared(to, pack(to_fp16(sum[i]), to_fp16(sum[i + 1])));
-    }
+    store_shared(box_row + ((byte % 128 / 16) ^ (m % 8)) * 16 + byte % 16,
+                 FloatPair{sum[i], sum[i + 1]});
+  }
+}
+
+// The same for T of 16 bits.
+template <int N, class T>
+SM90_DEVICE void stage_halves(const float (&sum)[N / 2], char* staging, int thread) {
+  const int m = thread / 32 * 16 + thread % 16;
+#pragma unroll
+  for (int i = 0; i < N / 2; i += 8) {  // 16 columns: four matrices of 8x8
+    const int chunk = i / 4 + thread % 32 / 16;
+    char* box_row = staging + chunk / 8 * (64 * 128) + m * 128;
+    store_matrix_x4(box_row + ((chunk % 8) ^ (m % 8)) * 16, pack_as(T{}, sum[i], sum[i + 1]),
+                    pack_as(T{}, sum[i + 2], sum[i + 3]), pack_as(T{}, sum[i + 4], sum[i + 5]),
+                    pack_as(T{}, sum[i + 6], sum[i + 7]));
   }
 }
 
 // Stores a warp's 16 staged rows to D, 16 bytes per lane. `first_row`: the warpgroup's first row.
 template <class Tile>
 SM90_DEVICE void store_staged_rows(const char* staging, const GemmArguments& p, const TileWork& w,
-                                   const typename Tile::Tiles& tiles, int first_row) {
+                                   const typename Tile::Tiles& tiles, int first_row, int thread) {
   const int size = p.out_type == Real::fp32 ? 4 : 2, chunks = Tile::N * size / 16;
-  const int warp_row = thread_index() % 128 / 32 * 16;
-  for (int i = lane_index(); i < 16 * chunks; i += 32) {
+  const int warp_row = thread / 32 * 16;
+  for (int i = thread % 32; i < 16 * chunks; i += 32) {
     const int m = warp_row + i / chunks, chunk = i % chunks;
     const int column = w.column + chunk * 16 / size;
     if (column >= p.N || !tiles.owns(w, first_row + m)) continue;
@@ -101,28 +134,51 @@ SM90_DEVICE Floats reduce_split_k(const char* address, int num_splits) {
   return partial[0];
 }
 
+// Stores four values with one access.
+SM90_DEVICE void store_aligned(float* out, Floats x) {
+  store_global(reinterpret_cast<Floats*>(out), x);
+}
+template <class T>
+SM90_DEVICE void store_aligned(T* out, Floats x) {
+  const uint64_t low = pack_as(T{}, x.value[0], x.value[1]);
+  const uint64_t high = pack_as(T{}, x.value[2], x.value[3]);
+  store_global(reinterpret_cast<uint64_t*>(out), low | high << 32);
+}
+
 // Adds C to four values of row `row` of D from column n on, and stores those inside D.
 SM90_DEVICE void store_four(const GemmArguments& p, int64_t row, int n, Floats x) {
   const int left = p.N - n < 4 ? p.N - n : 4;
-  for (int i = 0; p.c != nullptr && i < left; ++i) {
-    x.value[i] += load_real(p.c, row * p.c_row_stride + n + i, p.c_type);
+  if (p.c != nullptr) {
+    with_type(p.c_type, [&](auto* null) {
+      const auto* c = static_cast<decltype(null)>(const_cast<void*>(p.c)) + row * p.c_row_stride;
+      for (int i = 0; i < 4; ++i) x.value[i] += i < left ? widen(load_global(c + n + i)) : 0.0f;
+    });
   }
   const int64_t at = row * p.N + n;
-  if (!p.rows_aligned) {
-    for (int i = 0; i < left; ++i) store_real(p.out, at + i, x.value[i], p.out_type);
-  } else if (left < 4) {
-    return;  // aligned rows of D are multiples of 4 values
-  } else if (p.out_type == Real::fp32) {
-    store_global(reinterpret_cast<Floats*>(static_cast<float*>(p.out) + at), x);
-  } else {
-    const bool is_bf16 = p.out_type == Real::bf16;
-    uint32_t pair[2];
-    for (int i = 0; i < 2; ++i) {
-      const float low = x.value[2 * i], high = x.value[2 * i + 1];
-      pair[i] = is_bf16 ? pack(to_bf16(low), to_bf16(high)) : pack(to_fp16(low), to_fp16(high));
+  if (p.rows_aligned && left < 4) return;  // aligned rows of D are multiples of 4 values
+  with_type(p.out_type, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    T* out = static_cast<T*>(p.out) + at;
+    if (!p.rows_aligned) {
+      for (int i = 0; i < left; ++i) {
+        T value;
+        narrow(value, x.value[i]);
+        store_global(out + i, value);
+      }
+    } else {
+      store_aligned(out, x);
     }
-    store_global(reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(p.out) + at),
-                 uint64_t{pair[0]} | uint64_t{pair[1]} << 32);
+  });
+}
+
+// A warp's arrival at a barrier of the partial sums in the first `blocks` blocks of the cluster.
+// One block exchanges nothing and needs no release in the scope of the cluster.
+template <class Tile>
+SM90_DEVICE void arrive_partials(Barrier* barrier, int blocks, int num_splits) {
+  if (!Tile::CLUSTER_SPLIT_K || num_splits == 1) {
+    if (lane_index() < blocks) barrier_arrive(barrier);
+  } else if (lane_index() < blocks) {
+    barrier_arrive_release_cluster(barrier, lane_index());
   }
 }
 
@@ -130,8 +186,9 @@ SM90_DEVICE void store_four(const GemmArguments& p, int64_t row, int n, Floats x
 // Each block writes its partial sums to its smem, where all blocks of the cluster read them. Each
 // warp of the cluster then reduces and stores whole rows of D.
 template <class Tile>
-SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], Ring<1>& partials_ring,
-                               char* partials, const GemmArguments& p, const TileWork& w,
+SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2],
+                               typename Tile::PartialsRing& partials_ring, char* partials,
+                               const GemmArguments& p, const TileWork& w,
                                const typename Tile::Tiles& tiles, int column) {
   const int num_splits = Tile::CLUSTER_SPLIT_K ? p.num_splits : 1;
   const int rank = Tile::CLUSTER_SPLIT_K ? cluster_rank() : 0;
@@ -143,7 +200,7 @@ SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], Ring<1>& partial
   }
   UNLESS_PLANTED(no_warp_sync_after_partials, warp_sync());
   const int notified = PLANT(one_block_not_notified, num_splits - 1, num_splits);
-  if (lane_index() < notified) barrier_arrive_at(partials_ring.full_barrier, lane_index());
+  arrive_partials<Tile>(partials_ring.full_barrier, notified, num_splits);
   UNLESS_PLANTED(no_wait_for_partials, partials_ring.wait_full());
   const int first_m = PLANT(all_ranks_store_same_rows, 0, rank) + num_splits * warp_index();
   for (int m = first_m; m < Tile::N; m += num_splits * 4 * Tile::WARPGROUPS) {
@@ -160,7 +217,7 @@ SM90_DEVICE void store_swapped(const float (&sum)[Tile::N / 2], Ring<1>& partial
     }
   }
   UNLESS_PLANTED(no_warp_sync_after_reduction, warp_sync());
-  if (lane_index() < num_splits) barrier_arrive_at(partials_ring.empty_barrier, lane_index());
+  arrive_partials<Tile>(partials_ring.empty_barrier, num_splits, num_splits);
   partials_ring.advance();
 }
 
@@ -186,31 +243,84 @@ SM90_DEVICE void accumulate_split(float (&sum)[N / 2], char* staging, bool is_fi
   }
 }
 
-// Epilogue of a tile that is not swapped: a warpgroup's 64 rows of D from `first_row` on.
-template <class Tile>
-SM90_DEVICE void store_tile(float (&sum)[Tile::N / 2], const TensorMap* out,
-                            const GemmArguments& p, const TileWork& w,
-                            const typename Tile::Tiles& tiles, char* staging, int first_row) {
-  const int warpgroup = thread_index() / 128;
-  const int row = first_row + thread_index() % 128 / 32 * 16 + lane_index() / 4;
-  for (int i = 0; i < Tile::N / 2; ++i) {
-    const int m = row + i / 2 % 2 * 8, n = w.column + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
-    if (m >= w.valid_end) UNLESS_PLANTED(stores_invalid_rows, sum[i] = 0.0f);
-    if (p.c != nullptr && m < w.row_end && n < p.N) {
-      sum[i] += load_real(p.c, tiles.out_row(w, m) * p.c_row_stride + n, p.c_type);
+// Adds C to a warpgroup's 64 rows of D. A thread's rows are `row` and `row` + 8. The loads of 64
+// columns are in flight before the first addition, and no branch depends on an element. PAIRS: rows
+// of C start at pairs, and N is even.
+template <bool PAIRS, class Tile, class T>
+SM90_DEVICE void add_c(float (&sum)[Tile::N / 2], const GemmArguments& p, const TileWork& w,
+                       const typename Tile::Tiles& tiles, const T* c, int row, int thread) {
+  const int column = w.column + thread % 4 * 2, left = p.N - column;
+#pragma unroll
+  for (int first = 0; first < Tile::N / 2; first += 32) {
+    FloatPair value[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int m = row + i % 2 * 8, n = first / 32 * 64 + i / 2 * 8;
+      const T* from = c + tiles.out_row(w, m) * p.c_row_stride + column + n;
+      const bool low = m < w.row_end && n < left, high = m < w.row_end && n + 1 < left;
+      value[i] = {0.0f, 0.0f};
+      if (PAIRS) {
+        if (low) value[i] = load_pair(from);
+      } else {
+        if (low) value[i].low = widen(load_global(from));
+        if (high) value[i].high = widen(load_global(from + 1));
+      }
     }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      sum[first + 2 * i] += value[i].low;
+      sum[first + 2 * i + 1] += value[i].high;
+    }
+  }
+}
+
+// Epilogue of a tile that is not swapped: 64 rows of D from `first_row` on, of one wave of a
+// warpgroup. `staging_is_free`: TMA has read the buffer.
+template <class Tile>
+SM90_DEVICE void store_wave(float (&sum)[Tile::N / 2], const TensorMap* out, const GemmArguments& p,
+                            const TileWork& w, const typename Tile::Tiles& tiles, char* staging,
+                            int first_row, bool staging_is_free) {
+  // Keeps addresses of the epilogue out of the registers of the mainloop.
+  const int warpgroup = thread_index() / 128, thread = not_before(thread_index() % 128);
+  const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
+  if (Tile::VARIANT == GemmVariant::masked) {
+    const bool valid[2] = {row < w.valid_end, row + 8 < w.valid_end};
+#pragma unroll
+    for (int i = 0; i < Tile::N / 2; ++i) {
+      if (!valid[i / 2 % 2]) UNLESS_PLANTED(stores_invalid_rows, sum[i] = 0.0f);
+    }
+  }
+  constexpr bool ADDS_C =
+      Tile::VARIANT == GemmVariant::dense || Tile::VARIANT == GemmVariant::k_grouped;
+  if (ADDS_C && p.c != nullptr) {
+    with_type(p.c_type, [&](auto* null) {
+      const auto* c = static_cast<decltype(null)>(const_cast<void*>(p.c));
+      if (p.c_pairs) {
+        add_c<true, Tile>(sum, p, w, tiles, c, row, thread);
+      } else {
+        add_c<false, Tile>(sum, p, w, tiles, c, row, thread);
+      }
+    });
   }
   // TMA drops what is outside D, but it does not know where groups end.
   const bool whole = Tile::VARIANT == GemmVariant::dense || first_row + 64 <= w.row_end;
   const bool by_tma = p.store_by_tma && whole && Tile::VARIANT != GemmVariant::contiguous;
   const bool issues_tma = thread_index() % 128 == 0;
-  // Wait until TMA has read the previous tile from the staging buffer.
-  if (issues_tma) UNLESS_PLANTED(no_tma_wait_before_staging, tma_store_wait_read<0>());
-  warpgroup_sync(warpgroup);
-  stage_tile<Tile::N>(sum, staging, p.out_type);
+  if (!staging_is_free) {
+    if (issues_tma) UNLESS_PLANTED(no_tma_wait_before_staging, tma_store_wait_read<0>());
+    warpgroup_sync(warpgroup);
+  }
+  with_type(p.out_type, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    if constexpr (sizeof(T) == 4) {
+      stage_floats<Tile::N>(sum, staging, thread);
+    } else {
+      stage_halves<Tile::N, T>(sum, staging, thread);
+    }
+  });
   if (!by_tma) {
     warp_sync();
-    store_staged_rows<Tile>(staging, p, w, tiles, first_row);
+    store_staged_rows<Tile>(staging, p, w, tiles, first_row, thread);
     warp_sync();
     return;
   }
@@ -225,6 +335,20 @@ SM90_DEVICE void store_tile(float (&sum)[Tile::N / 2], const TensorMap* out,
       }
     }
     tma_store_commit();
+  }
+}
+
+// Epilogue of all waves. The staging buffer holds one wave in float32 and two in 16 bits.
+template <class Tile>
+SM90_DEVICE void store_tile(float (&sum)[Tile::WAVES][Tile::N / 2], const TensorMap* out,
+                            const GemmArguments& p, const TileWork& w,
+                            const typename Tile::Tiles& tiles, char* staging, int first_row) {
+  const bool both_fit = PLANT(waves_share_the_staging, true, p.out_type != Real::fp32);
+#pragma unroll
+  for (int wave = 0; wave < Tile::WAVES; ++wave) {
+    store_wave<Tile>(sum[wave], out, p, w, tiles,
+                     staging + (p.out_type != Real::fp32 ? wave * 64 * Tile::N * 2 : 0),
+                     first_row + wave * 64 * Tile::WARPGROUPS, wave > 0 && both_fit);
   }
 }
 

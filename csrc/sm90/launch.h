@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "../fp8_gemm.h"
@@ -24,7 +25,7 @@ struct Fp8GemmProblem {
 
 // Arguments of mla_decode. Strides are in elements.
 struct MlaArguments {
-  const void* q;      // bf16 [batch, Sq, H, 576]
+  const void* q;      // bf16 [batch · Sq · H, 576], rows at multiples of 16 bytes
   const void* cache;  // [num_pages, page_size, 576] bf16, or 656 bytes per token in the FP8 format
   const int* block_table;    // [batch, max_tokens / page_size], page numbers
   const int* cache_seqlens;  // [batch], tokens
@@ -32,15 +33,15 @@ struct MlaArguments {
   float* lse;                // [batch, H, Sq], natural logarithm
   float* partial_out;        // [batch, num_splits, Sq * H, 512], results of the splits
   float* partial_lse;        // [batch, num_splits, Sq * H], base 2
-  int64_t q_batch_stride, q_query_stride, q_head_stride, table_row_stride;
+  int64_t q_row_stride, table_row_stride;
   int64_t page_stride, token_stride;  // of the cache
   float softmax_scale_log2;           // softmax_scale · log2(e)
   int batch, Sq, H;
   int max_tokens;  // of a sequence: pages of block_table · page_size
   int num_pages, page_size;
   int row_tiles;          // tiles of 64 rows (query, head) per sequence
-  int num_splits;         // splits per sequence in the grid
-  int min_split_tokens;   // of a split
+  int num_splits;         // splits of the longest possible sequence
+  int min_split_log2;     // log2 of the fewest tokens of a split, unless the sequence has one split
   int max_splits;         // per sequence
   bool causal;
   bool by_tma;            // TMA can load the cache: see plan_mla_splits
@@ -50,17 +51,24 @@ struct MlaArguments {
   int64_t tma_rows() const { return (num_pages - 1) * tma_page_rows + page_size; }
 };
 
-// Sets the fields of the parallelization. Splits depend on Sq · H and on a sequence's own length, so neither the batch nor
-// the width of the block table changes the bits of a result. The Triton kernel uses the same rule.
+// Sets the fields of the parallelization. Splits depend on Sq · H and on a sequence's own length,
+// so neither the batch nor the width of the block table changes the bits of a result.
+//
+// A split's partial result costs the traffic of 3.6 cached bf16 tokens per row. So a split has 64
+// tokens per row (5.6 % more traffic), between 512 and 4096. Fewer and longer splits would serve
+// large batches better, more and shorter ones a single sequence: see docs/notes/hopper.md.
 inline void plan_mla_splits(MlaArguments& p) {
-  p.row_tiles = static_cast<int>((int64_t{p.Sq} * p.H + 63) / 64);
+  const int64_t rows = int64_t{p.Sq} * p.H;
+  p.row_tiles = static_cast<int>((rows + 63) / 64);
   int power = 1;
   while (power < p.row_tiles) power *= 2;
   p.max_splits = power == 1 ? 64 : power < 16 ? 128 / power : 8;
-  p.min_split_tokens = int64_t{p.Sq} * p.H <= 32 ? 512 : 1024;
-  const int splits =
-      p.max_tokens / p.min_split_tokens + (p.max_tokens % p.min_split_tokens > 0);
+  p.min_split_log2 = 9;
+  while (64 * rows > 1 << p.min_split_log2 && p.min_split_log2 < 12) ++p.min_split_log2;
+  const int splits = p.max_tokens >> p.min_split_log2;
   p.num_splits = splits < 1 ? 1 : splits < p.max_splits ? splits : p.max_splits;
+  // P of a score s is 2^(s · scale - maximum). With scale 0 a masked score would be inf · 0.
+  if (p.softmax_scale_log2 == 0) p.softmax_scale_log2 = std::numeric_limits<float>::min();
   if (p.page_size < 1) p.page_size = 1;  // no token is read, but page_size is a divisor
   // TMA needs pages of a multiple of 64 tokens and one stride between all tokens of the cache.
   p.tma_page_rows = p.token_stride > 0 ? p.page_stride / p.token_stride : 0;
@@ -69,9 +77,66 @@ inline void plan_mla_splits(MlaArguments& p) {
              p.tma_rows() < INT32_MAX - 64;
 }
 
+// The operands of a group of heads take this part of the L2 cache: half of an H100's.
+constexpr int64_t PREFILL_L2_BYTES = 24 << 20;
+
+// Arguments of mla_prefill. Strides are in elements. Heads of a row do not overlap.
+struct MlaPrefillArguments {
+  const void *q, *k, *v;      // bf16 [T, H, 192], [Tk, H / heads_per_key, 192] and [.., 128]
+  const int *cu_seqlens_q, *cu_seqlens_k;  // [num_boundaries], not trusted
+  void* out;                  // bf16 [T, H, 128]
+  float* lse;                 // [H, T], natural logarithm
+  int* tiles;                 // scratch memory [num_tiles, 4]
+  int64_t q_row_stride, k_row_stride, v_row_stride;
+  int q_head_stride, k_head_stride, v_head_stride;
+  float softmax_scale_log2;   // softmax_scale · log2(e)
+  int T, Tk, H;
+  int heads_per_key;          // heads of q per head of k and v
+  int num_boundaries;         // sequences + 1
+  int num_tiles;              // entries of `tiles`
+  int heads_per_group;        // heads whose keys and values fit in the L2 cache
+  bool causal;
+};
+
+// Arguments of mla_prefill_backward. `forward.out` and `forward.lse` are results of the forward
+// pass, `forward.tiles` is the table of query tiles.
+struct MlaPrefillBackwardArguments {
+  MlaPrefillArguments forward;
+  const void* grad_out;    // bf16 [T, H, 128]
+  const float* grad_lse;   // [H, T], or null
+  void *grad_q, *grad_k, *grad_v;
+  float* delta;            // scratch memory [H, T]
+  int* key_tiles;          // scratch memory [num_key_tiles, 4]
+  int64_t grad_out_row_stride, out_row_stride;
+  int grad_out_head_stride, out_head_stride;
+  float softmax_scale;
+  int num_key_tiles;       // of 64 keys
+  int key_heads_per_group;
+};
+
+// Sets num_tiles and heads_per_group.
+inline void plan_mla_prefill(MlaPrefillArguments& p) {
+  p.num_tiles = (p.T + 127) / 128 + p.num_boundaries;
+  const int64_t key_heads = PREFILL_L2_BYTES / (int64_t{p.Tk} * (192 + 128) * 2 + 1);
+  const int64_t heads = (key_heads < 1 ? 1 : key_heads) * p.heads_per_key;
+  p.heads_per_group = static_cast<int>(heads < p.H ? heads : p.H);
+}
+
+// Sets the numbers of tiles and of heads per group.
+inline void plan_mla_prefill_backward(MlaPrefillBackwardArguments& p) {
+  plan_mla_prefill(p.forward);
+  p.num_key_tiles = (p.forward.Tk + 63) / 64 + p.forward.num_boundaries;
+  const int key_heads = p.forward.H / p.forward.heads_per_key;
+  const int64_t head_bytes = int64_t{p.forward.T} * p.forward.heads_per_key * (192 + 128) * 2;
+  const int64_t heads = PREFILL_L2_BYTES / (head_bytes + 1);
+  p.key_heads_per_group = static_cast<int>(heads < 1 ? 1 : heads < key_heads ? heads : key_heads);
+}
+
 // Launch on the current device, which must be a Hopper GPU. Return an error message, or "".
 std::string launch_fp8_gemm(const Fp8GemmProblem& problem, void* stream);
 std::string launch_mla_decode(MlaArguments arguments, void* stream);
+std::string launch_mla_prefill(const MlaPrefillArguments& arguments, void* stream);
+std::string launch_mla_prefill_backward(const MlaPrefillBackwardArguments& arguments, void* stream);
 
 // Sets `stream` to torch's current stream of the device; false if torch has no CUDA.
 bool current_stream(int device, void** stream);

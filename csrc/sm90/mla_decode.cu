@@ -1,8 +1,9 @@
-// Launches mla_decode.cuh: encodes the tensor map, sets launch attributes, combines the splits.
+// Launches mla_decode.cuh: encodes the tensor maps, sets launch attributes, combines the splits.
 #include "mla_decode.cuh"
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "tensor_map.h"
@@ -16,9 +17,16 @@ std::string launch_mla_decode(MlaArguments p, void* stream) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  CUtensorMap map{};
+  int num_sms = 0;
+  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (encoder() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
+  CUtensorMap map{}, q_map;
+  if (!encode(&q_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, p.q, int64_t{p.batch} * p.Sq * p.H,
+              MlaTile::WIDTH, p.q_row_stride * 2, 2, MlaTile::ROWS)) {
+    return "cuTensorMapEncodeTiled refused q";
+  }
   if (p.by_tma) {
-    if (encoder() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
     if (!encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, p.cache, p.tma_rows(), MlaTile::WIDTH,
                 p.token_stride * 2, 2, MlaTile::TOKENS)) {
       return "cuTensorMapEncodeTiled refused the cache";
@@ -35,12 +43,14 @@ std::string launch_mla_decode(MlaArguments p, void* stream) {
     prepared.fetch_or(bit);
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.batch * p.row_tiles * p.num_splits));
+  // At most one block per SM.
+  config.gridDim = dim3(static_cast<unsigned>(
+      std::min<int64_t>(int64_t{p.batch} * p.row_tiles * p.num_splits, num_sms)));
   config.blockDim = dim3(MlaTile::THREADS);
   config.dynamicSmemBytes = MlaTile::SMEM_BYTES;
   config.stream = cuda_stream;
   const auto kernel = p.fp8 ? sm90::mla_decode<true> : sm90::mla_decode<false>;
-  error = cudaLaunchKernelEx(&config, kernel, map, p);
+  error = cudaLaunchKernelEx(&config, kernel, map, q_map, p);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (p.num_splits == 1) return "";
 

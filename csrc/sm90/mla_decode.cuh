@@ -5,8 +5,9 @@
 //     out[r]      = softmax over attended n of score · cache[n, :512]
 //
 // Parallelization: the Sq · H rows (query, head) of a sequence form tiles of 64 rows, and its
-// tokens are divided into splits. A block computes one row tile over one split, 64 tokens at a
-// time. A token tile is stored once in smem, as nine column blocks of 64x64, and serves as K and V.
+// tokens are divided into splits. The grid is persistent: a block computes one row tile over one
+// split after the other (mla_items.cuh), 64 tokens at a time. A token tile is stored once in smem, as
+// nine column blocks of 64x64, and serves as K and V.
 // One producer warpgroup loads (mla_load.cuh). Two consumer warpgroups alternate ("seesaw"):
 // warpgroup 0 computes the scores of even tiles and columns 0 to 255 of the output, warpgroup 1 the
 // scores of odd tiles and columns 256 to 511. The softmax of one (mla_softmax.cuh) overlaps with
@@ -34,39 +35,74 @@
 
 namespace sm90 {
 
-constexpr float LN_2 = 0.6931471805599453f;
-
 // A consumer warpgroup. WARPGROUP is also the parity of the tiles that it scores and the half of
 // the output's columns that it computes.
 template <bool FP8, int WARPGROUP>
 struct Consumer {
   const MlaArguments& p;
-  const MlaWork& w;
   char* smem;
-  const int row = thread_index() % 128 / 32 * 16 + lane_index() / 4;  // and row + 8
-  SoftmaxState state{{minus_infinity(), minus_infinity()}, {}, {}};
-  float sum[2][64];  // the output before normalization, by block of 128 columns
   PieceRing ring;
-  uint32_t phase = 0;
+  const int row = thread_index() % 128 / 32 * 16 + lane_index() / 4;  // and row + 8
+  int begin, end;   // of the item
+  int row_0_limit;  // tokens that the first row attends to, the fewest of the tile
+  SoftmaxState state;
+  float sum[2][64];  // the output before normalization, by block of 128 columns
 
-  SM90_DEVICE Consumer(const MlaArguments& arguments, const MlaWork& work, char* smem_base)
-      : p(arguments), w(work), smem(smem_base), ring(smem_base) {
+  SM90_DEVICE Consumer(const MlaArguments& arguments, char* smem_base)
+      : p(arguments), smem(smem_base), ring(smem_base) {}
+
+  SM90_DEVICE MlaWork item() const { return load_item(smem, ring.phase(PieceRing::QUERIES)); }
+  // Waits for the item and its queries. False: there is none.
+  SM90_DEVICE bool start() {
+    UNLESS_PLANTED(no_wait_for_queries, barrier_wait(ring.queries_full(), ring.phase(PieceRing::QUERIES)));
+    const MlaWork w = item();
+    // From one lane, so that the compiler may keep them in uniform registers.
+    begin = shuffle_from(w.begin, 0), end = shuffle_from(w.end, 0);
+    row_0_limit = shuffle_from(p.causal ? w.length - (p.Sq - 1 - w.row / p.H) : w.length, 0);
+    state = {{minus_infinity(), minus_infinity()}, {}, {}};
 #pragma unroll
     for (int i = 0; i < 128; ++i) sum[i / 64][i % 64] = 0.0f;
+    return shuffle_from(w.sequence, 0) >= 0;
+  }
+  // Consumer release of the queries, after this warpgroup's last scores of the item.
+  SM90_DEVICE void release_queries() {
+    warp_sync();  // orders the other lanes' loads of the item before
+    if (lane_index() == 0) barrier_arrive(ring.queries_empty());
   }
 
   // score = Q·Kᵀ of a tile, after a wait for the tile.
   SM90_DEVICE void compute_scores(float (&score)[32], int tile) {
     const TokenTile t(smem, tile);
     if (FP8) {
-      score_fp8_tile(score, smem, t, ring.full_barrier + 2 * tile, phase);
+      score_fp8_tile(score, smem, t, ring.full(2 * tile), ring.phase(tile));
     } else {
-      score_tile(score, smem, t, ring.full_barrier + 2 * tile, phase);
+      score_tile(score, smem, t, ring.full(2 * tile), ring.phase(tile));
     }
   }
-  SM90_DEVICE void compute_p(float (&score)[32], float (&alpha)[2], int tile, int first) {
-    softmax_tile(score, alpha, state, p.softmax_scale_log2, first, TokenTile(smem, tile).positions,
-                 smem + MlaTile::ROW_LIMITS_OFFSET + 4 * row);
+  // How many of the tile's tokens a row attends to.
+  SM90_DEVICE int tile_limit(const MlaWork& w, int row_in_tile, int first) {
+    const int query = (w.row + row_in_tile) / p.H;
+    const int length = w.length - first;
+    const int limit = p.causal ? length - PLANT(no_causal_mask, 0, (p.Sq - 1 - query)) : length;
+    return PLANT(limit_above_absent, limit, min_of(limit, MlaTile::TOKENS));
+  }
+  // Scores to packed P, published to the other warpgroup. Updates the state and sets alpha.
+  SM90_DEVICE void compute_p(uint32_t (&packed)[4][4], float (&score)[32], float (&alpha)[2],
+                             int tile, int first) {
+    const char* positions = TokenTile(smem, tile).positions;
+    const float scale = p.softmax_scale_log2;
+    if (FP8 || first + MlaTile::TOKENS > row_0_limit || !all_present(positions)) {
+      const MlaWork w = item();
+      const int limit[2] = {tile_limit(w, row, first), tile_limit(w, row + 8, first)};
+      mask_scores(score, scale > 0.0f ? minus_infinity() : -minus_infinity(), limit, positions);
+    }
+    float row_max[2];
+    row_maxima(row_max, score, state.row_max, scale);
+    update_row_max(state, alpha, row_max);
+    exponentials(score, state.row_sum, row_max, scale);
+    pack_p<FP8>(packed, score);
+    publish_p(packed);
+    if (!FP8) depend_on_arrival(alpha);  // FP8: would spill
   }
   // Issues sum += P·V of a tile, with this warpgroup's P in registers.
   SM90_DEVICE void multiply_own_p(const uint32_t (&packed)[4][4], int tile) {
@@ -101,28 +137,42 @@ struct Consumer {
       multiply_pv<WARPGROUP>(sum, packed, tile, step * 16);
     }
   }
-  // Consumer release: this warpgroup's piece of a tile may be overwritten.
+  // Consumer release: this warpgroup's piece of a tile may be overwritten. Every tile is released
+  // once, after its last use.
   SM90_DEVICE void release_tile(int tile) {
     UNLESS_PLANTED(releases_values_before_wgmma_wait, wgmma_wait<0>());
     const int piece = 2 * tile + PLANT(releases_other_piece, 1 - WARPGROUP, WARPGROUP);
-    if (lane_index() == 0) barrier_arrive(&ring.empty_barrier[piece]);
+    if (lane_index() == 0) barrier_arrive(ring.empty(piece));
+    UNLESS_PLANTED(phase_not_advanced, ring.advance(tile));
     WHEN_PLANTED(releases_values_before_wgmma_wait, wgmma_wait<0>());
   }
   // Publishes P and the row maxima to the other warpgroup.
   SM90_DEVICE void publish_p(const uint32_t (&packed)[4][4]) {
     write_p(packed, smem + MlaTile::P_OFFSET);
-    char* row_max = smem + MlaTile::ROW_STATS_OFFSET + (WARPGROUP * MlaTile::ROWS + row) * 4;
+    char* maxima = smem + MlaTile::ROW_STATS_OFFSET + (WARPGROUP * MlaTile::ROWS + row) * 4;
     if (lane_index() % 4 == 0) {
-      store_shared(row_max, state.row_max[0]);
-      store_shared(row_max + 32, state.row_max[1]);
+      store_shared(maxima, state.row_max[0]);
+      store_shared(maxima + 32, state.row_max[1]);
     }
     named_barrier_arrive(2 + WARPGROUP, 256);
+  }
+  // Keeps the products of rescale_output after publish_p. The other warpgroup waits for P, and
+  // ptxas would move all 128 before the arrival, whatever order the PTX has. It does not move a
+  // load: alpha depends on the published maxima, which are equal to those in registers.
+  SM90_DEVICE void depend_on_arrival(float (&alpha)[2]) {
+    const char* maxima = smem + MlaTile::ROW_STATS_OFFSET + (WARPGROUP * MlaTile::ROWS + row) * 4;
+    UNLESS_PLANTED(no_warp_sync_before_own_maxima, warp_sync());
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool same = load_shared<float>(maxima + 32 * half) == state.row_max[half];
+      alpha[half] = same ? alpha[half] : 0.0f;
+    }
   }
   // Waits for the other warpgroup's P and for this warpgroup's piece of that tile, and updates the
   // row maxima.
   SM90_DEVICE void receive_p(float (&alpha)[2], int tile) {
     UNLESS_PLANTED(no_wait_for_p, named_barrier_sync(3 - WARPGROUP, 256));
-    barrier_wait(&ring.full_barrier[2 * tile + WARPGROUP], phase);
+    barrier_wait(ring.full(2 * tile + WARPGROUP), ring.phase(tile));
     const int other = PLANT(reads_own_row_max, WARPGROUP, 1 - WARPGROUP);
     const char* from = smem + MlaTile::ROW_STATS_OFFSET + (other * MlaTile::ROWS + row) * 4;
     float row_max[2] = {load_shared<float>(from), load_shared<float>(from + 32)};
@@ -136,13 +186,12 @@ struct Consumer {
     float score[32], alpha[2];
     uint32_t packed[4][4];
     compute_scores(score, 0);
-    compute_p(score, alpha, 0, first);
-    pack_p<FP8>(packed, score);
-    publish_p(packed);
+    if (first + 2 * MlaTile::TOKENS >= end) release_queries();
+    compute_p(packed, score, alpha, 0, first);
     rescale_output(sum, alpha);
     multiply_own_p(packed, 0);
     release_tile(0);
-    if (first + MlaTile::TOKENS >= w.end) return;
+    if (first + MlaTile::TOKENS >= end) return;
     receive_p(alpha, 1);
     rescale_output(sum, alpha);
     multiply_received_p(1);
@@ -154,12 +203,11 @@ struct Consumer {
     float score[32], alpha[2];
     uint32_t packed[4][4];
     compute_scores(score, 1);
+    if (first + 2 * MlaTile::TOKENS >= end) release_queries();
     receive_p(alpha, 0);
     rescale_output(sum, alpha);
     multiply_received_p(0);
-    compute_p(score, alpha, 1, first);
-    pack_p<FP8>(packed, score);
-    publish_p(packed);
+    compute_p(packed, score, alpha, 1, first);
     UNLESS_PLANTED(rescales_before_wgmma_wait, release_tile(0));
     rescale_output(sum, alpha);
     multiply_own_p(packed, 1);
@@ -176,154 +224,179 @@ struct Consumer {
   }
 };
 
-// Epilogue: the staging of a warp's 16 rows. Writes 16 columns from `column` on, times scale[row],
-// to the staging buffer: as float32 (the FloatPair overload), or as bf16.
-SM90_DEVICE void stage_columns(const float* sum, const float (&scale)[2], char* staging, int column,
-                               FloatPair) {
-  const int lane = lane_index(), row = lane / 4;
+// Transposes 4x4 words among the four lanes of a row: word i of lane j to word j of lane i.
+SM90_DEVICE void transpose_in_row(uint32_t (&word)[4]) {
+  const auto exchange = [](uint32_t x, int lanes) {
+    return float_bits(shuffle_xor(float_of(x), lanes));
+  };
+  const bool odd = lane_index() % 2, high = lane_index() / 2 % 2;
 #pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    const int half = i / 2 % 2, byte = (column + i / 4 * 8 + lane % 4 * 2) * 4;
-    store_shared(staging + (row + 8 * half) * 1024 + ((byte / 16) ^ (row * 2)) * 16 + byte % 16,
-                 FloatPair{sum[i] * scale[half], sum[i + 1] * scale[half]});
+  for (int i = 0; i < 4; i += 2) {  // 2x2 blocks
+    const uint32_t other = exchange(odd ? word[i] : word[i + 1], 1);
+    (odd ? word[i] : word[i + 1]) = other;
   }
-}
-SM90_DEVICE void stage_columns(const float* sum, const float (&scale)[2], char* staging, int column,
-                               uint32_t) {
-  const int row = lane_index() % 16, chunk = column / 8 + lane_index() / 16;
-  uint32_t pair[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    pair[i] = pack(to_bf16(sum[2 * i] * scale[i % 2]), to_bf16(sum[2 * i + 1] * scale[i % 2]));
+  for (int i = 0; i < 2; ++i) {  // the two blocks off the diagonal
+    const uint32_t other = exchange(high ? word[i] : word[i + 2], 2);
+    (high ? word[i] : word[i + 2]) = other;
   }
-  store_matrix_x4(staging + row * 512 + (chunk ^ (row % 8)) * 16, pair[0], pair[1], pair[2],
-                  pair[3]);
 }
 
-// Stores a warp's rows of 256 sums, times scale[block of columns][row], to `out`, whose rows are
-// 512 values apart. Goes through smem so that whole cache lines are written. Pair: two values of
-// `out`, FloatPair or uint32_t (bf16). `rows_left`: rows of the sequence from the warp's first one
-// on.
-template <class Pair>
-SM90_DEVICE void store_rows(const float (&sum)[2][64], const float (&scale)[2][2], char* staging,
-                            char* out, int rows_left) {
-  const int rows = PLANT(stores_rows_past_the_last, 16, min_of(rows_left, 16));
-  // Chunks are permuted within eight rows to avoid bank conflicts.
-  constexpr int ROW_BYTES = 128 * sizeof(Pair), SWIZZLE = sizeof(Pair) / 4;
-  const int lane = lane_index();
+// Stores a thread's sums of row `half`, times scale[block of columns][half], to a row of 512 values
+// of `out`, from `column` on. The lanes of a row exchange values, so that each stores 16 bytes.
+SM90_DEVICE void store_row(const float (&sum)[2][64], const float (&scale)[2][2], int half,
+                           bf16* out, bool valid) {
+  const int lane = lane_index() % 4;
 #pragma unroll
-  for (int i = 0; i < 128; i += 8) {
-    stage_columns(&sum[i / 64][i % 64], scale[i / 64], staging, i * 2, Pair{});
-  }
-  UNLESS_PLANTED(no_warp_sync_after_staging, warp_sync());
-  for (int row = 0; row < rows; ++row) {
+  for (int group = 0; group < 32; group += 4) {  // groups of 8 columns
+    uint32_t word[4];
 #pragma unroll
-    for (int chunk = lane; chunk < ROW_BYTES / 16; chunk += 32) {
-      const int staged = PLANT(rows_not_unswizzled, chunk, (chunk ^ (row % 8 * SWIZZLE)));
-      const char* from = staging + row * ROW_BYTES + staged * 16;
-      store_global(reinterpret_cast<Chunk*>(out + row * 2 * ROW_BYTES) + chunk,
-                   load_shared<Chunk>(from));
+    for (int i = 0; i < 4; ++i) {
+      const float* from = &sum[group / 16][(group + i) % 16 * 4 + half * 2];
+      const float factor = scale[group / 16][half];
+      word[i] = pack_bf16(from[0] * factor, from[1] * factor);
     }
+    UNLESS_PLANTED(columns_not_exchanged, transpose_in_row(word));
+    const Chunk chunk{.word = {word[0], word[1], word[2], word[3]}};
+    if (valid) store_global(reinterpret_cast<Chunk*>(out + (group + lane) * 8), chunk);
   }
+}
+SM90_DEVICE void store_row(const float (&sum)[2][64], const float (&scale)[2][2], int half,
+                           float* out, bool valid) {
+  const int lane = lane_index() % 4;
+  const bool odd = lane % 2;
+#pragma unroll
+  for (int group = 0; group < 32; group += 2) {
+    float value[2][2];  // by group; even lanes store the first one, odd lanes the second one
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      value[i / 2][i % 2] = sum[group / 16][(group + i / 2) % 16 * 4 + half * 2 + i % 2] *
+                            scale[group / 16][half];
+    }
+    Floats four;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float own = odd ? value[1][i] : value[0][i];
+      const float other = shuffle_xor(odd ? value[0][i] : value[1][i], 1);
+      four.value[i] = odd ? other : own;
+      four.value[2 + i] = odd ? own : other;
+    }
+    float* to = out + (group + odd) * 8 + lane / 2 * 4;
+    if (valid) store_global(reinterpret_cast<Floats*>(to), four);
+  }
+}
+
+// Adds the row sums of the two warpgroups, in the same order in both.
+SM90_DEVICE void exchange_row_sums(float (&row_sum)[2], char* smem, int warpgroup, int row) {
+  // In place of the maxima that the other warpgroup published last and may still read back. No
+  // planted bug: it would read them at once, and no order of the emulator delays it that long.
+  named_barrier_sync(1, 256);
+  char* sums = smem + MlaTile::ROW_STATS_OFFSET + 4 * row;
+  char* to = sums + (1 - warpgroup) * MlaTile::ROWS * 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (lane_index() % 4 == 0) store_shared(to + 32 * half, row_sum[half]);
+  }
+  UNLESS_PLANTED(no_wait_for_row_sums, named_barrier_sync(1, 256));
+  // This warpgroup alone writes where it reads, so the next item cannot overwrite these.
+  const char* from = sums + warpgroup * MlaTile::ROWS * 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float other = load_shared<float>(from + 32 * half);
+    row_sum[half] = warpgroup == 0 ? row_sum[half] + other : other + row_sum[half];
+  }
+  warp_sync();  // the next item's maxima replace the sums
 }
 
 // Epilogue of a consumer warpgroup: normalizes its half of the columns and stores it with the lse,
-// to out and lse if the sequence has one split, else to partial_out and partial_lse.
+// to out and lse if the sequence has one split, else to partial_out and partial_lse. From registers
+// to global memory: the next item's queries and tokens load meanwhile.
 SM90_DEVICE void store_output(const float (&sum)[2][64], SoftmaxState& state,
                               const MlaArguments& p, const MlaWork& w, char* smem, int warpgroup) {
-  const int lane = lane_index();
-  const int warp_row = thread_index() % 128 / 32 * 16, row = warp_row + lane / 4;
-  // Exchange the row sums between the warpgroups.
-  warp_sync();  // orders this warp's reads of maxima before the sums that replace them
-  char* row_sums = smem + MlaTile::ROW_STATS_OFFSET;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    state.row_sum[half] = row_sum_of(state.row_sum[half]);
-    // In place of the maxima that this warpgroup has read and the other one does not read.
-    const int to = PLANT(row_sums_over_unread_maxima, warpgroup, (1 - warpgroup)) * MlaTile::ROWS +
-                   row + 8 * half;
-    if (lane % 4 == 0) store_shared(row_sums + 4 * to, state.row_sum[half]);
-  }
-  UNLESS_PLANTED(no_wait_for_row_sums, named_barrier_sync(1, 256));
+  const int row = thread_index() % 128 / 32 * 16 + lane_index() / 4;
+  float row_sum[2] = {row_sum_of(state.row_sum[0]), row_sum_of(state.row_sum[1])};
+  exchange_row_sums(row_sum, smem, warpgroup, row);
   const int all_rows = p.Sq * p.H;
-  const int rows_left = all_rows - w.row - warp_row;  // from this warp's first row on
   const bool single_split = w.num_splits == 1;
-  const int64_t out_row = int64_t{w.sequence} * all_rows + w.row + warp_row;
   const int split = PLANT(all_splits_in_one_place, 0, w.split);
-  const int64_t split_row =
-      (int64_t{w.sequence} * p.num_splits + split) * all_rows + w.row + warp_row;
   float scale[2][2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    // Both warpgroups add in the same order.
-    const float row_sum = load_shared<float>(row_sums + 4 * (row + 8 * half)) +
-                          load_shared<float>(row_sums + 4 * (MlaTile::ROWS + row + 8 * half));
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      const float divisor = PLANT(ignores_rounding_excess, row_sum,
-                                  row_sum + row_sum_of(state.rounding_excess[b][half]));
-      scale[b][half] = row_sum == 0.0f ? 0.0f : 1.0f / divisor;
-    }
-    const int m = row + 8 * half - warp_row;
-    if (warpgroup == 0 && lane % 4 == 0 && m < rows_left) {
-      const float lse =
-          row_sum == 0.0f ? minus_infinity() : state.row_max[half] + log2_of(row_sum);
-      const int query_head = w.row + warp_row + m;
-      const int64_t at =
-          (int64_t{w.sequence} * p.H + query_head % p.H) * p.Sq + query_head / p.H;
-      if (single_split) store_global(p.lse + at, lse * LN_2);
-      if (!single_split) store_global(p.partial_lse + split_row + m, lse);
+      const float divisor = PLANT(ignores_rounding_excess, row_sum[half],
+                                  row_sum[half] + row_sum_of(state.rounding_excess[b][half]));
+      scale[b][half] = row_sum[half] == 0.0f ? 0.0f : divide(1.0f, divisor);
     }
   }
-  // Q and the token tiles are no longer read: reuse their smem for staging.
-  char* staging = smem + warp_index() * 16 * 256 * 4;
-  if (single_split) {
-    auto* out = static_cast<bf16*>(p.out) + out_row * MlaTile::V_DIM + warpgroup * 256;
-    store_rows<uint32_t>(sum, scale, staging, reinterpret_cast<char*>(out), rows_left);
-  } else {
-    float* out = p.partial_out + split_row * MlaTile::V_DIM + warpgroup * 256;
-    store_rows<FloatPair>(sum, scale, staging, reinterpret_cast<char*>(out), rows_left);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int m = w.row + row + 8 * half;  // of the sequence
+    const bool valid = PLANT(stores_rows_past_the_last, true, m < all_rows);
+    const int64_t out_row = int64_t{w.sequence} * all_rows + m;
+    const int64_t split_row = (int64_t{w.sequence} * p.num_splits + split) * all_rows + m;
+    const int column = warpgroup * 256;
+    if (single_split) {
+      store_row(sum, scale, half, static_cast<bf16*>(p.out) + out_row * MlaTile::V_DIM + column,
+                valid);
+    } else {
+      store_row(sum, scale, half, p.partial_out + split_row * MlaTile::V_DIM + column, valid);
+    }
+    if (warpgroup == 0 && lane_index() % 4 == 0 && m < all_rows) {
+      const float lse = row_sum[half] == 0.0f ? minus_infinity()
+                                              : state.row_max[half] + log2_of(row_sum[half]);
+      const int64_t at = (int64_t{w.sequence} * p.H + m % p.H) * p.Sq + m / p.H;
+      if (single_split) store_global(p.lse + at, lse * LN_2);
+      if (!single_split) store_global(p.partial_lse + split_row, lse);
+    }
   }
 }
 
-// Consumer warpgroup: mainloop over the token tiles of the split, then the epilogue.
-template <bool FP8, int WARPGROUP>
-SM90_DEVICE void attend(const MlaArguments& p, const MlaWork& w, char* smem) {
-  load_queries(p, w, smem);
-  Consumer<FP8, WARPGROUP> consumer(p, w, smem);
-  int first = w.begin;
-  if (WARPGROUP == 0) {
-    for (; first < w.end; first += 2 * MlaTile::TOKENS) {
-      consumer.process_even_tile(first);
-      UNLESS_PLANTED(phase_not_advanced, consumer.phase ^= 1);
-    }
-  } else {
-    for (; first + MlaTile::TOKENS < w.end; first += 2 * MlaTile::TOKENS) {
-      consumer.process_odd_tile(first + MlaTile::TOKENS);
-      consumer.phase ^= 1;
-    }
-    if (first < w.end) {
-      UNLESS_PLANTED(last_even_tile_not_finished, consumer.finish_last_even_tile());
-    }
+// Mainloop of a consumer warpgroup over the token tiles of an item.
+template <bool FP8>
+SM90_DEVICE void process_tiles(Consumer<FP8, 0>& consumer) {
+  if (consumer.begin >= consumer.end) consumer.release_queries();
+  for (int first = consumer.begin; first < consumer.end; first += 2 * MlaTile::TOKENS) {
+    consumer.process_even_tile(first);
   }
-  store_output(consumer.sum, consumer.state, p, w, smem, WARPGROUP);
+}
+template <bool FP8>
+SM90_DEVICE void process_tiles(Consumer<FP8, 1>& consumer) {
+  int first = consumer.begin;
+  if (first + MlaTile::TOKENS >= consumer.end) consumer.release_queries();
+  for (; first + MlaTile::TOKENS < consumer.end; first += 2 * MlaTile::TOKENS) {
+    consumer.process_odd_tile(first + MlaTile::TOKENS);
+  }
+  if (first < consumer.end) {
+    UNLESS_PLANTED(last_even_tile_not_finished, consumer.finish_last_even_tile());
+  }
+}
+
+// Consumer warpgroup: the block's items one after the other.
+template <bool FP8, int WARPGROUP>
+SM90_DEVICE void attend(const MlaArguments& p, char* smem) {
+  Consumer<FP8, WARPGROUP> consumer(p, smem);
+  while (consumer.start()) {
+    process_tiles(consumer);
+    store_output(consumer.sum, consumer.state, p, consumer.item(), smem, WARPGROUP);
+    consumer.ring.advance(PieceRing::QUERIES);
+  }
 }
 
 // FP8: the format of the cache.
 template <bool FP8>
 SM90_KERNEL(MlaTile::THREADS, 1)
 void mla_decode(SM90_PARAMETER TensorMap map,  // if p.by_tma: cache [tma_rows, 576], boxes [64, 64]
+                SM90_PARAMETER TensorMap q_map,  // q [batch · Sq · H, 576], boxes [64, 64]
                 SM90_PARAMETER MlaArguments p) {
   grid_dependency_launch();  // mla_combine may start now; it waits for the end of this grid
-  const MlaWork w(p);
-  if (w.split >= w.num_splits) return;
   char* smem = shared_memory();
   const int warp = warp_index();
-  // Prologue: prefetch the tensor map, initialize barriers.
+  // Prologue: prefetch the tensor maps, initialize barriers.
   if (warp == 8 && elect_one()) {
     if (p.by_tma) prefetch(&map);
-    // Filled by 128 producer threads, released by the 4 warps of one consumer warpgroup.
-    PieceRing(smem).init(128, PLANT(three_warps_release_a_piece, 3, 4));
+    prefetch(&q_map);
+    PieceRing(smem).init();
     barrier_init_fence();
   }
   block_sync();
@@ -331,18 +404,19 @@ void mla_decode(SM90_PARAMETER TensorMap map,  // if p.by_tma: cache [tma_rows, 
     // Producer warpgroup.
     constexpr int EXTRA_REGISTERS = PLANT(mla_producer_keeps_registers, 8, 0);
     registers_decrease<(FP8 ? 88 : 72) + EXTRA_REGISTERS>();
+    PieceRing ring(smem);
     if (FP8) {
-      load_fp8_tokens(p, w, smem);
+      load_items(Fp8Loader{p, smem, ring}, &q_map, p, smem, ring);
     } else {
-      load_tokens(&map, p, w, smem);
+      load_items(Bf16Loader{&map, p, smem, ring}, &q_map, p, smem, ring);
     }
   } else {
     // Consumer warpgroups.
     registers_increase<FP8 ? 208 : 216>();
     if (warp < 4) {
-      attend<FP8, 0>(p, w, smem);
+      attend<FP8, 0>(p, smem);
     } else {
-      attend<FP8, 1>(p, w, smem);
+      attend<FP8, 1>(p, smem);
     }
   }
 }
@@ -385,7 +459,7 @@ void mla_combine(SM90_PARAMETER MlaArguments p) {
 #pragma unroll
   for (int j = 0; j < 16; j += 2) {
     store_global(reinterpret_cast<uint32_t*>(out + j / 2 * 64 + lane_index() * 2),
-                 pack(to_bf16(sum[j] * scale), to_bf16(sum[j + 1] * scale)));
+                 pack_bf16(sum[j] * scale, sum[j + 1] * scale));
   }
   if (lane_index() == 0) {
     const float lse = weight_sum == 0.0f ? minus_infinity() : lse_max + log2_of(weight_sum);

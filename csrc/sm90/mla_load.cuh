@@ -1,4 +1,7 @@
-// mla_decode: smem layout, work of a block, and the producer warpgroup, which loads cached tokens.
+// mla_decode: the producer warpgroup, which loads queries and cached tokens.
+//
+// Queries are loaded by TMA, 64 rows of the matrix [batch · Sq · H, 576]. Rows that belong to the
+// next sequence are computed and not stored.
 //
 // bf16 cache: TMA loads a tile of 64 tokens that is inside one page. All other tiles (the last
 // tokens of a split, other page sizes, pages that do not exist) are gathered with 16 bytes per lane
@@ -16,75 +19,9 @@
 // ratio 0 / ratio 1, ratio 1 / ratio 2, ratio 2 / ratio 3, and ratio 3.
 #pragma once
 
-#include "launch.h"
-#include "ring.cuh"
+#include "mla_items.cuh"
 
 namespace sm90 {
-
-using deepkern::MlaArguments;
-
-struct MlaTile {
-  static constexpr int ROWS = 64;                 // (query, head) pairs
-  static constexpr int TOKENS = 64;
-  static constexpr int WIDTH = 576, V_DIM = 512;  // values of a key and of a value
-  static constexpr int COLUMNS = WIDTH / 64;      // column blocks of 64 values: 128-byte smem rows
-  static constexpr int PIECE_0_COLUMNS = 4;       // column blocks in piece 0; piece 1 has the rest
-  static constexpr int SCALE_BLOCKS = V_DIM / 128;  // scales of an FP8 token
-  static constexpr int THREADS = 384;               // two consumer warpgroups, one producer
-  // Layout of smem, offsets in bytes: Q, two token tiles, P, ratios, positions, row statistics (row
-  // maxima, in the epilogue row sums), row limits (tokens that a row attends to), barriers.
-  static constexpr uint32_t COLUMN_BYTES = 64 * 128, TILE_BYTES = COLUMNS * COLUMN_BYTES;
-  static constexpr uint32_t TOKENS_OFFSET = TILE_BYTES;
-  static constexpr uint32_t P_OFFSET = TOKENS_OFFSET + 2 * TILE_BYTES;
-  static constexpr uint32_t RATIOS_OFFSET = P_OFFSET + 128 * 64;  // 64 bytes of P per thread
-  static constexpr uint32_t RATIOS_BYTES = SCALE_BLOCKS * TOKENS * 4;  // per token tile
-  static constexpr uint32_t POSITIONS_OFFSET = RATIOS_OFFSET + 2 * RATIOS_BYTES;
-  static constexpr uint32_t POSITIONS_BYTES = TOKENS;  // per token tile
-  static constexpr uint32_t ROW_STATS_OFFSET = POSITIONS_OFFSET + 2 * POSITIONS_BYTES;
-  static constexpr uint32_t ROW_LIMITS_OFFSET = ROW_STATS_OFFSET + 2 * ROWS * 4;
-  static constexpr uint32_t BARRIERS_OFFSET = ROW_LIMITS_OFFSET + ROWS * 4;
-  static constexpr uint32_t SMEM_BYTES = BARRIERS_OFFSET + Ring<4>::BYTES;
-  static_assert(SMEM_BYTES <= 232448, "the layout fits in the smem of a block");
-};
-
-constexpr int ABSENT = 255;  // position of an absent token; no row attends to it
-
-SM90_DEVICE float minus_infinity() { return -__builtin_huge_valf(); }
-SM90_DEVICE float max_of(float a, float b) { return a > b ? a : b; }
-SM90_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
-
-// The splits of a sequence. They depend on its length alone.
-struct SequenceSplits {
-  int length;  // tokens
-  int tokens_per_split, num_splits;
-
-  SM90_DEVICE SequenceSplits(const MlaArguments& p, int sequence) {
-    length = load_global(p.cache_seqlens + sequence);
-    length = length < 0 ? 0 : min_of(length, p.max_tokens);
-    const int even = (length + p.max_splits - 1) / p.max_splits;
-    tokens_per_split = (even + MlaTile::TOKENS - 1) / MlaTile::TOKENS * MlaTile::TOKENS;
-    if (tokens_per_split < p.min_split_tokens) tokens_per_split = p.min_split_tokens;
-    num_splits = length > 0 ? (length + tokens_per_split - 1) / tokens_per_split : 1;
-  }
-};
-
-// The work of a block: one row tile of one sequence over one split.
-struct MlaWork {
-  int sequence, row, split;  // `row`: the first row of the tile
-  int begin, end;            // tokens of the split
-  int length, num_splits;    // of the sequence
-
-  SM90_DEVICE explicit MlaWork(const MlaArguments& p) {
-    const int sequence_split = block_index() / p.row_tiles;
-    row = PLANT(all_blocks_take_row_tile_0, 0, block_index() % p.row_tiles * MlaTile::ROWS);
-    sequence = sequence_split / p.num_splits;
-    split = sequence_split % p.num_splits;
-    const SequenceSplits splits(p, sequence);
-    length = splits.length, num_splits = splits.num_splits;
-    begin = split * splits.tokens_per_split;
-    end = min_of(begin + splits.tokens_per_split, length);
-  }
-};
 
 // Smem of token tile i: nine column blocks [64 tokens, 64 values] with the 128-byte swizzle, the
 // position of each token in the tile or ABSENT, and the quotients [4, 64] of the ratios (FP8
@@ -99,49 +36,80 @@ struct TokenTile {
 };
 
 // Each of the two token tiles is loaded and released in two pieces, column blocks 0 to 3 and 4 to
-// 8: a ring of four.
-struct PieceRing : Ring<4> {
-  SM90_DEVICE explicit PieceRing(char* smem) : Ring<4>(smem + MlaTile::BARRIERS_OFFSET) {}
+// 8. An item starts with tile 0, so the tiles have a phase each. Also the barriers of Q and the item.
+struct PieceRing {
+  char* smem;
+  static constexpr int QUERIES = 2;  // index of Q, after the two token tiles
+  uint32_t phases = 0;  // bit i: parity of the current pass through tile i, or Q
 
-  // Producer: waits for consumer release of both pieces of the next tile.
-  SM90_DEVICE void wait_empty_tile() {
-    UNLESS_PLANTED(no_wait_for_empty_tile, wait_empty());
-    advance();
-    UNLESS_PLANTED(no_wait_for_empty_tile, wait_empty());
-    advance();
+  SM90_DEVICE explicit PieceRing(char* smem_base) : smem(smem_base) {}
+
+  // Barrier i of: four full pieces (2 · tile and 2 · tile + 1), four empty ones, Q full, Q empty.
+  SM90_DEVICE Barrier* barrier(int i) const {
+    return reinterpret_cast<Barrier*>(smem + MlaTile::BARRIERS_OFFSET) + i;
+  }
+  SM90_DEVICE Barrier* full(int piece) const { return barrier(piece); }
+  SM90_DEVICE Barrier* empty(int piece) const { return barrier(4 + piece); }
+  SM90_DEVICE Barrier* queries_full() const { return barrier(8); }
+  SM90_DEVICE Barrier* queries_empty() const { return barrier(9); }
+
+  // One thread calls this, then barrier_init_fence. 128 producer threads fill a piece, 4 warps of
+  // one consumer warpgroup release it. One thread loads Q, 8 warps release it.
+  SM90_DEVICE void init() {
+    for (int i = 0; i < 4; ++i) {
+      barrier_init(full(i), 128);
+      barrier_init(empty(i), PLANT(three_warps_release_a_piece, 3, 4));
+    }
+    barrier_init(queries_full(), 1);
+    barrier_init(queries_empty(), PLANT(one_warpgroup_releases_queries, 4, 8));
+  }
+  // Of a tile or of Q.
+  SM90_DEVICE uint32_t phase(int tile) const { return phases >> tile & 1; }
+  SM90_DEVICE void advance(int tile) { phases ^= 1u << tile; }
+  // Producer: waits for consumer release. In the first pass the pieces are free.
+  SM90_DEVICE void wait_empty(int piece) {
+    const uint32_t free = phase(piece / 2) ^ 1;
+    barrier_wait(empty(piece), PLANT(wait_piece_wrong_parity, free ^ 1, free));
+  }
+  SM90_DEVICE void wait_empty_tile(int tile) {
+    UNLESS_PLANTED(no_wait_for_empty_tile, wait_empty(2 * tile));
+    UNLESS_PLANTED(no_wait_for_empty_tile, wait_empty(2 * tile + 1));
   }
 };
 
-// Eight lanes load 576 values to row `row` of a tile [64, 576] in smem, or zeros if `from` is null.
+// Eight lanes load column blocks [FIRST, FIRST + COUNT) to row `row` of a tile in smem, or zeros if
+// `from` is null.
+template <int FIRST, int COUNT>
 SM90_DEVICE void gather_row(char* tile, int row, const bf16* from) {
   const int chunk = lane_index() % 8;
-  Chunk values[MlaTile::COLUMNS];
+  Chunk values[COUNT];
 #pragma unroll
-  for (int j = 0; j < MlaTile::COLUMNS; ++j) {
-    values[j] = from ? load_global(reinterpret_cast<const Chunk*>(from + j * 64 + chunk * 8))
-                     : Chunk{};
+  for (int j = 0; j < COUNT; ++j) {
+    const bf16* part = from + (FIRST + j) * 64 + chunk * 8;
+    values[j] = from ? load_global(reinterpret_cast<const Chunk*>(part)) : Chunk{};
   }
-  char* to = tile + row * 128 + (chunk ^ (row % 8)) * 16;
+  char* to = tile + FIRST * MlaTile::COLUMN_BYTES + row * 128 + (chunk ^ (row % 8)) * 16;
 #pragma unroll
-  for (int j = 0; j < MlaTile::COLUMNS; ++j) {
+  for (int j = 0; j < COUNT; ++j) {
     store_shared(to + j * MlaTile::COLUMN_BYTES, values[j]);
   }
 }
 
-// The consumer threads load the 64 rows of q and the number of tokens that each row attends to.
-SM90_DEVICE void load_queries(const MlaArguments& p, const MlaWork& w, char* smem) {
-  for (int i = thread_index() / 8; i < MlaTile::ROWS; i += 32) {
-    const int row = w.row + i, query = row / p.H, head = row % p.H;
-    const int64_t at =
-        w.sequence * p.q_batch_stride + query * p.q_query_stride + head * p.q_head_stride;
-    gather_row(smem, i, row < p.Sq * p.H ? static_cast<const bf16*>(p.q) + at : nullptr);
-    if (lane_index() % 8 == 0) {
-      store_shared(smem + MlaTile::ROW_LIMITS_OFFSET + 4 * i,
-                   p.causal ? w.length - PLANT(no_causal_mask, 0, (p.Sq - 1 - query)) : w.length);
-    }
+// Producer: hands the next item and its queries to the consumers, once they have read the previous
+// ones.
+SM90_DEVICE void load_item_and_queries(const TensorMap* q_map, const MlaArguments& p,
+                                       const MlaWork& w, char* smem, const PieceRing& ring) {
+  if (thread_index() % 128 > 0) return;
+  const uint32_t phase = ring.phase(PieceRing::QUERIES);
+  UNLESS_PLANTED(no_wait_for_empty_queries, barrier_wait(ring.queries_empty(), phase ^ 1));
+  store_item(smem, phase, w);
+  if (w.sequence < 0) return barrier_arrive(ring.queries_full());
+  barrier_arrive_expect(ring.queries_full(), MlaTile::TILE_BYTES);
+  const int row = w.sequence * p.Sq * p.H + w.row;
+#pragma unroll 1
+  for (int j = 0; j < MlaTile::COLUMNS; ++j) {
+    tma_load(smem + j * MlaTile::COLUMN_BYTES, q_map, ring.queries_full(), j * 64, row);
   }
-  fence_async_proxy();
-  UNLESS_PLANTED(no_wait_for_queries, named_barrier_sync(1, 256));
 }
 
 // The page of a token, or -1 if there is none.
@@ -156,17 +124,16 @@ SM90_DEVICE int page_of(const MlaArguments& p, const MlaWork& w, int token) {
 struct Bf16Loader {
   const TensorMap* map;
   const MlaArguments& p;
-  const MlaWork& w;
-  PieceRing ring;
+  char* smem;
+  PieceRing& ring;
   const int thread = thread_index() % 128;
 
-  // Loads the next piece by TMA: column blocks [column, column_end) of the 64 tokens from `token`
-  // on.
-  SM90_DEVICE void load_piece(const TokenTile& tile, int column, int column_end, int page,
-                              int token) {
-    Barrier* full = &ring.full_barrier[ring.stage];
+  // Loads a piece by TMA: column blocks [column, column_end) of the 64 tokens from `token` on.
+  SM90_DEVICE void load_piece(int piece, int column, int column_end, int page, int token) {
+    const TokenTile tile(smem, piece / 2);
+    Barrier* full = ring.full(piece);
     // Wait for consumer release.
-    UNLESS_PLANTED(no_wait_for_empty_piece, ring.wait_empty());
+    UNLESS_PLANTED(no_wait_for_empty_piece, ring.wait_empty(piece));
     if (column == 0 && thread < MlaTile::TOKENS) {
       store_shared(tile.positions + thread, static_cast<uint8_t>(thread));
     }
@@ -182,19 +149,18 @@ struct Bf16Loader {
     } else {
       barrier_arrive(full);
     }
-    ring.advance();
   }
 
   // Gathers the 64 tokens from `first` on.
-  SM90_DEVICE void gather_tile(const TokenTile& tile, int first) {
-    Barrier* full = &ring.full_barrier[ring.stage];
+  SM90_DEVICE void gather_tile(const MlaWork& w, int tile_index, int first) {
+    const TokenTile tile(smem, tile_index);
     int pages[MlaTile::TOKENS / 16];  // loaded before the wait
 #pragma unroll
     for (int i = 0; i < MlaTile::TOKENS / 16; ++i) {
       pages[i] = page_of(p, w, first + thread / 8 + PLANT(page_of_other_token, 0, i * 16));
     }
     // Wait for consumer release.
-    ring.wait_empty_tile();
+    ring.wait_empty_tile(tile_index);
 #pragma unroll
     for (int i = 0; i < MlaTile::TOKENS / 16; ++i) {
       const int row = thread / 8 + i * 16, token = first + row, page = pages[i];
@@ -203,36 +169,36 @@ struct Bf16Loader {
         from = static_cast<const bf16*>(p.cache) + page * p.page_stride +
                token % p.page_size * p.token_stride;
       }
-      gather_row(tile.tokens, row, from);
+      gather_row<0, 4>(tile.tokens, row, from);
+      gather_row<4, 5>(tile.tokens, row, from);
       if (thread % 8 == 0) {
         const int position = PLANT(absent_tokens_not_marked, row, from ? row : ABSENT);
         store_shared(tile.positions + row, static_cast<uint8_t>(position));
       }
     }
     UNLESS_PLANTED(no_fence_after_gather, fence_async_proxy());
-    barrier_arrive(full);
-    barrier_arrive(full + 1);
+    barrier_arrive(ring.full(2 * tile_index));
+    barrier_arrive(ring.full(2 * tile_index + 1));
+  }
+
+  // Loads the tokens of an item.
+  SM90_DEVICE void load(const MlaWork& w) {
+    int page = page_of(p, w, w.begin);
+    for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
+      const int i = first / MlaTile::TOKENS % 2;  // w.begin is an even number of tiles
+      const int next_page = page_of(p, w, first + MlaTile::TOKENS);  // prefetch
+      if (p.by_tma && page >= 0 &&
+          PLANT(loads_tokens_past_the_end, true, first + MlaTile::TOKENS <= w.end)) {
+        load_piece(2 * i, 0, MlaTile::PIECE_0_COLUMNS, page, first);
+        load_piece(2 * i + 1, MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS, page, first);
+      } else {
+        gather_tile(w, i, first);
+      }
+      page = next_page;
+      ring.advance(i);
+    }
   }
 };
-
-// Producer warpgroup, bf16 cache.
-SM90_DEVICE void load_tokens(const TensorMap* map, const MlaArguments& p, const MlaWork& w,
-                             char* smem) {
-  Bf16Loader loader{map, p, w, PieceRing(smem)};
-  int page = page_of(p, w, w.begin);
-  for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
-    const TokenTile tile(smem, loader.ring.stage / 2);
-    const int next_page = page_of(p, w, first + MlaTile::TOKENS);  // prefetch
-    if (p.by_tma && page >= 0 &&
-        PLANT(loads_tokens_past_the_end, true, first + MlaTile::TOKENS <= w.end)) {
-      loader.load_piece(tile, 0, MlaTile::PIECE_0_COLUMNS, page, first);
-      loader.load_piece(tile, MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS, page, first);
-    } else {
-      loader.gather_tile(tile, first);
-    }
-    page = next_page;
-  }
-}
 
 constexpr uint32_t INFINITY_BITS = 0x7f800000, MAGNITUDE_MASK = 0x7fffffff;  // of a float32
 
@@ -253,40 +219,46 @@ SM90_DEVICE float ratio_of(uint32_t scale) {
 struct Fp8Token {
   Chunk codes[MlaTile::SCALE_BLOCKS];  // 16 codes of each block of 128
   Chunk scales;                        // all four
-  Chunk rope;                          // 8 bf16 values
-  bool valid;                          // false: absent, all values are 0
+  int page;                            // -1: absent, all values are 0
 };
 
 // Loads 16 tokens at a time, eight lanes per token.
 struct Fp8Loader {
   const MlaArguments& p;
-  const MlaWork& w;
+  char* smem;
+  PieceRing& ring;
   const int row = thread_index() % 128 / 8, chunk = lane_index() % 8;
-  int page;  // of this lane's token in the next fetch
+  int page = -1;  // of this lane's token in the next fetch
 
-  SM90_DEVICE Fp8Loader(const MlaArguments& arguments, const MlaWork& work)
-      : p(arguments), w(work), page(page_of(p, w, w.begin + row)) {}
-
+  SM90_DEVICE const Chunk* address(int page, int token) const {
+    return reinterpret_cast<const Chunk*>(static_cast<const char*>(p.cache) +
+                                          page * p.page_stride +
+                                          token % p.page_size * p.token_stride);
+  }
   // Starts to load the 16 tokens from `first` on, and the page of the next fetch.
-  SM90_DEVICE void fetch(Fp8Token& to, int first) {
+  SM90_DEVICE void fetch(Fp8Token& to, const MlaWork& w, int first) {
+    const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int token = first + row;
-    to.valid = page >= 0;
-    const auto* from = reinterpret_cast<const Chunk*>(static_cast<const char*>(p.cache) +
-                                                      page * p.page_stride +
-                                                      token % p.page_size * p.token_stride);
+    const bool valid = page >= 0;
+    const Chunk* from = address(page, token);
+    to.page = page;
 #pragma unroll
     for (int j = 0; j < MlaTile::SCALE_BLOCKS; ++j) {
-      to.codes[j] = load_streamed(from + j * 8 + chunk, to.valid);
+      to.codes[j] = load_streamed(from + j * 8 + chunk, valid);
     }
-    to.scales = load_streamed(from + 32, to.valid);
-    to.rope = load_streamed(from + PLANT(rope_one_chunk_early, 32, 33) + chunk, to.valid);
+    to.scales = load_streamed(from + 32, valid);
     page = page_of(p, w, token + PLANT(page_of_previous_tokens, 0, 16));
   }
 
-  // Stores 16 tokens to rows [first, first + 16) of the tile: dequantized values, ratios,
-  // positions.
-  SM90_DEVICE void store(const Fp8Token& token, int first, const TokenTile& tile) {
-    const int position = first + row;
+  // Stores 16 tokens to rows [at, at + 16) of the tile that starts with token `first`: dequantized
+  // values, ratios, positions. The RoPE values are loaded here, from L2 in most cases: the load of
+  // the scales before them fetches 128 bytes.
+  SM90_DEVICE void store(const Fp8Token& token, int first, int at, const TokenTile& tile) {
+    const int chunk = not_before(this->chunk), row = not_before(this->row);
+    const int position = at + row;
+    const bool valid = token.page >= 0;
+    const Chunk rope = load_streamed(address(token.page, first + position) +
+                                         PLANT(rope_one_chunk_early, 32, 33) + chunk, valid);
     char* to = tile.tokens + position * 128;
     const uint32_t* scales = token.scales.word;
 #pragma unroll
@@ -297,7 +269,7 @@ struct Fp8Loader {
     }
     store_shared(
         to + (MlaTile::COLUMNS - 1) * MlaTile::COLUMN_BYTES + (chunk ^ (position % 8)) * 16,
-        token.rope);
+        rope);
     // Lanes 0 to 3 of the eight store the quotient of their block's ratio and the next one.
     const uint32_t low = chunk % 2 ? scales[1] : scales[0];
     const uint32_t high = chunk % 2 ? scales[3] : scales[2];
@@ -313,7 +285,7 @@ struct Fp8Loader {
     }
     if (chunk == 0) {
       const int marked = PLANT(absent_fp8_tokens_not_marked, position,
-                               token.valid ? position : ABSENT);
+                               valid ? position : ABSENT);
       store_shared(tile.positions + position, static_cast<uint8_t>(marked));
     }
   }
@@ -321,6 +293,7 @@ struct Fp8Loader {
   // Stores 16 codes times `step` (a bf16 in both halves) as two chunks of a 128-byte tile row.
   // Four of eight lanes store their chunks in the opposite order, to avoid bank conflicts.
   SM90_DEVICE void store_codes(const Chunk& codes, uint32_t step, char* tile_row, int swizzle) {
+    const int chunk = not_before(this->chunk);
     const bool swapped = chunk >= 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -338,30 +311,45 @@ struct Fp8Loader {
       store_shared(tile_row + PLANT(codes_not_swizzled, to, (to ^ swizzle)) * 16, values);
     }
   }
+
+  // Loads the tokens of an item: prefetches 32 while it unpacks the 32 before.
+  SM90_DEVICE void load(const MlaWork& w) {
+    Fp8Token tokens_0, tokens_16;
+    page = page_of(p, w, w.begin + row);
+    fetch(tokens_0, w, w.begin);
+    fetch(tokens_16, w, w.begin + 16);
+    for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
+      const int i = first / MlaTile::TOKENS % 2;  // w.begin is an even number of tiles
+      const TokenTile tile(smem, i);
+      // Wait for consumer release.
+      ring.wait_empty_tile(i);
+      const int tokens = PLANT(announces_half_filled_tile, MlaTile::TOKENS - 32, MlaTile::TOKENS);
+#pragma unroll 1
+      for (int at = 0; at < tokens; at += 32) {
+        store(tokens_0, first, at, tile);
+        fetch(tokens_0, w, first + at + 32);
+        store(tokens_16, first, at + 16, tile);
+        fetch(tokens_16, w, first + at + 48);
+      }
+      UNLESS_PLANTED(no_fence_after_unpacking, fence_async_proxy());
+      barrier_arrive(ring.full(2 * i));
+      barrier_arrive(ring.full(2 * i + 1));
+      ring.advance(i);
+    }
+  }
 };
 
-// Producer warpgroup, FP8 cache: prefetches 32 tokens while it unpacks the 32 before.
-SM90_DEVICE void load_fp8_tokens(const MlaArguments& p, const MlaWork& w, char* smem) {
-  PieceRing ring(smem);
-  Fp8Loader loader(p, w);
-  Fp8Token tokens_0, tokens_16;
-  loader.fetch(tokens_0, w.begin);
-  loader.fetch(tokens_16, w.begin + 16);
-  for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
-    const TokenTile tile(smem, ring.stage / 2);
-    Barrier* full = &ring.full_barrier[ring.stage];
-    // Wait for consumer release.
-    ring.wait_empty_tile();
-    const int tokens = PLANT(announces_half_filled_tile, MlaTile::TOKENS - 32, MlaTile::TOKENS);
-    for (int at = 0; at < tokens; at += 32) {
-      loader.store(tokens_0, at, tile);
-      loader.fetch(tokens_0, first + at + 32);
-      loader.store(tokens_16, at + 16, tile);
-      loader.fetch(tokens_16, first + at + 48);
-    }
-    UNLESS_PLANTED(no_fence_after_unpacking, fence_async_proxy());
-    barrier_arrive(full);
-    barrier_arrive(full + 1);
+// Producer warpgroup: loads the block's items one after the other.
+template <class Loader>
+SM90_DEVICE void load_items(Loader loader, const TensorMap* q_map, const MlaArguments& p,
+                            char* smem, PieceRing& ring) {
+  MlaWorkList list(p, smem);
+  for (;;) {
+    const MlaWork w = list.take();
+    load_item_and_queries(q_map, p, w, smem, ring);
+    ring.advance(PieceRing::QUERIES);
+    if (w.sequence < 0) return;
+    loader.load(w);
   }
 }
 

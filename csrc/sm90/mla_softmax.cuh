@@ -11,6 +11,8 @@
 
 namespace sm90 {
 
+constexpr float LN_2 = 0.6931471805599453f;
+
 // Reductions over the four lanes that share a row.
 SM90_DEVICE float row_max_of(float x) {
   x = max_of(x, shuffle_xor(x, 1));
@@ -45,34 +47,69 @@ SM90_DEVICE void update_row_max(SoftmaxState& state, float (&alpha)[2],
   }
 }
 
-// Scores to P, in place. `first`: the tile's first token. `positions`: uint8 [64] in smem.
-// `row_limits`: int in smem, the number of tokens that `row` attends to; row + 8 is 32 bytes later.
-SM90_DEVICE void softmax_tile(float (&score)[32], float (&alpha)[2], SoftmaxState& state,
-                              float softmax_scale_log2, int first, const char* positions,
-                              const char* row_limits) {
-  float row_max[2] = {state.row_max[0], state.row_max[1]};
-  // Limits relative to the tile. At most TOKENS, so that ABSENT is masked.
-  const int limit_0 = load_shared<int>(row_limits) - first;
-  const int limit[2] = {PLANT(limit_above_absent, limit_0, min_of(limit_0, MlaTile::TOKENS)),
-                        min_of(load_shared<int>(row_limits + 32) - first, MlaTile::TOKENS)};
+// Whether all tokens of a tile are present: ABSENT has the high bit of its byte.
+SM90_DEVICE bool all_present(const char* positions) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < MlaTile::TOKENS; i += 16) {
+    const auto four = load_shared<Chunk>(positions + i);
+    bits |= four.word[0] | four.word[1] | four.word[2] | four.word[3];
+  }
+  return (bits & 0x80808080) == 0;
+}
+
+// Sets the scores of tokens that a row does not attend to. `limit`: the number of the tile's tokens
+// that the thread's two rows attend to, at most TOKENS, so that ABSENT is masked. `positions`: uint8
+// [64] in smem.
+SM90_DEVICE void mask_scores(float (&score)[32], float masked, const int (&limit)[2],
+                             const char* positions) {
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
     const int two_positions = load_shared<uint16_t>(positions + i * 2 + lane_index() % 4 * 2);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const bool attends = (j % 2 ? two_positions >> 8 : two_positions & 255) < limit[j / 2];
-      score[i + j] = attends ? score[i + j] * softmax_scale_log2 : minus_infinity();
-      row_max[j / 2] = max_of(score[i + j], row_max[j / 2]);
+      if (!attends) score[i + j] = masked;
     }
   }
+}
+
+// The extreme of each row's scores in this thread: the largest, or the smallest if LARGEST is false.
+template <bool LARGEST>
+SM90_DEVICE void extremes_of(float (&extreme)[2], const float (&score)[32]) {
+  const auto better = [](float a, float b) { return LARGEST ? max_of(a, b) : min_of(a, b); };
+  float best[2][2] = {{score[0], score[1]}, {score[2], score[3]}};  // two chains for each row
 #pragma unroll
-  for (int half = 0; half < 2; ++half) row_max[half] = row_max_of(row_max[half]);
-  update_row_max(state, alpha, row_max);
+  for (int i = 4; i < 32; ++i) best[i / 2 % 2][i % 2] = better(best[i / 2 % 2][i % 2], score[i]);
+  extreme[0] = better(best[0][0], best[0][1]);
+  extreme[1] = better(best[1][0], best[1][1]);
+}
+
+// The maxima m' of the rows over this tile and the tiles before it. NaN scores are left out. `scale`:
+// softmax_scale_log2, not 0.
+SM90_DEVICE void row_maxima(float (&row_max)[2], const float (&score)[32],
+                            const float (&old_max)[2], float scale) {
+  float extreme[2];
+  if (PLANT(largest_score_of_negative_scale, true, scale > 0.0f)) {
+    extremes_of<true>(extreme, score);
+  } else {
+    extremes_of<false>(extreme, score);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    row_max[half] = max_of(row_max_of(extreme[half] * scale), old_max[half]);
+  }
+}
+
+// Scores to P, in place: P = 2^(score · scale - m'), with one rounding in the exponent. Adds this
+// thread's P to `sum`. A NaN score becomes a NaN in P.
+SM90_DEVICE void exponentials(float (&score)[32], float (&sum)[2], const float (&row_max)[2],
+                              float scale) {
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
     const float finite_max = row_max[i / 2 % 2] == minus_infinity() ? 0.0f : row_max[i / 2 % 2];
-    score[i] = exp2_of(score[i] - finite_max);
-    state.row_sum[i / 2 % 2] += score[i];
+    score[i] = exp2_of(fused_multiply_add(score[i], scale, -finite_max));
+    sum[i / 2 % 2] += score[i];
   }
 }
 
@@ -81,11 +118,13 @@ SM90_DEVICE void softmax_tile(float (&score)[32], float (&alpha)[2], SoftmaxStat
 template <int COUNT>
 SM90_DEVICE void multiply_qk(float (&score)[32], const char* q, const char* keys, int first,
                              bool accumulate) {
+  const uint64_t q_descriptor = matrix_descriptor(q, 0, 1024);
+  const uint64_t k_descriptor = matrix_descriptor(keys, 0, 1024);
 #pragma unroll
   for (int step = 0; step < COUNT * 4; ++step) {
-    const int at = (first + step / 4) * MlaTile::COLUMN_BYTES + step % 4 * 32;
-    wgmma_bf16<64>(score, matrix_descriptor(q + at, 0, 1024),
-                   matrix_descriptor(keys + at, 0, 1024), accumulate || step > 0);
+    const uint32_t at = (first + step / 4) * MlaTile::COLUMN_BYTES + step % 4 * 32;
+    wgmma_bf16<64>(score, advance_descriptor(q_descriptor, at),
+                   advance_descriptor(k_descriptor, at), accumulate || step > 0);
   }
 }
 
@@ -140,8 +179,7 @@ SM90_DEVICE void pack_p(uint32_t (&packed)[4][4], const float (&p)[32]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const float low = p[2 * i], high = p[2 * i + 1];
-    packed[i / 4][i % 4] =
-        FP8 ? pack(to_fp16(low), to_fp16(high)) : pack(to_bf16(low), to_bf16(high));
+    packed[i / 4][i % 4] = FP8 ? pack_fp16(low, high) : pack_bf16(low, high);
   }
 }
 // Exchanges P between the two consumer warpgroups through smem. Thread t of one needs the values of
@@ -177,9 +215,10 @@ SM90_DEVICE void multiply_pv(float (&sum)[2][64], const uint32_t (&packed)[4],
                              const TokenTile& tile, int first) {
   auto& sums = reinterpret_cast<float(&)[128]>(sum);
   const char* v = tile.tokens + HALF * MlaTile::PIECE_0_COLUMNS * MlaTile::COLUMN_BYTES;
-  const char* rows = v + PLANT(values_of_first_tokens, 0, first) * 128;
   const uint32_t column_bytes = PLANT(wrong_distance_of_columns, 4096, MlaTile::COLUMN_BYTES);
-  wgmma_bf16<256, false>(sums, packed, matrix_descriptor(rows, column_bytes, 1024), true);
+  const uint64_t rows = advance_descriptor(matrix_descriptor(v, column_bytes, 1024),
+                                           PLANT(values_of_first_tokens, 0, first) * 128);
+  wgmma_bf16<256, false>(sums, packed, rows, true);
 }
 
 // The same for an FP8 cache. Each of the two blocks of 128 columns has its own P: P times the ratio
@@ -203,7 +242,7 @@ SM90_DEVICE void multiply_pv_fp8(float (&sum)[2][64], SoftmaxState& state,
       if (j > 2 * HALF + 1) continue;
       const int b = PLANT(values_with_other_ratio, 1 - (j - 2 * HALF), j - 2 * HALF);
       const float scaled_low = low * ratio.low, scaled_high = high * ratio.high;
-      scaled_p[b][i] = pack(to_bf16(scaled_low), to_bf16(scaled_high));
+      scaled_p[b][i] = pack_bf16(scaled_low, scaled_high);
       // The excess is not divided by the ratio, which is at least 8/9.
       state.rounding_excess[b][half] += to_float(low_bf16(scaled_p[b][i])) - scaled_low;
       state.rounding_excess[b][half] += to_float(high_bf16(scaled_p[b][i])) - scaled_high;

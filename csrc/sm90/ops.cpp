@@ -1,4 +1,4 @@
-// The `cuda` backend: FP8 GEMMs and mla_decode on CUDA tensors. Compiled only with nvcc's kernels.
+// The `cuda` backend: FP8 GEMMs, mla_decode and mla_prefill on CUDA tensors. Compiled only with nvcc's kernels.
 //
 // The Python ops have checked their arguments. This file checks the limits of the kernels.
 #include <torch/csrc/stable/library.h>
@@ -172,8 +172,24 @@ bool rows_are_aligned(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1;
 }
 
-Tensor with_aligned_rows(const Tensor& x) {
-  if (rows_are_aligned(x)) return x;
+// The stride between the rows of x [.., width], if they all have the same one.
+int64_t row_stride(const Tensor& x) {
+  for (int64_t d = x.dim() - 2; d >= 0; --d) {
+    if (x.size(d) > 1) return x.stride(d);
+  }
+  return x.size(x.dim() - 1);
+}
+
+// x as rows for one tensor map, with one stride and not overlapping: x itself, or a copy.
+Tensor with_uniform_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1, stride = row_stride(x);
+  bool uniform = rows_are_aligned(x) && stride >= x.size(last);
+  int64_t rows = 1;  // in the dimensions after d
+  for (int64_t d = last - 1; d >= 0; --d) {
+    uniform = uniform && (x.size(d) == 1 || x.stride(d) == rows * stride);
+    rows *= x.size(d);
+  }
+  if (uniform) return x;
   Tensor copy = torch::stable::new_empty(x, x.sizes());
   return torch::stable::copy_(copy, x);
 }
@@ -213,13 +229,13 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache
   Tensor out = torch::stable::new_empty(queries, {B, Sq, H, MLA_V_DIM});
   Tensor lse = torch::stable::new_empty(queries, {B, H, Sq}, ScalarType::Float);
   if (B * rows == 0) return {out, lse};
-  const Tensor q = with_aligned_rows(queries);
+  const Tensor q = with_uniform_rows(queries);
 
   MlaArguments p{};
   p.q = q.const_data_ptr(), p.cache = cache.const_data_ptr();
   p.block_table = int_data(table), p.cache_seqlens = int_data(lengths);
   p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.q_batch_stride = q.stride(0), p.q_query_stride = q.stride(1), p.q_head_stride = q.stride(2);
+  p.q_row_stride = row_stride(q);
   p.table_row_stride = table.stride(0);
   p.page_stride = cache.stride(0), p.token_stride = cache.stride(1);
   p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);
@@ -244,6 +260,104 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache
   return {out, lse};
 }
 
+constexpr int64_t PREFILL_QK_DIM = 192, PREFILL_V_DIM = 128;  // values
+
+// x [rows, heads, dim] for a tensor map of rows that hold all heads: a view, or a copy.
+Tensor with_heads_in_rows(const Tensor& x) {
+  const int64_t columns = (x.size(1) - 1) * x.stride(1) + x.size(2);
+  const bool disjoint = (x.size(1) <= 1 || x.stride(1) >= x.size(2)) &&
+                        (x.size(0) <= 1 || x.stride(0) >= columns);
+  if (disjoint && columns < INT32_MAX && rows_are_aligned(x)) return x;
+  Tensor copy = torch::stable::new_empty(x, x.sizes());
+  return torch::stable::copy_(copy, x);
+}
+
+// The arguments that mla_prefill and its gradients share, and the tensors that they point into.
+struct PrefillCall {
+  Tensor q, k, v, tiles;
+  MlaPrefillArguments p{};
+
+  PrefillCall(const char* op, const Tensor& queries, const Tensor& keys, const Tensor& values,
+              const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, double softmax_scale,
+              bool causal)
+      : q(with_heads_in_rows(queries)),
+        k(with_heads_in_rows(keys)),
+        v(with_heads_in_rows(values)) {
+    STD_TORCH_CHECK(queries.scalar_type() == ScalarType::BFloat16 &&
+                        queries.size(2) == PREFILL_QK_DIM && values.size(2) == PREFILL_V_DIM,
+                    op, ": q, v: expected, on backend cuda, bfloat16 of widths 192 and 128, got ",
+                    torch::headeronly::toString(queries.scalar_type()), " of widths ",
+                    queries.size(2), " and ", values.size(2));
+    p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
+    p.cu_seqlens_q = int_data(cu_seqlens_q), p.cu_seqlens_k = int_data(cu_seqlens_k);
+    p.q_row_stride = q.stride(0), p.k_row_stride = k.stride(0), p.v_row_stride = v.stride(0);
+    p.q_head_stride = static_cast<int>(q.stride(1));
+    p.k_head_stride = static_cast<int>(k.stride(1));
+    p.v_head_stride = static_cast<int>(v.stride(1));
+    p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);
+    p.T = static_cast<int>(q.size(0)), p.Tk = static_cast<int>(k.size(0));
+    p.H = static_cast<int>(q.size(1));
+    p.heads_per_key = k.size(1) > 0 ? static_cast<int>(q.size(1) / k.size(1)) : 1;
+    p.num_boundaries = static_cast<int>(cu_seqlens_q.size(0));
+    p.causal = causal;
+    plan_mla_prefill(p);
+    const int64_t items = int64_t{p.num_tiles} * p.H;
+    STD_TORCH_CHECK(items < INT32_MAX / 2, op, ": q: expected, on backend cuda, fewer than 2^30 "
+                    "tiles of 128 queries and heads, got ", items);
+    tiles = torch::stable::new_empty(q, {p.num_tiles, 4}, ScalarType::Int);
+    p.tiles = static_cast<int*>(tiles.mutable_data_ptr());
+  }
+};
+
+std::tuple<Tensor, Tensor> mla_prefill(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                       double softmax_scale, bool causal) {
+  const char* op = "mla_prefill";
+  PrefillCall call(op, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), PREFILL_V_DIM});
+  Tensor lse = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+  call.p.out = out.mutable_data_ptr(), call.p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const std::string error = launch_mla_prefill(call.p, stream_of(op, q));
+  STD_TORCH_CHECK(error.empty(), op, ": backend cuda: ", error);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mla_prefill_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    double softmax_scale, bool causal, const std::optional<Tensor>& grad_lse) {
+  const char* op = "mla_prefill_backward";
+  PrefillCall call(op, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal);
+  Tensor grad_q = torch::stable::new_empty(q, q.sizes());
+  Tensor grad_k = torch::stable::new_empty(k, k.sizes());
+  Tensor grad_v = torch::stable::new_empty(v, v.sizes());
+  if (call.p.H == 0) return {grad_q, grad_k, grad_v};
+  MlaPrefillBackwardArguments p{};
+  p.forward = call.p;
+  plan_mla_prefill_backward(p);
+  const Tensor grads = with_heads_in_rows(grad_out), outs = with_heads_in_rows(out);
+  const Tensor lses = torch::stable::contiguous(lse);
+  const Tensor grad_lses = torch::stable::contiguous(grad_lse.has_value() ? *grad_lse : lse);
+  Tensor delta = torch::stable::new_empty(lse, lse.sizes());
+  Tensor key_tiles = torch::stable::new_empty(q, {p.num_key_tiles, 4}, ScalarType::Int);
+  p.forward.out = const_cast<void*>(outs.const_data_ptr());
+  p.forward.lse = const_cast<float*>(static_cast<const float*>(lses.const_data_ptr()));
+  p.grad_out = grads.const_data_ptr();
+  if (grad_lse.has_value()) p.grad_lse = static_cast<const float*>(grad_lses.const_data_ptr());
+  p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr();
+  p.grad_v = grad_v.mutable_data_ptr();
+  p.delta = static_cast<float*>(delta.mutable_data_ptr());
+  p.key_tiles = static_cast<int*>(key_tiles.mutable_data_ptr());
+  p.grad_out_row_stride = grads.stride(0), p.out_row_stride = outs.stride(0);
+  p.grad_out_head_stride = static_cast<int>(grads.stride(1));
+  p.out_head_stride = static_cast<int>(outs.stride(1));
+  p.softmax_scale = static_cast<float>(softmax_scale);
+  const std::string error = launch_mla_prefill_backward(p, stream_of(op, q));
+  STD_TORCH_CHECK(error.empty(), op, ": backend cuda: ", error);
+  return {grad_q, grad_k, grad_v};
+}
+
 // Tests register the same functions for CPU tensors and run the kernels in the emulator.
 #ifndef DEEPKERN_SM90_LIBRARY
 #define DEEPKERN_SM90_LIBRARY deepkern_native
@@ -255,6 +369,8 @@ STABLE_TORCH_LIBRARY_IMPL(DEEPKERN_SM90_LIBRARY, DEEPKERN_SM90_DEVICE, m) {
   m.impl("m_grouped_fp8_gemm_nt_masked", TORCH_BOX(&masked));
   m.impl("k_grouped_fp8_gemm_nt", TORCH_BOX(&k_grouped));
   m.impl("mla_decode", TORCH_BOX(&mla_decode));
+  m.impl("mla_prefill", TORCH_BOX(&mla_prefill));
+  m.impl("mla_prefill_backward", TORCH_BOX(&mla_prefill_backward));
 }
 
 }  // namespace

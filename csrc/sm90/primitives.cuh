@@ -68,11 +68,22 @@ SM90_DEVICE bf16 low_bf16(uint32_t pair) { return __ushort_as_bfloat16(pair & 0x
 SM90_DEVICE bf16 high_bf16(uint32_t pair) { return __ushort_as_bfloat16(pair >> 16); }
 SM90_DEVICE fp16 low_fp16(uint32_t pair) { return __ushort_as_half(pair & 0xffff); }
 SM90_DEVICE fp16 high_fp16(uint32_t pair) { return __ushort_as_half(pair >> 16); }
+// Two floats to packed bf16 or fp16, rounded to nearest even.
+SM90_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+SM90_DEVICE uint32_t pack_fp16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 // Two e4m3 codes to packed bf16. Exact.
 SM90_DEVICE uint32_t e4m3_to_bf16(uint16_t codes) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
-  return pack(to_bf16(to_float(low_fp16(halves))), to_bf16(to_float(high_fp16(halves))));
+  return pack_bf16(to_float(low_fp16(halves)), to_float(high_fp16(halves)));
 }
 // Products of packed bf16, rounded to nearest even.
 SM90_DEVICE uint32_t multiply_bf16(uint32_t x, uint32_t y) {
@@ -85,6 +96,12 @@ SM90_DEVICE uint32_t multiply_bf16(uint32_t x, uint32_t y) {
 SM90_DEVICE int thread_index() { return threadIdx.x; }
 SM90_DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 SM90_DEVICE int lane_index() { return threadIdx.x % 32; }
+// x, in a way that the compiler cannot compute before this call: what follows from the result is
+// computed here, not kept in registers through an earlier loop.
+SM90_DEVICE int not_before(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 SM90_DEVICE int block_index() { return blockIdx.x; }
 SM90_DEVICE int block_count() { return gridDim.x; }
 SM90_DEVICE int cluster_rank() {
@@ -177,8 +194,19 @@ SM90_DEVICE void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
-// Arrives at the barrier at the same smem offset in block `rank` of the cluster.
-SM90_DEVICE void barrier_arrive_at(Barrier* barrier, int rank) {
+// Arrives at the barrier at the same smem offset in block `rank` of the cluster. It releases in the
+// scope of this block, so it may only say that a buffer is free: no data of this thread is visible
+// to the other block.
+SM90_DEVICE void barrier_arrive_remote(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
+      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+// The same for data: makes this thread's earlier accesses visible to the threads of the cluster
+// that wait with barrier_wait_acquire_cluster. Costs a membar of the whole GPU (MEMBAR.ALL.GPU).
+SM90_DEVICE void barrier_arrive_release_cluster(Barrier* barrier, int rank) {
   asm volatile(
       "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
       " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
@@ -193,8 +221,18 @@ SM90_DEVICE void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
                "r"(bytes)
                : "memory");
 }
-// Waits until the phase of this parity completes. Phases count from 0.
+// Waits until the phase of this parity completes. Phases count from 0. Acquires in the scope of
+// this block: copies of TMA to this block's smem and what its threads wrote.
 SM90_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n .reg .pred done;\n again:\n"
+      " mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      " @done bra ended;\n bra again;\n ended:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// The same for data of other blocks of the cluster. Invalidates all of L1 (CCTL.IVALL).
+SM90_DEVICE void barrier_wait_acquire_cluster(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n .reg .pred done;\n again:\n"
       " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
@@ -279,17 +317,29 @@ SM90_DEVICE uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes,
   return start | uint64_t{leading_bytes >> 4} << 16 | uint64_t{stride_bytes >> 4} << 32 |
          uint64_t{1} << 62;
 }
-// Makes earlier register writes visible to the WGMMAs that follow.
-SM90_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// For accumulators that the thread has written. The empty instructions keep those writes before the
-// fence: the compiler moves arithmetic behind an asm statement that does not use its result.
+// Descriptor of the tile `bytes` after that of `descriptor`, in the same swizzle pattern. One
+// addition to the low word: addresses of smem do not carry out of their field.
+SM90_DEVICE uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & ~uint64_t{0xffffffff}) |
+         (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+// Keeps the compiler from moving arithmetic on these values across this point. It moves arithmetic
+// behind an asm statement that does not use its result, and before one that does not set its
+// operands.
 template <int N>
-SM90_DEVICE void wgmma_fence(float (&d)[N]) {
+SM90_DEVICE void keep_order(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i += 8) {
     asm volatile("" : "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]),
                  "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]));
   }
+}
+// Makes earlier register writes visible to the WGMMAs that follow.
+SM90_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// For accumulators that the thread has written, which keep_order keeps before the fence.
+template <int N>
+SM90_DEVICE void wgmma_fence(float (&d)[N]) {
+  keep_order(d);
   wgmma_fence();
 }
 SM90_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -448,6 +498,9 @@ SM90_DEVICE void store_global(T* p, T value) {
 }
 SM90_DEVICE void atomic_min(int* p, int x) { atomicMin(p, x); }
 SM90_DEVICE void atomic_max(int* p, int x) { atomicMax(p, x); }
+// The larger or smaller number. If one argument is NaN, the result is the other one.
+SM90_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
+SM90_DEVICE float min_of(float a, float b) { return fminf(a, b); }
 SM90_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 // a / b with an error of at most 2 ulp.
 SM90_DEVICE float divide(float a, float b) {

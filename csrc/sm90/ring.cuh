@@ -6,8 +6,9 @@
 namespace sm90 {
 
 // The barriers of STAGES buffers and this warp's position in the ring. Producers signal
-// full_barrier[stage], consumers release a buffer through empty_barrier[stage].
-template <int STAGES>
+// full_barrier[stage], consumers release a buffer through empty_barrier[stage]. CLUSTER_DATA: other
+// blocks of the cluster read the buffers, so the waits acquire in the scope of the cluster.
+template <int STAGES, bool CLUSTER_DATA = false>
 struct Ring {
   static constexpr uint32_t BYTES = 2 * STAGES * sizeof(Barrier);
   Barrier *full_barrier, *empty_barrier;  // [STAGES] each, in smem
@@ -25,15 +26,24 @@ struct Ring {
   }
   SM90_DEVICE void wait_full() {
     const uint32_t parity = PLANT(wait_full_wrong_parity, phase ^ 1, phase);
-    UNLESS_PLANTED(no_wait_full, barrier_wait(&full_barrier[stage], parity));
+    UNLESS_PLANTED(no_wait_full, wait(&full_barrier[stage], parity));
   }
   // In the first pass the buffers are free and this returns at once.
   SM90_DEVICE void wait_empty() {
     const uint32_t parity = PLANT(wait_empty_wrong_parity, phase, phase ^ 1);
-    UNLESS_PLANTED(no_wait_empty, barrier_wait(&empty_barrier[stage], parity));
+    UNLESS_PLANTED(no_wait_empty, wait(&empty_barrier[stage], parity));
   }
   SM90_DEVICE void advance() {
     if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+
+ private:
+  static SM90_DEVICE void wait(Barrier* barrier, uint32_t parity) {
+    if (CLUSTER_DATA) {
+      barrier_wait_acquire_cluster(barrier, parity);
+    } else {
+      barrier_wait(barrier, parity);
+    }
   }
 };
 

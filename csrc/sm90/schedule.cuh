@@ -35,6 +35,7 @@ struct GemmArguments {
   Real c_type, out_type;
   bool rows_aligned;  // rows of D start at multiples of 16 bytes
   bool store_by_tma;  // there is a tensor map of D
+  bool c_pairs;       // N is even and pairs of C are aligned to their size
 };
 
 struct TileWork {

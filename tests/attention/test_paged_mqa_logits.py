@@ -42,7 +42,7 @@ def test_against_the_formula(backend, each, generator):
                 scale = page[64 + n % 4 * 4 : 68 + n % 4 * 4].view(torch.float32).double()
                 products = (q[b, j].double() @ key).clamp(min=0)
                 want[b * 2 + j, n] = scale * (weights[b * 2 + j].double() @ products)
-    compare.assert_close(deepkern.paged_mqa_logits(*args), want)
+    compare.assert_close(deepkern.paged_mqa_logits(*args), want, op="paged_mqa_logits")
 
 
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])

@@ -70,7 +70,7 @@ def test_gemm(backend, generator, layout, dtype, added):
         c = d.copy_(addend) if added == "d" else addend.clone()
     gemm = getattr(deep_gemm, f"fp8_gemm_{layout}")
     assert gemm(to_layout(a, layout[0], "n"), to_layout(b, layout[1], "t"), d, c=c) is None
-    compare.assert_close(d, widen(a) @ widen(b).T + addend.double())
+    compare.assert_close(d, widen(a) @ widen(b).T + addend.double(), op="fp8_gemm_nt")
     assert deep_gemm.calc_diff(d, x.double() @ w.double().T + addend.double()) < 1e-3
     assert d._base[0].isnan().all() and d._base[:, :3].isnan().all()
     if added == "c":
@@ -82,7 +82,7 @@ def test_scale_layouts_give_the_same_bits(backend, generator):
     a, b = (per_token(normal(generator, rows, K), use_ue8m0=True) for rows in (M, N))
     want = torch.empty(M, N, dtype=F32, device=generator.device)
     deep_gemm.fp8_gemm_nt(a, b, want, recipe=(1, 1, 128))
-    compare.assert_close(want, widen(a) @ widen(b).T)
+    compare.assert_close(want, widen(a) @ widen(b).T, op="fp8_gemm_nt")
     layouts = (
         deep_gemm.get_mn_major_tma_aligned_tensor,
         deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor,
@@ -121,7 +121,7 @@ def test_m_grouped_contiguous(backend, generator, layout, monkeypatch):
     gemm = getattr(deep_gemm, f"m_grouped_fp8_gemm_{layout}_contiguous")
     gemm(a, b_operand, d, index)
     want = torch.einsum("mk,mnk->mn", widen(a)[used], widen(b)[index[used]])
-    compare.assert_close(d[used], want)
+    compare.assert_close(d[used], want, op="fp8_gemm_nt")
     assert deep_gemm.calc_diff(d[used], torch.einsum("mk,mnk->mn", x[used], w[index[used]])) < 1e-3
     assert (d[~used] == 0).all()
 
@@ -145,7 +145,7 @@ def test_m_grouped_masked(backend, generator, dtype):
     column_major = a[0], deep_gemm.get_mn_major_tma_aligned_tensor(a[1])
     d = strided_output((G, M, N), dtype, x.device)
     deep_gemm.m_grouped_fp8_gemm_nt_masked(column_major, b, d, masked_m, 20)
-    compare.assert_close(d[used], (widen(a) @ widen(b).mT)[used])
+    compare.assert_close(d[used], (widen(a) @ widen(b).mT)[used], op="fp8_gemm_nt")
     assert deep_gemm.calc_diff(d[used], (x.double() @ w.double().mT)[used]) < 1e-3
     assert (d[~used] == 0).all()
 
@@ -182,7 +182,7 @@ def run_k_grouped(generator, layout, ks, M, N, added):
     lengths = torch.tensor(ks, dtype=torch.int32, device=device)
     gemm = getattr(deep_gemm, f"k_grouped_fp8_gemm_{layout}_contiguous")
     gemm(a, b, d, ks, lengths, c)
-    compare.assert_close(d, want)
+    compare.assert_close(d, want, op="fp8_gemm_nt")
 
 
 @pytest.mark.parametrize("layout", ["tn", "nt"])

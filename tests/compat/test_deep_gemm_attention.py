@@ -29,7 +29,7 @@ def test_mqa_logits(backend, clean_logits, generator):
     starts[2:4] = 30
     want = by_definition(q, kv.double() * scale.double()[:, None], weights, starts, ends)
     got = deep_gemm.fp8_mqa_logits(q, (kv, scale), weights, starts, ends, clean_logits)
-    compare.assert_close(got, want)
+    compare.assert_close(got, want, op="mqa_logits")
 
 
 def test_compressed_logits(backend, generator):
@@ -78,7 +78,7 @@ def test_paged_mqa_logits(backend, two_dimensional, generator):
         kv = dequantised[blocks[b].long()].reshape(24, D)
         rows = slice(b * next_n, (b + 1) * next_n)
         want = by_definition(q[b], kv, weights[rows], torch.zeros_like(each[b]), each[b])
-        compare.assert_close(got[rows], want)
+        compare.assert_close(got[rows], want, op="mqa_logits")
 
 
 def test_signatures():

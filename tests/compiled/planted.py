@@ -80,7 +80,7 @@ def fault_of(
             got = getattr(torch.ops.deepkern, op)(*arguments)
         want = getattr(deepkern.reference, op)(*want_arguments)
         compare.assert_matches(
-            op, arguments if got is None else got, want_arguments if want is None else want
+            op, arguments if got is None else got, want_arguments if want is None else want, target
         )
     except (deepkern.KernelFailure, AssertionError) as fault:
         return fault

@@ -46,7 +46,7 @@ def check(name: str, target: str, args: tuple, seed: int) -> None:
     for order, offset in SCHEDULES:
         got = call(name, args, target, seed + offset, order)
         if first is None:
-            compare.assert_matches(name, got, want)
+            compare.assert_matches(name, got, want, target)
             first = got
         for i, (a, b) in enumerate(zip(got, first, strict=True)):
             if isinstance(a, torch.Tensor):

@@ -21,23 +21,41 @@ class Tile(NamedTuple):
     """A row of csrc/sm90/fp8_gemm_tiles.h."""
 
     variant: str
-    warpgroups: int
+    rows: int
     columns: int
     stages: int
-    cluster: int
+    cluster_m: int
+    cluster_n: int
     swapped: bool
     b_rows: int
 
     def __str__(self) -> str:
-        words = [f"{self.variant} {64 * self.warpgroups}x{self.columns}"]
-        words += ["pairs"] * (self.cluster > 1) + ["swapped"] * self.swapped
+        words = [f"{self.variant} {self.rows}x{self.columns}"]
+        words += ["pairs share b"] * (self.cluster_m > 1) + ["pairs share a"] * (self.cluster_n > 1)
+        words += ["swapped"] * self.swapped
         return " ".join([*words, f"scale per {self.b_rows}"])
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def warpgroups(self) -> int:
+        return 1 if self.rows == 64 else 2
+
+    @property
+    def waves(self) -> int:
+        return self.rows // (64 * self.warpgroups)
+
+    @property
+    def splits_k(self) -> bool:
+        return self.variant == "dense" and self.waves == 1
 
 
 def tiles() -> tuple[Tile, ...]:
     text = (CSRC / "sm90" / "fp8_gemm_tiles.h").read_text()
     rows = [line[5:-1].split(", ") for line in text.splitlines() if line.startswith("TILE(")]
-    return tuple(Tile(r[0], *map(int, r[1:5]), r[5] == "true", int(r[6])) for r in rows)
+    return tuple(Tile(r[0], *map(int, r[1:6]), r[6] == "true", int(r[7])) for r in rows)
 
 
 TILES = tiles()
@@ -68,6 +86,7 @@ class GemmArguments(ctypes.Structure):
                                             "num_splits", "blocks_per_split", "group_m", "c_type",
                                             "out_type")),
         ("rows_aligned", ctypes.c_bool), ("store_by_tma", ctypes.c_bool),
+        ("c_pairs", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -80,7 +99,8 @@ def planted(bug: str, kernel: str, changed: dict[str, str] | None = None) -> Ite
     """
     kept = f"emulator/kernels/{kernel}.cpp"
     used = {path: text for path, text in sources().items()
-            if path == kept or not path.startswith("emulator/kernels/")}  # fmt: skip
+            if path in (kept, "emulator/kernels/harness.h")
+            or not path.startswith("emulator/kernels/")}  # fmt: skip
     library = build(used | (changed or {}), f"-DPLANT_{bug}")
     yield library
     library.emulate_free_stacks()
@@ -124,6 +144,13 @@ class EmulatorFailure(AssertionError):
     """An error that the emulator found in a kernel."""
 
 
+class RunOptions(ctypes.Structure):
+    """RunOptions of csrc/emulator/kernels/harness.h."""
+
+    _fields_ = [("seed", ctypes.c_uint64), ("order", ctypes.c_int),
+                ("message", ctypes.c_char_p), ("message_bytes", ctypes.c_int)]  # fmt: skip
+
+
 @dataclass
 class Run:
     """How the emulator runs a GEMM kernel."""
@@ -132,7 +159,6 @@ class Run:
     seed: int = 0
     order: str = "random"
     blocks: int = 4
-    accumulator_bits: int = 0
     by_tma: bool | None = None
     splits: int = 1  # number of splits of K
     out: Tensor | None = None
@@ -161,6 +187,7 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
             M, N, K, G, a_scale.shape[-1], run.splits, -(-blocks // run.splits), 8,
             0 if c is None else TYPES[c.dtype], TYPES[out_dtype], aligned,
             aligned if run.by_tma is None else run.by_tma,
+            N % 2 == 0 and (c is None or c.stride(-2) % 2 == 0),
         )  # fmt: skip
         read = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "sizes": sizes, "c": c}
         message = ctypes.create_string_buffer(4096)
@@ -172,8 +199,7 @@ def gemm_of(library: ctypes.CDLL) -> Callable[..., Tensor]:
         with only(library, read, {"out": out}):
             failed = library.emulate_fp8_gemm(
                 *matrices, ctypes.byref(p), TILES.index(run.tile), run.blocks,
-                ctypes.c_uint64(run.seed), ORDERS[run.order], run.accumulator_bits, message,
-                len(message),
+                ctypes.c_uint64(run.seed), ORDERS[run.order], message, len(message),
             )  # fmt: skip
         if failed:
             raise EmulatorFailure(message.value.decode())
@@ -201,12 +227,11 @@ class MlaArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "cache", "block_table", "cache_seqlens",
                                                "out", "lse", "partial_out", "partial_lse")),
         *((name, ctypes.c_int64) for name in (
-            "q_batch_stride", "q_query_stride", "q_head_stride", "table_row_stride", "page_stride",
-            "token_stride")),
+            "q_row_stride", "table_row_stride", "page_stride", "token_stride")),
         ("softmax_scale_log2", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("batch", "Sq", "H", "max_tokens", "num_pages",
                                             "page_size", "row_tiles", "num_splits",
-                                            "min_split_tokens", "max_splits")),
+                                            "min_split_log2", "max_splits")),
         *((name, ctypes.c_bool) for name in ("causal", "by_tma", "fp8")),
         ("tma_page_rows", ctypes.c_int64),
     ]  # fmt: skip
@@ -215,20 +240,21 @@ class MlaArguments(ctypes.Structure):
 def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
     """The mla_decode of `library`: the op's arguments, then how to run it.
 
-    `by_tma=False` gathers all pages. By default the launcher decides.
+    `by_tma=False` gathers all pages. By default the launcher decides. `blocks`: number of SMs.
     """
 
     def mla(q, cache, table, lengths, scale, causal=True, v_head_dim=512, *,
-            seed=0, order="random", by_tma=True) -> tuple[Tensor, Tensor]:  # fmt: skip
+            seed=0, order="random", by_tma=True, blocks=3) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert v_head_dim == 512 and q.dtype == torch.bfloat16
         assert cache.dtype in (torch.bfloat16, torch.uint8)
-        (B, Sq, H, _), (blocks, page) = q.shape, cache.shape[:2]
+        (B, Sq, H, _), (pages, page) = q.shape, cache.shape[:2]
+        q = q.contiguous()
         out = torch.full((B, Sq, H, 512), torch.nan, dtype=torch.bfloat16)
         lse = torch.full((B, H, Sq), torch.nan)
         p = MlaArguments(
             *(x.data_ptr() for x in (q, cache, table, lengths, out, lse)), 0, 0,
-            *q.stride()[:3], table.stride(0), *cache.stride()[:2], scale * 1.4426950408889634,
-            B, Sq, H, table.shape[1] * page, blocks, page, causal=causal,
+            576, table.stride(0), *cache.stride()[:2], scale * 1.4426950408889634,
+            B, Sq, H, table.shape[1] * page, pages, page, causal=causal,
             fp8=cache.dtype == torch.uint8,
         )  # fmt: skip
         library.emulate_cut_mla(ctypes.byref(p))
@@ -241,7 +267,7 @@ def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
         message = ctypes.create_string_buffer(4096)
         with only(library, read, write):
             failed = library.emulate_mla_decode(
-                ctypes.byref(p), ctypes.c_uint64(seed), ORDERS[order], message, len(message)
+                ctypes.byref(p), blocks, ctypes.c_uint64(seed), ORDERS[order], message, len(message)
             )
         if failed:
             raise EmulatorFailure(message.value.decode())

@@ -46,16 +46,33 @@ def test_heads_and_queries(emulated_mla, H, Sq, kind, generator):
 @caches
 @pytest.mark.parametrize("page", [1, 16, 53, 64, 128])
 def test_pages_and_splits(emulated_mla, page, kind, generator):
-    """700 tokens are two splits, 1100 three. A single split is not combined."""
-    args = operands(generator, lengths=(700, *LENGTHS, 1100, 512), Sq=2, H=3, page=page, **kind)
+    """A split of few rows has 512 tokens or more: 1100 are two splits, 1023 one, not combined."""
+    args = operands(generator, lengths=(1100, *LENGTHS, 1023), Sq=2, H=3, page=page, **kind)
     got = check(emulated_mla, args)
     assert_same(emulated_mla(*args, by_tma=False), got)
 
 
 @caches
+def test_splits_of_more_rows(emulated_mla, kind, generator):
+    """A split of 16 rows has 1024 tokens or more."""
+    check(emulated_mla, operands(generator, lengths=(2100, 2047), H=16, **kind))
+
+
+@caches
+@pytest.mark.proof
 def test_splits_of_many_rows(emulated_mla, kind, generator):
-    """With more than 32 rows a split has 1024 tokens."""
-    check(emulated_mla, operands(generator, lengths=(1100, 1024), H=80, **kind))
+    """From 64 rows on a split has 4096 tokens or more."""
+    check(emulated_mla, operands(generator, lengths=(8200, 8100), H=80, **kind))
+
+
+@caches
+def test_bits_independent_of_number_of_blocks(emulated_mla, kind, generator):
+    """One block for all items; a block with several; more sequences than lanes of a warp."""
+    lengths = (1100, 0, 130, *(40 + i for i in range(32)), 64, 1300)
+    args = operands(generator, lengths=lengths, Sq=2, H=2, **kind)
+    first = check(emulated_mla, args, blocks=1)
+    for blocks in (2, 7, 1000):
+        assert_same(emulated_mla(*args, blocks=blocks), first, f"{blocks} blocks")
 
 
 @caches
@@ -68,7 +85,7 @@ def test_more_than_64_splits_of_512_tokens(emulated_mla, kind, generator):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.proof)])
 def test_same_bits_for_any_schedule(emulated_mla, order, seeds, kind, generator):
-    args = operands(generator, lengths=(200, 530), Sq=2, H=3, **kind)
+    args = operands(generator, lengths=(200, 70, 1030), Sq=2, H=3, **kind)
     first = check(emulated_mla, args, order=order, seed=0)
     for seed in range(1, seeds if order == "random" else 5):
         got = emulated_mla(*args, order=order, seed=seed)

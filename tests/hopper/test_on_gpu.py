@@ -39,8 +39,7 @@ def test_against_the_oracle(shape, dtype, generator):
     a, a_scale, b, b_scale = operands(generator, *shape)[:4]
     got = deepkern.fp8_gemm_nt(a, a_scale, b, b_scale, dtype)
     want = deepkern.reference.fp8_gemm_nt(a, a_scale, b, b_scale, dtype)
-    # The tensor core keeps about 14 bits of a sum: docs/matmul.md, Accumulation.
-    compare.assert_close(got, want, dtype=torch.bfloat16)
+    compare.assert_close(got, want, op="fp8_gemm_nt")
 
 
 def test_adds_c(generator):
@@ -48,7 +47,7 @@ def test_adds_c(generator):
     c = torch.randn(300, 200, generator=generator, device=generator.device)
     got = deepkern.fp8_gemm_nt(*args, torch.float32, c)
     want = deepkern.reference.fp8_gemm_nt(*args, torch.float32, c)
-    compare.assert_close(got, want, dtype=torch.bfloat16)
+    compare.assert_close(got, want, op="fp8_gemm_nt")
 
 
 def test_same_bits_in_every_run_and_row_subset(generator):
@@ -81,7 +80,7 @@ def test_in_a_graph_and_on_another_stream(generator):
 def test_scales_per_row(b_rows, M, generator):
     args = ops.inputs("fp8_gemm_nt", generator, M=M, N=520, K=1024, b_rows=b_rows)
     got = deepkern.fp8_gemm_nt(*args)
-    compare.assert_close(got, deepkern.reference.fp8_gemm_nt(*args))
+    compare.assert_close(got, deepkern.reference.fp8_gemm_nt(*args), op="fp8_gemm_nt")
 
 
 @pytest.mark.parametrize("op", GROUPED)
@@ -92,7 +91,7 @@ def test_groups(op, shape, generator):
     args = deepkern.OPS[op].positional(ops.inputs(op, generator, **size))
     got = getattr(deepkern, op)(*args)
     want = getattr(deepkern.reference, op)(*args)
-    compare.assert_close(got, want, dtype=torch.bfloat16)
+    compare.assert_close(got, want, op=op)
     compare.assert_bitwise(getattr(deepkern, op)(*args), got)
 
 
@@ -104,7 +103,7 @@ def test_hostile_sizes(op, value, generator):
     args[4] = args[4].clone()
     args[4][::2] = value
     got, want = getattr(deepkern, op)(*args), getattr(deepkern.reference, op)(*args)
-    compare.assert_close(got, want, dtype=torch.bfloat16)
+    compare.assert_close(got, want, op=op)
 
 
 def decode_operands(generator, **size):
@@ -205,3 +204,48 @@ def test_decode_unsupported_arguments(generator):
         native = torch.ops.deepkern_native.mla_decode
         with pytest.raises(RuntimeError, match="expected, on backend cuda"):
             native(*args)
+
+
+def prefill_operands(generator, lengths, keys, **size) -> tuple:
+    inputs = ops.inputs("mla_prefill", generator, lengths, keys, **size)
+    return deepkern.OPS["mla_prefill"].positional(inputs)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("H", "Hk"), [(1, 1), (16, 2), (128, 128)])
+def test_prefill(H, Hk, causal, generator):
+    """Ragged sequences, without queries or keys, NaN in the rows of no sequence."""
+    lengths, keys = (1, 127, 128, 129, 0, 64, 2000), (1, 140, 128, 20, 7, 0, 2500)
+    args = prefill_operands(generator, lengths, keys, H=H, Hk=Hk, causal=causal, unused=2)
+    compare.assert_matches(
+        "mla_prefill", deepkern.mla_prefill(*args), deepkern.reference.mla_prefill(*args)
+    )
+
+
+def test_prefill_bits_independent_of_batch_and_run(generator):
+    q, k, v, cu_q, cu_k, *rest = prefill_operands(generator, (3000, 700, 64), None, H=128)
+    out, lse = deepkern.mla_prefill(q, k, v, cu_q, cu_k, *rest)
+    for _ in range(50):
+        again = deepkern.mla_prefill(q, k, v, cu_q, cu_k, *rest)
+        compare.assert_bitwise(again[0], out)
+        compare.assert_bitwise(again[1], lse)
+    for first, end in ((0, 3000), (3000, 3700), (3700, 3764)):
+        rows = slice(first, end)
+        bounds = torch.tensor([0, end - first], dtype=torch.int32, device=q.device)
+        alone = deepkern.mla_prefill(q[rows], k[rows], v[rows], bounds, bounds, *rest)
+        compare.assert_bitwise(alone[0], out[rows])
+        compare.assert_bitwise(alone[1], lse[:, rows])
+
+
+def test_prefill_in_a_graph_with_other_boundaries(generator):
+    q, k, v, cu_q, cu_k, *rest = prefill_operands(generator, (1000, 300), None, H=16)
+    want = deepkern.mla_prefill(q, k, v, cu_q, cu_k, *rest)
+    bounds, graph = cu_q.clone(), torch.cuda.CUDAGraph()
+    cu_q.zero_(), cu_k.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = deepkern.mla_prefill(q, k, v, cu_q, cu_k, *rest)
+    cu_q.copy_(bounds), cu_k.copy_(bounds)
+    graph.replay()
+    for mine, other in zip(got, want, strict=True):
+        compare.assert_bitwise(mine, other)

@@ -12,6 +12,7 @@ from bench.emulator import sources
 from deepkern.testing import compare
 
 from . import test_planted_bugs as gemm
+from . import test_planted_prefill_bugs as prefill
 from .conftest import EmulatorFailure, mla_of, planted
 from .test_mla_decode import CACHES, WORST_SCALE, operands, scales_of
 from .test_planted_bugs import ANY, WRONG
@@ -22,7 +23,7 @@ BUGS = {
     # Producer.
     "no_wait_for_empty_piece": ANY,
     "no_wait_for_empty_tile": ANY,
-    "wait_empty_wrong_parity": "deadlock",
+    "wait_piece_wrong_parity": "deadlock",
     "announces_too_few_piece_bytes": ANY,
     "no_fence_after_gather": "no fence_async_proxy followed",
     "page_of_other_token": WRONG,
@@ -31,12 +32,17 @@ BUGS = {
     "absent_tokens_not_marked": WRONG,
     "no_causal_mask": WRONG,
     "no_wait_for_queries": ANY,
+    "no_wait_for_empty_queries": ANY,
+    "one_warpgroup_releases_queries": ANY,
+    "items_in_one_place": ANY,
+    "leaves_out_items": WRONG,
     "mla_producer_keeps_registers": "deadlock",
     # Scores and softmax.
     "no_wait_for_piece_0": ANY,
     "no_wait_for_piece_1": ANY,
     "no_wait_for_scores": ANY,
     "limit_above_absent": WRONG,
+    "largest_score_of_negative_scale": WRONG,
     "row_sum_not_rescaled": WRONG,
     "output_rescaled_by_row_0": WRONG,
     # Exchange between the consumer warpgroups.
@@ -45,6 +51,7 @@ BUGS = {
     "p_of_other_tokens": WRONG,
     "ignores_received_row_max": WRONG,
     "reads_own_row_max": ANY,
+    "no_warp_sync_before_own_maxima": ANY,
     "rescales_before_wgmma_wait": ANY,
     "last_even_tile_not_finished": ANY,
     # P·V and the release of tiles.
@@ -55,9 +62,7 @@ BUGS = {
     "three_warps_release_a_piece": ANY,
     # Epilogue and splits.
     "no_wait_for_row_sums": ANY,
-    "row_sums_over_unread_maxima": ANY,
-    "rows_not_unswizzled": WRONG,
-    "no_warp_sync_after_staging": ANY,
+    "columns_not_exchanged": WRONG,
     "stores_rows_past_the_last": ANY,
     "all_blocks_take_row_tile_0": ANY,
     "all_splits_in_one_place": "the accesses are not synchronized",
@@ -96,17 +101,18 @@ FP8_BUGS = {
 
 
 def bf16_cases(generator) -> list[tuple]:
-    """A full row tile; few rows; two splits; two row tiles."""
+    """A full row tile; few rows; two splits; two row tiles; a negative scale."""
     cases = []
     for size in ({"lengths": (330, 700), "H": 32, "page": 128},
                  {"lengths": (200, 65, 1), "H": 5, "page": 16},
-                 {"lengths": (600, 70), "H": 3, "page": 64},
+                 {"lengths": (1100, 70), "H": 3, "page": 64},
                  {"lengths": (130, 10), "H": 40, "page": 64}):  # fmt: skip
         q, cache, table, *rest = operands(generator, Sq=2, **size)
         q[:, :, 0] *= 30  # the row maximum changes from tile to tile
         table[:2, 1] = -1
         cases.append((q, cache, table, *rest))
-    return cases
+    q, cache, table, lengths, scale, *rest = cases[1]
+    return [*cases, (q, cache, table, lengths, -scale, *rest)]
 
 
 def fp8_cases(generator) -> list[tuple]:
@@ -177,4 +183,12 @@ def test_every_hook_has_a_test():
     kernels = "".join(text for path, text in sources().items() if path.startswith("sm90/"))
     kernels = re.sub(r"(?m)^ *(//|#define).*$", "", kernels)
     hooks = set(re.findall(r"\b(?:UNLESS_PLANTED|WHEN_PLANTED|PLANT)\(\s*(\w+)", kernels))
-    assert hooks == {*gemm.BUGS, *gemm.SPLIT_BUGS, *BUGS, *FP8_BUGS}
+    assert hooks == {
+        *gemm.BUGS,
+        *gemm.PAIR_BUGS,
+        *gemm.SPLIT_BUGS,
+        *BUGS,
+        *FP8_BUGS,
+        *prefill.BUGS,
+        *prefill.BACKWARD_BUGS,
+    }

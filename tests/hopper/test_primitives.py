@@ -10,8 +10,9 @@ import torch
 
 from bench.emulator import CSRC, ORDERS, build, sources
 from deepkern.testing import compare
+from tests.compiled import tensor_core_model
 
-from .conftest import EmulatorFailure, only
+from .conftest import EmulatorFailure, RunOptions, only
 
 FP8 = torch.float8_e4m3fn
 every_order = pytest.mark.parametrize("order", ORDERS)
@@ -23,13 +24,6 @@ def kernels() -> ctypes.CDLL:
 
 
 KERNELS = CSRC / "emulator" / "kernels"
-
-
-class RunOptions(ctypes.Structure):
-    """RunOptions of csrc/emulator/kernels/harness.h."""
-
-    _fields_ = [("seed", ctypes.c_uint64), ("order", ctypes.c_int),
-                ("message", ctypes.c_char_p), ("message_bytes", ctypes.c_int)]  # fmt: skip
 
 
 class Product(ctypes.Structure):
@@ -69,10 +63,17 @@ LAYOUTS = [FP8_LAYOUT] + [
 ]
 
 
+def hopper_sums(a: torch.Tensor, b: torch.Tensor, c):
+    """c + a · bᵀ as WGMMAs of 32 bytes of K add on Hopper."""
+    name, fraction, result, block = ("e4m3", 13, 13, 32) if a.dtype == FP8 else ("bf16", 25, 23, 16)
+    codes = [x.view(torch.uint8 if a.dtype == FP8 else torch.uint16).numpy() for x in (a, b)]
+    return tensor_core_model.dot_add(*codes, name, c, fraction, result, block)
+
+
 @pytest.mark.parametrize("N", WIDTHS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: " ".join(k for k, on in x.items() if on))
 def test_wgmma(kernels, N, layout, generator):
-    """Both types; K-major and MN-major operands; A in registers; with and without C."""
+    """The bits of Hopper's sums: both types and layouts, A in registers, with and without C."""
     K, dtype = (128, FP8) if layout["fp8"] else (64, torch.bfloat16)
     a, b = (torch.randn(rows, K, generator=generator).to(dtype) for rows in (64, N))
     addend = torch.randn(64, N, generator=generator)
@@ -84,8 +85,8 @@ def test_wgmma(kernels, N, layout, generator):
         read = stored if c is None else [*stored, c]
         p = Product(*addresses, **layout)
         call(kernels, "emulate_product", ctypes.byref(p), N, read=read, write=[out], seed=seed)
-        want = a.double() @ b.double().T
-        compare.assert_close(out, want if c is None else want + c.double())
+        first = torch.zeros(64, N) if c is None else c
+        compare.assert_bitwise(out, torch.from_numpy(hopper_sums(a, b, first.numpy())))
 
 
 @every_order
@@ -159,6 +160,41 @@ def test_distributed_shared_memory(kernels, order):
             call(kernels, "emulate_distributed", out, 1, **options)
         with pytest.raises(EmulatorFailure, match="a block that has ended"):
             call(kernels, "emulate_distributed", out, 2, **options)
+
+
+SCOPE_BUGS = {
+    1: "no release and acquire of cluster scope order that before this load",
+    2: "no release and acquire of cluster scope order that before this load",
+    3: "overwrites shared memory .* no release and acquire of cluster scope",
+    4: "overwrites shared memory .* no release and acquire of cluster scope",
+}
+
+
+@every_order
+def test_scopes_of_barriers(kernels, order):
+    want = [[[100 * i + 10 * (1 - rank) + n for n in range(4)] for rank in (0, 1)] for i in (0, 1)]
+    for seed in range(5):
+        out = torch.full((2, 2, 4), torch.nan)
+        options = {"write": [out], "order": order, "seed": seed}
+        call(kernels, "emulate_exchange", out, 0, **options)
+        assert out.tolist() == want
+        for bug, message in SCOPE_BUGS.items():
+            with pytest.raises(EmulatorFailure, match=message):
+                call(kernels, "emulate_exchange", out, bug, **options)
+
+
+@every_order
+def test_stores_may_wait_for_a_sync(kernels, order):
+    """A lane sees its own store at once, and another's after warp_sync for certain."""
+    name, wrong = "emulate_neighbours", 0
+    for seed in range(5):
+        for bug in (False, True):
+            out = torch.full((32,), torch.nan)
+            call(kernels, name, out, ctypes.c_bool(bug), write=[out], order=order, seed=seed)
+            right = out.tolist() == list(range(31, -1, -1))
+            assert right or bug
+            wrong += not right
+    assert wrong == 5, "a missing warp_sync shows in every run"
 
 
 def test_elect_one(kernels):
@@ -256,6 +292,8 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_conversions(kernels, name, dtype, generator):
     x = any_floats(generator)
     pairs = apply(kernels, f"to_{name}", x, x.flip(0), dtype=torch.int32)
+    packed = apply(kernels, f"pack_{name}", x, x.flip(0), dtype=torch.int32)
+    compare.assert_bitwise(packed, pairs)
     halves = pairs.view(dtype).view(-1, 2)
     assert_same_bits(halves[:, 0], x.to(dtype))
     assert_same_bits(halves[:, 1], x.flip(0).to(dtype))
@@ -288,6 +326,13 @@ def test_arithmetic(kernels, generator):
     want = x.abs().double().log2()
     got = apply(kernels, "log2_of", x.abs(), dtype=torch.float32)
     assert bool(((got - want).abs() <= 2.0**-22 * want.abs().clamp(min=1)).all())
+    edges = torch.tensor([-torch.inf, torch.inf, torch.nan, 0.0]).repeat(4)
+    for name, want in (("max_of", torch.fmax), ("min_of", torch.fmin)):
+        other = edges.view(4, 4).T.flatten()
+        assert_same_bits(apply(kernels, name, x, y, dtype=torch.float32), want(x, y))
+        assert_same_bits(
+            apply(kernels, name, edges, other, dtype=torch.float32), want(edges, other)
+        )
     edges = torch.tensor([-torch.inf, torch.inf, torch.nan, 0.0])
     assert_same_bits(apply(kernels, "exp2_of", edges, dtype=torch.float32), torch.exp2(edges))
 
@@ -339,12 +384,16 @@ ERRORS = {
     "named barrier 0": "named barrier 0 is reserved for block_sync",
     "a named barrier of two sizes": "named barrier 2: threads: expected .* as in another call",
     "a named barrier of 100 threads": "named barrier: threads: expected .* up to 1024, got 100",
-    "two arrivals of one thread": "named barrier 1: the thread arrives twice in one phase",
+    "two arrivals of one thread": "named barrier 1: the warp arrives twice in one phase",
     "warp_sync without one lane": "31 lanes wait for warp_sync by all lanes",
     "block_sync without one thread": "31 lanes wait for block_sync",
+    "half a warp at a named barrier": "16 lanes wait for named barrier 1 by all lanes",
+    "a warp at two named barriers": "lanes of the warp diverge: .* named_barrier_sync with other",
+    "one lane at a barrier it need not wait for": "named_barrier_arrive: called by 1 lanes",
+    "cluster_arrive without one lane": "cluster_arrive: called by 31 lanes of the warp only",
     "cluster_wait without cluster_arrive": "cluster_wait: no cluster_arrive since the last call",
     "cluster_arrive without cluster_wait": "cluster_arrive: no cluster_wait since the last call",
-    "a missing rank": "barrier_arrive_at: no block of rank 1",
+    "a missing rank": "barrier_arrive_remote: no block of rank 1",
     "multicast to a missing rank": "tma_load_multicast: no block of rank 1",
     "a store past shared memory": "store_shared: 4 bytes at offset 16384 are not in the 16384",
     "a load before shared memory": "load_shared: 4 bytes at offset -4 are not in",
@@ -364,17 +413,28 @@ ERRORS = {
     "a copy of 24 bytes": "bulk_load: addresses and size must be multiples of 16 bytes",
     "a copy without barrier_init_fence": "bulk_load: no barrier_init_fence after barrier_init",
     "a copy past its tensor": r"bulk_load: out of bounds: 48 bytes at offset 0 .* read\[0\]",
+    "a copy over stores without a fence": "bulk_load overwrites .* thread 0 wrote and no fence",
+    "a load of a copy without a wait": "load_shared reads .* a copy wrote: this thread has not",
+    "a store over a copy without a wait": "store_shared overwrites .* a copy wrote: this thread",
+    "a copy that one of two warps waits for": "load_shared reads .* a copy wrote: this thread",
+    "more bytes than announced": "more than 2.20 - 1 bytes that no thread has announced",
     "a TMA store without a fence": "tma_store reads .* no fence_async_proxy followed",
     "a TMA store not committed": "the thread ends with uncommitted TMA stores",
     "a TMA store not waited for": "the block ends while a TMA store still reads",
     "a TMA store to a read-only tensor": r"tma_store: writes at .* read\[0\], which is read-only",
     "an operand from row 1": "expected a tile aligned to 8 rows of 128 bytes",
     "an operand without swizzle": "expected the 128-byte swizzle",
+    "a reserved bit in a descriptor": "wgmma: descriptor: a reserved bit is set",
+    "a base offset": "wgmma: descriptor: expected base offset 0",
+    "an operand copied without a wait": "wgmma reads .* a copy wrote: this thread has not waited",
     "an operand not aligned": "matrix_descriptor: address and strides must be multiples of 16",
     "too large a stride": "matrix_descriptor: expected strides below 2.18 bytes",
     "different operands in a warpgroup": "the threads of the warpgroup issue different operands",
     "an operand not fenced": "wgmma reads .* which thread 0 wrote and no fence_async_proxy",
     "wgmma without a fence": "no wgmma_fence since its registers were last written",
+    "wgmma fenced before its sums are set": "written after the last wgmma_fence",
+    "wgmma on its result without a fence": "no wgmma_fence since its registers were last written",
+    "wgmma without one lane's commit": "diverge: one calls wgmma_\\w+, another wgmma_",
     "wgmma never waited for": "the thread ends without a wait for its last WGMMA",
     "100 registers": "setmaxnreg: expected a multiple of 8 from 24 to 256, got 100",
     "20 registers": "setmaxnreg: expected a multiple of 8 from 24 to 256, got 20",
@@ -392,6 +452,15 @@ ERRORS = {
 }
 
 
+ERROR_ORDERS = {  # where one order alone shows the error
+    "a TMA store not waited for": "latest",
+    **dict.fromkeys(
+        ("a load of a copy without a wait", "a store over a copy without a wait",
+         "a copy that one of two warps waits for", "an operand copied without a wait",
+         "more bytes than announced"), "earliest"),
+}  # fmt: skip
+
+
 def error_of(kernels, misuse: str, order: str) -> str:
     writable, constants = (torch.zeros(8, dtype=torch.int32) for _ in range(2))
     with pytest.raises(EmulatorFailure) as caught:
@@ -402,8 +471,7 @@ def error_of(kernels, misuse: str, order: str) -> str:
 
 @pytest.mark.parametrize("misuse", ERRORS)
 def test_misuse_is_reported(kernels, misuse):
-    order = "latest" if misuse == "a TMA store not waited for" else "random"
-    message = error_of(kernels, misuse, order)
+    message = error_of(kernels, misuse, ERROR_ORDERS.get(misuse, "random"))
     assert re.search(ERRORS[misuse], message, re.DOTALL), message
 
 

@@ -18,7 +18,6 @@ struct LaunchSettings {
   emulator::Order order = emulator::Order::random;
   int multiprocessors = 132;
   bool launches_run = true;
-  bool sums_in_order = false;
 } settings;
 bool reject_launches = false;
 std::map<const void*, size_t> max_shared_bytes;  // dynamic shared memory of each kernel
@@ -117,7 +116,6 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   launch.shared_bytes = static_cast<uint32_t>(config.dynamicSmemBytes);
   launch.seed = settings.seed;
   launch.order = settings.order;
-  launch.sums_in_order = settings.sums_in_order;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const auto& attribute = config.attrs[i];
     if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
@@ -148,10 +146,8 @@ bool current_stream(int, void** stream) {
 }  // namespace deepkern
 
 // Sets how later launches run.
-extern "C" void emulate_how(uint64_t seed, int order, int multiprocessors, int launches_run,
-                            int sums_in_order) {
-  settings = {seed, static_cast<emulator::Order>(order), multiprocessors, launches_run != 0,
-              sums_in_order != 0};
+extern "C" void emulate_how(uint64_t seed, int order, int multiprocessors, int launches_run) {
+  settings = {seed, static_cast<emulator::Order>(order), multiprocessors, launches_run != 0};
 }
 
 // Makes later launches fail (1) or run (0).

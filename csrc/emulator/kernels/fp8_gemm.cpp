@@ -26,7 +26,7 @@ struct Operand {
 template <class Tile>
 void run(const Operand& a, const Operand& b, GemmArguments p, Launch launch) {
   const auto K = static_cast<uint64_t>(p.K), N = static_cast<uint64_t>(p.N);
-  const uint32_t left = Tile::M, right = Tile::N / Tile::CLUSTER;
+  const uint32_t left = Tile::M / Tile::CLUSTER_N, right = Tile::N / Tile::CLUSTER_M;
   const TensorMap a_map{a.data, K, a.rows, a.row_bytes, 128, Tile::SWAPPED ? right : left, 1, true};
   const TensorMap b_map{b.data, K, b.rows, b.row_bytes, 128, Tile::SWAPPED ? left : right, 1, true};
   const uint32_t size = p.out_type == Real::fp32 ? 4 : 2;
@@ -72,13 +72,11 @@ void run_tile(int tile, const Operand& a, const Operand& b, const GemmArguments&
 // tile: index in sm90/fp8_gemm_tiles.h.
 extern "C" int emulate_fp8_gemm(char* a, int64_t a_rows, int64_t a_row, char* b, int64_t b_rows,
                                 int64_t b_row, const GemmArguments* p, int tile, int blocks,
-                                uint64_t seed, int order, int accumulator_bits, char* message,
-                                int message_bytes) {
+                                uint64_t seed, int order, char* message, int message_bytes) {
   Launch launch;
   launch.blocks = blocks;
   launch.seed = seed;
   launch.order = static_cast<emulator::Order>(order);
-  launch.accumulator_bits = accumulator_bits;
   try {
     run_tile(tile, {a, static_cast<uint64_t>(a_rows), static_cast<uint64_t>(a_row)},
              {b, static_cast<uint64_t>(b_rows), static_cast<uint64_t>(b_row)}, *p, launch);
@@ -89,10 +87,11 @@ extern "C" int emulate_fp8_gemm(char* a, int64_t a_rows, int64_t a_row, char* b,
   return 0;
 }
 
-// The choices of the launcher for a dense GEMM on 132 SMs.
+// The choices of the launcher on 132 SMs.
 extern "C" int chosen_splits(int64_t N, int64_t K) {
   return deepkern::choose_num_splits(GemmVariant::dense, N, K);
 }
-extern "C" int chosen_tile(int64_t M, int64_t N, int64_t K, int64_t b_rows) {
-  return deepkern::choose_tile(GemmVariant::dense, M, N, K, 1, b_rows, 132);
+extern "C" int chosen_tile(int variant, int64_t M, int64_t N, int64_t K, int64_t groups,
+                           int64_t b_rows) {
+  return deepkern::choose_tile(static_cast<GemmVariant>(variant), M, N, K, groups, b_rows, 132);
 }

@@ -102,6 +102,12 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
     }
     if (name == "warp_sync without one lane" && thread < 31) warp_sync();
     if (name == "block_sync without one thread" && thread < 255) block_sync();
+    if (name == "half a warp at a named barrier" && thread < 16) named_barrier_sync(1, 32);
+    if (name == "a warp at two named barriers" && thread < 32) {
+      named_barrier_sync(thread < 16 ? 1 : 2, 32);
+    }
+    if (name == "one lane at a barrier it need not wait for" && first) named_barrier_arrive(1, 64);
+    if (name == "cluster_arrive without one lane" && thread < 255) cluster_arrive();
     if (name == "cluster_wait without cluster_arrive") cluster_wait();
     if (name == "cluster_arrive without cluster_wait") {
       cluster_arrive();
@@ -109,7 +115,7 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
     }
     if (name == "a missing rank") {
       init_barrier(1);
-      barrier_arrive_at(barrier, 1);
+      barrier_arrive_remote(barrier, 1);
     }
     if (name == "multicast to a missing rank") {
       init_barrier(1);
@@ -142,6 +148,32 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
       init_barrier(1);
       if (first) bulk_load(memory, constants, 48, barrier);
     }
+    if (name == "a copy over stores without a fence") {
+      init_barrier(1);
+      if (first) store_shared(memory, 1);
+      if (first) bulk_load(memory, constants, 32, barrier);
+    }
+    if (name == "a load of a copy without a wait") {
+      init_barrier(2);
+      if (first) bulk_load(memory, constants, 32, barrier);
+      if (first) load_shared<int>(memory);
+    }
+    if (name == "a store over a copy without a wait") {
+      init_barrier(2);
+      if (first) bulk_load(memory, constants, 32, barrier);
+      if (first) store_shared(memory, 1);
+    }
+    if (name == "a copy that one of two warps waits for") {
+      init_barrier(1);
+      if (first) barrier_arrive_expect(barrier, 32);
+      if (first) bulk_load(memory, constants, 32, barrier);
+      if (thread < 32) barrier_wait(barrier, 0);
+      if (thread >= 32) load_shared<int>(memory);
+    }
+    if (name == "more bytes than announced") {
+      init_barrier(2);
+      for (int i = 0; first && i < 1 << 15; ++i) bulk_load(memory, constants, 32, barrier);
+    }
     if (name == "a TMA store without a fence" && first) {
       store_shared(memory, 1);
       tma_store(&map, memory, 0, 0);
@@ -160,6 +192,21 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
       multiply(matrix_descriptor(memory, 0, 1024) & ~(uint64_t{3} << 62),
                matrix_descriptor(memory, 0, 1024));
     }
+    if (name == "a reserved bit in a descriptor" && thread < 128) {
+      const uint64_t b = matrix_descriptor(memory, 0, 1024);
+      multiply(b | uint64_t{1} << 47, b);
+    }
+    if (name == "a base offset" && thread < 128) {
+      const uint64_t b = matrix_descriptor(memory, 0, 1024);
+      multiply(b | uint64_t{1} << 49, b);
+    }
+    if (name == "an operand copied without a wait") {
+      init_barrier(2);
+      if (first) bulk_load(memory, constants, 32, barrier);
+      block_sync();
+      const uint64_t b = matrix_descriptor(memory, 0, 1024);
+      if (thread < 128) multiply(b, b);
+    }
     if (name == "an operand not aligned" && first) matrix_descriptor(memory + 8, 0, 1024);
     if (name == "too large a stride" && first) matrix_descriptor(memory, 0, 1 << 18);
     if (name == "different operands in a warpgroup" && thread < 128) {
@@ -172,12 +219,17 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
       multiply(matrix_descriptor(memory, 0, 1024), matrix_descriptor(memory, 0, 1024));
     }
     if (name.rfind("wgmma", 0) == 0 && thread < 128) {
-      float d[8];
+      float d[8] = {};
       const uint32_t a[4] = {1, 2, 3, 4};
       const uint64_t b = matrix_descriptor(memory, 0, 1024);
-      if (name != "wgmma without a fence") wgmma_fence();
+      if (name != "wgmma without a fence") wgmma_fence(d);
+      if (name == "wgmma fenced before its sums are set") d[3] = static_cast<float>(thread);
       wgmma_bf16<16>(d, a, b, false);
-      wgmma_commit();
+      if (name != "wgmma without one lane's commit" || thread != 5) wgmma_commit();
+      if (name == "wgmma on its result without a fence") {
+        wgmma_wait<0>();
+        wgmma_bf16<16>(d, a, b, true);
+      }
       if (name != "wgmma never waited for") wgmma_wait<0>();
     }
     // Registers.

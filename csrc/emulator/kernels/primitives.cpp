@@ -24,8 +24,8 @@ void load_pairs(uint32_t (&pairs)[4], const char* a, int k) {
 
 template <int N>
 void issue(const Product& p, float (&d)[N / 2], char* a_tile, char* b_tile, int step) {
-  const uint64_t a = p.a_k_major ? matrix_descriptor(a_tile + step * 32, 0, 1024)
-                                : matrix_descriptor(a_tile + step * 2048, 8192, 1024);
+  const uint64_t a = advance_descriptor(matrix_descriptor(a_tile, p.a_k_major ? 0 : 8192, 1024),
+                                        step * (p.a_k_major ? 32 : 2048));
   const uint64_t b = p.b_k_major ? matrix_descriptor(b_tile + step * 32, 0, 1024)
                                 : matrix_descriptor(b_tile + step * 2048, 8192, 1024);
   const bool add = step > 0 || p.c;
@@ -61,6 +61,7 @@ void product(const Product& p, const TensorMap& a_map, const TensorMap& b_map) {
   };
   for (int i = 0; i < N / 2; ++i) d[i] = p.c ? load_global(p.c + offset(i)) : NAN;
   barrier_wait(full, 0);
+  keep_order(d);
   wgmma_fence();
   for (int step = 0; step < 4; ++step) issue<N>(p, d, a_tile, b_tile, step);
   wgmma_commit();
@@ -230,7 +231,7 @@ int emulate_cluster(char* in, float* out, RunOptions options) {
     barrier_wait(full, 0);
     float sum = load_shared<float>(memory + lane_index() / 16 * 128 + lane_index() % 16 * 4);
     for (int lanes = 16; lanes; lanes /= 2) sum += shuffle_xor(sum, lanes);
-    if (elect_one()) barrier_arrive_at(read, 1 - rank);
+    if (elect_one()) barrier_arrive_remote(read, 1 - rank);
     barrier_wait(read, 0);
     if (lane_index() == 0) store_global(out + block_index(), 100.0f * rank + sum);
     cluster_arrive();
@@ -239,21 +240,77 @@ int emulate_cluster(char* in, float* out, RunOptions options) {
 }
 
 // out[4, 4]: each of the four blocks of a cluster reads 4 floats from the next block's shared
-// memory. bug 1: no cluster barrier before the read; bug 2: none after it.
+// memory, which signals an mbarrier. bug 1: no cluster barrier before the signal; bug 2: none after
+// the read.
 int emulate_distributed(float* out, int bug, RunOptions options) {
-  Launch launch = make_launch(options, 4, 32, 16);
+  Launch launch = make_launch(options, 4, 32, 24);
   launch.cluster = 4;
   return run_checked(options, launch, [&] {
     const int rank = cluster_rank();
+    Barrier* written = new_barrier(shared_memory() + 16, 1);
+    if (bug != 1) cluster_sync();
     if (lane_index() < 4) {
       store_shared(shared_memory() + 4 * lane_index(), 10.0f * rank + lane_index());
     }
-    if (bug != 1) cluster_sync();
+    warp_sync();
+    if (elect_one()) barrier_arrive_release_cluster(written, (rank + 3) % 4);
+    barrier_wait_acquire_cluster(written, 0);
     const Floats next = load_shared_at(shared_memory(), (rank + 1) % 4);
     for (int i = 0; i < 4; ++i) {
       if (lane_index() == i) store_global(out + rank * 4 + i, next.value[i]);
     }
     if (bug != 2) cluster_sync();
+  });
+}
+
+// out[2, 2, 4]: the two blocks of a cluster exchange 4 floats twice through one buffer. Bugs: 1: the
+// arrival that says that the buffer is full releases in the block's scope; 2: the wait for it
+// acquires there; 3, 4: likewise when it is free again.
+int emulate_exchange(float* out, int bug, RunOptions options) {
+  Launch launch = make_launch(options, 2, 32, 32);
+  launch.cluster = 2;
+  return run_checked(options, launch, [&] {
+    const int rank = cluster_rank(), lane = lane_index();
+    char* buffer = shared_memory();
+    auto *full = reinterpret_cast<Barrier*>(buffer + 16), *empty = full + 1;
+    if (lane == 0) {
+      barrier_init(full, 1);
+      barrier_init(empty, 1);
+      barrier_init_fence();
+    }
+    cluster_sync();
+    const auto tell = [&](Barrier* barrier, bool narrow) {
+      warp_sync();
+      if (lane != 0) return;
+      narrow ? barrier_arrive_remote(barrier, 1 - rank)
+             : barrier_arrive_release_cluster(barrier, 1 - rank);
+    };
+    const auto wait = [&](Barrier* barrier, uint32_t parity, bool narrow) {
+      narrow ? barrier_wait(barrier, parity) : barrier_wait_acquire_cluster(barrier, parity);
+    };
+    for (uint32_t i = 0; i < 2; ++i) {
+      if (i > 0) wait(empty, 0, bug == 4);
+      if (lane < 4) store_shared(buffer + 4 * lane, 100.0f * i + 10.0f * rank + lane);
+      tell(full, bug == 1);
+      wait(full, i, bug == 2);
+      const Floats other = load_shared_at(buffer, 1 - rank);
+      if (i == 0) tell(empty, bug == 3);
+      if (lane < 4) store_global(out + (i * 2 + rank) * 4 + lane, other.value[lane]);
+    }
+    cluster_sync();
+  });
+}
+
+// out[i] = 31 - i through shared memory, between the lanes of a warp. bug: no warp_sync.
+int emulate_neighbours(float* out, bool bug, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 32, 128), [&] {
+    char* memory = shared_memory();
+    const int lane = lane_index();
+    store_shared(memory + 4 * lane, static_cast<float>(lane));
+    const float own = load_shared<float>(memory + 4 * lane);
+    if (!bug) warp_sync();
+    const float other = load_shared<float>(memory + 4 * (31 - lane));
+    store_global(out + lane, own == lane ? other : NAN);
   });
 }
 
@@ -330,6 +387,10 @@ int emulate_numbers(const char* function, const uint32_t* x, const uint32_t* y, 
   const auto run = [&](uint32_t a, uint32_t b, uint32_t c) -> uint32_t {
     const float u = float_of(a), v = float_of(b), w = float_of(c);
     if (name == "to_bf16") return pack(to_bf16(u), to_bf16(v));
+    if (name == "pack_bf16") return pack_bf16(u, v);
+    if (name == "pack_fp16") return pack_fp16(u, v);
+    if (name == "max_of") return float_bits(max_of(u, v));
+    if (name == "min_of") return float_bits(min_of(u, v));
     if (name == "to_fp16") return pack(to_fp16(u), to_fp16(v));
     if (name == "low_bf16") return float_bits(to_float(low_bf16(a)));
     if (name == "high_bf16") return float_bits(to_float(high_bf16(a)));
@@ -353,7 +414,7 @@ int emulate_numbers(const char* function, const uint32_t* x, const uint32_t* y, 
 // load_streamed: out[i] = in[i] if valid[i], else zeros; 32 chunks.
 int emulate_streamed(const Chunk* in, Chunk* out, const int* valid, RunOptions options) {
   return run_checked(options, make_launch(options, 1, 32, 0), [&] {
-    const int i = lane_index();
+    const int i = not_before(lane_index());
     store_global(out + i, load_streamed(in + i, load_global(valid + i) != 0));
   });
 }

@@ -347,3 +347,12 @@ def check_contents(
         values = cu_seqlens.tolist()
         valid = values == sorted(values) and all(0 <= value <= limit for value in values)
         check_that("mla_prefill", argument, valid, f"ascending values in [0, {limit}]", values)
+
+
+@mla_prefill.op.register_limits("cuda")
+def unsupported_on_hopper(q, k, v, *_) -> str | None:
+    """Why the `cuda` backend (csrc/sm90/mla_prefill.cuh) does not support these, or None."""
+    widths = q.shape[2], v.shape[2]
+    if q.dtype != torch.bfloat16 or widths != (192, 128):
+        return f"it supports bfloat16 of widths 192 and 128, not {q.dtype} of widths {widths}"
+    return None

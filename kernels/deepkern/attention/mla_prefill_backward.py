@@ -30,7 +30,14 @@ from ..arithmetic import cdiv, next_power_of_2
 from ..runtime import arch
 from ..runtime.arch import Arch
 from ..runtime.op import op
-from .mla_prefill import LOG2_E, Tile, check_heads, fit_tile, mla_prefill
+from .mla_prefill import (
+    LOG2_E,
+    Tile,
+    check_heads,
+    fit_tile,
+    mla_prefill,
+    unsupported_on_hopper,
+)
 from .mla_prefill_gradients import mla_prefill_backward_dkv_kernel, mla_prefill_backward_dq_kernel
 from .ragged import head_rows, ragged_tiles, select_head, split_width
 
@@ -231,3 +238,9 @@ class MlaPrefill(torch.autograd.Function):
             grad_out, q, k, v, out, lse, *cu_seqlens, *ctx.options, grad_lse
         )
         return *grads, None, None, None, None
+
+
+@mla_prefill_backward.op.register_limits("cuda")
+def _unsupported_on_hopper(grad_out, q, k, v, *_) -> str | None:
+    """Why the `cuda` backend (csrc/sm90/mla_prefill_dkv.cuh) does not support these, or None."""
+    return unsupported_on_hopper(q, k, v)

@@ -60,7 +60,7 @@ def compiled(
     order: str = "random",
     check_races: bool = True,
     check_initialized: bool = True,
-    hardware_sums: bool = False,
+    hardware_sums: bool = True,
     resident_blocks: int = 8,
     max_instructions: int = 0,
 ) -> Iterator[None]:
@@ -76,7 +76,8 @@ def compiled(
             nothing else can run.
         check_races: report races in shared and global memory.
         check_initialized: report reads of shared and tensor memory that nothing wrote.
-        hardware_sums: tensor cores add as the target's hardware does, else in float32.
+        hardware_sums: tensor cores add as the target's hardware does, as far as that is published;
+            else in float32, in the order of k.
         resident_blocks: blocks that run at the same time.
         max_instructions: a launch that executes more fails; 0 for no limit.
 

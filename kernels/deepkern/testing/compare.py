@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..runtime import native
+from ..runtime import arch, native
 from . import ops
 
 TOLERANCE = {  # the largest `diff` of an output, by its dtype
@@ -17,6 +17,9 @@ TOLERANCE = {  # the largest `diff` of an output, by its dtype
     torch.float32: 1e-9,
     torch.float64: 1e-9,
 }
+# Of float32 outputs of FP8 products, where the tensor core keeps 14 bits of a sum.
+FP8_SUM_TOLERANCE = 3e-7
+FP8_SUM_TARGETS = ("sm_89", "sm_90", "sm_120")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,10 +54,29 @@ def assert_bitwise(got: Tensor, want: Tensor, label: str = "result") -> None:
         )
 
 
-def assert_close(got: Tensor, want: Tensor, label: str = "result", dtype=None) -> float:
+def tolerance(dtype: torch.dtype, op: str | None = None, target: str | None = None) -> float:
+    """The largest allowed `diff` of an output of `op`, computed by the GPU target `target`.
+
+    None: of any op; by no GPU.
+    """
+    is_fp8_product = op is not None and getattr(ops.facts(op), "FP8_PRODUCT", False)
+    if dtype == torch.float32 and is_fp8_product and target in FP8_SUM_TARGETS:
+        return FP8_SUM_TOLERANCE
+    return TOLERANCE[dtype]
+
+
+def target_of(x: Tensor) -> str | None:
+    """The target of a tensor's GPU; None on a CPU."""
+    return arch.of(x.device).name if x.is_cuda else None
+
+
+def assert_close(
+    got: Tensor, want: Tensor, label: str = "result", dtype=None, *, op=None, target=None
+) -> float:
     """Within the bound for `dtype` (by default that of `got`); inf and NaN at the same positions.
 
-    `want` may have a wider dtype. Returns the diff.
+    `want` may have a wider dtype. `op` and `target` choose the bound as in `tolerance`; the target
+    is by default that of the device of `got`. Returns the diff.
     """
     _assert_same_type(got, want.to(got.dtype), label)
     for test in (torch.isnan, torch.isposinf, torch.isneginf):
@@ -62,15 +84,18 @@ def assert_close(got: Tensor, want: Tensor, label: str = "result", dtype=None) -
             raise Mismatch(f"{label}: {test.__name__} is true at other positions than expected")
     finite = want.isfinite()
     error = diff(got[finite], want[finite])
-    bound = TOLERANCE[dtype or got.dtype]
+    bound = tolerance(dtype or got.dtype, op, target or target_of(got))
     if not error <= bound:
         worst = (got.double() - want.double()).abs().nan_to_num()
         raise Mismatch(f"{label}: diff {error:.3g} > {bound:.3g}; max |error| {worst.max():.3g}")
     return error
 
 
-def assert_matches(op_name: str, got, want) -> float:
-    """Compares all outputs of an op with the reference's; returns the largest diff (0 if EXACT)."""
+def assert_matches(op_name: str, got, want, target: str | None = None) -> float:
+    """Compares all outputs of an op with the reference's; returns the largest diff (0 if EXACT).
+
+    `target` is the GPU target that computed them: by default that of their device, if it is a GPU.
+    """
     exact = ops.facts(op_name).EXACT
     got, want = as_tuple(got), as_tuple(want)
     if len(got) != len(want):
@@ -85,7 +110,7 @@ def assert_matches(op_name: str, got, want) -> float:
         if exact or g.dtype not in TOLERANCE:
             assert_bitwise(g, w, label)
         else:
-            largest = max(largest, assert_close(g, w, label))
+            largest = max(largest, assert_close(g, w, label, op=op_name, target=target))
     return largest
 
 

@@ -11,6 +11,8 @@ Tests, benchmarks and inspection read an op's facts here and nowhere else. A mod
 
 and optionally:
 
+    FP8_PRODUCT = True          float32 outputs are FP8 products: their tolerance depends on the
+                                GPU (compare.tolerance)
     others(**arguments)         {description: call}: further providers to time, not checked
     readable(output, **arguments)
                                 an output as numbers that can be compared with a tolerance

@@ -68,6 +68,7 @@ SIZES = Sizes(
     inspect=_sizes_for_every_tile(),
 )
 EXACT = False
+FP8_PRODUCT = True
 
 
 def cost(a: Tensor, b: Tensor, **rest) -> Cost:

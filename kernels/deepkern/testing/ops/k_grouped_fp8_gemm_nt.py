@@ -57,6 +57,7 @@ SIZES = Sizes(
     ],
 )
 EXACT = False
+FP8_PRODUCT = True
 
 
 def cost(a: Tensor, b: Tensor, **rest) -> Cost:

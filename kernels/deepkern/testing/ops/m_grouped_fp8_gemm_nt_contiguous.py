@@ -52,6 +52,7 @@ SIZES = Sizes(
     inspect=[{**size, "M": size["G"] * size["M"]} for size in gemms.grouped_sizes_for_every_tile()],
 )
 EXACT = False
+FP8_PRODUCT = True
 
 
 def cost(a: Tensor, b: Tensor, group_index: Tensor, **rest) -> Cost:

@@ -55,6 +55,7 @@ SIZES = Sizes(
     inspect=gemms.grouped_sizes_for_every_tile(),
 )
 EXACT = False
+FP8_PRODUCT = True
 
 
 def cost(a: Tensor, b: Tensor, masked_m: Tensor, **rest) -> Cost:

@@ -48,6 +48,7 @@ SIZES = Sizes(
     inspect=[{"S": 2048, "Skv": 4096}, {"S": 2048, "Skv": 4096, "D": 256}],
 )
 EXACT = False
+FP8_PRODUCT = True
 
 
 def cost(q: Tensor, kv: Tensor, starts: Tensor, ends: Tensor, **rest) -> Cost:

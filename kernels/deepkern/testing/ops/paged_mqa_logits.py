@@ -66,6 +66,7 @@ SIZES = Sizes(
     inspect=[{"lengths": (4096,)}, {"lengths": (4096,), "next_n": 2, "each": True}],
 )
 EXACT = False
+FP8_PRODUCT = True
 
 
 def cost(q, cache, weights, context_lens, block_table, max_context_len, result, **rest) -> Cost:

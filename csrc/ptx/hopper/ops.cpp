@@ -20,6 +20,9 @@ namespace {
 
 std::string (*launch_gemm)(const deepkern::Fp8GemmProblem&, void*) = nullptr;
 std::string (*launch_mla)(deepkern::MlaArguments, void*) = nullptr;
+std::string (*launch_prefill)(const deepkern::MlaPrefillArguments&, void*) = nullptr;
+std::string (*launch_prefill_backward)(const deepkern::MlaPrefillBackwardArguments&,
+                                       void*) = nullptr;
 
 struct Block {
   void* memory;
@@ -64,6 +67,15 @@ std::string launch_mla_decode(MlaArguments arguments, void* stream) {
   return launch_mla(arguments, stream);
 }
 
+std::string launch_mla_prefill(const MlaPrefillArguments& arguments, void* stream) {
+  return launch_prefill(arguments, stream);
+}
+
+std::string launch_mla_prefill_backward(const MlaPrefillBackwardArguments& arguments,
+                                        void* stream) {
+  return launch_prefill_backward(arguments, stream);
+}
+
 // Replaces sm90/stream.cpp: the machine has the default stream alone.
 bool current_stream(int, void** stream) {
   *stream = nullptr;
@@ -73,9 +85,11 @@ bool current_stream(int, void** stream) {
 }  // namespace deepkern
 
 // Sets the launchers of later calls of the ops.
-EXPORTED void machine_use(void* gemm, void* mla) {
+EXPORTED void machine_use(void* gemm, void* mla, void* prefill, void* prefill_backward) {
   launch_gemm = reinterpret_cast<decltype(launch_gemm)>(gemm);
   launch_mla = reinterpret_cast<decltype(launch_mla)>(mla);
+  launch_prefill = reinterpret_cast<decltype(launch_prefill)>(prefill);
+  launch_prefill_backward = reinterpret_cast<decltype(launch_prefill_backward)>(prefill_backward);
 }
 
 // Until machine_end_op, CPU tensors come from the allocator above.

@@ -23,10 +23,11 @@ from unittest import mock
 import torch
 
 import deepkern
-from bench.emulator import CSRC, ROOT, compiler, run, served
 from deepkern.runtime import backends, native, ptx_library
 
-HERE, BUILD = Path(__file__).parent, ROOT / "build" / "hopper"
+from .emulator import CSRC, ROOT, compiler, run, served
+
+HERE, BUILD = CSRC / "ptx" / "hopper", ROOT / "build" / "hopper"
 NVCC = shutil.which("nvcc")
 # The flags of setup.py, with PTX in the place of machine code, and line numbers.
 NVCC_FLAGS = ["-gencode", "arch=compute_90a,code=compute_90a", "-no-compress", "-lineinfo"]
@@ -34,6 +35,9 @@ NVCC_FLAGS = ["-gencode", "arch=compute_90a,code=compute_90a", "-no-compress", "
 NVCC_FLAGS += ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fno-gnu-unique"]
 HOST_FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-Wall", "-Wextra"]
 LIBRARY = "deepkern_machine"
+# Of cudart.cpp: each returns a launcher of csrc/sm90, in the order of machine_use.
+NAMES = ("fp8_gemm", "mla", "mla_prefill", "mla_prefill_backward")
+LAUNCHERS = tuple(f"machine_{name}_launcher" for name in NAMES)
 
 
 @functools.cache
@@ -104,14 +108,14 @@ def kernels(bug: str = "", of: str = "", tiles: str = "") -> ctypes.CDLL:
     """
     changed = {"sm90/fp8_gemm_tiles.h": tiles} if tiles else {}
     parts = []
-    for name in ("fp8_gemm", "mla_decode"):
+    for name in ("fp8_gemm", "mla_decode", "mla_prefill", "mla_prefill_backward"):
         flags = (f"-DPLANT_{bug}=1",) if name == of else ()
         parts.append(compile_kernels(f"sm90/{name}.cu", changed, flags))
     parts.append(compile_host(HERE / "cudart.cpp", "-isystem", str(toolkit() / "include")))
     loaded = ctypes.CDLL(str(link(parts)), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     loaded.machine_launches.restype = ctypes.c_char_p
-    for launcher in (loaded.machine_fp8_gemm_launcher, loaded.machine_mla_launcher):
-        launcher.restype = ctypes.c_void_p
+    for name in LAUNCHERS:
+        getattr(loaded, name).restype = ctypes.c_void_p
     return loaded
 
 
@@ -124,7 +128,7 @@ def ops() -> ctypes.CDLL:
              "-DDEEPKERN_SM90_DEVICE=CPU", '-DDEEPKERN_SM90_SOURCES=""']  # fmt: skip
     parts = [
         compile_host(CSRC / "sm90" / "ops.cpp", *include, *named),
-        compile_host(HERE / "hopper_ops.cpp", *include),
+        compile_host(HERE / "ops.cpp", *include),
     ]
     library = link(parts, f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10")
     native.missing_reason()  # loads deepkern_native, which defines the schemas
@@ -134,7 +138,7 @@ def ops() -> ctypes.CDLL:
         schemas.define(schema.split("::", 1)[1])
     torch.ops.load_library(str(library))
     loaded = ctypes.CDLL(str(library))
-    loaded.machine_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    loaded.machine_use.argtypes = [ctypes.c_void_p] * len(LAUNCHERS)
     loaded.schemas = schemas  # the definitions live as long as this object
     return loaded
 
@@ -145,12 +149,17 @@ def cuda_backend(
     seed: int = 0,
     order: str = "random",
     multiprocessors: int = 132,
+    every: int = 0,
     **settings,
 ) -> Iterator[None]:
-    """Forces backend `cuda` to accept CPU tensors and to run its kernels on the machine."""
+    """Forces backend `cuda` to accept CPU tensors and to run its kernels on the machine.
+
+    `every`: inside `deepkern.profiled`, run every n-th cluster of an op's main kernel only.
+    """
     used = library or kernels()
-    ops().machine_use(used.machine_fp8_gemm_launcher(), used.machine_mla_launcher())
+    ops().machine_use(*(getattr(used, name)() for name in LAUNCHERS))
     used.machine_set_multiprocessors(multiprocessors)
+    used.machine_run_every(every)
     used.machine_launches()
     on_gpu = backends.unsupported_on_device
 
@@ -187,10 +196,11 @@ def tiles() -> list[str]:
 
 def tile_of(kernel: str) -> str | None:
     """The line of the tile in a mangled name of a kernel; None for other kernels."""
-    found = re.search(r"11GemmVariantE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)ELi(\d+)E", kernel)
+    found = re.search(r"11GemmVariantE(\d)E((?:Li\d+E){5})Lb(\d)ELi(\d+)E", kernel)
     if found is None:
         return None
-    variant, *sizes, swapped, b_rows = found.groups()
+    variant, numbers, swapped, b_rows = found.groups()
+    sizes = re.findall(r"\d+", numbers)
     names = ("dense", "contiguous", "masked", "k_grouped")  # deepkern::GemmVariant
     swaps = "true" if swapped == "1" else "false"
     return f"TILE({', '.join([names[int(variant)], *sizes, swaps, b_rows])})"

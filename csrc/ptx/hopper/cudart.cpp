@@ -16,7 +16,9 @@
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-extern "C" const char* deepkern_ptx_message();  // of the machine
+// Of the machine.
+extern "C" const char* deepkern_ptx_message();
+extern "C" void deepkern_ptx_profile(uint32_t every);
 
 namespace {
 
@@ -47,6 +49,7 @@ struct Header {
 constexpr uint32_t FATBIN_MAGIC = 0xba55ed50;
 
 int multiprocessors = 132;
+int run_every = 0;  // see machine_run_every
 std::string failure;   // message of the last error
 std::string launched;  // a line per launch: grid, cluster, kernel
 
@@ -188,10 +191,15 @@ EXPORTED cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config,
   request.sharedMemBytes = static_cast<unsigned>(config->dynamicSmemBytes);
   request.hStream = config->stream;
   request.attrs = attributes, request.numAttrs = config->numAttrs;
+  if (run_every > 0) deepkern_ptx_profile(block.x > 128 ? run_every : 1);
   return result_of(cuLaunchKernelEx(&request, kernel->function, arguments, nullptr));
 }
 
-// What tests call.
+// What bench/hopper.py calls.
+
+// 0, or: in a profile, kernels of more than 128 threads run every n-th cluster of their grid. Kernels
+// that prepare or combine their work have 128 threads and run as a whole.
+EXPORTED void machine_run_every(int every) { run_every = every; }
 
 EXPORTED void machine_set_multiprocessors(int count) { multiprocessors = count; }
 
@@ -201,6 +209,14 @@ EXPORTED void* machine_fp8_gemm_launcher() {
 
 EXPORTED void* machine_mla_launcher() {
   return reinterpret_cast<void*>(&deepkern::launch_mla_decode);
+}
+
+EXPORTED void* machine_mla_prefill_launcher() {
+  return reinterpret_cast<void*>(&deepkern::launch_mla_prefill);
+}
+
+EXPORTED void* machine_mla_prefill_backward_launcher() {
+  return reinterpret_cast<void*>(&deepkern::launch_mla_prefill_backward);
 }
 
 // The launches since the last call, a line for each: blocks, blocks of a cluster, kernel.
