@@ -42,7 +42,7 @@ struct PrefillTile {
   static constexpr uint32_t K_OFFSET = K_BYTES;
   static constexpr uint32_t V_OFFSET = K_OFFSET + 2 * K_BYTES;
   static constexpr uint32_t BARRIERS_OFFSET = V_OFFSET + 2 * V_BYTES;
-  // 8 bytes per consumer thread that nothing reads: see keep_softmax_before_wait.
+  // 8 bytes per consumer thread that nothing reads: see keep_before_wait.
   static constexpr uint32_t ORDER_OFFSET = BARRIERS_OFFSET + Ring<1>::BYTES + 2 * Ring<2>::BYTES;
   static constexpr uint32_t SMEM_BYTES = ORDER_OFFSET + 256 * 8;
   static_assert(SMEM_BYTES <= 232448, "the layout fits in the smem of a block");
@@ -183,11 +183,6 @@ struct PrefillConsumer {
     }
     return {alpha[0], alpha[1]};
   }
-  // ptxas moves a wait for WGMMAs over arithmetic, but not over a memory access that depends on it.
-  SM90_DEVICE void keep_softmax_before_wait() {
-    store_shared(rings.smem + PrefillTile::ORDER_OFFSET + thread_index() * 8,
-                 FloatPair{row_sum[0], row_sum[1]});
-  }
   SM90_DEVICE void pack_p() {
 #pragma unroll
     for (int i = 0; i < KEYS / 4; ++i) {
@@ -241,7 +236,7 @@ struct PrefillConsumer {
     release(rings.keys);
     keep_order(score);  // the release comes before the softmax
     const FloatPair alpha = softmax<MASKED>(j);
-    keep_softmax_before_wait();
+    keep_before_wait(rings.smem + PrefillTile::ORDER_OFFSET, FloatPair{row_sum[0], row_sum[1]});
     WHEN_PLANTED(releases_values_early, release(rings.values));
     UNLESS_PLANTED(rescales_before_pv_ends, wgmma_wait<0>());
     UNLESS_PLANTED(releases_values_early, release(rings.values));

@@ -232,14 +232,6 @@ struct DkvConsumer {
       packed[i / 4][i % 4] = pack_bf16(score[2 * i], score[2 * i + 1]);
     }
   }
-  // ptxas moves a wait for WGMMAs over arithmetic, but not over a memory access that depends on it.
-  SM90_DEVICE void keep_before_wait() {
-    float total[2] = {};
-#pragma unroll
-    for (int i = 0; i < ROWS / 2; ++i) total[i % 2] += score[i];
-    store_shared(rings.smem + DkvTile::ORDER_OFFSET + thread_index() * 8,
-                 FloatPair{total[0], total[1]});
-  }
   // Zeros the queries of the last step that belong to the next sequence, in both tiles.
   SM90_DEVICE void clear_tail(const DkvWork& w, int j) {
     const int rows = w.query_end - w.query_begin - j * ROWS;
@@ -413,7 +405,7 @@ struct DkConsumer : DkvConsumer {
       wgmma_wait<0>();
     }
     compute_ds();
-    keep_before_wait();
+    keep_before_wait(rings.smem + DkvTile::ORDER_OFFSET, score);
     named_barrier_arrive(3, 256);  // Pᵀ is read
     warp_sync();                   // all lanes have read their delta
     release(grad_out_done);

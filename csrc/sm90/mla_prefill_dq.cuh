@@ -185,14 +185,6 @@ struct DqConsumer {
       packed[i / 4][i % 4] = pack_bf16(grad_p[2 * i], grad_p[2 * i + 1]);
     }
   }
-  // ptxas moves a wait for WGMMAs over arithmetic, but not over a memory access that depends on it.
-  SM90_DEVICE void keep_before_wait(const float (&values)[KEYS / 2]) {
-    float total[2] = {};
-#pragma unroll
-    for (int i = 0; i < KEYS / 2; ++i) total[i % 2] += values[i];
-    store_shared(rings.smem + DqTile::ORDER_OFFSET + thread_index() * 8,
-                 FloatPair{total[0], total[1]});
-  }
 
   // Zeros the keys of the last tile that belong to the next sequence.
   SM90_DEVICE void clear_key_tail(int keys) {
@@ -234,10 +226,10 @@ struct DqConsumer {
       end_turn();
       wgmma_wait<2>();
       weigh<MASKED>(j);
-      keep_before_wait(score);
+      keep_before_wait(rings.smem + DqTile::ORDER_OFFSET, score);
       wgmma_wait<1>();
       compute_ds<MASKED>(j);
-      keep_before_wait(grad_p);
+      keep_before_wait(rings.smem + DqTile::ORDER_OFFSET, grad_p);
       UNLESS_PLANTED(dq_releases_keys_early, wgmma_wait<0>());
       release_keys();
       WHEN_PLANTED(dq_releases_keys_early, wgmma_wait<0>());

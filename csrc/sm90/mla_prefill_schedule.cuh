@@ -97,6 +97,20 @@ SM90_DEVICE void load_rows(char* to, const TensorMap* map, Barrier* full, int co
   }
 }
 
+// Keeps arithmetic before a wait for WGMMAs that follows. ptxas moves such a wait over arithmetic,
+// but not over a memory access that depends on the arithmetic. `slots`: smem, 8 bytes for each of
+// 256 threads, that nothing reads.
+SM90_DEVICE void keep_before_wait(char* slots, FloatPair result) {
+  store_shared(slots + thread_index() * 8, result);
+}
+template <int N>
+SM90_DEVICE void keep_before_wait(char* slots, const float (&results)[N]) {
+  float sum[2] = {};
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i % 2] += results[i];
+  keep_before_wait(slots, FloatPair{sum[0], sum[1]});
+}
+
 // Zeros the rows of a tile in smem from row `first` on: COLUMNS column blocks of ROWS rows. Called
 // by 256 threads. They belong to the next sequence, and 0 · NaN is NaN.
 template <int COLUMNS, int ROWS>
