@@ -1,5 +1,5 @@
-// Chooses among the compiled FP8 GEMM tiles with the cost model of
-// kernels/deepkern/runtime/tiles.py: an estimate of the time of the busiest SM. Nothing is timed.
+// Chooses among the compiled FP8 GEMM tiles by a cost model: an estimate of the time of the busiest
+// SM. Nothing is timed. kernels/deepkern/runtime/tiles.py has another model, for Triton's tiles.
 // Compiles with any host compiler.
 #pragma once
 

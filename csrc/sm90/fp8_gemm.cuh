@@ -89,7 +89,7 @@ SM90_DEVICE void load_operands(const TensorMap* a, const TensorMap* b, char* sme
 // of the next block. Rows outside the matrix have the scale of row 0.
 template <class Tile>
 SM90_DEVICE const float* find_scale(const GemmArguments& p, const TileWork& w, int i,
-                                    int* block_stride) {
+                                    int& block_stride) {
   const int rank = Tile::CLUSTER > 1 ? cluster_rank() : 0;
   const int row = w.row + (Tile::CLUSTER_M > 1 ? rank * Tile::M : 0);
   const int column = w.column + (Tile::CLUSTER_N > 1 ? rank * Tile::N : 0);
@@ -100,7 +100,7 @@ SM90_DEVICE const float* find_scale(const GemmArguments& p, const TileWork& w, i
   const bool valid = PLANT(reads_scales_past_last_row, true, at < (is_a ? p.M : p.N)) && at > 0 &&
                      i < Tile::SCALES;
   const int rows_per_scale = is_lhs ? Tile::LHS_ROWS_PER_SCALE : Tile::RHS_ROWS_PER_SCALE;
-  *block_stride = static_cast<int>(scales.block_stride);
+  block_stride = static_cast<int>(scales.block_stride);
   return scales_of_row(scales, w.group, valid ? at : 0, rows_per_scale) +
          w.scale_block * scales.block_stride;
 }
@@ -119,7 +119,7 @@ SM90_DEVICE void load_scales(const GemmArguments& p, char* smem, typename Tile::
     const float* from[PER_LANE];
     int stride[PER_LANE];
     for (int i = 0; i < PER_LANE; ++i) {
-      from[i] = find_scale<Tile>(p, w, first_thread + i * THREADS, &stride[i]);
+      from[i] = find_scale<Tile>(p, w, first_thread + i * THREADS, stride[i]);
     }
     const int blocks = (w.k_length + Tile::K - 1) / Tile::K;
     for (int j = 0; j < blocks; j += BLOCKS) {

@@ -304,7 +304,8 @@ void mla_prefill(SM90_PARAMETER TensorMap q,  // bf16 [T, H · stride], boxes [1
   char* smem = shared_memory();
   const int warp = warp_index();
   if (warp == 8 && elect_one()) {
-    prefetch(&q), prefetch(&k), prefetch(&v);
+    prefetch(&q);
+    if (p.Tk > 0) prefetch(&k), prefetch(&v);  // without rows the maps are empty
     PrefillRings(smem).init();
     barrier_init_fence();
   }

@@ -456,7 +456,8 @@ void mla_prefill_dkv(SM90_PARAMETER TensorMap grad_out,  // bf16 [T, H · stride
   char* smem = shared_memory();
   const int warp = warp_index();
   if (warp == 8 && elect_one()) {
-    prefetch(&grad_out), prefetch(&q), prefetch(&k), prefetch(&v);
+    prefetch(&k), prefetch(&v);
+    if (p.forward.T > 0) prefetch(&grad_out), prefetch(&q);  // without rows the maps are empty
     DkvRings(smem).init();
     barrier_init_fence();
   }

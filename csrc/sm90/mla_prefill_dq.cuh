@@ -289,7 +289,8 @@ void mla_prefill_dq(SM90_PARAMETER TensorMap grad_out,  // bf16 [T, H · stride]
   char* smem = shared_memory();
   const int warp = warp_index();
   if (warp == 8 && elect_one()) {
-    prefetch(&grad_out), prefetch(&q), prefetch(&k), prefetch(&v);
+    prefetch(&grad_out), prefetch(&q);
+    if (p.forward.Tk > 0) prefetch(&k), prefetch(&v);  // without rows the maps are empty
     DqRings(smem).init();
     barrier_init_fence();
   }

@@ -1,4 +1,4 @@
-// The `cuda` backend: FP8 GEMMs, mla_decode and mla_prefill on CUDA tensors. Compiled only with nvcc's kernels.
+// The `cuda` backend: FP8 GEMMs and latent attention on CUDA tensors. Compiled only with nvcc's kernels.
 //
 // The Python ops have checked their arguments. This file checks the limits of the kernels.
 #include <torch/csrc/stable/library.h>
@@ -332,10 +332,15 @@ std::tuple<Tensor, Tensor, Tensor> mla_prefill_backward(
   Tensor grad_q = torch::stable::new_empty(q, q.sizes());
   Tensor grad_k = torch::stable::new_empty(k, k.sizes());
   Tensor grad_v = torch::stable::new_empty(v, v.sizes());
-  if (call.p.H == 0) return {grad_q, grad_k, grad_v};
+  if (call.p.H == 0) {
+    return {grad_q, torch::stable::new_zeros(k, k.sizes()), torch::stable::new_zeros(v, v.sizes())};
+  }
   MlaPrefillBackwardArguments p{};
   p.forward = call.p;
   plan_mla_prefill_backward(p);
+  const int64_t key_items = int64_t{p.num_key_tiles} * k.size(1);
+  STD_TORCH_CHECK(key_items < INT32_MAX / 2, op, ": k: expected, on backend cuda, fewer than 2^30 "
+                  "tiles of 64 keys and heads, got ", key_items);
   const Tensor grads = with_heads_in_rows(grad_out), outs = with_heads_in_rows(out);
   const Tensor lses = torch::stable::contiguous(lse);
   const Tensor grad_lses = torch::stable::contiguous(grad_lse.has_value() ? *grad_lse : lse);

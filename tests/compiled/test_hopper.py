@@ -61,13 +61,13 @@ def run(name: str, args, library=None, **how):
 
 
 def check(name: str, args, **how) -> None:
-    """The result is close to the reference and, for products, has the bits of the emulator."""
+    """Products have the bits of the emulator, attention is close to it and to the reference."""
     got = run(name, args, **how)
-    compare.assert_matches(name, got, getattr(deepkern.reference, name)(*args), "sm_90")
     with emulator.cuda_backend(**how):
         want = getattr(deepkern, name)(*args)
     if not name.startswith("mla_"):
         return compare.assert_bitwise(got, want)
+    compare.assert_matches(name, got, getattr(deepkern.reference, name)(*args), "sm_90")
     if name == "mla_prefill_backward":
         for mine, other in zip(got, want, strict=True):
             torch.testing.assert_close(mine, other, rtol=2**-7, atol=1e-3)

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.slow
 # Kernel -> for each loop over steps: WGMMAs, exponentials between their issue and the last wait,
 # and at most that many instructions.
 PREFILL = [(12 + 8, 64 + 2, 890), (12 + 8, 64 + 2, 520)]  # with a mask, without
+# Kernel -> bytes that a thread spills, stores and loads: per work item, none in a step.
+SPILLS = {"mla_prefill": 52, "mla_prefill_dq": 132, "mla_prefill_dkv": 264}
 DQ = [(12 + 8 + 4, 32, 520), (12 + 8 + 4, 32, 370)]
 
 
@@ -22,6 +24,10 @@ def machine_code(tmp_path_factory) -> dict[str, str]:
     for source in ("mla_prefill", "mla_prefill_backward"):
         cubin, output = compile(source, folder)
         assert "serialized" not in output, output
+        for kernel in output.split("Compiling entry function '")[1:]:
+            spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", kernel))
+            name = next((name for name in SPILLS if f"{len(name)}{name}E" in kernel[:80]), "")
+            assert spilled <= SPILLS.get(name, 0), f"{kernel[:80]}: {spilled}"
         for part in functions(cubin):
             name = re.match(r"_ZN4sm90(\d+)(\w+)", part)
             assert name is not None, part[:80]
@@ -66,5 +72,8 @@ def test_steps_of_dkv(machine_code):
         assert not re.search(r"\b(STL|LDL|F2F|CCTL|MEMBAR\.\w+\.GPU)\b", step)
     ds, weights = sorted(steps, key=lambda step: step.count("HGMMA"))
     assert ds.count(";") <= 740, ds.count(";")
+    # The reads of Pᵀ, and the products that give dSᵀ, come before the last wait.
+    assert ds.split("WARPGROUP.DEPBAR")[-1].count("FMUL") == 0
+    assert ds.split("WARPGROUP.DEPBAR")[-2].count("FMUL") >= 64
     overlapped = [part for part in weights.split("WARPGROUP.DEPBAR") if "MUFU.EX2" in part]
     assert [part.count("MUFU.EX2") for part in overlapped] == [64, 64]

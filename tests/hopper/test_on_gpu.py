@@ -249,3 +249,39 @@ def test_prefill_in_a_graph_with_other_boundaries(generator):
     graph.replay()
     for mine, other in zip(got, want, strict=True):
         compare.assert_bitwise(mine, other)
+
+
+def backward_operands(generator, lengths, keys, **size) -> tuple:
+    q, k, v, *rest = prefill_operands(generator, lengths, keys, **size)
+    out, lse = deepkern.mla_prefill(q, k, v, *rest)
+    grad_out = torch.randn(out.shape, generator=generator, device=q.device).bfloat16()
+    grad_lse = torch.randn(lse.shape, generator=generator, device=q.device)
+    return grad_out, q, k, v, out, lse, *rest, grad_lse
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("H", "Hk"), [(1, 1), (16, 2), (128, 128)])
+def test_prefill_backward(H, Hk, causal, generator):
+    lengths, keys = (1, 127, 129, 0, 64, 1000), (3, 200, 64, 7, 0, 1300)
+    args = backward_operands(generator, lengths, keys, H=H, Hk=Hk, causal=causal, unused=2)
+    want = deepkern.reference.mla_prefill_backward(*args)
+    compare.assert_matches("mla_prefill_backward", deepkern.mla_prefill_backward(*args), want)
+
+
+def test_prefill_backward_bits_independent_of_run(generator):
+    args = backward_operands(generator, (3000, 700, 64), None, H=128)
+    first = deepkern.mla_prefill_backward(*args)
+    for _ in range(50):
+        for mine, other in zip(deepkern.mla_prefill_backward(*args), first, strict=True):
+            compare.assert_bitwise(mine, other)
+
+
+@pytest.mark.parametrize(("lengths", "keys"), [((300,), (0,)), ((0,), (300,)), ((5, 40), (2, 30))])
+def test_prefill_with_few_keys_or_queries(lengths, keys, generator):
+    """Also a tensor without rows, and queries that no key is visible to."""
+    args = prefill_operands(generator, lengths, keys, H=2)
+    want = deepkern.reference.mla_prefill(*args)
+    compare.assert_matches("mla_prefill", deepkern.mla_prefill(*args), want)
+    args = backward_operands(generator, lengths, keys, H=2)
+    want = deepkern.reference.mla_prefill_backward(*args)
+    compare.assert_matches("mla_prefill_backward", deepkern.mla_prefill_backward(*args), want)

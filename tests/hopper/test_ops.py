@@ -6,13 +6,18 @@ configuration, kernels. The emulated CUDA runtime rejects what the driver would 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import deepkern
 from bench import emulator
 from bench.emulator import cuda_backend
 from deepkern.testing import compare, ops
+
+from .products import PRODUCTS
 
 OPS = emulator.served()
 GROUPED = [name for name in OPS if "grouped" in name]
@@ -29,10 +34,15 @@ def typical_args(name: str, generator) -> tuple:
 
 
 def check(name: str, args, **how) -> torch.Tensor | tuple:
-    """The op's result, after a comparison with the reference."""
+    """The op's result, after a comparison with the reference: every bit of FP8 products."""
     args = deepkern.OPS[name].positional(args)
     with cuda_backend(**how):
         got = getattr(deepkern, name)(*args)
+    if name in PRODUCTS:
+        splits = (1, 2, 4, 8) if name == "fp8_gemm_nt" else (1,)
+        possible = [PRODUCTS[name](*args, *((s,) if s > 1 else ())) for s in splits]
+        assert any(torch.equal(compare.bits(got), compare.bits(want)) for want in possible)
+        return got
     want = getattr(deepkern.reference, name)(*args)
     compare.assert_matches(name, got, want, "sm_90")
     return got
@@ -174,6 +184,52 @@ def test_decode_of_strided_arguments(generator):
             compare.assert_bitwise(mine, other)
 
 
+def wide_rows(x: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    """x [rows, heads, dim] as a part of wider heads, with NaN between them."""
+    heads = torch.full((*x.shape[:2], left + x.shape[2] + right), torch.nan, dtype=x.dtype)
+    heads[..., left : left + x.shape[2]] = x
+    return heads[..., left : left + x.shape[2]]
+
+
+def prefill_args(generator, lengths, keys, **size) -> tuple[tuple, tuple]:
+    """Arguments of mla_prefill and of its gradients."""
+    q, k, v, *rest = ops.inputs("mla_prefill", generator, lengths, keys, **size)
+    out, lse = deepkern.reference.mla_prefill(q, k, v, *rest)
+    grad_out = torch.randn(out.shape, generator=generator).bfloat16()
+    grad_lse = torch.randn(lse.shape, generator=generator)
+    backward = (grad_out, q, k, v, out.bfloat16(), lse.float(), *rest, grad_lse)
+    return (q, k, v, *rest), backward
+
+
+def test_prefill_of_strided_arguments(generator):
+    """Rows that are not aligned, heads before rows, heads that overlap: copied for TMA."""
+    forward, backward = prefill_args(generator, (70,), (90,), H=2)
+    out, grads = check("mla_prefill", forward), check("mla_prefill_backward", backward)
+    layouts = (lambda x: wide_rows(x, 8, 0), lambda x: wide_rows(x, 3, 2),
+               lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))  # fmt: skip
+    for layout in layouts:
+        other = (*map(layout, forward[:3]), *forward[3:])
+        for mine, want in zip(check("mla_prefill", other), out, strict=True):
+            compare.assert_bitwise(mine, want)
+        lse, grad_lse = (F.pad(x, (0, 5))[:, :-5] for x in (backward[5], backward[-1]))
+        other = (*map(layout, backward[:5]), lse, *backward[6:-1], grad_lse)
+        for mine, want in zip(check("mla_prefill_backward", other), grads, strict=True):
+            compare.assert_bitwise(mine, want)
+    q, k, v, *rest = forward
+    check("mla_prefill", (q, k[:, :1].expand(-1, 2, -1), v[:, :1].expand(-1, 2, -1), *rest))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "keys", "size"),
+    [((3,), (0,), {"H": 2}), ((0,), (3,), {"H": 2}), ((1,), (1,), {"H": 1}),
+     ((3,), (3,), {"H": 0, "Hk": 2}), ((), (), {"H": 1, "unused": 2})],
+)  # fmt: skip
+def test_prefill_without_keys_queries_or_heads(lengths, keys, size, generator):
+    forward, backward = prefill_args(generator, lengths, keys, **size)
+    check("mla_prefill", forward)
+    check("mla_prefill_backward", backward)
+
+
 def test_cuda_error_is_raised(generator):
     library, args = emulator.ops(), typical_args("fp8_gemm_nt", generator)
     library.emulate_refusal(1)
@@ -186,3 +242,10 @@ def test_cuda_error_is_raised(generator):
     finally:
         library.emulate_refusal(0)
     check("fp8_gemm_nt", args)
+
+
+def test_every_op_has_a_gpu_test():
+    """bench verify lets `auto` use a kernel after the GPU tests, so each op must be in them."""
+    text = (Path(__file__).parent / "test_on_gpu.py").read_text()
+    missing = [name for name in OPS if f"deepkern.{name}(" not in text and f'"{name}"' not in text]
+    assert not missing

@@ -8,7 +8,7 @@ multiply what is summed over latents or over tokens:
     acc[m, j]   = sum over n of float16(weight[m, n]) * float16(scale[n, j] / unit) * e4m3[n, j]
 
 `unit` is a power of two, at most the largest scale of a program's tokens so far and more than half
-of it. It changes as larger scales are loaded; acc is rescaled then, as for a new row_max. Rows of q
+of it, but from 2^-40 to 2^120. A scale 2^28 times smaller loses bits. It changes as larger scales are loaded; acc is rescaled then, as for a new row_max. Rows of q
 are float16 too, each over a power of two of its own (`half_queries`).
 
 float16 and not bfloat16: GPUs convert two e4m3 to float16 in one instruction, and weights keep 11
@@ -44,7 +44,7 @@ def inverse(unit):
 def half_queries(latent):
     """Tiles [ROWS, R_BLOCK] fp32 as float16, each row over its unit; and the units [ROWS, 1].
 
-    The largest value of a row is at least 1, so float16 rounds values by at most 2^-25 of it.
+    The largest value of a row is at least 1, unless all are below 2^-40, so float16 rounds values by at most 2^-25 of it.
     """
     row_max = tl.max(tl.abs(latent[0]), 1)
     for j in tl.static_range(1, len(latent)):
