@@ -44,7 +44,8 @@ def inverse(unit):
 def half_queries(latent):
     """Tiles [ROWS, R_BLOCK] fp32 as float16, each row over its unit; and the units [ROWS, 1].
 
-    The largest value of a row is at least 1, unless all are below 2^-40, so float16 rounds values by at most 2^-25 of it.
+    The largest value of a row is at least 1, unless all are below 2^-40, so float16 rounds values
+    by at most 2^-25 of it.
     """
     row_max = tl.max(tl.abs(latent[0]), 1)
     for j in tl.static_range(1, len(latent)):
