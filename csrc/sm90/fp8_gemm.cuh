@@ -164,7 +164,9 @@ SM90_DEVICE void clear_k_tail(char* stage, int length) {
 template <class Tile>
 SM90_DEVICE void release_stage(OperandRing<Tile>& ring) {
   Barrier* empty = &ring.empty_barrier[ring.stage];
-  UNLESS_PLANTED(no_warp_sync_after_scales, warp_sync());  // all lanes have read their scales
+  // All lanes have read their scales. wgmma_wait has made the lanes meet before, so a missing
+  // warp_sync shows nowhere; it orders the reads of other lanes by the letter of the memory model.
+  warp_sync();
   if (Tile::CLUSTER == 1) {
     if (lane_index() == 0) barrier_arrive(empty);
   } else if (lane_index() < PLANT(neighbour_not_released, 1, Tile::CLUSTER)) {

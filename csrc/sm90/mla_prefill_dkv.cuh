@@ -319,7 +319,7 @@ struct DvConsumer : DkvConsumer {
       wgmma_wait<0>();
     }
     weigh<MASKED>(w, j);
-    UNLESS_PLANTED(dkv_no_warp_sync_after_lse, warp_sync());  // all lanes have read their lse
+    warp_sync();  // all lanes have read their lse
     release(q_done);
     publish();
     if (!first) {

@@ -45,7 +45,6 @@ BUGS = {
     "expects_one_release_less": (WHOLE, ANY),
     "no_barrier_init_fence": (WHOLE, "no barrier_init_fence"),
     "no_wait_for_scales": (SCALED, ANY),
-    "no_warp_sync_after_scales": (SCALED, ANY),
     "no_warp_sync_after_scale_stores": (SCALED, ANY),
     # WGMMA.
     "no_wgmma_wait": (WHOLE, ANY),

@@ -66,7 +66,7 @@ BUGS = {
     "stores_rows_past_the_last": ANY,
     "all_blocks_take_row_tile_0": ANY,
     "all_splits_in_one_place": "the accesses are not synchronized",
-    "no_grid_dependency_wait": "not called grid_dependency_wait",
+    "no_grid_dependency_wait": "grid_dependency_wait",
     "lse_from_stale_cache": "load_global needs memory that no block writes",
     "last_split_left_out": WRONG,
     "splits_not_weighted": WRONG,

@@ -59,7 +59,6 @@ BACKWARD_BUGS = {
     "dkv_no_fence_after_tail": "no fence_async_proxy followed",
     "dkv_no_wait_for_p": ANY,
     "dkv_no_wait_for_free_p": ANY,
-    "dkv_no_warp_sync_after_lse": ANY,
     "dkv_releases_rows_early": ANY,
 }
 

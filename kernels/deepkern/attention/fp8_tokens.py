@@ -8,8 +8,9 @@ multiply what is summed over latents or over tokens:
     acc[m, j]   = sum over n of float16(weight[m, n]) * float16(scale[n, j] / unit) * e4m3[n, j]
 
 `unit` is a power of two, at most the largest scale of a program's tokens so far and more than half
-of it, but from 2^-40 to 2^120. A scale 2^28 times smaller loses bits. It changes as larger scales are loaded; acc is rescaled then, as for a new row_max. Rows of q
-are float16 too, each over a power of two of its own (`half_queries`).
+of it, but from 2^-40 to 2^120. A scale 2^28 times smaller loses bits. The unit changes as larger
+scales are loaded; acc is rescaled then, as for a new row_max. Rows of q are float16 too, each over
+a power of two of its own (`half_queries`).
 
 float16 and not bfloat16: GPUs convert two e4m3 to float16 in one instruction, and weights keep 11
 bits instead of 8.
