@@ -107,10 +107,15 @@ def ops() -> ctypes.CDLL:
     machine = sources()
     parts += [compile_one(n, machine) for n in machine if of_machine(n) and n.endswith(".cpp")]
     library = link(parts, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10")
+    return load_ops(LIBRARY, library)
+
+
+def load_ops(name: str, library: Path) -> ctypes.CDLL:
+    """Loads a build of csrc/sm90/ops.cpp that registers its ops as torch.ops.`name`."""
     native.missing_reason()  # loads deepkern_native, which defines the schemas
-    schemas = torch.library.Library(LIBRARY, "DEF")
-    for name in served():
-        schema = str(getattr(torch.ops.deepkern_native, name).default._schema)
+    schemas = torch.library.Library(name, "DEF")
+    for op in served():
+        schema = str(getattr(torch.ops.deepkern_native, op).default._schema)
         schemas.define(schema.split("::", 1)[1])
     torch.ops.load_library(str(library))
     loaded = ctypes.CDLL(str(library))

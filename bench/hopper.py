@@ -23,9 +23,9 @@ from unittest import mock
 import torch
 
 import deepkern
-from deepkern.runtime import backends, native, ptx_library
+from deepkern.runtime import backends, ptx_library
 
-from .emulator import CSRC, ROOT, compiler, run, served
+from .emulator import CSRC, ROOT, compiler, load_ops, run, served
 
 HERE, BUILD = CSRC / "ptx" / "hopper", ROOT / "build" / "hopper"
 NVCC = shutil.which("nvcc")
@@ -131,15 +131,8 @@ def ops() -> ctypes.CDLL:
         compile_host(HERE / "ops.cpp", *include),
     ]
     library = link(parts, f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10")
-    native.missing_reason()  # loads deepkern_native, which defines the schemas
-    schemas = torch.library.Library(LIBRARY, "DEF")
-    for name in served():
-        schema = str(getattr(torch.ops.deepkern_native, name).default._schema)
-        schemas.define(schema.split("::", 1)[1])
-    torch.ops.load_library(str(library))
-    loaded = ctypes.CDLL(str(library))
+    loaded = load_ops(LIBRARY, library)
     loaded.machine_use.argtypes = [ctypes.c_void_p] * len(LAUNCHERS)
-    loaded.schemas = schemas  # the definitions live as long as this object
     return loaded
 
 

@@ -25,12 +25,8 @@ SM90_DEVICE float widen(fp16 x) { return to_float(x); }
 SM90_DEVICE void narrow(float& to, float x) { to = x; }
 SM90_DEVICE void narrow(bf16& to, float x) { to = to_bf16(x); }
 SM90_DEVICE void narrow(fp16& to, float x) { to = to_fp16(x); }
-SM90_DEVICE uint32_t pack_as(bf16, float low, float high) {
-  return pack(to_bf16(low), to_bf16(high));
-}
-SM90_DEVICE uint32_t pack_as(fp16, float low, float high) {
-  return pack(to_fp16(low), to_fp16(high));
-}
+SM90_DEVICE uint32_t pack_as(bf16, float low, float high) { return pack_bf16(low, high); }
+SM90_DEVICE uint32_t pack_as(fp16, float low, float high) { return pack_fp16(low, high); }
 
 // Two neighbouring elements, loaded as one access.
 SM90_DEVICE FloatPair load_pair(const float* p) {

@@ -115,16 +115,6 @@ struct PrefillConsumer {
   SM90_DEVICE PrefillConsumer(const MlaPrefillArguments& arguments, char* smem)
       : p(arguments), rings(smem) {}
 
-  // The warpgroups issue their WGMMAs in turn. Warpgroup 1 lets warpgroup 0 start.
-  SM90_DEVICE void wait_turn() { named_barrier_sync(2 + warpgroup, 256); }
-  SM90_DEVICE void end_turn() { named_barrier_arrive(3 - warpgroup, 256); }
-
-  template <int STAGES>
-  SM90_DEVICE void release(Ring<STAGES>& ring) {
-    if (lane_index() == 0) barrier_arrive(&ring.empty_barrier[ring.stage]);
-    ring.advance();
-  }
-
   // Issues score = Q·Kᵀ of the next tile of keys.
   SM90_DEVICE void multiply_qk() {
     rings.keys.wait_full();
@@ -215,9 +205,9 @@ struct PrefillConsumer {
     for (int i = 0; i < PrefillTile::V_DIM / 2; ++i) sum[i] = 0.0f;
     if (j < 0) return;
     UNLESS_PLANTED(no_wait_for_query_tile, rings.queries.wait_full());
-    wait_turn();
+    wait_turn(warpgroup);
     multiply_qk();
-    end_turn();
+    end_turn(warpgroup);
     wgmma_wait<0>();
     release(rings.keys);
     softmax<true>(j);
@@ -228,10 +218,10 @@ struct PrefillConsumer {
   // Step j, and P·V of step j + 1.
   template <bool MASKED>
   SM90_DEVICE void step(int j) {
-    wait_turn();
+    wait_turn(warpgroup);
     multiply_qk();
     multiply_pv();
-    end_turn();
+    end_turn(warpgroup);
     UNLESS_PLANTED(no_wait_for_prefill_scores, wgmma_wait<1>());
     release(rings.keys);
     keep_order(score);  // the release comes before the softmax
@@ -246,9 +236,9 @@ struct PrefillConsumer {
   }
   SM90_DEVICE void finish() {
     UNLESS_PLANTED(queries_not_released, release(rings.queries));
-    wait_turn();
+    wait_turn(warpgroup);
     multiply_pv();
-    end_turn();
+    end_turn(warpgroup);
     wgmma_wait<0>();
     release(rings.values);
   }
@@ -279,7 +269,7 @@ struct PrefillConsumer {
   SM90_DEVICE void attend() {
     PrefillSchedule<PrefillTile::KEYS> schedule(p);
     PrefillWork w;
-    if (warpgroup == 1) end_turn();
+    if (warpgroup == 1) end_turn(warpgroup);
     while (schedule.next(w)) {
       start(w);
       if (w.key_tiles > 0) {
@@ -292,7 +282,7 @@ struct PrefillConsumer {
       }
       store(w);
     }
-    if (warpgroup == 0) wait_turn();  // completes the last phase of the barrier
+    if (warpgroup == 0) wait_turn(warpgroup);  // completes the last phase of the barrier
   }
 };
 

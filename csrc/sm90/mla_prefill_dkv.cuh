@@ -193,14 +193,6 @@ struct DkvConsumer {
   SM90_DEVICE DkvConsumer(const MlaPrefillBackwardArguments& arguments, char* smem)
       : args(arguments), rings(smem), q_done(rings.q), grad_out_done(rings.grad_out) {}
 
-  SM90_DEVICE void release(Ring<DkvTile::STAGES>& ring) {
-    if (lane_index() == 0) barrier_arrive(&ring.empty_barrier[ring.stage]);
-    ring.advance();
-  }
-  SM90_DEVICE void release_keys() {
-    if (lane_index() == 0) barrier_arrive(rings.keys.empty_barrier);
-    rings.keys.advance();
-  }
   // Issues score = keys · rowsᵀ over COLUMNS column blocks.
   template <int COLUMNS>
   SM90_DEVICE void multiply_scores(const char* keys, const char* rows) {
@@ -335,7 +327,7 @@ struct DvConsumer : DkvConsumer {
     multiply_rows<128>(sum, rings.grad_out_tile(grad_out_done.stage));
     wgmma_wait<0>();
     release(grad_out_done);
-    release_keys();
+    release(rings.keys);
   }
   SM90_DEVICE void run() {
     DkvSchedule schedule(args);
@@ -421,7 +413,7 @@ struct DkConsumer : DkvConsumer {
     multiply_rows<192>(sum, rings.q_tile(q_done.stage));
     wgmma_wait<0>();
     release(q_done);
-    release_keys();
+    release(rings.keys);
   }
   SM90_DEVICE void run() {
     DkvSchedule schedule(args);

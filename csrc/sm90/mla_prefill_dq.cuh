@@ -112,10 +112,6 @@ struct DqConsumer {
   SM90_DEVICE DqConsumer(const MlaPrefillBackwardArguments& arguments, char* smem)
       : args(arguments), rings(smem), multiplied(rings.keys) {}
 
-  // The warpgroups issue their WGMMAs in turn. Warpgroup 1 lets warpgroup 0 start.
-  SM90_DEVICE void wait_turn() { named_barrier_sync(2 + warpgroup, 256); }
-  SM90_DEVICE void end_turn() { named_barrier_arrive(3 - warpgroup, 256); }
-
   // Issues score = Q·Kᵀ and grad_p = grad_out·Vᵀ of the next step.
   SM90_DEVICE void multiply_scores() {
     UNLESS_PLANTED(dq_no_wait_for_keys, rings.keys.wait_full());
@@ -153,11 +149,6 @@ struct DqConsumer {
     }
     wgmma_commit();
   }
-  SM90_DEVICE void release_keys() {
-    if (lane_index() == 0) barrier_arrive(&multiplied.empty_barrier[multiplied.stage]);
-    multiplied.advance();
-  }
-
   // score to P, in place.
   template <bool MASKED>
   SM90_DEVICE void weigh(int j) {
@@ -213,17 +204,17 @@ struct DqConsumer {
   // Scores and dS of step j, and dS·K of step j + 1 unless this is the first step.
   template <bool MASKED>
   SM90_DEVICE void step(int j, bool first) {
-    wait_turn();
+    wait_turn(warpgroup);
     multiply_scores();
     if (first) {
-      end_turn();
+      end_turn(warpgroup);
       wgmma_wait<1>();
       weigh<MASKED>(j);
       wgmma_wait<0>();
       compute_ds<MASKED>(j);
     } else {
       multiply_ds();
-      end_turn();
+      end_turn(warpgroup);
       wgmma_wait<2>();
       weigh<MASKED>(j);
       keep_before_wait(rings.smem + DqTile::ORDER_OFFSET, score);
@@ -231,19 +222,18 @@ struct DqConsumer {
       compute_ds<MASKED>(j);
       keep_before_wait(rings.smem + DqTile::ORDER_OFFSET, grad_p);
       UNLESS_PLANTED(dq_releases_keys_early, wgmma_wait<0>());
-      release_keys();
+      release(multiplied);
       WHEN_PLANTED(dq_releases_keys_early, wgmma_wait<0>());
     }
     pack_ds();
   }
   SM90_DEVICE void finish() {
-    if (lane_index() == 0) barrier_arrive(rings.queries.empty_barrier);
-    rings.queries.advance();
-    wait_turn();
+    release(rings.queries);
+    wait_turn(warpgroup);
     multiply_ds();
-    end_turn();
+    end_turn(warpgroup);
     wgmma_wait<0>();
-    release_keys();
+    release(multiplied);
   }
   SM90_DEVICE void store(const PrefillWork& w) {
 #pragma unroll
@@ -262,7 +252,7 @@ struct DqConsumer {
   SM90_DEVICE void run() {
     PrefillSchedule<KEYS> schedule(p);
     PrefillWork w;
-    if (warpgroup == 1) end_turn();
+    if (warpgroup == 1) end_turn(warpgroup);
     while (schedule.next(w)) {
       start(w);
       if (w.key_tiles > 0) {
@@ -276,7 +266,7 @@ struct DqConsumer {
       }
       store(w);
     }
-    if (warpgroup == 0) wait_turn();  // completes the last phase of the barrier
+    if (warpgroup == 0) wait_turn(warpgroup);  // completes the last phase of the barrier
   }
 };
 

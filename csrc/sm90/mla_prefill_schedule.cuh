@@ -97,6 +97,18 @@ SM90_DEVICE void load_rows(char* to, const TensorMap* map, Barrier* full, int co
   }
 }
 
+// Consumer warpgroups 0 and 1 issue their WGMMAs in turn. Warpgroup 1 ends the first turn at the
+// start, and warpgroup 0 waits once more at the end, which completes the last phase of the barrier.
+SM90_DEVICE void wait_turn(int warpgroup) { named_barrier_sync(2 + warpgroup, 256); }
+SM90_DEVICE void end_turn(int warpgroup) { named_barrier_arrive(3 - warpgroup, 256); }
+
+// Consumer release of a ring's current buffer.
+template <int STAGES>
+SM90_DEVICE void release(Ring<STAGES>& ring) {
+  if (lane_index() == 0) barrier_arrive(&ring.empty_barrier[ring.stage]);
+  ring.advance();
+}
+
 // Keeps arithmetic before a wait for WGMMAs that follows. ptxas moves such a wait over arithmetic,
 // but not over a memory access that depends on the arithmetic. `slots`: smem, 8 bytes for each of
 // 256 threads, that nothing reads.
