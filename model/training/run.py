@@ -1,0 +1,153 @@
+"""A training run: one step after another, its log, and its checkpoints.
+
+    run = Run(config, recipe, corpus.tokens, Path("runs/first"))
+    for row in run.steps():
+        print(row["main"])
+
+A step whose loss or gradient is not finite, or whose loss is a spike, changes nothing but the step
+number; its row of the log says why.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import deepkern
+from model.config import Config
+from model.training.data import batch_of_step
+from model.training.exchange import initialize
+from model.training.modules import TrainableDeepSeek
+from model.training.optimizer import make_optimizer
+from model.training.recipe import Recipe
+
+LOG = "log.jsonl"
+SMOOTHING = 0.95  # of the running mean of the loss
+
+
+class Run:
+    """Model, optimizer, position and log of a run.
+
+    tokens: uint8 or int32 [N], see `read_corpus`.
+    folder: holds the log; None keeps no log.
+    """
+
+    def __init__(
+        self, config: Config, recipe: Recipe, tokens: Tensor, folder: Path | None = None
+    ) -> None:
+        self.recipe, self.tokens, self.folder = recipe, tokens, folder
+        self.model = TrainableDeepSeek(config, recipe.precision, recipe.recompute)
+        initialize(self.model, recipe.seed)
+        self.optimizer = make_optimizer(self.model, recipe)
+        self.step = 0  # steps taken, skipped ones included
+        self.mean_loss: float | None = None  # running mean, of steps that were not skipped
+        self.log: list[dict[str, Any]] = []
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """Takes the remaining steps; yields the row of the log after each."""
+        while self.step < self.recipe.steps:
+            yield self.take_step()
+
+    def take_step(self) -> dict[str, Any]:
+        """One optimizer step on the next batch; returns its row of the log."""
+        start = time.monotonic()
+        rate = self.recipe.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses = self.gradients(batch_of_step(self.tokens, self.recipe, self.step))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip).item()
+        skipped = self.reason_to_skip(losses["main"], norm)
+        load = self.expert_load()
+        if skipped is None:
+            self.optimizer.step()
+            self.update_biases(load)
+            mean = losses["main"] if self.mean_loss is None else self.mean_loss
+            self.mean_loss = SMOOTHING * mean + (1 - SMOOTHING) * losses["main"]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        seconds = time.monotonic() - start
+        row = {
+            "step": self.step,
+            "tokens": self.step * self.recipe.tokens_per_step,
+            **losses,
+            "rate": rate,
+            "gradient_norm": norm,
+            **load_statistics(load),
+            "seconds": seconds,
+        }
+        if skipped is not None:
+            row["skipped"] = skipped
+        return self.record(row)
+
+    def gradients(self, tokens: Tensor) -> dict[str, float]:
+        """Losses of the batch, int64 [batch, window + 1]; adds their gradient to the weights."""
+        self.model.train()
+        losses = self.model(tokens)
+        weights = {
+            "main": 1.0,
+            "mtp": self.recipe.mtp_weight,
+            "balance": self.recipe.balance_weight,
+        }
+        torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def reason_to_skip(self, loss: float, norm: float) -> str | None:
+        """Why the step must not change the weights, or None."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(norm):
+            return f"the norm of the gradient is {norm}"
+        if self.mean_loss is not None and loss > self.recipe.spike * self.mean_loss:
+            return f"the loss {loss:.3f} is {loss / self.mean_loss:.1f} times the running mean"
+        return None
+
+    def expert_load(self) -> Tensor:
+        """int64 [layers with experts, E], the tokens of each expert in the last pass."""
+        loads = [moe.load for moe in self.model.experts]
+        return torch.stack(loads).long() if loads else torch.zeros(0, 0, dtype=torch.int64)
+
+    @torch.no_grad()
+    def update_biases(self, load: Tensor) -> None:
+        """Moves the selection bias of each expert by `bias_rate` towards an even load."""
+        for moe, row in zip(self.model.experts, load, strict=True):
+            bias = moe.gate.e_score_correction_bias
+            if bias is not None:
+                bias.copy_(deepkern.update_expert_bias(bias, row, self.recipe.bias_rate))
+
+    def record(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Appends a row to the log and to its file; returns it with rounded values."""
+        row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+        self.log.append(row)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / LOG).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """int64 [B, S] -> logits [B, S, vocab], in the precision of the training."""
+        self.model.eval()
+        return self.model.logits(self.model.hidden(tokens)).unflatten(0, tokens.shape)
+
+
+def load_statistics(load: Tensor) -> dict[str, Any]:
+    """Of the layers with experts: entropy of the load and its largest value over the mean.
+
+    entropy: 1 for an even load, 0 if one expert has all tokens; the least of the layers.
+    """
+    if not load.numel():
+        return {}
+    fraction = load / load.sum(1, keepdim=True).clamp(min=1)
+    entropy = torch.special.entr(fraction).sum(1) / math.log(max(load.shape[1], 2))
+    return {
+        "load_entropy": entropy.min().item(),
+        "load_max": fraction.max(1).values.mul(load.shape[1]).tolist(),
+    }
