@@ -54,6 +54,7 @@ def run(path: Path = CHECKPOINT, step: Callable[[str], object] = lambda what: No
 
 def measure(path: Path, step: Callable[[str], object]) -> list[dict]:
     from model import DeepSeek
+    from model.plain import PlainModel
 
     device = machine.device()
     text = (path / HELD_OUT).read_bytes()
@@ -62,7 +63,7 @@ def measure(path: Path, step: Callable[[str], object]) -> list[dict]:
         return DeepSeek.from_pretrained(path, dtype=dtype, device=device, fp8=fp8)
 
     step("load")
-    exact, plain = load(torch.float32), plain_model(path).to(device)
+    exact, plain = load(torch.float32), PlainModel.from_pretrained(path).to(device)
     step("logits")
     tokens = as_tokens(text[:WINDOW], device)
     records = [logits(exact, plain, tokens)]
@@ -98,20 +99,6 @@ def record(name: str, value: float | str, unit: str, ok: bool | None, note: str 
 def as_tokens(text: bytes, device: torch.device) -> Tensor:
     """Bytes are the tokens: int64 [1, S]."""
     return torch.tensor(list(text), dtype=torch.int64, device=device)[None]
-
-
-def plain_model(path: Path):
-    """The plain-PyTorch model on the checkpoint's weights, dequantised without deepkern."""
-    from safetensors.torch import load_file
-
-    from model.config import Config
-    from model.export import restored
-    from model.plain import PlainModel
-
-    tensors = {}
-    for file in sorted(path.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return restored(PlainModel(Config.load(path)), tensors)
 
 
 @torch.no_grad()

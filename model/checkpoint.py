@@ -9,7 +9,7 @@ the edges) that multiplies to dequantize, stored as fp32, bf16, fp16 or e8m0.
     config = checkpoint.check()
     weight, scale = checkpoint.read("model.layers.0.mlp.up_proj.weight")  # e4m3 [512, 192], [4, 2]
 
-The file has three parts: FP8 blocks in plain PyTorch, reading, writing.
+The file has two parts: reading, with FP8 blocks in plain PyTorch, and writing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,8 +38,6 @@ SCALES = ("_scale_inv", "_scale")  # suffixes of the name of a scale tensor
 REAL = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = {**REAL, "F8_E4M3": torch.float8_e4m3fn}
 SCALE_DTYPES = {**REAL, "F8_E8M0": torch.float8_e8m0fnu}
-BLOCK = 128  # rows and columns per scale
-E4M3_MAX = 448.0
 
 # Some checkpoints hold these; this model computes them.
 IGNORED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -48,22 +45,6 @@ IGNORED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 PREDICTION = re.compile(r"^model\.layers\.\d+\.(eh_proj|enorm|hnorm|shared_head)\.")
 # Copies of the main model's embedding and head, which some checkpoints omit.
 SHARED_COPY = re.compile(r"^model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
-
-
-def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """real [N, K] -> e4m3 [N, K] and fp32 scales [⌈N/128⌉, ⌈K/128⌉] that multiply to dequantize.
-
-    scale[i, j] = max(|block[i, j]|, 1e-4) / 448        codes = e4m3(weight * (1 / scale))
-    """
-    rows, columns = weight.shape
-    pad = (0, -columns % BLOCK, 0, -rows % BLOCK)
-    blocks = F.pad(weight.float(), pad).unflatten(0, (-1, BLOCK))
-    blocks = blocks.unflatten(2, (-1, BLOCK))  # [rows / 128, 128, columns / 128, 128]
-    scale = blocks.abs().amax((1, 3)).clamp(min=1e-4) / E4M3_MAX
-    scaled = blocks * (1 / scale)[:, None, :, None]
-    codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    codes = codes.view(torch.uint8).flatten(2).flatten(0, 1)[:rows, :columns]
-    return codes.contiguous().view(torch.float8_e4m3fn), scale
 
 
 def dequantize_blocks(codes: Tensor, scale: Tensor, block: tuple[int, int] = (128, 128)) -> Tensor:

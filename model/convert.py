@@ -112,11 +112,13 @@ def convert(
     scale_format: ScaleFormat | None = None,
     shard_bytes: int = 2 << 30,
     progress: Callable[[str, int, int], object] = lambda name, done, total: None,
+    add_files: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     """Writes directory `out`, all or nothing.
 
     scale_format: of FP8 weights; by default the checkpoint's.
     progress: called after each tensor with its name, the bytes read so far, and all bytes.
+    add_files: called with the folder before it gets its name.
 
     Raises CheckpointError if the checkpoint is not complete.
     """
@@ -134,6 +136,7 @@ def convert(
             progress(name, done, total)
         writer.finish(converted_config(config, to, scale_format))
         copy_other_files(Path(checkpoint.source), folder)
+        add_files(folder)
 
 
 def copy_other_files(source: Path, folder: Path) -> None:

@@ -22,12 +22,12 @@ from torch import Tensor
 from model.generate import CHECKPOINT, load_model
 
 
-def windows(data: bytes, window: int, batch: int) -> Iterator[Tensor]:
-    """Windows of `data`, int64 [<= batch, window + 1]; the last may be a shorter [1, rest].
+def windows(tokens: Tensor, window: int, batch: int) -> Iterator[Tensor]:
+    """Windows of tokens [N]: int64 [<= batch, window + 1]; the last may be a shorter [1, rest].
 
-    Adjacent windows have one byte in common, the last of one and the first of the next.
+    Adjacent windows have one token in common, the last of one and the first of the next.
     """
-    tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+    tokens = tokens.long()
     whole = (len(tokens) - 1) // window
     if whole:
         full = tokens[: whole * window + 1].unfold(0, window + 1, window)
@@ -38,6 +38,28 @@ def windows(data: bytes, window: int, batch: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
+def nats_per_token(
+    model: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    window: int = 512,
+    batch: int = 8,
+    progress: Callable[[int], object] = lambda _: None,
+) -> float:
+    """Mean of -ln p(token | tokens before it in the window); each token but the first is scored.
+
+    model: maps int64 [B, S] to logits [B, S, vocab].
+    tokens: [N], of any integer dtype, on the device of the model.
+    progress: called after each batch with the number of tokens scored so far.
+    """
+    nats, scored = 0.0, 0
+    for rows in windows(tokens, window, batch):
+        logits, target = model(rows[:, :-1]).float(), rows[:, 1:].flatten()
+        nats += F.cross_entropy(logits.flatten(0, 1), target, reduction="sum").item()
+        scored += target.numel()
+        progress(scored)
+    return nats / scored
+
+
 def bits_per_byte(
     model: Callable[[Tensor], Tensor],
     data: bytes,
@@ -46,20 +68,9 @@ def bits_per_byte(
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] = lambda _: None,
 ) -> float:
-    """Mean of -log2 p(byte | bytes before it in the window).
-
-    model: maps int64 tokens [B, S] on `device` to logits [B, S, 256].
-    progress: called after each batch with the number of bytes scored so far.
-    """
-    nats, scored = 0.0, 0
-    for tokens in windows(data, window, batch):
-        tokens = tokens.to(device)
-        logits = model(tokens[:, :-1]).float()
-        target = tokens[:, 1:].flatten()
-        nats += F.cross_entropy(logits.flatten(0, 1), target, reduction="sum").item()
-        scored += target.numel()
-        progress(scored)
-    return nats / scored / math.log(2)
+    """`nats_per_token` of a model of bytes, in bits."""
+    tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    return nats_per_token(model, tokens, window, batch, progress) / math.log(2)
 
 
 def main(

@@ -1,314 +1,68 @@
-"""Trains the `tiny` preset on the source of Python's standard library, one CPU core, plain PyTorch.
+"""Trains a DeepSeek model by the V3 recipe, on text or on from a checkpoint.
 
-    python -m model.train --minutes 60                       # writes a new folder under runs/
-    python -m model.train --minutes 60 --out DIR --resume    # continues the run in DIR
+    python -m model.train                                   # the tiny model, on Python's library
+    python -m model.train --data DIR --steps 500            # on a folder of text
+    python -m model.train --out DIR --resume                # continues the run in DIR
+    python -m model.train --checkpoint DIR --data DIR --learning-rate 1e-5 --window 2048
+    torchrun --nproc-per-node 4 -m model.train --experts 4  # on several processes
 
-The tokens are bytes.  About 3 % of the files, chosen by the hash of their path, are held out.  The
-length of a run is given in minutes: learning rate and progress follow the clock, so a slower
-machine processes fewer tokens in the same time.  With a length in steps, two runs of one seed use
-the same batches at the same rates on every machine.
+Tokens are bytes, or with --checkpoint those of its tokenizer.  About 3 % of the files, chosen by
+the hash of their path, are held out.  Two runs of one recipe have the same losses to the bit on the
+same machine, also if one of them is stopped and resumed.
 
-A run's folder holds `state.pt`, saved every few minutes, and at the end `checkpoint/`, which
-`model/export.py` writes.
-
-The Linears that DeepSeek-V3 trains in FP8 compute in fp32, in bf16, or in FP8 by its recipe
-(`deepkern.fp8_linear`).  Weights, gradients and all other computation are fp32 in all three.
+The folder of a run, OUT, has `run.json`, its options; `log.jsonl`, one row per step; `loss.png` and
+`load.png`; `checkpoints/`, from which --resume continues; and at the end `model/`, a Hugging Face
+directory.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
-import sysconfig
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
-import deepkern
+from model.checkpoint import Checkpoint
 from model.config import Config
-from model.evaluate import bits_per_byte
-from model.export import export, is_quantized
-from model.plain import PlainModel, PlainMoE
+from model.convert import Format, convert, copy_other_files
+from model.evaluate import nats_per_token
+from model.export import export, write_log
+from model.tokenizer import load_tokenizer
+from model.training.data import heldout_text, read_corpus, tokenize
+from model.training.exchange import checkpoint_tensors, load_weights
+from model.training.parallel import Layout, Parallel, ParallelError
+from model.training.recipe import Recipe
+from model.training.report import TensorBoard, plot_load, plot_loss, with_progress
+from model.training.run import Run
+from model.training.state import restore
+from model.training.stop import saved_steps
 
-SEPARATOR = b"\f"  # before every file; a form feed is white space in Python and rare in its source
-SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-SKIPPED_DIRS |= {"encodings", "pydoc_data"}  # generated tables, not source
+BYTES = 256  # vocabulary of a model of bytes
+STDLIB = "the `.py` files of Python's standard library without tests, `encodings` and `pydoc_data`"
 RUNS = Path(__file__).parents[1] / "runs"  # git-ignored
-HELDOUT_BYTES = 96 * 1024
+OPTIONS = "run.json"  # in the folder of a run: what it was started with
+SCORED_TOKENS = 16 * 1024  # of the held-out text, during the training
+PLOT_SECONDS = 30.0
 
 
-@dataclass
-class Recipe:
-    """The options of a run that are not the model's config."""
-
-    minutes: float = 60.0
-    steps: int | None = None  # the length of the run, in place of `minutes`
-    batch: int = 4
-    window: int = 512
-    learning_rate: float = 3e-3
-    warmup: float = 0.02  # fraction of the run
-    final: float = 0.05  # last learning rate / learning_rate
-    weight_decay: float = 0.1
-    mtp_weight: float = 0.2
-    balance_weight: float = 1e-4
-    bias_step: float = 1e-3
-    seed: int = 1
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"  # of the Linears
+class Precision(str, Enum):
+    fp32, bf16, fp8 = "fp32", "bf16", "fp8"
 
 
-def stdlib_files() -> dict[str, bytes]:
-    """Relative path -> content of the standard library's Python files except tests, sorted."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = {}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - SKIPPED_DIRS)
-        for name in sorted(names):
-            if name.endswith(".py"):
-                path = Path(folder, name)
-                files[path.relative_to(root).as_posix()] = path.read_bytes()
-    return dict(sorted(files.items()))
+class Optimizer(str, Enum):
+    adamw, muon = "adamw", "muon"
 
 
-def is_held_out(path: str) -> bool:
-    """Whether a file is held out of training: 3 % of the files, by the hash of the path."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % 1000 < 30
-
-
-def corpus() -> tuple[bytes, dict[str, bytes]]:
-    """The training bytes, and the held-out files as path -> content."""
-    files = stdlib_files()
-    held_out = {path: text for path, text in files.items() if is_held_out(path)}
-    train = SEPARATOR.join(text for path, text in files.items() if path not in held_out)
-    return SEPARATOR + train, held_out
-
-
-def heldout_text(files: dict[str, bytes], size: int = HELDOUT_BYTES) -> tuple[bytes, list[str]]:
-    """Joins held-out files of 2 to 32 KiB, in the order of their hash, up to `size` bytes.
-
-    Returns the text and the paths of its files.
-    """
-    fitting = [path for path, text in files.items() if 2048 <= len(text) <= 32768]
-    fitting.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
-    text, paths = b"", []
-    for path in fitting:
-        if len(text) < size:
-            text += SEPARATOR + files[path]
-            paths.append(path)
-    return text[:size], paths
-
-
-def batches(data: bytes, recipe: Recipe, start: int) -> Iterator[Tensor]:
-    """Random windows, int64 [batch, window + 1], from batch `start` on.
-
-    Batch n is the same in every run of one seed.
-    """
-    tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    step, span = start, torch.arange(recipe.window + 1)
-    while True:
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        limit = len(tokens) - recipe.window - 1
-        offset = torch.randint(limit, (recipe.batch, 1), generator=generator)
-        yield tokens[offset + span].long()
-        step += 1
-
-
-def initialize(model: PlainModel) -> None:
-    """Normal weights of deviation 1/sqrt(inputs), smaller for outputs added to the residual."""
-    depth = 2 * model.config.num_hidden_layers
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            continue
-        std = parameter.shape[1] ** -0.5
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std *= depth**-0.5
-        if "embed_tokens" in name or "head" in name:
-            std = 0.5 if "embed" in name else 0.02
-        torch.nn.init.normal_(parameter, std=std)
-
-
-def share_embedding_and_head(model: PlainModel) -> None:
-    """Makes the prediction layers use the main model's embedding and head, as in the report."""
-    for layer in model.model["layers"][model.config.num_hidden_layers :]:
-        layer.embed_tokens.weight = model.model["embed_tokens"].weight
-        layer.shared_head["head"].weight = model.lm_head.weight
-
-
-class BF16Linear(nn.Linear):
-    """Computes in bf16 on fp32 activations and weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
-
-
-class FP8Linear(deepkern.FP8Linear):
-    """Computes in FP8 on fp32 activations and weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.bfloat16()).to(x.dtype)
-
-
-def set_precision(model: PlainModel, precision: str) -> None:
-    """Makes projections, MLPs and experts compute in `precision`; parameters do not change."""
-    classes = {"fp32": nn.Linear, "bf16": BF16Linear, "fp8": FP8Linear}
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and is_quantized(f"{name}.weight"):
-            parent, _, child = name.rpartition(".")
-            new = classes[precision](
-                linear.in_features, linear.out_features, bias=False, device="meta"
-            )
-            new.weight = linear.weight
-            setattr(model.get_submodule(parent), child, new)
-
-
-def losses(model: PlainModel, tokens: Tensor) -> dict[str, Tensor]:
-    """Mean nats of the next byte and of the one after, and the mean balance loss.
-
-    tokens: int64 [B, window + 1].
-    """
-    inputs = tokens[:, :-1]
-    hidden = model.hidden(inputs)
-    logits, ahead = model.lm_head(hidden), model.mtp_logits(inputs, hidden)
-    layers = [module for module in model.modules() if isinstance(module, PlainMoE)]
-    return {
-        "main": F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()),
-        "mtp": F.cross_entropy(ahead.flatten(0, 1), tokens[:, 2:].flatten()),
-        "balance": torch.stack([layer.balance for layer in layers]).mean(),
-    }
-
-
-@torch.no_grad()
-def update_biases(model: PlainModel, step: float) -> float:
-    """Moves each selection bias by ±step towards an even load; returns the worst max/mean load."""
-    worst = 0.0
-    for module in model.modules():
-        if isinstance(module, PlainMoE):
-            load = module.load.float()
-            module.gate.e_score_correction_bias += step * (load.mean() - load).sign()
-            worst = max(worst, (load.max() / load.mean()).item())
-    return worst
-
-
-def learning_rate(recipe: Recipe, progress: float) -> float:
-    """Linear warm-up, then half a cosine down to `final`; progress is from 0 to 1."""
-    if progress < recipe.warmup:
-        return recipe.learning_rate * (progress / recipe.warmup)
-    angle = math.pi * (progress - recipe.warmup) / (1 - recipe.warmup)
-    return recipe.learning_rate * (recipe.final + (1 - recipe.final) * (1 + math.cos(angle)) / 2)
-
-
-def make_optimizer(model: PlainModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-
-
-class Run:
-    """A training run: model, optimizer, clock and log; continues folder/state.pt if it exists."""
-
-    def __init__(self, config: Config, recipe: Recipe, folder: Path) -> None:
-        torch.manual_seed(recipe.seed)
-        self.recipe, self.folder = recipe, folder
-        self.model = PlainModel(config)
-        initialize(self.model)
-        share_embedding_and_head(self.model)
-        set_precision(self.model, recipe.precision)
-        self.optimizer = make_optimizer(self.model, recipe)
-        self.step, self.seconds = 0, 0.0
-        self.log: list[dict[str, Any]] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "state.pt").exists():
-            state = torch.load(folder / "state.pt", weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.log = json.loads(state["log"])
-
-    @property
-    def progress(self) -> float:
-        """From 0 to 1, by steps or by the clock."""
-        if self.recipe.steps is not None:
-            return min(self.step / self.recipe.steps, 1.0)
-        return min(self.seconds / (60 * self.recipe.minutes), 1.0)
-
-    def save(self) -> None:
-        """Writes folder/state.pt, all or nothing."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "log": json.dumps(self.log),
-        }
-        torch.save(state, self.folder / "state.tmp")
-        os.replace(self.folder / "state.tmp", self.folder / "state.pt")
-
-    def train_step(self, tokens: Tensor) -> dict[str, float]:
-        """One optimizer step on tokens int64 [B, window + 1]; returns its losses and rates."""
-        self.model.train()
-        lr = learning_rate(self.recipe, self.progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        terms = losses(self.model, tokens)
-        loss = terms["main"] + self.recipe.mtp_weight * terms["mtp"]
-        (loss + self.recipe.balance_weight * terms["balance"]).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        imbalance = update_biases(self.model, self.recipe.bias_step)
-        values = {name: value.item() for name, value in terms.items()}
-        return {**values, "lr": lr, "gradient_norm": norm.item(), "imbalance": imbalance}
-
-    def record(self, values: dict[str, float]) -> None:
-        """Appends a row to the log."""
-        tokens = self.step * self.recipe.batch * self.recipe.window
-        row = {"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 1), **values}
-        self.log.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-
-
-def run_until_done(
-    run: Run, data: bytes, check: bytes, save_every: float = 240.0, log_every: int = 20
-) -> None:
-    """Trains to the end of the run; saves every `save_every` seconds.
-
-    Logs every `log_every` steps, and at each save the bits per byte of `check`, held-out text.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=1.0, completed=run.progress)
-        saved = run.seconds
-        for tokens in batches(data, run.recipe, run.step):
-            if run.progress >= 1:
-                break
-            start = time.monotonic()
-            values = run.train_step(tokens)
-            run.step += 1
-            run.seconds += time.monotonic() - start
-            if run.step % log_every == 0:
-                run.record(values)
-                rate = run.step * tokens[:, 1:].numel() / run.seconds
-                text = f"step {run.step}  {values['main'] / math.log(2):.3f} bits  {rate:.0f} B/s"
-                progress.update(bar, completed=run.progress, description=text)
-            if run.seconds - saved > save_every:
-                saved = run.seconds
-                run.record({"held_out_bpb": bits_per_byte(run.model.eval(), check)})
-                print(run.log[-2], run.log[-1], flush=True)
-                run.save()
-    run.save()
+class Schedule(str, Enum):
+    cosine, report = "cosine", "report"
 
 
 def run_folder(out: Path | None, resume: bool) -> Path:
@@ -317,8 +71,8 @@ def run_folder(out: Path | None, resume: bool) -> Path:
     Raises typer.BadParameter if a new run would write to a folder that is not empty, or if there is
     no run to resume.
     """
-    if resume and (out is None or not (out / "state.pt").is_file()):
-        raise typer.BadParameter(f"{out}: no state.pt to resume; name its folder with --out")
+    if resume and (out is None or not (out / OPTIONS).is_file()):
+        raise typer.BadParameter(f"{out}: no run to resume; name its folder with --out")
     if out is None:
         out = RUNS / time.strftime("%Y-%m-%dT%H-%M-%S")
     if out.exists() and not resume and any(out.iterdir()):
@@ -326,39 +80,223 @@ def run_folder(out: Path | None, resume: bool) -> Path:
     return out
 
 
-def main(
-    out: Annotated[Path | None, typer.Option(help="the run's folder; a new one in runs/")] = None,
-    resume: Annotated[bool, typer.Option(help="continue the run in OUT")] = False,
-    minutes: Annotated[
-        float,
-        typer.Option(min=0.01, help="length of the run; learning rate and progress follow it"),
-    ] = Recipe.minutes,
-    learning_rate: float = Recipe.learning_rate,
-    batch: int = Recipe.batch,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+class Options(NamedTuple):
+    """What a run is started with: paths, and the recipe.  A run that is resumed keeps them."""
+
+    data: str | None
+    checkpoint: str | None
+    config: str | None
+    recipe: Recipe
+
+    def save(self, folder: Path) -> None:
+        """Writes run.json, all or nothing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = folder / f".{OPTIONS}.new"
+        values = {**self._asdict(), "recipe": asdict(self.recipe)}
+        fresh.write_text(json.dumps(values, indent=1) + "\n")
+        os.replace(fresh, folder / OPTIONS)
+
+    @classmethod
+    def load(cls, folder: Path) -> Options:
+        """Reads run.json; raises ValueError if it is damaged."""
+        file = folder / OPTIONS
+        try:
+            values = json.loads(file.read_text())
+            return cls(**{**values, "recipe": Recipe.from_dict(values["recipe"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: not the options of a run: {error}") from error
+
+
+class Heldout(NamedTuple):
+    """Text that is not trained on, its tokens, and the paths of its files."""
+
+    text: bytes
+    tokens: Tensor
+    paths: list[str]
+
+
+class Source:
+    """What a run starts from: the text, the config, and the weights of a checkpoint or none.
+
+    Raises ValueError or FileNotFoundError if one of them cannot be used.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.data = Path(options.data) if options.data else None
+        self.name = options.data or STDLIB
+        self.checkpoint = Checkpoint.open(options.checkpoint) if options.checkpoint else None
+        self.encode: Callable[[str], list[int]] | None = None
+        if options.checkpoint and options.config:
+            raise ValueError("--config and --checkpoint: expected one of them")
+        if self.checkpoint is not None:
+            self.config = self.checkpoint.check()
+        elif options.config:
+            self.config = Config.load(options.config)
+        else:
+            window = options.recipe.window
+            self.config = Config.preset("tiny", max_position_embeddings=window)
+        if self.config.vocab_size != BYTES:
+            if not options.checkpoint:
+                text = f"{options.config}: vocab_size {self.config.vocab_size} needs a tokenizer"
+                raise ValueError(f"{text}; name a --checkpoint that has one")
+            self.encode = load_tokenizer(options.checkpoint).encode
+
+    def start(self, recipe: Recipe, folder: Path, parallel: Parallel) -> tuple[Heldout, Run]:
+        """Reads the text and makes the run, with the weights of the checkpoint."""
+        corpus = read_corpus(self.data, self.encode)
+        text, paths = heldout_text(corpus.held_out)
+        tokens = tokenize([text], self.encode) if text else torch.zeros(0, dtype=torch.uint8)
+        run = Run(self.config, recipe, corpus.tokens, folder, parallel)
+        if self.checkpoint is not None:
+            load_weights(run.model, self.checkpoint)
+        if run.is_main:
+            size = sum(p.numel() for p in run.model.parameters())
+            print(f"{folder}: {size:,} parameters, {len(corpus.tokens):,} tokens", flush=True)
+        return Heldout(text, tokens, paths), run
+
+
+def layout_of(tensor: int, context: int, experts: int) -> Layout:
+    """The layout of the processes of torchrun; the data ranks are those that remain."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    data, rest = divmod(processes, tensor * context)
+    if rest:
+        text = f"expected a divisor of the {processes} processes, got {tensor * context}"
+        raise ValueError(f"--tensor * --context: {text}")
+    return Layout(data=data, context=context, tensor=tensor, experts=experts)
+
+
+def train(run: Run, scored: Tensor, evaluate_every: int, save_every: int) -> None:
+    """Takes the remaining steps, with checkpoints, pictures and scores of the held-out tokens."""
+    board, drawn = TensorBoard(run), time.monotonic()
+    for row in with_progress(run, saved_steps(run, save_every)):
+        board.add(row)
+        if len(scored) > 1 and row["step"] % evaluate_every == 0:
+            board.add(score(run, scored))
+        if time.monotonic() - drawn > PLOT_SECONDS:
+            draw(run)
+            drawn = time.monotonic()
+    board.close()
+    draw(run)
+
+
+def score(run: Run, scored: Tensor) -> dict[str, Any]:
+    """Adds the loss on the held-out tokens, nats per token, to the log; returns the row."""
+    value = nats_per_token(run.predict, scored, run.recipe.window)
+    tokens = run.step * run.recipe.tokens_per_step
+    return run.record({"step": run.step, "tokens": tokens, "held_out": value})
+
+
+def draw(run: Run) -> None:
+    """Replaces the pictures of the run."""
+    if run.is_main:
+        plot_loss(run.log, run.folder / "loss.png", unit_of(run.model.config))
+        plot_load(run.log, run.folder / "load.png")
+
+
+def unit_of(config: Config) -> str:
+    return "bits per byte" if config.vocab_size == BYTES else "nats per token"
+
+
+def write_model(
+    run: Run, source: Source, held_out: Heldout, to: Format | None, threads: int
 ) -> None:
-    """Trains and exports; the checkpoint is OUT/checkpoint."""
-    folder = run_folder(out, resume)
-    torch.set_num_threads(threads)
-    recipe = Recipe(minutes=minutes, learning_rate=learning_rate, batch=batch)
-    config = Config.preset("tiny", max_position_embeddings=recipe.window)
-    data, held_out = corpus()
-    text, paths = heldout_text(held_out)
-    run = Run(config, recipe, folder)
-    size = sum(p.numel() for p in run.model.parameters())
-    print(f"{folder}: {size:,} parameters, {len(data):,} bytes to train on", flush=True)
-    run_until_done(run, data, text[: 16 * 1024])
-    notes = {
-        "recipe": asdict(recipe),
-        "training_bytes": len(data),
+    """Writes OUT/model.  Every process calls it, the main one writes."""
+    tensors, config, out = checkpoint_tensors(run.model), run.model.config, run.folder / "model"
+    if not run.is_main:
+        return
+    if to is None:
+        stored = source.config.quantization_config
+        to = Format.fp8 if stored or source.checkpoint is None else Format.bf16
+    if source.checkpoint is None and to is Format.fp8:
+        notes = record_of(run, held_out.paths, source.name, threads)
+        metrics = export(config, tensors, out, held_out.text, notes, run.log, run.recipe.window)
+        print({name: value for name, value in metrics.items() if name.startswith("held_out_bits")})
+    else:
+
+        def add_files(folder: Path) -> None:
+            if source.checkpoint is not None:
+                copy_other_files(Path(source.checkpoint.source), folder)
+            write_log(folder, run.log, unit_of(config))
+
+        convert(Checkpoint.from_tensors(config, tensors), out, to, add_files=add_files)
+    print(f"{out}: the trained model; python -m model.generate --checkpoint {out} runs it")
+
+
+def record_of(run: Run, paths: list[str], source: str, threads: int) -> dict[str, Any]:
+    """What the README of the trained model says of the run."""
+    steps = [row for row in run.log if "seconds" in row]
+    return {
+        "name": "stdlib-bytes" if source == STDLIB else "A model of bytes",
+        "source": source,
+        "recipe": asdict(run.recipe),
+        "training_bytes": len(run.tokens),
         "held_out_files": paths,
         "steps": run.step,
-        "tokens_seen": run.step * recipe.batch * recipe.window,
-        "training_minutes": round(run.seconds / 60, 1),
+        "skipped": sum("skipped" in row for row in steps),
+        "tokens_seen": run.step * run.recipe.tokens_per_step,
+        "training_minutes": round(sum(row["seconds"] for row in steps) / 60, 1),
         "training_threads": threads,
+        "cpu": f"{os.cpu_count()}-core CPU machine",
     }
-    metrics = export(run.model, folder / "checkpoint", text, notes, run.log)
-    print(json.dumps(metrics, indent=1))
+
+
+def main(
+    data: Annotated[
+        Path | None, typer.Option(help="a folder of text; by default Python's standard library")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; a new one in runs/")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="continue the run in OUT with the recipe that it was started with")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="start from this Hugging Face directory")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="a config.json of a model of bytes; tiny by default")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1)] = Recipe.steps,
+    batch: Annotated[int, typer.Option(min=1, help="sequences per step")] = Recipe.batch,
+    window: Annotated[int, typer.Option(min=1, help="tokens per sequence")] = Recipe.window,
+    learning_rate: Annotated[float, typer.Option(help="the highest")] = Recipe.learning_rate,
+    optimizer: Optimizer = Optimizer.adamw,
+    schedule: Annotated[Schedule, typer.Option(help="report: DeepSeek-V3's")] = Schedule.cosine,
+    precision: Annotated[Precision, typer.Option(help="of the products")] = Precision.fp8,
+    recompute: Annotated[
+        bool, typer.Option(help="run norms and up-projections again in the backward pass")
+    ] = Recipe.recompute,
+    seed: int = Recipe.seed,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="steps between scores")] = 200,
+    save_every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 1,
+    to: Annotated[
+        Format | None,
+        typer.Option(help="format of the result; by default that of --checkpoint, or fp8"),
+    ] = None,
+    tensor: Annotated[int, typer.Option(min=1, help="processes that divide the heads")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="processes that divide a sequence")] = 1,
+    experts: Annotated[int, typer.Option(min=1, help="processes that divide the experts")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process")] = 1,
+) -> None:
+    """Trains and writes OUT/model, a Hugging Face directory."""
+    folder = run_folder(out, resume)
+    torch.set_num_threads(threads)
+    try:
+        recipe = Recipe(
+            steps=steps, batch=batch, window=window, learning_rate=learning_rate,
+            optimizer=optimizer.value, schedule=schedule.value, precision=precision.value,
+            recompute=recompute, seed=seed,
+        )  # fmt: skip
+        paths = (str(path) if path else None for path in (data, checkpoint, config))
+        options = Options.load(folder) if resume else Options(*paths, recipe)
+        source, parallel = Source(options), Parallel(layout_of(tensor, context, experts))
+        held_out, run = source.start(options.recipe, folder, parallel)
+        if run.is_main and not resume:
+            options.save(folder)
+        restore(run)
+        train(run, held_out.tokens[:SCORED_TOKENS], evaluate_every, save_every)
+        write_model(run, source, held_out, to, threads)
+    except (ValueError, OSError, ParallelError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ from model.checkpoint import (
     replace_directory,
     write_checkpoint,
 )
-from model.config import Config
-from model.export import fp8_config, is_quantized
+from model.config import FP8_QUANTIZATION, Config
 from model.plain import PlainModel
+from model.tensors import is_quantized
 
 from .. import language_model, machine, results
 from ..command_line import FOLDER, KEEP, bar, screen
@@ -154,7 +154,8 @@ def random_tensors(config: Config) -> dict[str, Tensor]:
 
 def write_random(config: Config, folder: Path) -> None:
     with replace_directory(folder) as fresh:
-        write_checkpoint(fresh, fp8_config(config), random_tensors(config))
+        stored = Config(**{**vars(config), "quantization_config": FP8_QUANTIZATION})
+        write_checkpoint(fresh, stored, random_tensors(config))
 
 
 def write_bf16(source: Path, folder: Path) -> None:

@@ -97,7 +97,9 @@ def load_weights(model: TrainableDeepSeek, checkpoint: Checkpoint) -> None:
                 continue  # copies that some checkpoints omit
             raise CheckpointError(f"{checkpoint.source}: tensor {name} is missing")
         stored, scale = checkpoint.read(name)
-        real = stored if scale is None else deepkern.cast_back(stored, scale, checkpoint.block)
+        real = stored
+        if scale is not None:
+            real = deepkern.cast_back(stored, scale, checkpoint.block, torch.float32)
         if real.shape != value.shape:
             text = f"tensor {name} has shape {list(real.shape)}, expected {list(value.shape)}"
             raise CheckpointError(f"{checkpoint.source}: {text}")

@@ -13,8 +13,8 @@ from rich.console import Console
 from bench import generation, job, language_model
 from model.checkpoint import write_checkpoint
 from model.config import FP8_QUANTIZATION, Config
-from model.export import stored_tensors
 from model.plain import PlainModel
+from tests.models import stored_tensors
 
 NAMES = [
     "largest logit difference to plain PyTorch, fp32",
@@ -82,7 +82,7 @@ def test_records_are_complete(checkpoint):
 
 
 def test_a_model_with_other_logits_fails(checkpoint, monkeypatch, tmp_path):
-    real = language_model.plain_model
+    real = PlainModel.from_pretrained
 
     def scaled(path):
         model = real(path)
@@ -90,7 +90,7 @@ def test_a_model_with_other_logits_fails(checkpoint, monkeypatch, tmp_path):
             model.lm_head.weight.mul_(1.01)
         return model
 
-    monkeypatch.setattr(language_model, "plain_model", scaled)
+    monkeypatch.setattr(PlainModel, "from_pretrained", scaled)
     output = io.StringIO()
     console = Console(file=output, width=200)
     code = job.run([], folder=tmp_path / "results", checkpoint=checkpoint, console=console)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from model import CheckpointError, Config, DeepSeek
 from model.checkpoint import INDEX, SINGLE, Checkpoint, replace_directory, write_checkpoint
 from model.config import FP8_QUANTIZATION
-from model.export import stored_tensors
 from model.plain import PlainModel
 from model.tensors import expected_tensors
+from tests.models import stored_tensors
 
 TOKENS = torch.arange(30).view(2, 15) * 3
 V32 = {"model_type": "deepseek_v32", "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}

@@ -15,9 +15,9 @@ from model import CheckpointError, DeepSeek
 from model.checkpoint import INDEX, SINGLE, Checkpoint, write_checkpoint
 from model.config import FP8_QUANTIZATION
 from model.convert import Format, ScaleFormat, convert, main
-from model.export import stored_tensors
 from model.plain import PlainModel
 from model.tensors import expected_tensors, is_quantized
+from tests.models import stored_tensors
 
 TOKENS = torch.arange(30).view(2, 15) * 3
 app = typer.Typer()

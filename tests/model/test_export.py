@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import deepkern
-from model.checkpoint import dequantize_blocks, quantize_blocks
+from model.checkpoint import dequantize_blocks
 from model.tensors import is_quantized
+from tests.models import quantize_blocks
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 127), (40, 300), (576, 200)], ids=str)
