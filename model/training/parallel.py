@@ -60,6 +60,9 @@ TENSOR_DIMS = {
     "down_proj": 1,
 }
 EXPERT_WEIGHTS = (".experts.w13", ".experts.w2")
+# Their names from torch 2.13 on, and before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 NOTE_WAIT = 5.0  # seconds that a failed rank waits for the notes of the others
 
 
@@ -213,7 +216,8 @@ class Parallel:
 
         fully_shard(module, mesh=mesh, shard_placement_fn=placement)
         module.set_gradient_divide_factor(float(self.token_ranks))
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+        # gloo sums only.  On one rank, this option of torch 2.13 divides by the factor twice.
+        module.set_force_sum_reduction_for_comms(mesh.size() > 1)
 
     def reshard(self, model: nn.Module) -> None:
         """Frees gathered weights after a pass without a backward pass."""
@@ -374,11 +378,11 @@ class Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         out = x.new_empty((group.size() * len(x), *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        all_gather(out, x.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         out = grad.new_empty((len(grad) // ctx.group.size(), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
+        reduce_scatter(out, grad.contiguous(), group=ctx.group)
         return out, None
