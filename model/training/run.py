@@ -26,6 +26,7 @@ from model.training.data import batch_of_step
 from model.training.exchange import initialize
 from model.training.modules import TrainableDeepSeek
 from model.training.optimizer import make_optimizer
+from model.training.parallel import Parallel
 from model.training.recipe import Recipe
 
 LOG = "log.jsonl"
@@ -37,13 +38,24 @@ class Run:
 
     tokens: uint8 or int32 [N], see `read_corpus`.
     folder: holds the log; None keeps no log.
+    parallel: the layout of the processes, of which each has a Run; by default one process.  All
+        have the same log; the main one writes it.
     """
 
     def __init__(
-        self, config: Config, recipe: Recipe, tokens: Tensor, folder: Path | None = None
+        self,
+        config: Config,
+        recipe: Recipe,
+        tokens: Tensor,
+        folder: Path | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         self.recipe, self.tokens, self.folder = recipe, tokens, folder
-        self.model = TrainableDeepSeek(config, recipe.precision, recipe.recompute)
+        self.parallel = parallel = parallel or Parallel()
+        parallel.layout.check(config, recipe)
+        self.rank, self.is_main = parallel.rank, parallel.is_main
+        self.model = TrainableDeepSeek(config, recipe.precision, recipe.recompute, parallel)
+        parallel.shard(self.model)
         initialize(self.model, recipe.seed)
         self.optimizer = make_optimizer(self.model, recipe)
         self.step = 0  # steps taken, skipped ones included
@@ -56,13 +68,20 @@ class Run:
             yield self.take_step()
 
     def take_step(self) -> dict[str, Any]:
-        """One optimizer step on the next batch; returns its row of the log."""
+        """One optimizer step on the next batch; returns its row of the log.
+
+        Raises ParallelError, which names the ranks, if another process fails or is silent.
+        """
+        with self.parallel.naming_lost_ranks(f"step {self.step + 1}"):
+            return self._take_step()
+
+    def _take_step(self) -> dict[str, Any]:
         start = time.monotonic()
         rate = self.recipe.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         losses = self.gradients(batch_of_step(self.tokens, self.recipe, self.step))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip).item()
+        norm = self.parallel.clip_norm(self.model.parameters(), self.recipe.clip)
         skipped = self.reason_to_skip(losses["main"], norm)
         load = self.expert_load()
         if skipped is None:
@@ -89,14 +108,14 @@ class Run:
     def gradients(self, tokens: Tensor) -> dict[str, float]:
         """Losses of the batch, int64 [batch, window + 1]; adds their gradient to the weights."""
         self.model.train()
-        losses = self.model(tokens)
+        losses = self.model(self.parallel.rows(tokens))
         weights = {
             "main": 1.0,
             "mtp": self.recipe.mtp_weight,
             "balance": self.recipe.balance_weight,
         }
         torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
-        return {name: loss.item() for name, loss in losses.items()}
+        return self.parallel.mean(losses)
 
     def reason_to_skip(self, loss: float, norm: float) -> str | None:
         """Why the step must not change the weights, or None."""
@@ -111,7 +130,9 @@ class Run:
     def expert_load(self) -> Tensor:
         """int64 [layers with experts, E], the tokens of each expert in the last pass."""
         loads = [moe.load for moe in self.model.experts]
-        return torch.stack(loads).long() if loads else torch.zeros(0, 0, dtype=torch.int64)
+        if not loads:
+            return torch.zeros(0, 0, dtype=torch.int64)
+        return self.parallel.sum(torch.stack(loads).long())
 
     @torch.no_grad()
     def update_biases(self, load: Tensor) -> None:
@@ -125,7 +146,7 @@ class Run:
         """Appends a row to the log and to its file; returns it with rounded values."""
         row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
         self.log.append(row)
-        if self.folder is not None:
+        if self.folder is not None and self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / LOG).open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -133,9 +154,11 @@ class Run:
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:
-        """int64 [B, S] -> logits [B, S, vocab], in the precision of the training."""
+        """int64 [B, S], the same on all ranks -> logits [B, S, vocab], in the precision of the run."""
         self.model.eval()
-        return self.model.logits(self.model.hidden(tokens)).unflatten(0, tokens.shape)
+        logits = self.model.predict(tokens)
+        self.parallel.reshard(self.model)
+        return logits
 
 
 def load_statistics(load: Tensor) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from model.config import Config
 from model.deepseek import Precision
 from model.plain import PlainModel, PlainMoE
 from model.training.data import batch_of_step, heldout_text, is_held_out, read_corpus
-from model.training.exchange import checkpoint_tensors, initialize, load_weights, stored_views
+from model.training.exchange import checkpoint_tensors, initialize, load_weights
 from model.training.modules import TrainableDeepSeek
 from model.training.optimizer import MOMENT, make_optimizer, orthogonal
 from model.training.recipe import Recipe
@@ -94,7 +94,7 @@ def test_losses_and_gradients_equal_plain(changes, toy, generator):
     for parameter in model.parameters():
         parameter.data = parameter.grad
     compared = 0
-    for name, grad in stored_views(model):
+    for name, grad in checkpoint_tensors(model).items():
         if name in expected:
             # None: an expert that no token chose.
             want = torch.zeros_like(grad) if expected[name].grad is None else expected[name].grad
