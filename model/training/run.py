@@ -154,7 +154,7 @@ class Run:
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:
-        """int64 [B, S], the same on all ranks -> logits [B, S, vocab], in the precision of the run."""
+        """int64 [B, S], equal on all ranks -> logits [B, S, vocab], in the precision of the run."""
         self.model.eval()
         logits = self.model.predict(tokens)
         self.parallel.reshard(self.model)

@@ -1,182 +1,175 @@
-"""Training of a small model: losses, balance, clock and steps, precisions, resuming, export."""
+"""`python -m model.train`: a run, what it writes, resuming, starting from a checkpoint, errors."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import typer
-from torch import nn
+from typer.testing import CliRunner
 
-import deepkern
 from model import DeepSeek
+from model.checkpoint import Checkpoint, write_checkpoint
+from model.config import Config
 from model.evaluate import bits_per_byte
-from model.export import export, is_quantized
-from model.plain import PlainMoE, balance_loss
-from model.train import (
-    Recipe,
-    Run,
-    batches,
-    corpus,
-    heldout_text,
-    is_held_out,
-    learning_rate,
-    losses,
-    run_folder,
-    run_until_done,
-    update_biases,
-)
+from model.train import Options, layout_of, main, run_folder
+from model.training.recipe import Recipe
+from model.training.report import smoothed
+from tests.models import stored_tensors
 
-DATA = b"for i in range(10):\n    print(i)\n" * 300
+ROOT = Path(__file__).parents[2]
+LINE = "for number in range({0}):\n    print(number, {0})\n"
 TOY = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "vocab_size": 256}
-RECIPE = {"minutes": 3 / 60, "batch": 2, "window": 48, "warmup": 0.05}
+SIZES = ("--batch", "2", "--window", "48")
 
 
 @pytest.fixture
-def toy_run(make_config, tmp_path):
-    return Run(make_config(**TOY), Recipe(**RECIPE), tmp_path / "state")
+def text(tmp_path) -> Path:
+    """A folder of text; some of its files are held out."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(80):
+        (folder / f"{number}.py").write_text(LINE.format(number) * 60)
+    return folder
 
 
-def test_train_resume_and_export(make_config, toy_run, tmp_path):
-    for tokens in batches(DATA, toy_run.recipe, 0):
-        toy_run.train_step(tokens)
-        toy_run.step += 1
-        toy_run.seconds += 0.05  # in place of the clock
-        if toy_run.step == 55:
-            break
-    run_until_done(toy_run, DATA, DATA[:512])  # by the real clock
-    assert toy_run.seconds >= 3
-    trained = bits_per_byte(toy_run.model.eval(), DATA[:512], 48)
-    assert trained < 4.0  # of 8
+@pytest.fixture
+def toy_config(make_config, tmp_path) -> Path:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(make_config(**TOY).to_dict()))
+    return file
 
-    resumed = Run(make_config(**TOY), Recipe(**RECIPE), tmp_path / "state")
-    assert (resumed.step, resumed.seconds) == (toy_run.step, toy_run.seconds)
-    assert bits_per_byte(resumed.model.eval(), DATA[:512], 48) == trained
 
-    notes = {
-        "recipe": asdict(Recipe(**RECIPE)),
-        "training_bytes": len(DATA),
-        "held_out_files": ["x.py"],
-        "steps": 1,
-        "tokens_seen": 1,
-        "training_minutes": 0.1,
-        "training_threads": 1,
+@pytest.fixture
+def train():
+    """Runs the command in this process; returns its exit code and output."""
+    import typer
+
+    app = typer.Typer()
+    app.command()(main)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return run
+
+
+def test_run_writes_model_log_and_pictures(train, text, toy_config, tmp_path):
+    out = tmp_path / "run"
+    options = ("--data", text, "--config", toy_config, "--out", out, *SIZES)
+    code, output = train(*options, "--steps", 12, "--evaluate-every", 6)
+    assert code == 0 and "tokens" in output
+    assert {"run.json", "log.jsonl", "loss.png", "load.png", "checkpoints", "model"} <= {
+        file.name for file in out.iterdir()
     }
-    metrics = export(resumed.model, tmp_path / "out", DATA[:512], notes, resumed.log, window=48)
-    assert metrics["held_out_bits_per_byte_fp32"] == trained
-    assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
-    model = DeepSeek.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    measured = bits_per_byte(model, DATA[:512], 48)
-    assert measured == pytest.approx(metrics["held_out_bits_per_byte_fp8"], abs=1e-4)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "main" in row] == [*range(1, 13)]
+    scores = [row["held_out"] for row in rows if "held_out" in row]
+    assert len(scores) == 2 and scores[1] < scores[0] < 5.6
+    metrics = json.loads((out / "model" / "metrics.json").read_text())
+    assert metrics["steps"] == 12 and metrics["recipe"]["precision"] == "fp8"
+    model = DeepSeek.from_pretrained(out / "model", dtype=torch.float32)
+    heldout = (out / "model" / "heldout.txt").read_bytes()
+    stored = metrics["held_out_bits_per_byte_fp8"]
+    assert bits_per_byte(model, heldout, 48) == stored
+    assert metrics["held_out_bits_per_byte_fp32"] == pytest.approx(stored, rel=0.01)
+    assert f"{stored:.4f}" in (out / "model" / "README.md").read_text()
 
 
-def test_gradients_reach_every_weight(toy_run):
-    tokens = next(batches(DATA, Recipe(batch=8, window=48), 0))
-    terms = losses(toy_run.model.train(), tokens)
-    sum(terms.values()).backward()
-    for name, parameter in toy_run.model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row["main"] for row in rows if "main" in row]
 
 
-def test_prediction_layer_has_main_embedding_head(toy_run):
-    model = toy_run.model.model
-    layer = model["layers"][2]
-    assert layer.embed_tokens.weight is model["embed_tokens"].weight
-    assert layer.shared_head["head"].weight is toy_run.model.lm_head.weight
+def test_resumed_run_keeps_recipe_and_losses(train, text, toy_config, tmp_path, monkeypatch):
+    """Stopped after step 4, the run goes on with the options that it was started with."""
+    options = ("--data", text, "--config", toy_config, *SIZES, "--steps", 8)
+    options += ("--evaluate-every", 2)
+    assert train(*options, "--out", tmp_path / "whole")[0] == 0
+    from model.training.run import Run
+
+    real = Run.take_step
+
+    def stop_at_five(run):
+        if run.step == 4:
+            raise OSError("stopped by the test")
+        return real(run)
+
+    monkeypatch.setattr(Run, "take_step", stop_at_five)
+    code, output = train(*options, "--out", tmp_path / "halves")
+    assert code == 2 and "stopped by the test" in output
+    monkeypatch.setattr(Run, "take_step", real)
+    assert train("--out", tmp_path / "halves", "--resume")[0] == 0
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    whole, halves = (Checkpoint.open(tmp_path / name / "model") for name in ("whole", "halves"))
+    for name in whole.stored:
+        assert torch.equal(whole._read(name, False), halves._read(name, False)), name
 
 
-def test_selection_bias_evens_the_load(toy_run):
-    toy_run.model.train()
-    losses(toy_run.model, next(batches(DATA, Recipe(batch=2, window=48), 0)))
-    moe = next(module for module in toy_run.model.modules() if isinstance(module, PlainMoE))
-    assert moe.load.sum() == 2 * 48 * 3
-    update_biases(toy_run.model, 0.001)
-    expected = 0.001 * (moe.load.float().mean() - moe.load).sign()
-    assert torch.equal(moe.gate.e_score_correction_bias, expected)
+def test_checkpoint_is_trained_and_exported_in_its_format(train, text, saved, make_plain, tmp_path):
+    config = Config(**{**vars(make_plain_config()), "n_group": 1, "topk_group": 1})
+    source = saved(make_plain(config), "source")
+    (source / "generation_config.json").write_text("{}")
+    out = tmp_path / "run"
+    options = ("--checkpoint", source, "--data", text, "--out", out, *SIZES)
+    code, output = train(*options, "--steps", 2, "--learning-rate", "1e-4", "--precision", "bf16")
+    assert code == 0, output
+    trained, before = Checkpoint.open(out / "model"), Checkpoint.open(source)
+    assert trained.config.quantization_config is None
+    assert (out / "model" / "generation_config.json").is_file()
+    assert {*trained.stored} == {*before.stored}
+    name = "model.layers.1.self_attn.o_proj.weight"
+    moved = (trained.read(name)[0].float() - before.read(name)[0].float()).abs()
+    assert 0 < moved.max() < 1e-2
 
 
-def test_balance_loss():
-    even, ones = torch.arange(8).view(4, 2) % 4, torch.ones(4, 4)
-    assert balance_loss(even, ones, 1).item() == pytest.approx(1.0)
-    # All tokens choose experts 0 and 1, which have the whole score: 4/2 · (1/2 + 1/2).
-    skewed = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(4, 4)
-    assert balance_loss(torch.tensor([[0, 1]] * 4), skewed, 1).item() == pytest.approx(2.0)
+def make_plain_config() -> Config:
+    from tests.model.conftest import small_config
+
+    return small_config(**TOY)
 
 
-def test_learning_rate():
-    recipe = Recipe(learning_rate=1.0, warmup=0.1, final=0.05)
-    assert learning_rate(recipe, 0.05) == pytest.approx(0.5)
-    assert learning_rate(recipe, 0.1) == pytest.approx(1.0)
-    assert learning_rate(recipe, 1.0) == pytest.approx(0.05)
+def test_fp8_checkpoint_stays_fp8(train, text, make_plain, tmp_path):
+    plain = make_plain(make_plain_config())
+    quantized = {
+        **vars(plain.config),
+        "quantization_config": Config.preset("deepseek-v3").quantization_config,
+    }
+    write_checkpoint(tmp_path / "source", Config(**quantized), stored_tensors(plain))
+    options = ("--checkpoint", tmp_path / "source", "--data", text, "--out", tmp_path / "run")
+    code, output = train(*options, *SIZES, "--steps", 1, "--learning-rate", "1e-4")
+    assert code == 0, output
+    trained = Checkpoint.open(tmp_path / "run" / "model")
+    assert trained.stored["model.layers.1.mlp.experts.0.up_proj.weight"].dtype == "F8_E4M3"
 
 
-def test_length_in_steps(make_config, tmp_path):
-    """Rate and end follow the steps: neither the clock nor a stop changes them."""
-
-    def rates(folder, *stops):
-        for stop in stops:
-            run = Run(make_config(**TOY), Recipe(**RECIPE, steps=7), tmp_path / folder)
-            assert run.progress == run.step / 7
-            for tokens in batches(DATA, run.recipe, run.step):
-                if run.step == stop or run.progress >= 1:
-                    break
-                run.seconds += 100.0
-                run.record(run.train_step(tokens))
-                run.step += 1
-            run.save()
-        return run.step, [(row["lr"], row["main"]) for row in run.log]
-
-    steps, whole = rates("whole", 99)
-    assert (steps, whole) == rates("halves", 3, 99) and steps == 7
-    assert [lr for lr, _ in whole] == pytest.approx(
-        [learning_rate(Recipe(**RECIPE), i / 7) for i in range(7)], abs=1e-6
-    )
-
-
-PRECISIONS = ["fp32", "bf16", "fp8"]
-
-
-def test_linears_that_compute_in_fp8(make_config, tmp_path):
-    model = Run(make_config(**TOY), Recipe(precision="fp8"), tmp_path).model
-    parameters = dict(model.named_parameters())
-    assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
-    plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    assert plain == ["model.layers.2.eh_proj", "model.layers.2.shared_head.head", "lm_head"]
-    fp8 = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, deepkern.FP8Linear)]
-    assert fp8 == [name for name in parameters if is_quantized(name)] and len(fp8) > 60
-
-
-def test_precisions_have_close_losses(make_config, tmp_path):
-    curves = {}
-    for precision in PRECISIONS:
-        recipe = Recipe(**RECIPE, steps=12, precision=precision)
-        run = Run(make_config(**TOY), recipe, tmp_path / precision)
-        run_until_done(run, DATA, DATA[:512], log_every=1)
-        curves[precision] = [row["main"] for row in run.log]
-        assert len(curves[precision]) == 12
-        assert curves[precision][-1] < curves[precision][0] - 1
-    assert curves["fp8"] == pytest.approx(curves["bf16"], rel=0.03)
-    assert curves["bf16"] == pytest.approx(curves["fp32"], rel=0.03)
-    assert curves["fp8"] != curves["bf16"] != curves["fp32"]
-
-
-def test_batches_repeat():
-    recipe = Recipe(batch=3, window=16)
-    stream = batches(DATA, recipe, 0)
-    next(stream)
-    second = next(stream)
-    assert second.shape == (3, 17) and torch.equal(second, next(batches(DATA, recipe, 1)))
-
-
-def test_corpus_excludes_held_out_files():
-    data, held_out = corpus()
-    assert len(held_out) > 4 and sum(map(len, held_out.values())) < 0.08 * len(data)
-    assert not any(text in data for text in held_out.values() if len(text) > 1000)
-    text, paths = heldout_text(held_out)
-    assert all(is_held_out(path) for path in paths)
-    assert text == heldout_text(held_out)[0]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "absent"), "absent: no such folder"),
+        (("--checkpoint", "absent"), "absent: no such directory"),
+        (("--config", "config.json", "--checkpoint", "x"), "no such directory"),
+        (("--data", "empty"), "empty: no text file in it"),
+        (("--data", "short"), "expected more than window"),
+        (("--experts", "2"), "Layout: experts"),
+        (("--tensor", "2"), "expected a divisor of the 1 processes, got 2"),
+    ],
+    ids=lambda value: "-".join(value)[:30] if isinstance(value, tuple) else "",
+)
+def test_wrong_option_is_one_line(arguments, message, train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "short"):
+        Path(name).mkdir()
+    Path("short", "a.txt").write_text("short")
+    code, output = train(*arguments, "--out", "run", "--steps", 1)
+    assert code == 2 and message in output.replace("\n", " ")
 
 
 def test_run_folder_is_new_by_default():
@@ -185,13 +178,55 @@ def test_run_folder_is_new_by_default():
 
 
 def test_run_folder_with_files_needs_resume(tmp_path):
-    (tmp_path / "state.pt").touch()
-    with pytest.raises(typer.BadParameter, match="not empty; --resume"):
+    Options(None, None, None, Recipe(steps=3)).save(tmp_path)
+    with pytest.raises(Exception, match="not empty; --resume"):
         run_folder(tmp_path, resume=False)
     assert run_folder(tmp_path, resume=True) == tmp_path
+    assert Options.load(tmp_path).recipe == Recipe(steps=3)
 
 
 def test_resume_needs_a_run(tmp_path):
     for out in (None, tmp_path):
-        with pytest.raises(typer.BadParameter, match=r"no state\.pt to resume"):
+        with pytest.raises(Exception, match="no run to resume"):
             run_folder(out, resume=True)
+
+
+def test_damaged_options_are_named(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: not the options of a run"):
+        Options.load(tmp_path)
+
+
+def test_layout_of_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    layout = layout_of(tensor=2, context=2, experts=4)
+    assert (layout.data, layout.tensor, layout.context, layout.experts) == (2, 2, 2, 4)
+
+
+def test_smoothed_starts_at_the_first_value():
+    assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert smoothed([1.0, 2.0], 0.5) == pytest.approx([1.0, 5 / 3])
+
+
+@pytest.mark.slow
+def test_torchrun(text, toy_config, tmp_path):
+    """Two processes: one log, one model, and the losses of one process."""
+    options = [
+        "--data",
+        text,
+        "--config",
+        toy_config,
+        *SIZES,
+        "--steps",
+        "3",
+        "--precision",
+        "fp32",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    for name, prefix in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *prefix, "-m", "model.train", *options, "--out", tmp_path / name]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert DeepSeek.from_pretrained(tmp_path / "two" / "model", dtype=torch.float32)
