@@ -4,7 +4,7 @@
     for row in run.steps():
         print(row["main"])
 
-A step whose loss or gradient is not finite, or whose loss is a spike, changes nothing but the step
+A step whose loss or gradient is not finite, or whose loss is a spike, changes only the step
 number; its row of the log says why.
 """
 
