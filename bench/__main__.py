@@ -1,4 +1,4 @@
-"""The command line: `python -m bench [ops | model | inspect | profile | tune | verify | gpu | cost]`."""
+"""The command line: `python -m bench [ops | model | inspect | profile | tune | ... | cost]`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from deepkern.arithmetic import cdiv
 from model.config import Config
@@ -73,7 +73,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Training:
-    """One GPU's part of an optimizer step, in seconds per micro-batch where nothing else is said."""
+    """One GPU's part of an optimizer step; seconds are those of a micro-batch."""
 
     gpu: Gpu
     layout: Layout
@@ -137,19 +137,20 @@ class Serving:
         return self.gpu.price / 3600 / self.tokens_per_second * 1e6
 
 
-def parameters(c: Config) -> Parameters:
+def parameters(c: Config, prediction: bool = True) -> Parameters:
+    """`prediction`: with the layers of multi-token prediction."""
     shapes = [steps.first_projection(c), steps.query_projection(c), steps.key_projection(c),
               steps.output_projection(c)]  # fmt: skip
     attention = sum(N * K for N, K in filter(None, shapes))
     K, expert = c.hidden_size, 3 * c.hidden_size * c.moe_intermediate_size
-    counts = steps.layer_counts(c)
+    counts, depth = steps.layer_counts(c, prediction), c.num_nextn_predict_layers * prediction
     moe, dense = counts.get(True, 0), counts.get(False, 0)
     per_moe_layer = attention + c.n_routed_experts * K + c.n_shared_experts * expert
     per_dense_layer = attention + 3 * K * c.intermediate_size
     return Parameters(
         experts=moe * c.n_routed_experts * expert,
         dense=moe * per_moe_layer + dense * per_dense_layer
-        + c.num_nextn_predict_layers * 2 * K * K,
+        + depth * 2 * K * K,
         vocabulary=2 * c.vocab_size * K,
     )  # fmt: skip
 
@@ -200,7 +201,7 @@ def balanced(time: Time, a: Assumptions) -> float:
 # Training.
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _training_calls(preset: str, T: int, S: int, experts: int, path: str, recompute: str) -> dict:
     return steps.training_step(Config.preset(preset), T, S, experts, path, recompute)
 
@@ -294,19 +295,19 @@ def least_training(preset: str, gpu: Gpu, a: Assumptions) -> Layout | None:
 # Serving.
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _prefill_calls(preset: str, T: int, S: int, experts: int, path: str) -> list[Call]:
     return steps.prefill_step(Config.preset(preset), T, S, experts, path)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _decode_calls(preset: str, B: int, context: int, experts: int, path: str) -> list[Call]:
     return steps.decode_step(Config.preset(preset), B, context, experts, path)
 
 
 def weights_memory(c: Config, layout: Layout) -> float:
     """GB of a GPU, without prediction layers."""
-    p = parameters(replace(c, num_nextn_predict_layers=0))
+    p = parameters(c, prediction=False)
     size = 1 if layout.path == "fp8" else 2
     own = size * (p.dense + p.experts / layout.ep) + 2 * p.vocabulary
     return own / layout.pp / 1e9

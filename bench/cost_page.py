@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import cost, steps
+from . import steps
 from .cost import Assumptions, Serving, Training
 from .cost_report import (
     CACHED_TOKENS,
@@ -44,13 +44,15 @@ one step, the bytes and FLOPs of each op by the formula that the roofs use, and 
 
 - **measured**: from `bench/results` of that GPU, at the nearest shape.
 - **predicted**: the roof over the smaller one of the share that the compiled kernel's limits allow
-  (`bench/predictions.json`) and of the share that the best published kernel attains.
+  (`bench/predictions.json`; CUDA C++ or Triton, the faster one) and of the share that the best
+  published kernel attains.
 - **assumed**: the roof over the published share alone, where no compiled kernel was profiled for
   the target; and every number under [assumptions](#assumptions).
 - **published**: stated by others; the source is next to it.
 
 All GPU-hours, tokens per second and dollars of the model are predictions. The column "op times"
 says how their op times divide into the kinds above; prices and overlap are assumed in all of them.
+Prices are of different years and providers: GPU-hours compare GPUs, dollars only these prices.
 """
 _NOT_COUNTED = """\
 ## What is not counted
@@ -141,7 +143,7 @@ def published_table(found: Report, compared: Comparisons) -> str:
     if row and row.prefill and row.decode:
         prefill, decode = (s.tokens_per_second * NODE for s in (row.prefill, row.decode))
         lines += [
-            (f"prompt tokens/s of a node of {NODE}, {1 - missed:.1%} of them from a cache",
+            (f"prompt tokens/s of a node of {NODE}, 342B of 608B from a cache",
              NODE_PREFILL, prefill / missed, "{:,.0f}", "open-infra-index"),
             ("the same, computed ones only", NODE_PREFILL * missed, prefill, "{:,.0f}",
              "open-infra-index"),
@@ -149,8 +151,8 @@ def published_table(found: Report, compared: Comparisons) -> str:
             ("theoretical profit over cost, that day's tokens", DAILY_REVENUE / DAILY_COST - 1,
              margin(row) or 0.0, "{:.0%}", "open-infra-index"),
         ]  # fmt: skip
-    rows = [(what, form.format(theirs), form.format(ours), f"{ours / theirs:.2f}", source)
-            for what, theirs, ours, form, source in lines]  # fmt: skip
+    rows = [(what, number.format(theirs), number.format(ours), f"{ours / theirs:.2f}", source)
+            for what, theirs, ours, number, source in lines]  # fmt: skip
     return table(("H800", "published", "predicted", "ratio", "source"), rows)
 
 
@@ -174,7 +176,8 @@ def differences(found: Report, compared: Comparisons) -> str:
         text += (
             "\nServing: DeepSeek's figures are averages of a day over nodes that are not always "
             "full, with prompts and sequences of mixed lengths, 20 to 22 tokens/s for a user; the "
-            f"model's batch is always full, and its users receive {1 / row.decode.step:.0f} tokens/s. "
+            f"model's batch is always full, and its users receive {1 / row.decode.step:.0f} "
+            "tokens/s. "
             f"A predicted GPU-hour serves {row.decode.tokens_per_second * NODE / NODE_DECODE:.1f}x "
             "the generated tokens of DeepSeek's.\n"
         )
@@ -188,15 +191,16 @@ def breakdown(step: Training, most: int = 12) -> str:
     for (_, op, kind), seconds in entries:
         sums[op, kind] = sums.get((op, kind), 0.0) + seconds
     ranked = sorted(sums.items(), key=lambda item: -item[1])
+    whole = step.compute.seconds
     rows = [(f"`{op}`" if op != "torch" else "elementwise, plain PyTorch", f"{s:.3f}",
-             f"{s / step.compute.seconds:.0%}", kind) for (op, kind), s in ranked[:most]]  # fmt: skip
+             f"{s / whole:.0%}", kind) for (op, kind), s in ranked[:most]]  # fmt: skip
     other = sum(s for _, s in ranked[most:])
     rows.append((f"{len(ranked) - most} other ops", f"{other:.3f}",
-                 f"{other / step.compute.seconds:.0%}", "predicted or assumed"))  # fmt: skip
+                 f"{other / whole:.0%}", "predicted or assumed"))  # fmt: skip
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in step.parts.items())
     text = (
-        f"\nWith {cost.Assumptions().communication_sms:.0%} of the SMs left to communication and the "
-        f"imbalance of the experts: {parts}. Exchanges take {step.communication:.2f} s, hidden. The "
+        f"\nWith {Assumptions().communication_sms:.0%} of the SMs left to communication and the "
+        f"imbalance of the experts: {parts}. Exchanges take {step.communication:.2f} s. The "
         f"pipeline's bubble is {step.bubble:.1%}. An optimizer step of {step.micro_batches} "
         f"micro-batches adds {step.update:.2f} s for AdamW and for gradients and weights.\n"
     )
@@ -212,12 +216,12 @@ def flops_text(found: Report, compared: Comparisons) -> str:
     attention = sum(x.flops for x in calls if x.op == "mla_prefill") / a.sequence
     products = sum(x.flops for x in calls) / a.sequence - attention
     active = forward_parameters(found.config)
+    training = compared.v3.flops / compared.v3.tokens
     return (
-        f"Check of the counts: the forward pass of the main model takes {products / 1e9:.1f} GFLOP "
-        f"per token in products with weights, which is 2 x {active / 1e9:.1f}B active parameters, "
-        f"and {attention / 1e9:.1f} GFLOP in attention at {a.sequence} tokens. A training step with "
-        f"the prediction layer takes {compared.v3.flops / compared.v3.tokens / 1e9:.0f} GFLOP per "
-        "token without recomputation.\n"
+        f"Check of the counts: the forward pass of the main model takes {products / 1e9:.1f} "
+        f"GFLOP per token in products with weights, 2 x {active / 1e9:.1f}B active parameters, and "
+        f"{attention / 1e9:.1f} GFLOP in attention at {a.sequence} tokens. A training step with "
+        f"the prediction layer takes {training / 1e9:.0f} GFLOP per token without recomputation.\n"
     )
 
 
@@ -244,18 +248,19 @@ def assumption_table(a: Assumptions) -> str:
          "V3 report; full where memory requires it"),
         ("overlap", "exchanges run during computation; the longer one counts",
          "V3 report: almost full overlap"),
-        ("SMs for exchanges", f"{a.communication_sms:.1%} in training and prefill, none in decoding",
+        ("SMs for exchanges", f"{a.communication_sms:.1%} in training and prefill, 0 in decoding",
          "V3 report: 20 of 132; on other GPUs the same fraction"),
-        ("rates of links", f"{a.link_share:.0%} of the peak in a node, {a.network_share:.0%} between "
-         "nodes", "V3 report: 160 of 200 GB/s; DeepEP: 43-47 of 50 GB/s"),
-        ("exchange of experts", "dispatch in the arithmetic's type, combine in bf16; a row crosses to "
-         "a node once, in decoding once per expert", "V3 report; DeepEP"),
+        ("rates of links", f"{a.link_share:.0%} of the peak in a node, {a.network_share:.0%} "
+         "between nodes", "V3 report: 160 of 200 GB/s; DeepEP: 43-47 of 50 GB/s"),
+        ("exchange of experts", "dispatch in the arithmetic's type, combine in bf16; a row crosses "
+         "to a node once, in decoding once per expert", "V3 report; DeepEP"),
         ("imbalance", f"the busiest GPU has {a.imbalance}x the mean rows", "assumed"),
         ("memory", f"{a.reserved:.0%} reserved; weights, fp32 gradients, fp32 master weights, bf16 "
          "moments; the optimizer's state distributed over all GPUs", "V3 report; assumed"),
         ("prefill", f"{a.prefill_tokens:,} tokens of a GPU in prompts of {a.prompt:,}", "assumed"),
-        ("decoding", f"{a.context:,} cached tokens in bf16; the batch with most tokens/s that still "
-         f"gives a user {a.user_speed:g} tokens/s", "open-infra-index: 4,989 tokens, 20-22 tokens/s"),
+        ("decoding", f"{a.context:,} cached tokens in bf16; the batch with most tokens/s that "
+         f"still gives a user {a.user_speed:g} tokens/s",
+         "open-infra-index: 4,989 tokens, 20-22 tokens/s"),
     ]  # fmt: skip
     return table(("what", "assumed", "source"), rows)
 
@@ -286,7 +291,7 @@ def page(found: Report, compared: Comparisons) -> str:
         "`deepseek-ai/open-infra-index`, `202502OpenSourceWeek/"
         "day_6_one_more_thing_deepseekV3R1_inference_system_overview.md`; Llama 3.1: "
         "`meta-llama/llama-models`, `models/llama3_1/MODEL_CARD.md`.\n",
-        f"## Where a training step goes\n\nH800, PP16 x EP64, before the SMs of exchanges.\n\n"
+        "## Where a training step goes\n\nH800, PP16 x EP64, before the SMs of exchanges.\n\n"
         + breakdown(compared.v3) + "\n" + flops_text(found, compared),
         "## Assumptions\n\nPeak rates are the vendors', dense; links in one direction per GPU.\n\n"
         + gpu_table(found) + "\n" + assumption_table(a) + "\n" + attained_table(),
@@ -325,8 +330,11 @@ def draw(found: Report, file: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 3.6), layout="constrained")
     for axis, (title, published, bar) in zip(axes, panels, strict=True):
         draw_panel(axis, title, published, [(r, bar(r)) for r in found.rows])
-    figure.suptitle(f"{found.preset}: predicted, with the assumptions of docs/cost.md; nothing has "
-                    "run on a GPU. Dashed: DeepSeek's published figures on H800 at $2", fontsize=10)  # fmt: skip
+    title = (
+        f"{found.preset}: predicted, with the assumptions of docs/cost.md. "
+        "Dashed: DeepSeek's published figures on H800 at $2"
+    )
+    figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=90)
     plt.close(figure)
 
@@ -339,9 +347,10 @@ def draw_panel(axis, title: str, published: float, bars: list[tuple[Row, tuple |
     shown = [(r.gpu.name, *bar) for r, bar in bars if bar]
     axis.set_title(title, fontsize=10)
     axis.barh([name for name, *_ in shown], [value for _, value, _ in shown], color="#3b6fb6")
+    label = {"va": "center", "fontsize": 8, "bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
     for y, (_, value, text) in enumerate(shown):
         axis.annotate(f"{value:,.3g}: {text}", (value, y), (4, 0), textcoords="offset points",
-                      va="center", fontsize=8)  # fmt: skip
+                      **label)  # fmt: skip
     axis.axvline(published, color="#c22222", linestyle="--", linewidth=1)
     axis.set_xlim(0, 1.6 * max([value for _, value, _ in shown] + [published]))
     axis.invert_yaxis()

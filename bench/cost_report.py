@@ -20,7 +20,7 @@ from model.presets import PRESETS
 from . import cost, results
 from .command_line import screen
 from .cost import Assumptions, Layout, Serving, Training
-from .gpus import GPUS, H100, NODE, Gpu, named
+from .gpus import GPUS, H100, Gpu, named
 from .op_times import OpTimes
 
 PRESET = "deepseek-v3"
@@ -141,16 +141,9 @@ def limit(step: Training | Serving) -> str:
 # The conclusion, from the numbers.
 
 
-def times_as(ratio: float) -> str:
-    """A ratio of costs in words."""
-    if 0.95 <= ratio <= 1.05:
-        return "as much as"
-    return f"{ratio:.1f}x as much as" if ratio > 1 else f"{1 / ratio:.1f}x less than"
-
-
 def fewer_resources(found: Report, compared: Comparisons) -> list[str]:
     """How far fewer resources V3 needs, and what makes the difference."""
-    p = cost.parameters(replace(found.config, num_nextn_predict_layers=0))
+    p = cost.parameters(found.config, prediction=False)
     active = forward_parameters(found.config)
     llama = LLAMA_HOURS / LLAMA_TRILLIONS
     lines = [
@@ -166,43 +159,48 @@ def fewer_resources(found: Report, compared: Comparisons) -> list[str]:
                      "(predicted).")  # fmt: skip
     ratio = compared.v3.hours_per_trillion / compared.h100.hours_per_trillion
     slower = "nothing" if ratio < 1.005 else f"{ratio - 1:.0%}"
-    lines.append(f"The H800's slower NVLink costs {slower} against an H100's in this layout: "
-                 f"exchanges take {compared.v3.communication:.2f} s per micro-batch and overlap with "
-                 f"{compared.v3.computing:.2f} s of computation (predicted).")  # fmt: skip
+    v3 = compared.v3
+    lines.append(
+        f"The H800's slower NVLink costs {slower} against an H100's in this layout: exchanges take "
+        f"{v3.communication:.2f} s per micro-batch and overlap with {v3.computing:.2f} s of "
+        "computation (predicted)."
+    )
     return lines
 
 
 def forward_parameters(c: Config) -> float:
     """Parameters that a token is multiplied with in the main model, head included."""
-    p = cost.parameters(replace(c, num_nextn_predict_layers=0))
+    p = cost.parameters(c, prediction=False)
     used = c.num_experts_per_tok / c.n_routed_experts if c.n_routed_experts else 0
     return p.experts * used + p.dense + p.vocabulary / 2
 
 
 def other_gpus(found: Report) -> list[str]:
-    """What each other GPU is good for, in dollars compared with the H800."""
-    base, lines = found.row(REFERENCE), []
-    if base is None:
-        return lines
-    for row in found.rows:
-        if row is base:
-            continue
-        kinds = {
-            "training": (row.training, base.training, "dollars_per_trillion"),
-            "prefill": (row.prefill, base.prefill, "dollars_per_million"),
-            "decoding": (row.decode, base.decode, "dollars_per_million"),
-        }
-        ratios = {kind: getattr(own, field) / getattr(other, field)
-                  for kind, (own, other, field) in kinds.items() if own and other}  # fmt: skip
-        if not ratios:
-            lines.append(f"{row.gpu.name}: no layout of this model fits.")
-            continue
-        texts = [f"{kind} costs {times_as(ratio)} on an H800" for kind, ratio in ratios.items()]
-        best, step = min(ratios, key=lambda kind: ratios[kind]), row.training
-        least = f" At least {row.least_serving.gpus} GPUs hold it." if row.least_serving else ""
-        bound = f" Training is limited by {limit(step)}." if step else ""
-        lines.append(f"{row.gpu.name}: {', '.join(texts)}. Best use: {best}.{least}{bound}")
-    return lines
+    """What each other GPU is good for, in hours and dollars compared with the H800."""
+    base = found.row(REFERENCE)
+    return [other_gpu(row, base) for row in found.rows if base and row is not base]
+
+
+def other_gpu(row: Row, base: Row) -> str:
+    kinds = {
+        "training": (row.training, base.training),
+        "prefill": (row.prefill, base.prefill),
+        "decoding": (row.decode, base.decode),
+    }
+    hours = {kind: (own.step / own.tokens) / (other.step / other.tokens)
+             for kind, (own, other) in kinds.items() if own and other}  # fmt: skip
+    if not hours:
+        return f"{row.gpu.name}: no layout of this model fits."
+    price = row.gpu.price / base.gpu.price
+    dollars = {kind: ratio * price for kind, ratio in hours.items()}
+    best = min(dollars, key=lambda kind: dollars[kind])
+    texts = [f"{kind} {hours[kind]:.1f}x the GPU-hours and {dollars[kind]:.1f}x the dollars"
+             for kind in hours]  # fmt: skip
+    cheaper = [kind for kind in hours if dollars[kind] < 0.95]
+    verdict = f"cheaper for {', '.join(cheaper)}" if cheaper else f"dearer, least so for {best}"
+    least = f"; at least {row.least_serving.gpus} GPUs hold it" if row.least_serving else ""
+    bound = f"; training is limited by {limit(row.training)}" if row.training else ""
+    return f"{row.gpu.name}, compared with an H800: {', '.join(texts)}: {verdict}{least}{bound}."
 
 
 def conclusion(found: Report, compared: Comparisons | None) -> list[str]:
@@ -289,7 +287,7 @@ def record(found: Report) -> dict:
 
 
 def run(preset: str, names: Sequence[str], out: Path | None, write: bool) -> int:
-    """The command: tables and conclusion; a JSON file; with `write` docs/cost.md and its picture."""
+    """The command: tables and conclusion, a JSON file, docs/cost.md with its picture."""
     try:
         gpus = [named(name) for name in names] or [*GPUS.values()]
         check_preset(preset)

@@ -52,7 +52,7 @@ GPUS = {
         Gpu("A100", ARCHS["sm_80"], 80, 300, 25, 1.20, _LISTED.format("mercatus-ai.com"),
             "no FP8 tensor cores"),
         Gpu("RTX 4090", _ADA, 24, 16, 6.25, 0.69, _LISTED.format("RunPod"),
-            "no NVLink; PCIe 4 through host memory, so half of 32 GB/s; one 400 Gb/s card per node"),
+            "no NVLink; PCIe 4 through host memory: half of 32 GB/s; a 400 Gb/s card per node"),
         Gpu("MI300X", _MI300X, 192, 448, 50, 1.85, _LISTED.format("Vultr"),
             "FP8 tensor cores read e4m3fnuz, not the e4m3fn of the checkpoints"),
     )

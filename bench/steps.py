@@ -288,10 +288,10 @@ def head_gradients(c: Config, T: int) -> list[Call]:
     return [logits, *linear_gradients(HEAD, T, c.vocab_size, c.hidden_size, "bf16")]
 
 
-def layer_counts(c: Config) -> dict[bool, int]:
-    """Layers with experts (True) and without; a prediction layer has experts if the last one has."""
+def layer_counts(c: Config, prediction: bool = True) -> dict[bool, int]:
+    """Layers with experts (True) and without; a prediction layer is like the last one."""
     kinds = [c.is_moe(i) for i in range(c.num_hidden_layers)]
-    kinds += [kinds[-1]] * c.num_nextn_predict_layers
+    kinds += [kinds[-1]] * c.num_nextn_predict_layers * prediction
     return {moe: kinds.count(moe) for moe in (False, True) if moe in kinds}
 
 
