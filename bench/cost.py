@@ -6,7 +6,8 @@ computation, so a step takes the longer one of the two. `Assumptions` has what i
 
 Layouts: pipeline stages x expert-parallel GPUs, the rest of the cluster data-parallel with the
 optimizer's state distributed (ZeRO-1); attention, router and shared expert are in every GPU of a
-stage. The layout that is reported is the cheapest one that fits into memory.
+stage. The layout that is reported is the cheapest one that fits into memory;
+of those that cost almost the same, the one of fewest GPUs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from deepkern.arithmetic import cdiv
 from model.config import Config
@@ -22,6 +24,8 @@ from . import steps
 from .gpus import NODE, Gpu
 from .op_calls import PATHS, Call
 from .op_times import OpTimes, Time
+
+CLOSE = 0.02  # times that differ by less count as equal in the choice of a layout
 
 
 @dataclass(frozen=True)
@@ -137,10 +141,14 @@ class Serving:
         return self.gpu.price / 3600 / self.tokens_per_second * 1e6
 
 
+_Step = TypeVar("_Step", Training, Serving)
+
+
 def parameters(c: Config, prediction: bool = True) -> Parameters:
     """`prediction`: with the layers of multi-token prediction."""
     shapes = [steps.first_projection(c), steps.query_projection(c), steps.key_projection(c),
               steps.output_projection(c)]  # fmt: skip
+    shapes += steps.indexer_projections(c)
     attention = sum(N * K for N, K in filter(None, shapes))
     K, expert = c.hidden_size, 3 * c.hidden_size * c.moe_intermediate_size
     counts, depth = steps.layer_counts(c, prediction), c.num_nextn_predict_layers * prediction
@@ -202,8 +210,13 @@ def balanced(time: Time, a: Assumptions) -> float:
 
 
 @functools.cache
+def config(preset: str) -> Config:
+    return Config.preset(preset)
+
+
+@functools.cache
 def _training_calls(preset: str, T: int, S: int, experts: int, path: str, recompute: str) -> dict:
-    return steps.training_step(Config.preset(preset), T, S, experts, path, recompute)
+    return steps.training_step(config(preset), T, S, experts, path, recompute)
 
 
 def training_memory(c: Config, layout: Layout, a: Assumptions, gpus: int) -> float:
@@ -216,7 +229,9 @@ def training_memory(c: Config, layout: Layout, a: Assumptions, gpus: int) -> flo
     T = a.micro_batch * a.sequence
     in_flight = layers * (1 + 1 / layout.pp)  # a stage keeps pp + 1 micro-batches of its layers
     logits = 6 * T * c.vocab_size  # bf16, and fp32 in the loss
-    return (own * (weight + 4) + 8 * p.total / gpus + in_flight * T * saved + logits) / 1e9
+    stages = 2 if layout.pp > 1 else 1  # DualPipe runs two stages on each GPU
+    state = stages * own * (weight + 4) + 8 * p.total / gpus
+    return (state + in_flight * T * saved + logits) / 1e9
 
 
 def update(c: Config, gpu: Gpu, layout: Layout, times: OpTimes, a: Assumptions) -> float:
@@ -232,7 +247,7 @@ def update(c: Config, gpu: Gpu, layout: Layout, times: OpTimes, a: Assumptions) 
 
 def train(preset: str, times: OpTimes, layout: Layout, a: Assumptions) -> Training:
     """A step of `a.cluster` GPUs in this layout."""
-    c, gpu, T = Config.preset(preset), times.gpu, a.micro_batch * a.sequence
+    c, gpu, T = config(preset), times.gpu, a.micro_batch * a.sequence
     calls = _training_calls(preset, T, a.sequence, cdiv(max(c.n_routed_experts, 1), layout.ep),
                             layout.path, layout.recompute)  # fmt: skip
     spent = {name: times.total(part) for name, part in calls.items()}
@@ -268,25 +283,33 @@ def paths(gpu: Gpu, serving: bool) -> tuple[str, ...]:
 def training_layouts(c: Config, gpu: Gpu, a: Assumptions) -> Iterator[Layout]:
     for path in paths(gpu, serving=False):
         for ep in expert_parallel(c):
-            for pp in (1, 2, 4, 8, 16):
+            for pp in (1, 2, 4, 8, 16, 32):
                 if pp <= c.num_hidden_layers and pp * ep <= a.cluster:
                     for recompute in steps.RECOMPUTE:
                         yield Layout(path, pp, ep, recompute)
 
 
+def smallest_of_cheapest(found: list[_Step]) -> _Step | None:
+    """The step of fewest GPUs among those within `CLOSE` of the least time per token."""
+    least = min((s.step / s.tokens for s in found), default=0.0)
+    close = [s for s in found if s.step / s.tokens <= least * (1 + CLOSE)]
+    return min(close, key=lambda s: (s.layout.gpus, s.step / s.tokens), default=None)
+
+
 def cheapest_training(preset: str, times: OpTimes, a: Assumptions) -> Training | None:
-    """In the layout of least cost that fits; None if none does."""
-    c, gpu = Config.preset(preset), times.gpu
+    """In the cheapest layout that fits; None if none does, and for a model with an indexer."""
+    c, gpu = config(preset), times.gpu
+    if c.is_sparse:
+        return None
     room = gpu.memory * (1 - a.reserved)
-    fitting = [layout for layout in training_layouts(c, gpu, a)
+    layouts = [layout for layout in training_layouts(c, gpu, a)
                if training_memory(c, layout, a, a.cluster) <= room]  # fmt: skip
-    return min((train(preset, times, layout, a) for layout in fitting),
-               key=lambda t: t.step / t.tokens, default=None)  # fmt: skip
+    return smallest_of_cheapest([train(preset, times, layout, a) for layout in layouts])
 
 
 def least_training(preset: str, gpu: Gpu, a: Assumptions) -> Layout | None:
     """The layout of fewest GPUs whose memory holds model, optimizer and activations."""
-    c, room = Config.preset(preset), gpu.memory * (1 - a.reserved)
+    c, room = config(preset), gpu.memory * (1 - a.reserved)
     fitting = [layout for layout in training_layouts(c, gpu, a)
                if training_memory(c, layout, a, layout.gpus) <= room]  # fmt: skip
     return min(fitting, key=lambda layout: layout.gpus, default=None)
@@ -297,12 +320,12 @@ def least_training(preset: str, gpu: Gpu, a: Assumptions) -> Layout | None:
 
 @functools.cache
 def _prefill_calls(preset: str, T: int, S: int, experts: int, path: str) -> list[Call]:
-    return steps.prefill_step(Config.preset(preset), T, S, experts, path)
+    return steps.prefill_step(config(preset), T, S, experts, path)
 
 
 @functools.cache
 def _decode_calls(preset: str, B: int, context: int, experts: int, path: str) -> list[Call]:
-    return steps.decode_step(Config.preset(preset), B, context, experts, path)
+    return steps.decode_step(config(preset), B, context, experts, path)
 
 
 def weights_memory(c: Config, layout: Layout) -> float:
@@ -321,65 +344,69 @@ def activation_memory(c: Config, T: int) -> float:
 
 
 def cache_memory(c: Config, sequences: int, length: int) -> float:
-    return sequences * length * c.num_hidden_layers * 2 * c.cache_width / 1e9
+    """GB: latents in bf16, and the indexer's keys in FP8 with a scale."""
+    index = c.index_head_dim + 4 if c.is_sparse else 0
+    return sequences * length * c.num_hidden_layers * (2 * c.cache_width + index) / 1e9
 
 
-def serving_layouts(c: Config, gpu: Gpu) -> Iterator[Layout]:
+def serving_memory(c: Config, layout: Layout, tokens: int, decoding: bool, a: Assumptions) -> float:
+    """GB: weights, activations of a step, and the cache of its sequences or prompts."""
+    kept = cache_memory(c, tokens, a.context) if decoding else cache_memory(c, 1, tokens)
+    return weights_memory(c, layout) + activation_memory(c, tokens) + kept
+
+
+def serving_layouts(
+    c: Config, gpu: Gpu, tokens: int, decoding: bool, a: Assumptions
+) -> Iterator[Layout]:
+    """For each arithmetic and EP, the fewest pipeline stages that fit: more gain no time."""
+    room = gpu.memory * (1 - a.reserved)
     for path in paths(gpu, serving=True):
         for ep in expert_parallel(c):
-            for pp in (1, 2, 4, 8):
-                if pp <= c.num_hidden_layers:
-                    yield Layout(path, pp, ep)
+            stages = [Layout(path, pp, ep) for pp in (1, 2, 4, 8) if pp <= c.num_hidden_layers]
+            yield from [layout for layout in stages
+                        if serving_memory(c, layout, tokens, decoding, a) <= room][:1]  # fmt: skip
 
 
 def serve(
     preset: str, times: OpTimes, layout: Layout, tokens: int, decoding: bool, a: Assumptions
 ) -> Serving:
     """A prefill step of `tokens` prompt tokens, or a decoding step of `tokens` sequences."""
-    c, gpu = Config.preset(preset), times.gpu
+    c, gpu = config(preset), times.gpu
     experts = cdiv(max(c.n_routed_experts, 1), layout.ep)
     if decoding:
         calls = _decode_calls(preset, tokens, a.context, experts, layout.path)
-        kept = cache_memory(c, tokens, a.context)
     else:
         calls = _prefill_calls(preset, tokens, a.prompt, experts, layout.path)
-        kept = cache_memory(c, 1, tokens)
     time = times.total(calls)
     slower = 1 / (1 - a.communication_sms) if layout.ep > 1 and not decoding else 1.0
     layers = sum(c.is_moe(i) for i in range(c.num_hidden_layers))
     moved = layers * exchange(c, gpu, layout, tokens, a, direct=decoding)
-    memory = weights_memory(c, layout) + activation_memory(c, tokens) + kept
+    moved += (layout.pp - 1) * tokens * 2 * c.hidden_size / (gpu.network * 1e9)
+    memory = serving_memory(c, layout, tokens, decoding, a)
     return Serving(gpu, layout, time, balanced(time, a) * slower, moved, tokens, memory)
 
 
 def cheapest_prefill(preset: str, times: OpTimes, a: Assumptions) -> Serving | None:
-    c, room = Config.preset(preset), times.gpu.memory * (1 - a.reserved)
-    found = (serve(preset, times, layout, a.prefill_tokens, False, a)
-             for layout in serving_layouts(c, times.gpu)
-             if weights_memory(c, layout) <= room)  # fmt: skip
-    fitting = (s for s in found if s.memory <= room)
-    return max(fitting, key=lambda s: s.tokens_per_second, default=None)
+    layouts = serving_layouts(config(preset), times.gpu, a.prefill_tokens, False, a)
+    return smallest_of_cheapest(
+        [serve(preset, times, layout, a.prefill_tokens, False, a) for layout in layouts]
+    )
 
 
 def cheapest_decode(preset: str, times: OpTimes, a: Assumptions) -> Serving | None:
     """The most tokens per second at `a.user_speed`; if none is as fast, the fastest for a user."""
-    c, room = Config.preset(preset), times.gpu.memory * (1 - a.reserved)
-    fitting = [
+    found = [
         serve(preset, times, layout, B, True, a)
-        for layout in serving_layouts(c, times.gpu)
         for B in a.batches
-        if weights_memory(c, layout) + cache_memory(c, B, a.context) <= room
+        for layout in serving_layouts(config(preset), times.gpu, B, True, a)
     ]
-    fitting = [s for s in fitting if s.memory <= room]
-    fast = [s for s in fitting if s.step <= 1 / a.user_speed]
+    fast = [s for s in found if s.step <= 1 / a.user_speed]
     if fast:
-        return max(fast, key=lambda s: s.tokens_per_second)
-    return min(fitting, key=lambda s: s.step, default=None)
+        return smallest_of_cheapest(fast)
+    return min(found, key=lambda s: s.step, default=None)
 
 
 def least_serving(preset: str, gpu: Gpu, a: Assumptions) -> Layout | None:
-    """The layout of fewest GPUs that holds the weights and one sequence of `a.context` tokens."""
-    c, room = Config.preset(preset), gpu.memory * (1 - a.reserved)
-    fitting = [layout for layout in serving_layouts(c, gpu)
-               if weights_memory(c, layout) + cache_memory(c, 1, a.context) <= room]  # fmt: skip
-    return min(fitting, key=lambda layout: layout.gpus, default=None)
+    """The layout of fewest GPUs that decodes one sequence of `a.context` tokens."""
+    layouts = serving_layouts(config(preset), gpu, 1, True, a)
+    return min(layouts, key=lambda layout: layout.gpus, default=None)

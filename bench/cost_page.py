@@ -42,7 +42,7 @@ _INTRODUCTION = """\
 {status} `python -m bench cost [PRESET]` computes this page from the preset's shapes: the ops of
 one step, the bytes and FLOPs of each op by the formula that the roofs use, and the time of each.
 
-- **measured**: from `bench/results` of that GPU, at the nearest shape.
+- **measured**: from `bench/results` of that GPU, at a near shape.
 - **predicted**: the roof over the smaller one of the share that the compiled kernel's limits allow
   (`bench/predictions.json`; CUDA C++ or Triton, the faster one) and of the share that the best
   published kernel attains.
@@ -256,7 +256,8 @@ def assumption_table(a: Assumptions) -> str:
          "to a node once, in decoding once per expert", "V3 report; DeepEP"),
         ("imbalance", f"the busiest GPU has {a.imbalance}x the mean rows", "assumed"),
         ("memory", f"{a.reserved:.0%} reserved; weights, fp32 gradients, fp32 master weights, bf16 "
-         "moments; the optimizer's state distributed over all GPUs", "V3 report; assumed"),
+         "moments; the optimizer's state distributed over all GPUs; DualPipe keeps two stages",
+         "V3 report; assumed"),
         ("prefill", f"{a.prefill_tokens:,} tokens of a GPU in prompts of {a.prompt:,}", "assumed"),
         ("decoding", f"{a.context:,} cached tokens in bf16; the batch with most tokens/s that "
          f"still gives a user {a.user_speed:g} tokens/s",
@@ -279,8 +280,9 @@ def page(found: Report, compared: Comparisons) -> str:
         _INTRODUCTION.format(status=status(found)),
         f"## Conclusion\n\n{bullets}\n",
         f"![Cost of training and serving {found.preset} by GPU](cost.png)\n",
-        f"## Training {found.preset}: a trillion tokens\n\nThe cheapest layout that fits: PP "
-        "pipeline stages x EP expert-parallel GPUs, the rest data-parallel.\n\n"
+        f"## Training {found.preset}: a trillion tokens\n\nThe cheapest layout that fits "
+        "(within 2 %, the one of fewest GPUs): PP pipeline stages x EP expert-parallel GPUs, the "
+        "rest data-parallel.\n\n"
         + training_table(found),
         f"## Serving {found.preset}: prefill\n\n" + serving_table(found, decoding=False),
         f"## Serving {found.preset}: decoding\n\nAt {a.context:,} cached tokens.\n\n"

@@ -2,7 +2,8 @@
 
 A call takes its roof (`bench.limits.roof`) over a share of it. The share is, in this order:
 
-- measured: from the results in bench/results/ of a GPU of this name, at the nearest shape;
+- measured: from the results in bench/results/ of a GPU of this name, at the nearest shape, if bytes
+  and FLOPs differ by a factor of NEAR at most, both factors multiplied;
 - predicted: the smaller one of ATTAINED and of what the limits of the compiled kernel allow
   (bench/predictions.json), at the nearest shape of this target;
 - assumed: ATTAINED, where the op has no prediction for the target.
@@ -36,8 +37,10 @@ ATTAINED = {
     "mla_prefill": (0.65, "cuDNN, 643 of 989 TFLOPS"),
     "mla_prefill_backward": (0.45, "cuDNN, 442 of 989 TFLOPS"),
     "mla_decode": (0.62, "FlashMLA, 574-660 of 989 TFLOPS"),
+    "mla_sparse_decode": (0.44, "FlashMLA with an FP8 cache, 410-460 of 989 TFLOPS"),
 }
 OTHER_PRODUCTS = (0.67, "as fp8_gemm_nt")
+NEAR = 64.0
 BANDWIDTH = (0.80, "DeepGEMM with few rows, 2668 of 3350 GB/s; casts 0.85-0.94 of a copy's 0.9")
 
 
@@ -121,8 +124,10 @@ class OpTimes:
 
     def _of(self, call: Call) -> OpTime:
         roof = limits.roof(call.cost, self.gpu.arch)
-        if call.op in self.measured:
-            cost, seconds = nearest(call.cost, self.measured[call.op])
+        near = [s for s in self.measured.get(call.op, ())
+                if distance(call.cost, s.cost) <= math.log(NEAR)]  # fmt: skip
+        if near:
+            cost, seconds = nearest(call.cost, near)
             return OpTime(roof * seconds / limits.roof(cost, self.gpu.arch), MEASURED)
         share = attained(call, self.gpu)
         if call.op not in self.predicted:

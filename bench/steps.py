@@ -81,6 +81,12 @@ def output_projection(c: Config) -> tuple[int, int]:
     return c.hidden_size, c.num_attention_heads * c.v_head_dim
 
 
+def indexer_projections(c: Config) -> list[tuple[int, int]]:
+    """Queries, the key of all heads, and the weights of the heads (V3.2)."""
+    H, D = c.index_n_heads, c.index_head_dim
+    return [(H * D, c.q_lora_rank or 0), (D, c.hidden_size), (H, c.hidden_size)] if H else []
+
+
 def prefill_operands(c: Config, T: int, S: int) -> tuple:
     """q, k, v, both cu_seqlens and the scale of mla_prefill."""
     H, width = c.num_attention_heads, c.qk_head_dim
@@ -381,6 +387,47 @@ def decode_attention(c: Config, B: int, context: int, path: str) -> list[Call]:
     ]
 
 
+def indexer(c: Config, T: int, lengths: torch.Tensor, longest: int, path: str) -> list[Call]:
+    """Scores of T tokens against the tokens that each sees, `lengths` int32 [T], and the top-k."""
+    H, D = c.index_n_heads, c.index_head_dim
+    queries, key, weights = indexer_projections(c)
+    pages = cdiv(longest, PAGE)
+    cache = meta(max(1, T // longest) * pages, PAGE, 1, D + 4, dtype=torch.uint8)
+    q = meta(T, 1, H, D, dtype=FP8), cache, meta(T, H, dtype=FP32), lengths
+    table, scores = meta(T, pages, dtype=INT32), meta(T, longest, dtype=FP32)
+    return [
+        *linear(ATTENTION, T, *queries, path, cast=False),
+        *linear(ATTENTION, T, *key, path, cast=False),
+        *linear(ATTENTION, T, *weights, "bf16"),
+        elementwise(ATTENTION, *[meta(T, (H + 1) * D)] * 2, *[meta(T, D)] * 2),
+        call(ATTENTION, "hadamard_transform", meta(T, D)),
+        call(ATTENTION, "indexer_cache_append", meta(T, D), cache, torch.zeros(T, dtype=INT64)),
+        call(ATTENTION, "hadamard_cast", meta(T, H, D)),
+        call(ATTENTION, "paged_mqa_logits", *q, table, longest),
+        call(ATTENTION, "topk_indices", scores, c.index_topk, lengths),
+    ]
+
+
+def sparse_attention(c: Config, T: int, lengths: torch.Tensor, path: str) -> list[Call]:
+    """T tokens that attend to the latents of the tokens that the indexer selects, in any step."""
+    H, R, longest = c.num_attention_heads, c.kv_lora_rank, int(lengths.max())
+    sequences = max(1, T // longest) if int(lengths.min()) < longest else T
+    cache, _, _ = cache_of(c, sequences, longest)
+    chosen = torch.zeros(1, 1, 1, dtype=INT32).expand(T, 1, c.index_topk)
+    count = lengths.clamp(max=c.index_topk)
+    q = meta(T, 1, H, c.cache_width)
+    return [
+        *queries(c, T, path, cache, keys=False),
+        *indexer(c, T, lengths, longest, path),
+        grouped(ATTENTION, H * T, R, c.qk_nope_head_dim, H, "bf16"),
+        elementwise(ATTENTION, q, q),
+        call(ATTENTION, "mla_sparse_decode", q, cache, chosen, c.softmax_scale, count,
+             v_head_dim=R),
+        grouped(ATTENTION, H * T, c.v_head_dim, R, H, "bf16"),
+        *linear(ATTENTION, T, *output_projection(c), path),
+    ]  # fmt: skip
+
+
 def serving_step(
     c: Config, attention: list[Call], T: int, rows: int, experts: int, path: str
 ) -> list[Call]:
@@ -397,9 +444,17 @@ def serving_step(
 
 def prefill_step(c: Config, T: int, S: int, experts: int, path: str) -> list[Call]:
     """T tokens in prompts of S tokens; each prompt needs the logits of its last token."""
-    return serving_step(c, prompt_attention(c, T, S, path), T, T // S, experts, path)
+    if c.is_sparse:
+        attention = sparse_attention(c, T, torch.arange(1, S + 1, dtype=INT32).repeat(T // S), path)
+    else:
+        attention = prompt_attention(c, T, S, path)
+    return serving_step(c, attention, T, T // S, experts, path)
 
 
 def decode_step(c: Config, B: int, context: int, experts: int, path: str) -> list[Call]:
     """One token of each of B sequences."""
-    return serving_step(c, decode_attention(c, B, context, path), B, B, experts, path)
+    if c.is_sparse:
+        attention = sparse_attention(c, B, torch.full((B,), context, dtype=INT32), path)
+    else:
+        attention = decode_attention(c, B, context, path)
+    return serving_step(c, attention, B, B, experts, path)

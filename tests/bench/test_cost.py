@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import deepkern
-from bench import cost, cost_page, cost_report, limits, steps
+from bench import cost, cost_page, cost_report, limits, predictions, steps
 from bench.__main__ import app
 from bench.gpus import GPUS, named
 from bench.op_calls import call, linear, meta, per_block, per_token
@@ -128,6 +128,20 @@ def test_faster_links_and_memory_never_cost_time():
     assert max(steps_[1:3]) <= steps_[0] < steps_[3]
 
 
+def test_the_published_layout_fits_into_an_h800():
+    memory = cost.training_memory(Config.preset("deepseek-v3"), cost_report.V3_LAYOUT, A, 2048)
+    assert 40 < memory < 80
+
+
+def test_predictions_are_complete():
+    """bench/predictions.json has every shape, of the Hopper kernels on sm_90 only."""
+    wanted = {(g.op, target, g.backend, g.shape) for target in predictions.TARGETS
+              for g in predictions.SHAPES if g.op not in predictions.UNUSED
+              and (g.backend != "cuda" or target == "sm_90")}  # fmt: skip
+    keys = ("op", "target", "backend", "shape")
+    assert {tuple(r[key] for key in keys) for r in predictions.load()} == wanted
+
+
 def test_rows_of_a_token_on_the_network():
     assert cost.copies(V3, ep=8, direct=False)[0] == 0, "one node"
     network, link = cost.copies(V3, ep=64, direct=False)
@@ -181,6 +195,8 @@ def test_measured_results_take_precedence(tmp_path):
     assert times.of(one).seconds == pytest.approx(2e-3, rel=1e-6), "the faster backend"
     assert times.of(few).seconds == pytest.approx(7e-5, rel=1e-6), "the nearest shape"
     assert OpTimes(GPUS["H200"], tmp_path).of(one).provenance == PREDICTED
+    (far,) = linear("", 8, 128, 128, "fp8", cast=False)
+    assert times.of(far).provenance == PREDICTED, "no near shape"
     row = cost.train("deepseek-v3", times, cost_report.V3_LAYOUT, A)
     assert MEASURED in row.compute.provenance
 
@@ -218,6 +234,22 @@ def test_other_presets(preset):
     assert cost_report.show(cost_report.Report(preset, A, [row]))
 
 
+def test_indexer_bounds_the_cost_of_a_long_context():
+    """V3.2 attends to 2048 tokens; its training is not counted."""
+    times, layout = OpTimes(GPUS["H200"]), cost.Layout("fp8", 1, 64)
+    speeds = {
+        (preset, context): cost.serve(
+            preset, times, layout, 32, True, dataclasses.replace(A, context=context)
+        ).tokens_per_second
+        for preset in ("deepseek-v3.1", "deepseek-v3.2")
+        for context in (1024, 65536)
+    }
+    dense, sparse = (speeds[p, 1024] / speeds[p, 65536] for p in ("deepseek-v3.1", "deepseek-v3.2"))
+    assert dense > 2 * sparse > 2
+    assert cost.cheapest_training("deepseek-v3.2", times, A) is None
+    assert cost.serve("deepseek-v3.2", times, layout, 4096, False, A).step > 0
+
+
 def test_page_is_current(found, compared):
     """`python -m bench cost --write` would write what docs contains."""
     assert cost_page.PAGE.read_text() == cost_page.page(found, compared)
@@ -244,11 +276,10 @@ def test_record_names_every_provenance(found):
     ("words", "message"),
     [
         (["cost", "gpt-5"], "no preset 'gpt-5'; there are"),
-        (["cost", "deepseek-v3.2"], "has an indexer"),
         (["cost", "--gpu", "V100"], "no GPU 'V100'; there are H800"),
         (["cost", "tiny", "--write"], "--write is for deepseek-v3"),
     ],
-    ids=["preset", "indexer", "card", "write"],
+    ids=["preset", "card", "write"],
 )
 def test_errors_of_the_command_line(words, message):
     result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
