@@ -1,9 +1,12 @@
 """The op calls of one GPU in a training step, a prefill and a decoding step of a model.
 
-The ops are those of `model/`: in serving those of `model/deepseek.py`, in training the same forward
-pass with `mla_prefill` and the gradients of each op by the V3 recipe. The GPU has all weights of a
-layer except the experts, of which it has `experts`; each token's rows are balanced over the
-experts, so a GPU receives as many rows as its own tokens send.
+The ops are those of `model/deepseek.py` and, in training, of `model/training/modules.py`; a test
+compares the FLOPs with those of a step of the trainer. Norms are `rmsnorm_cast` in training too,
+where the trainer normalizes in PyTorch and casts after; the ops inside `fp8_experts` are calls of
+their own here.
+
+The GPU has all weights of a layer except the experts, of which it has `experts`. Each token's rows
+are balanced over the experts, so a GPU receives as many rows as its own tokens send.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import deepkern
@@ -19,6 +21,8 @@ from deepkern.testing.ops import cost as cost_of
 from deepkern.testing.ops import facts
 from model import DeepSeek
 from model.config import Config
+from model.training.recipe import Recipe
+from model.training.run import Run
 
 A = cost.Assumptions()
 V3 = Config.preset("deepseek-v3", num_nextn_predict_layers=0)
@@ -57,6 +61,41 @@ def test_gradients_take_twice_the_forward_flops(path):
     calls = steps.training_step(V3, T, T, 4, path)["backward"]
     assert flops(calls, without=("mla_prefill_backward",)) == 2 * 2 * ACTIVE * T
     assert flops(calls, "mla_prefill_backward") == 61 * 2 * 128 * (3 * 192 + 2 * 128) * PAIRS
+
+
+class CountedFlops(TorchDispatchMode):
+    """FLOPs of the deepkern ops that run inside the block, by op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "deepkern":
+            op = deepkern.OPS[function._schema.name.partition("::")[2]]
+            self.flops[op.name] += cost_of(op.name, op.positional(args, kwargs), result).flops
+        return result
+
+
+def test_counts_are_those_of_the_trainer():
+    """A step of `model.training` on the tiny preset, with 2 sequences of 128 tokens."""
+    recipe = Recipe(batch=2, window=128, precision="fp8", recompute=True)
+    tokens = torch.arange(2 * 129).view(2, 129) * 7 % 256
+    run = Run(Config.preset("tiny"), recipe, tokens.flatten().to(torch.uint8))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small
+    try:
+        with CountedFlops() as counted:
+            run.gradients(tokens)
+    finally:
+        torch.set_num_threads(threads)
+    parts = steps.training_step(Config.preset("tiny"), 256, 128, 16, "fp8").values()
+    calls = [x for part in parts for x in part]
+    for op in ("gemm_nt", "mla_prefill", "mla_prefill_backward"):
+        assert counted.flops[op] == flops(calls, op), op
+    # The trainer rounds the rows of each expert up to 128 for the gradients of its weights.
+    assert 1 <= counted.flops.total() / flops(calls) < 1.04
 
 
 def test_recomputation():
@@ -161,7 +200,7 @@ def test_layouts_fit_into_memory(found):
     for row in found.rows:
         for step in (row.training, row.prefill, row.decode):
             assert step.memory <= 0.9 * row.gpu.memory
-            assert step.step == pytest.approx(step.step) and step.step > step.communication
+            assert step.step >= max(step.computing, step.communication)
         assert row.least_serving.gpus * row.gpu.memory > 671, "a byte per parameter"
         assert row.decode.step <= 1 / A.user_speed
 
@@ -169,7 +208,6 @@ def test_layouts_fit_into_memory(found):
 def test_gpus_without_fp8_tensor_cores_train_in_bf16(found):
     for row in found.rows:
         assert (row.training.layout.path == "bf16") == (row.gpu.name in ("A100", "MI300X"))
-        assert limits.roof(steps.head(V3, T)[0].cost, row.gpu.arch) > 0
 
 
 def speed(op: str, seconds: float, size_cost, backend: str = "triton") -> dict:
