@@ -1,4 +1,4 @@
-"""The command line: `python -m bench [ops | model | inspect | profile | tune | verify | gpu]`."""
+"""The command line: `python -m bench [ops | model | inspect | profile | tune | ... | cost]`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _ONE_SIZE = typer.Option(
 _EVERY = typer.Option([], help="KERNEL=N, repeatable: run every N-th cluster of its grids only")
 _HTML = typer.Option(None, help="write the report to this HTML file")
 _JSON = typer.Option(None, help="write the report to this JSON file")
+_GPU = typer.Option([], help="such as H800 or 'RTX 4090', repeatable; all by default")
 _DRY_RUN = typer.Option(False, help="print the stages, their commands and limits; run nothing")
 
 
@@ -151,6 +152,19 @@ def gpu(
         if name not in names:
             raise typer.BadParameter(f"no {name!r}; there are {', '.join(names)}")
     raise typer.Exit(hardware.run(family, stage, out.resolve(), dry_run))
+
+
+@app.command()
+def cost(
+    preset: str = typer.Argument("deepseek-v3", help="a preset of model/presets.py"),
+    gpu: list[str] = _GPU,
+    json: Path = _JSON,
+    write: bool = typer.Option(False, help="rewrite docs/cost.md and its picture"),
+) -> None:
+    """GPU-hours and dollars to train and serve a model, on GPUs of several kinds, without one."""
+    from . import cost_report
+
+    raise typer.Exit(cost_report.run(preset, gpu, json, write))
 
 
 if __name__ == "__main__":

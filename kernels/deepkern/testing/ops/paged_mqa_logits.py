@@ -73,7 +73,7 @@ def cost(q, cache, weights, context_lens, block_table, max_context_len, result, 
     """Reads each token that a sequence's queries see once."""
     lengths = context_lens.clamp(0, block_table.shape[1] * cache.shape[1]).long()
     if lengths.dim() == 1:
-        lengths = lengths[:, None] - torch.arange(q.shape[1], device=q.device).flip(0)
+        lengths = lengths[:, None] - torch.arange(q.shape[1], device=lengths.device).flip(0)
     lengths = lengths.clamp(0, max_context_len)  # [B, next_n]
     tokens = int(lengths.amax(1).sum()) if lengths.numel() else 0
     moved = tokens * row_bytes(cache) + tensor_bytes(q, weights, context_lens, block_table, result)
