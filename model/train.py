@@ -258,6 +258,9 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="sequences per step")] = Recipe.batch,
     window: Annotated[int, typer.Option(min=1, help="tokens per sequence")] = Recipe.window,
     learning_rate: Annotated[float, typer.Option(help="the highest")] = Recipe.learning_rate,
+    warmup: Annotated[
+        float, typer.Option(min=0, max=1, help="fraction of the run with a rising learning rate")
+    ] = Recipe.warmup,
     optimizer: Optimizer = Optimizer.adamw,
     schedule: Annotated[Schedule, typer.Option(help="report: DeepSeek-V3's")] = Schedule.cosine,
     precision: Annotated[Precision, typer.Option(help="of the products")] = Precision.fp8,
@@ -281,7 +284,7 @@ def main(
     torch.set_num_threads(threads)
     try:
         recipe = Recipe(
-            steps=steps, batch=batch, window=window, learning_rate=learning_rate,
+            steps=steps, batch=batch, window=window, learning_rate=learning_rate, warmup=warmup,
             optimizer=optimizer.value, schedule=schedule.value, precision=precision.value,
             recompute=recompute, seed=seed,
         )  # fmt: skip

@@ -144,6 +144,35 @@ def test_ops_of_a_step_in_fp8(toy, generator):
     assert not products & {*calls.others}
 
 
+def step_on(backend, model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of a step and all its gradients, flat."""
+    with deepkern.backend(backend):
+        losses = model.train()(tokens)
+        torch.stack([*losses.values()]).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.stack([*losses.values()]).detach(), gradient
+
+
+@pytest.mark.slow
+def test_backends_give_the_same_step(toy, generator):
+    """Triton's kernels in the interpreter and the native CPU ops, compared with the reference.
+
+    In FP8 a last bit of a sum moves values to other codes, so there backends differ, by less than
+    FP8 differs from fp32.
+    """
+    tokens = torch.randint(256, (1, 17), generator=generator)
+    exact_losses, exact = step_on("torch", toy("fp32"), tokens)
+    losses, gradient = step_on("torch", toy("fp8"), tokens)
+    rounding = (gradient - exact).norm()
+    for backend in ("cpu", "triton"):
+        own_losses, own = step_on(backend, toy("fp32"), tokens)
+        torch.testing.assert_close(own_losses, exact_losses, rtol=1e-5, atol=0)
+        assert (own - exact).norm() < 1e-4 * exact.norm(), backend
+        own_losses, own = step_on(backend, toy("fp8"), tokens)
+        torch.testing.assert_close(own_losses, losses, rtol=3e-3, atol=0)
+        assert (own - gradient).norm() < rounding, backend
+
+
 def test_gradients_reach_every_weight(toy, generator):
     model = toy("fp8")
     tokens = torch.randint(256, (8, 49), generator=generator)
