@@ -44,6 +44,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import deepkern
+from deepkern import ExpertParallelError
 from model.config import Config
 from model.training.recipe import Recipe
 
@@ -63,11 +64,12 @@ EXPERT_WEIGHTS = (".experts.w13", ".experts.w2")
 # Their names from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-NOTE_WAIT = 5.0  # seconds that a failed rank waits for the notes of the others
+NOTE, WAITED = "deepkern/training/failed", "waited"  # key and text of the note of a failed rank
+COLLECTIVE = 0.4  # fraction of the timeout; the rest is for the notes of the other ranks
 
 
 class ParallelError(RuntimeError):
-    """A rank failed or did not answer in time; the message names it."""
+    """Another rank failed or did not answer in time; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,15 @@ class Parallel:
     methods return their argument.
 
     layout: the sizes.
-    timeout: seconds that a collective waits for other ranks.
+    timeout: seconds after which all ranks have ended if one of them is lost; 0.4 of it is the limit
+        of a collective.
 
     Raises ValueError if the layout has another number of processes than torchrun started.
     """
 
     def __init__(self, layout: Layout | None = None, timeout: float = 600.0) -> None:
         self.layout = layout = layout or Layout()
-        self.rank, self.timeout = 0, timeout
+        self.rank, self.timeout, self.limit = 0, timeout, COLLECTIVE * timeout
         for name in ("data", "context", "tensor", "experts"):
             if getattr(layout, name) < 1:
                 raise ValueError(f"Layout: {name}: expected 1 or more, got {getattr(layout, name)}")
@@ -138,7 +141,7 @@ class Parallel:
     def _connect(self) -> None:
         """Joins the process group and makes those of the layout."""
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        limit = timedelta(seconds=self.timeout)
+        limit = timedelta(seconds=self.limit)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit)
         self.rank = dist.get_rank()
@@ -154,8 +157,7 @@ class Parallel:
         self.sparse = init_device_mesh(kind, shape, mesh_dim_names=names)
         self.data_rank, self.context_rank, self.tensor_rank = self.grid.get_coordinate()
         meshes = (self.grid, self.dense, self.sparse)
-        self.groups = [dist.group.WORLD, *(g for mesh in meshes for g in mesh.get_all_groups())]
-        for group in self.groups:
+        for group in [dist.group.WORLD, *(g for mesh in meshes for g in mesh.get_all_groups())]:
             dist.distributed_c10d._set_pg_timeout(limit, group)
 
     @property
@@ -191,7 +193,7 @@ class Parallel:
             setattr(model.get_submodule(owner), last, nn.Parameter(part))
         if y.experts > 1:
             mesh, count = self.sparse["experts"], model.config.n_routed_experts
-            self.experts = deepkern.ExpertParallel(mesh, count, timeout=self.timeout)
+            self.experts = deepkern.ExpertParallel(mesh, count, timeout=self.limit)
         for moe in model.experts:
             self._fully_shard(moe.experts, self.sparse["replicas"])
         for layer in (*model.layers, *model.prediction):
@@ -282,40 +284,49 @@ class Parallel:
 
     @contextmanager
     def naming_lost_ranks(self, what: str) -> Iterator[None]:
-        """Turns an error into a ParallelError that names the ranks that failed or are silent.
+        """Turns a failed collective into a ParallelError that names the ranks that are the cause.
 
-        A rank that fails leaves a note in the job's store and closes its connections, so that no
-        other rank waits for it.
+        A rank that fails leaves a note in the store of the job.  One whose collective failed waits
+        for the notes of the others, which take as long as their collectives.
         """
         try:
             yield
         except Exception as error:
             if self.layout.processes == 1:
                 raise
-            raise ParallelError(f"{what}: {self._failures(error)}") from error
+            line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            # The collectives of gloo raise RuntimeError itself.
+            is_collective = type(error) is RuntimeError
+            if not (is_collective or isinstance(error, (dist.DistError, ExpertParallelError))):
+                self._leave_note(line)
+                raise
+            raise ParallelError(f"{what}: {self._cause()} (here: {line})") from error
 
-    def _failures(self, error: Exception) -> str:
-        """Who is silent, and what the other ranks say."""
-        prefix, ranks = "deepkern/training/", range(self.layout.processes)
-        line = (str(error).splitlines() or [""])[0][:300]
+    def _leave_note(self, text: str) -> dist.Store:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{NOTE}{self.rank}", text)
+        return store
+
+    def _cause(self) -> str:
+        """The ranks without a note, and the errors of the others that are not of a collective."""
+        ranks = range(self.layout.processes)
         try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"{prefix}{self.rank}", f"{type(error).__name__}: {line}")
-            for group in self.groups:
-                group._get_backend(self.device).abort()
-            until = time.monotonic() + NOTE_WAIT
-            while silent := [r for r in ranks if not store.check([f"{prefix}{r}"])]:
+            store = self._leave_note(WAITED)
+            until = time.monotonic() + self.timeout - self.limit
+            while silent := [r for r in ranks if not store.check([f"{NOTE}{r}"])]:
                 if time.monotonic() > until:
                     break
                 time.sleep(0.05)
-            notes = [
-                f"rank {r}: {store.get(f'{prefix}{r}').decode()}" for r in ranks if r not in silent
-            ]
+            notes = {r: store.get(f"{NOTE}{r}").decode() for r in ranks if r not in silent}
         except RuntimeError:
-            return f"no answer from the store of the job, usually on rank 0 (here: {line})"
-        names = ", ".join(map(str, silent))
-        lost = [f"no answer from rank {names}"] if silent else []
-        return "; ".join(lost + notes)
+            return "no answer from the store of the job, which is usually on rank 0"
+        causes = [
+            f"rank {rank} failed with {note}" for rank, note in notes.items() if note != WAITED
+        ]
+        if silent:
+            names = ", ".join(map(str, silent))
+            causes.append(f"no answer from rank {names} within {self.timeout:g} s")
+        return "; ".join(causes) or f"all ranks gave up, after at most {self.limit:g} s"
 
 
 def _environment_size() -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from typing import Any
 
 import torch
 
 from model.config import Config
 from model.training.exchange import checkpoint_tensors
-from model.training.parallel import Layout, Parallel
+from model.training.parallel import Layout, Parallel, ParallelError
 from model.training.recipe import Recipe
 from model.training.run import Run
 
@@ -41,8 +44,32 @@ def train(layout: dict[str, int], config: dict[str, Any], recipe: dict[str, Any]
     list(run.steps())
     logits = run.predict(tokens[:32].view(2, 16).long())
     weights = {name: value.numpy() for name, value in checkpoint_tensors(run.model).items()}
-    return run.log, logits.numpy(), weights
+    return run.log, logits.float().numpy(), weights
 
 
 def train_all(cases: list[tuple]) -> list[tuple]:
     return [train(*case) for case in cases]
+
+
+def lose_rank_1(layout: dict[str, int], how: str, timeout: float) -> tuple[str, float]:
+    """Rank 1 fails within the second step; the message of another rank, and its seconds."""
+    tokens = torch.randint(101, (4096,), generator=torch.Generator().manual_seed(0)).int()
+    run = Run(small_config(), small_recipe(), tokens, None, Parallel(Layout(**layout), timeout))
+    run.take_step()
+
+    def fail(*_: Any) -> None:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "asleep":
+            time.sleep(1.5 * timeout)
+        else:
+            raise MemoryError("no memory for a test")
+
+    if run.rank == 1:
+        run.model.layers[1].self_attn.register_forward_hook(fail)
+    start = time.monotonic()
+    try:
+        run.take_step()
+    except (ParallelError, MemoryError) as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("the step ended without rank 1")
