@@ -1,7 +1,7 @@
 """Training over several processes: data, context, tensor and expert parallel.
 
     torchrun --nproc-per-node 8 ...
-    parallel = Parallel(Layout(data=2, context=2, tensor=2, experts=4))
+    parallel = Parallel(Layout.of_job(context=2, tensor=2, experts=4))
     run = Run(config, recipe, tokens, folder, parallel)
 
 The ranks are a grid, rank = (data · contexts + context) · tensors + tensor:
@@ -29,12 +29,10 @@ Source: ZeRO (arXiv:1910.02054); tensor parallelism of Megatron-LM (arXiv:1909.0
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -44,9 +42,9 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import deepkern
-from deepkern import ExpertParallelError
-from model.config import Config
-from model.training.recipe import Recipe
+from model.training.collectives import Enter, Gather, Leave
+from model.training.layout import Layout, processes_of_job
+from model.training.lost_ranks import naming_lost_ranks
 
 if TYPE_CHECKING:
     from model.training.modules import TrainableDeepSeek
@@ -61,52 +59,7 @@ TENSOR_DIMS = {
     "down_proj": 1,
 }
 EXPERT_WEIGHTS = (".experts.w13", ".experts.w2")
-# Their names from torch 2.13 on, and before.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-NOTE, WAITED = "deepkern/training/failed", "waited"  # key and text of the note of a failed rank
 COLLECTIVE = 0.4  # fraction of the timeout; the rest is for the notes of the other ranks
-
-
-class ParallelError(RuntimeError):
-    """Another rank failed or did not answer in time; the message names it."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The number of ranks in each direction; data · context · tensor is the number of processes.
-
-    experts: consecutive ranks that divide the experts of a layer; a divisor of that number.
-    """
-
-    data: int = 1
-    context: int = 1
-    tensor: int = 1
-    experts: int = 1
-
-    @property
-    def processes(self) -> int:
-        return self.data * self.context * self.tensor
-
-    def check(self, config: Config, recipe: Recipe) -> None:
-        """Raises ValueError for a size that does not divide what it must divide."""
-        c = config
-        dense = {"intermediate_size": c.intermediate_size}
-        if c.n_shared_experts and c.n_routed_experts:
-            dense["shared experts' size"] = c.moe_intermediate_size * c.n_shared_experts
-        sizes: dict[str, dict[str, int]] = {
-            "data": {"batch": recipe.batch},
-            "tensor": {"num_attention_heads": c.num_attention_heads, **dense},
-            "experts": {"n_routed_experts": c.n_routed_experts, "processes": self.processes},
-        }
-        for name, divided in sizes.items():
-            for what, size in divided.items():
-                if size % getattr(self, name):
-                    text = f"expected a divisor of {what} = {size}, got {getattr(self, name)}"
-                    raise ValueError(f"Layout: {name}: {text}")
-        if self.context > 1 and recipe.window % (2 * self.context):
-            text = f"expected a multiple of 2 * context = {2 * self.context}, got {recipe.window}"
-            raise ValueError(f"Layout: window: {text}")
 
 
 class Parallel:
@@ -119,7 +72,7 @@ class Parallel:
     timeout: seconds after which all ranks have ended if one of them is lost; 0.4 of it is the limit
         of a collective.
 
-    Raises ValueError if the layout has another number of processes than torchrun started.
+    Raises ValueError if torchrun started another number of processes than the layout has.
     """
 
     def __init__(self, layout: Layout | None = None, timeout: float = 600.0) -> None:
@@ -128,10 +81,11 @@ class Parallel:
         for name in ("data", "context", "tensor", "experts"):
             if getattr(layout, name) < 1:
                 raise ValueError(f"Layout: {name}: expected 1 or more, got {getattr(layout, name)}")
-        started = dist.get_world_size() if dist.is_initialized() else _environment_size()
-        if started != layout.processes:
-            text = f"expected data * context * tensor = {layout.processes}, got {started}"
-            raise ValueError(f"Layout: processes: {text}")
+        if layout.processes > 1:
+            started = processes_of_job()
+            if started != layout.processes:
+                text = f"expected data * context * tensor = {layout.processes}, got {started}"
+                raise ValueError(f"Layout: processes: {text}")
         self.data_rank = self.context_rank = self.tensor_rank = 0
         self.experts: deepkern.ExpertParallel | None = None
         self.device = torch.device("cpu")
@@ -282,55 +236,11 @@ class Parallel:
             dist.all_reduce(counts, group=self.dense["tokens"].get_group())
         return counts
 
-    @contextmanager
-    def naming_lost_ranks(self, what: str) -> Iterator[None]:
-        """Turns a failed collective into a ParallelError that names the ranks that are the cause.
-
-        A rank that fails leaves a note in the store of the job.  One whose collective failed waits
-        for the notes of the others, which take as long as their collectives.
-        """
-        try:
-            yield
-        except Exception as error:
-            if self.layout.processes == 1:
-                raise
-            line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            # The collectives of gloo raise RuntimeError itself.
-            is_collective = type(error) is RuntimeError
-            if not (is_collective or isinstance(error, (dist.DistError, ExpertParallelError))):
-                self._leave_note(line)
-                raise
-            raise ParallelError(f"{what}: {self._cause()} (here: {line})") from error
-
-    def _leave_note(self, text: str) -> dist.Store:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"{NOTE}{self.rank}", text)
-        return store
-
-    def _cause(self) -> str:
-        """The ranks without a note, and the errors of the others that are not of a collective."""
-        ranks = range(self.layout.processes)
-        try:
-            store = self._leave_note(WAITED)
-            until = time.monotonic() + self.timeout - self.limit
-            while silent := [r for r in ranks if not store.check([f"{NOTE}{r}"])]:
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.05)
-            notes = {r: store.get(f"{NOTE}{r}").decode() for r in ranks if r not in silent}
-        except RuntimeError:
-            return "no answer from the store of the job, which is usually on rank 0"
-        causes = [
-            f"rank {rank} failed with {note}" for rank, note in notes.items() if note != WAITED
-        ]
-        if silent:
-            names = ", ".join(map(str, silent))
-            causes.append(f"no answer from rank {names} within {self.timeout:g} s")
-        return "; ".join(causes) or f"all ranks gave up, after at most {self.limit:g} s"
-
-
-def _environment_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    def naming_lost_ranks(self, what: str) -> AbstractContextManager[None]:
+        """Within it, a failed collective raises a ParallelError that names the lost ranks."""
+        if self.layout.processes == 1:
+            return nullcontext()
+        return naming_lost_ranks(what, self.timeout, self.timeout - self.limit)
 
 
 def local(weight: Tensor) -> Tensor:
@@ -351,49 +261,3 @@ def assign(weight: Tensor, value: Tensor) -> None:
         value = value.to(weight.device)
         value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     weight.copy_(value)
-
-
-class Enter(torch.autograd.Function):
-    """x -> x; the gradient is the sum over the group."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class Leave(torch.autograd.Function):
-    """x -> its sum over the group; the gradient is that of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad, None
-
-
-class Gather(torch.autograd.Function):
-    """x [T, ...] -> [size · T, ...] of all ranks; the gradient is summed over them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = x.new_empty((group.size() * len(x), *x.shape[1:]))
-        all_gather(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        out = grad.new_empty((len(grad) // ctx.group.size(), *grad.shape[1:]))
-        reduce_scatter(out, grad.contiguous(), group=ctx.group)
-        return out, None

@@ -11,7 +11,9 @@ import torch
 
 from model.config import Config
 from model.training.exchange import checkpoint_tensors
-from model.training.parallel import Layout, Parallel, ParallelError
+from model.training.layout import Layout
+from model.training.lost_ranks import ParallelError
+from model.training.parallel import Parallel
 from model.training.recipe import Recipe
 from model.training.run import Run
 
