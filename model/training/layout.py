@@ -44,6 +44,9 @@ class Layout:
     def check(self, config: Config, recipe: Recipe) -> None:
         """Raises ValueError for a size that does not divide what it must divide."""
         c = config
+        for name in ("data", "context", "tensor", "experts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Layout: {name}: expected 1 or more, got {getattr(self, name)}")
         dense = {"intermediate_size": c.intermediate_size}
         if c.n_shared_experts and c.n_routed_experts:
             dense["shared experts' size"] = c.moe_intermediate_size * c.n_shared_experts
@@ -54,8 +57,9 @@ class Layout:
         }
         for name, divided in sizes.items():
             for what, size in divided.items():
-                if size % getattr(self, name):
-                    text = f"expected a divisor of {what} = {size}, got {getattr(self, name)}"
+                count = getattr(self, name)
+                if count > 1 and (size < count or size % count):
+                    text = f"expected a divisor of {what} = {size}, got {count}"
                     raise ValueError(f"Layout: {name}: {text}")
         if self.context > 1 and recipe.window % (2 * self.context):
             text = f"expected a multiple of 2 * context = {2 * self.context}, got {recipe.window}"

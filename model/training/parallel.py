@@ -78,9 +78,6 @@ class Parallel:
     def __init__(self, layout: Layout | None = None, timeout: float = 600.0) -> None:
         self.layout = layout = layout or Layout()
         self.rank, self.timeout, self.limit = 0, timeout, COLLECTIVE * timeout
-        for name in ("data", "context", "tensor", "experts"):
-            if getattr(layout, name) < 1:
-                raise ValueError(f"Layout: {name}: expected 1 or more, got {getattr(layout, name)}")
         if layout.processes > 1:
             started = processes_of_job()
             if started != layout.processes:
