@@ -28,15 +28,6 @@ class Layout:
     tensor: int = 1
     experts: int = 1
 
-    @classmethod
-    def of_job(cls, context: int = 1, tensor: int = 1, experts: int = 1) -> Layout:
-        """The layout of all processes that torchrun started; those that are left are data ranks."""
-        processes = processes_of_job()
-        if processes % (context * tensor):
-            text = f"expected a multiple of context * tensor = {context * tensor}, got {processes}"
-            raise ValueError(f"Layout: processes: {text}")
-        return cls(processes // (context * tensor), context, tensor, experts)
-
     @property
     def processes(self) -> int:
         return self.data * self.context * self.tensor

@@ -1,7 +1,7 @@
 """Training over several processes: data, context, tensor and expert parallel.
 
     torchrun --nproc-per-node 8 ...
-    parallel = Parallel(Layout.of_job(context=2, tensor=2, experts=4))
+    parallel = Parallel(Layout(data=2, context=2, tensor=2, experts=4))
     run = Run(config, recipe, tokens, folder, parallel)
 
 The ranks are a grid, rank = (data · contexts + context) · tensors + tensor:
