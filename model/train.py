@@ -38,7 +38,9 @@ from model.export import export, write_log
 from model.tokenizer import load_tokenizer
 from model.training.data import heldout_text, read_corpus, tokenize
 from model.training.exchange import checkpoint_tensors, load_weights
-from model.training.parallel import Layout, Parallel, ParallelError
+from model.training.layout import Layout
+from model.training.lost_ranks import ParallelError
+from model.training.parallel import Parallel
 from model.training.recipe import Recipe
 from model.training.report import TensorBoard, plot_load, plot_loss, with_progress
 from model.training.run import Run

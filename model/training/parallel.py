@@ -29,12 +29,10 @@ Source: ZeRO (arXiv:1910.02054); tensor parallelism of Megatron-LM (arXiv:1909.0
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -44,8 +42,9 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import deepkern
-from model.config import Config
-from model.training.recipe import Recipe
+from model.training.collectives import Enter, Gather, Leave
+from model.training.layout import Layout, processes_of_job
+from model.training.lost_ranks import naming_lost_ranks
 
 if TYPE_CHECKING:
     from model.training.modules import TrainableDeepSeek
@@ -60,51 +59,7 @@ TENSOR_DIMS = {
     "down_proj": 1,
 }
 EXPERT_WEIGHTS = (".experts.w13", ".experts.w2")
-# Their names from torch 2.13 on, and before.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-NOTE_WAIT = 5.0  # seconds that a failed rank waits for the notes of the others
-
-
-class ParallelError(RuntimeError):
-    """A rank failed or did not answer in time; the message names it."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The number of ranks in each direction; data · context · tensor is the number of processes.
-
-    experts: consecutive ranks that divide the experts of a layer; a divisor of that number.
-    """
-
-    data: int = 1
-    context: int = 1
-    tensor: int = 1
-    experts: int = 1
-
-    @property
-    def processes(self) -> int:
-        return self.data * self.context * self.tensor
-
-    def check(self, config: Config, recipe: Recipe) -> None:
-        """Raises ValueError for a size that does not divide what it must divide."""
-        c = config
-        dense = {"intermediate_size": c.intermediate_size}
-        if c.n_shared_experts and c.n_routed_experts:
-            dense["shared experts' size"] = c.moe_intermediate_size * c.n_shared_experts
-        sizes: dict[str, dict[str, int]] = {
-            "data": {"batch": recipe.batch},
-            "tensor": {"num_attention_heads": c.num_attention_heads, **dense},
-            "experts": {"n_routed_experts": c.n_routed_experts, "processes": self.processes},
-        }
-        for name, divided in sizes.items():
-            for what, size in divided.items():
-                if size % getattr(self, name):
-                    text = f"expected a divisor of {what} = {size}, got {getattr(self, name)}"
-                    raise ValueError(f"Layout: {name}: {text}")
-        if self.context > 1 and recipe.window % (2 * self.context):
-            text = f"expected a multiple of 2 * context = {2 * self.context}, got {recipe.window}"
-            raise ValueError(f"Layout: window: {text}")
+COLLECTIVE = 0.4  # fraction of the timeout; the rest is for the notes of the other ranks
 
 
 class Parallel:
@@ -114,21 +69,20 @@ class Parallel:
     methods return their argument.
 
     layout: the sizes.
-    timeout: seconds that a collective waits for other ranks.
+    timeout: seconds after which all ranks have ended if one of them is lost; 0.4 of it is the limit
+        of a collective.
 
-    Raises ValueError if the layout has another number of processes than torchrun started.
+    Raises ValueError if torchrun started another number of processes than the layout has.
     """
 
     def __init__(self, layout: Layout | None = None, timeout: float = 600.0) -> None:
         self.layout = layout = layout or Layout()
-        self.rank, self.timeout = 0, timeout
-        for name in ("data", "context", "tensor", "experts"):
-            if getattr(layout, name) < 1:
-                raise ValueError(f"Layout: {name}: expected 1 or more, got {getattr(layout, name)}")
-        started = dist.get_world_size() if dist.is_initialized() else _environment_size()
-        if started != layout.processes:
-            text = f"expected data * context * tensor = {layout.processes}, got {started}"
-            raise ValueError(f"Layout: processes: {text}")
+        self.rank, self.timeout, self.limit = 0, timeout, COLLECTIVE * timeout
+        if layout.processes > 1:
+            started = processes_of_job()
+            if started != layout.processes:
+                text = f"expected data * context * tensor = {layout.processes}, got {started}"
+                raise ValueError(f"Layout: processes: {text}")
         self.data_rank = self.context_rank = self.tensor_rank = 0
         self.experts: deepkern.ExpertParallel | None = None
         self.device = torch.device("cpu")
@@ -138,7 +92,7 @@ class Parallel:
     def _connect(self) -> None:
         """Joins the process group and makes those of the layout."""
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        limit = timedelta(seconds=self.timeout)
+        limit = timedelta(seconds=self.limit)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit)
         self.rank = dist.get_rank()
@@ -154,8 +108,7 @@ class Parallel:
         self.sparse = init_device_mesh(kind, shape, mesh_dim_names=names)
         self.data_rank, self.context_rank, self.tensor_rank = self.grid.get_coordinate()
         meshes = (self.grid, self.dense, self.sparse)
-        self.groups = [dist.group.WORLD, *(g for mesh in meshes for g in mesh.get_all_groups())]
-        for group in self.groups:
+        for group in [dist.group.WORLD, *(g for mesh in meshes for g in mesh.get_all_groups())]:
             dist.distributed_c10d._set_pg_timeout(limit, group)
 
     @property
@@ -191,7 +144,7 @@ class Parallel:
             setattr(model.get_submodule(owner), last, nn.Parameter(part))
         if y.experts > 1:
             mesh, count = self.sparse["experts"], model.config.n_routed_experts
-            self.experts = deepkern.ExpertParallel(mesh, count, timeout=self.timeout)
+            self.experts = deepkern.ExpertParallel(mesh, count, timeout=self.limit)
         for moe in model.experts:
             self._fully_shard(moe.experts, self.sparse["replicas"])
         for layer in (*model.layers, *model.prediction):
@@ -280,46 +233,11 @@ class Parallel:
             dist.all_reduce(counts, group=self.dense["tokens"].get_group())
         return counts
 
-    @contextmanager
-    def naming_lost_ranks(self, what: str) -> Iterator[None]:
-        """Turns an error into a ParallelError that names the ranks that failed or are silent.
-
-        A rank that fails leaves a note in the job's store and closes its connections, so that no
-        other rank waits for it.
-        """
-        try:
-            yield
-        except Exception as error:
-            if self.layout.processes == 1:
-                raise
-            raise ParallelError(f"{what}: {self._failures(error)}") from error
-
-    def _failures(self, error: Exception) -> str:
-        """Who is silent, and what the other ranks say."""
-        prefix, ranks = "deepkern/training/", range(self.layout.processes)
-        line = (str(error).splitlines() or [""])[0][:300]
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"{prefix}{self.rank}", f"{type(error).__name__}: {line}")
-            for group in self.groups:
-                group._get_backend(self.device).abort()
-            until = time.monotonic() + NOTE_WAIT
-            while silent := [r for r in ranks if not store.check([f"{prefix}{r}"])]:
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.05)
-            notes = [
-                f"rank {r}: {store.get(f'{prefix}{r}').decode()}" for r in ranks if r not in silent
-            ]
-        except RuntimeError:
-            return f"no answer from the store of the job, usually on rank 0 (here: {line})"
-        names = ", ".join(map(str, silent))
-        lost = [f"no answer from rank {names}"] if silent else []
-        return "; ".join(lost + notes)
-
-
-def _environment_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    def naming_lost_ranks(self, what: str) -> AbstractContextManager[None]:
+        """Within it, a failed collective raises a ParallelError that names the lost ranks."""
+        if self.layout.processes == 1:
+            return nullcontext()
+        return naming_lost_ranks(what, self.timeout, self.timeout - self.limit)
 
 
 def local(weight: Tensor) -> Tensor:
@@ -340,49 +258,3 @@ def assign(weight: Tensor, value: Tensor) -> None:
         value = value.to(weight.device)
         value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     weight.copy_(value)
-
-
-class Enter(torch.autograd.Function):
-    """x -> x; the gradient is the sum over the group."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class Leave(torch.autograd.Function):
-    """x -> its sum over the group; the gradient is that of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad, None
-
-
-class Gather(torch.autograd.Function):
-    """x [T, ...] -> [size · T, ...] of all ranks; the gradient is summed over them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = x.new_empty((group.size() * len(x), *x.shape[1:]))
-        all_gather(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        out = grad.new_empty((len(grad) // ctx.group.size(), *grad.shape[1:]))
-        reduce_scatter(out, grad.contiguous(), group=ctx.group)
-        return out, None

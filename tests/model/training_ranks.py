@@ -1,18 +1,35 @@
-"""Run by the ranks of test_training_parallel.py: steps of a small model in several layouts."""
+"""Run by the ranks of test_training_parallel.py: training of a small model in several layouts."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import signal
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from model.checkpoint import Checkpoint
 from model.config import Config
-from model.training.exchange import checkpoint_tensors
-from model.training.parallel import Layout, Parallel
+from model.training.exchange import checkpoint_tensors, initialize, load_weights
+from model.training.layout import Layout
+from model.training.lost_ranks import ParallelError
+from model.training.modules import TrainableDeepSeek
+from model.training.parallel import Parallel, whole
 from model.training.recipe import Recipe
 from model.training.run import Run
 
-STEPS = 3
+TOKENS = torch.randint(101, (4096,), generator=torch.Generator().manual_seed(0)).int()
+NO_Q_LORA = {
+    "model_type": "deepseek_v2", "q_lora_rank": None, "topk_method": "greedy", "n_group": 1,
+    "topk_group": 1, "scoring_func": "softmax", "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0, "rope_interleave": False, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def small_config(**changes: Any) -> Config:
@@ -29,20 +46,109 @@ def small_config(**changes: Any) -> Config:
 
 
 def small_recipe(**changes: Any) -> Recipe:
-    values = {"steps": STEPS, "batch": 4, "window": 16, "precision": "fp32", "warmup": 0.0}
+    values = {"steps": 3, "batch": 4, "window": 16, "precision": "fp32", "warmup": 0.0}
     return Recipe(**{**values, "balance_weight": 0.01, "bias_rate": 0.01, **changes})
 
 
-def train(layout: dict[str, int], config: dict[str, Any], recipe: dict[str, Any]) -> tuple:
-    """The log, the logits of some tokens and the weights of a run; no weights but on rank 0."""
-    tokens = torch.randint(101, (4096,), generator=torch.Generator().manual_seed(0)).int()
-    parallel = Parallel(Layout(**layout), timeout=60)
-    run = Run(small_config(**config), small_recipe(**recipe), tokens, None, parallel)
-    list(run.steps())
-    logits = run.predict(tokens[:32].view(2, 16).long())
+@dataclass(frozen=True)
+class Case:
+    """A run.  skewed: a selection bias leads all tokens to the first half of the experts."""
+
+    layout: dict[str, int]
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    skewed: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """log: without times.  before, after: logits of some tokens.  weights: of the main rank."""
+
+    log: list[dict[str, Any]]
+    before: np.ndarray
+    after: np.ndarray
+    weights: dict[str, np.ndarray]
+
+
+def train(case: Case) -> Outcome:
+    run = make_run(case.layout, case.config, case.recipe)
+    if case.skewed:
+        for moe in run.model.experts:
+            moe.gate.e_score_correction_bias[:4] = 10.0
+    tokens = TOKENS[:32].view(2, 16).long()
+    before = run.predict(tokens)
+    for _ in run.steps():
+        if case.skewed:
+            assert all((moe.load[4:] == 0).all() for moe in run.model.experts)
+    after = run.predict(tokens)
+    if run.parallel.layout.processes > 1:
+        assert_equal_on_all_ranks(run.model)
     weights = {name: value.numpy() for name, value in checkpoint_tensors(run.model).items()}
-    return run.log, logits.numpy(), weights
+    log = [{k: v for k, v in row.items() if k != "seconds"} for row in run.log]
+    return Outcome(log, before.float().numpy(), after.float().numpy(), weights)
 
 
-def train_all(cases: list[tuple]) -> list[tuple]:
-    return [train(*case) for case in cases]
+def make_run(layout: dict[str, int], config: dict, recipe: dict, timeout: float = 100.0) -> Run:
+    parallel = Parallel(Layout(**layout), timeout)
+    return Run(small_config(**config), small_recipe(**recipe), TOKENS, None, parallel)
+
+
+def assert_equal_on_all_ranks(model: TrainableDeepSeek) -> None:
+    """Each rank gathers the same bits, also of weights of which the tensor ranks have copies."""
+    names, digests = [], []
+    for name, parameter in model.named_parameters():
+        names.append(name)
+        digests.append(hashlib.sha256(whole(parameter).detach().numpy().tobytes()).digest())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, digests)
+    for name, *values in zip(names, *everyone, strict=True):
+        assert len(set(values)) == 1, name
+
+
+def train_all(cases: list[Case]) -> list[Outcome]:
+    return [train(case) for case in cases]
+
+
+def load_and_export(layout: dict[str, int]) -> int:
+    """Weights of one process -> weights of a layout -> the same tensors; their number."""
+    config, parallel = small_config(), Parallel(Layout(**layout), 100)
+    one = TrainableDeepSeek(config)
+    initialize(one, 7)
+    for moe in one.experts:
+        moe.gate.e_score_correction_bias.copy_(torch.arange(8))
+    expected = checkpoint_tensors(one)
+    model = TrainableDeepSeek(config, parallel=parallel)
+    parallel.shard(model)
+    load_weights(model, Checkpoint.from_tensors(config, expected))
+    got = checkpoint_tensors(model)
+    assert got.keys() == (expected.keys() if parallel.is_main else set())
+    for name, value in got.items():
+        assert_same_bits(value, expected[name])
+    return len(got)
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    assert a.shape == b.shape and torch.equal(a, b)
+
+
+def lose_rank_1(layout: dict[str, int], how: str, timeout: float) -> tuple[str, float]:
+    """Rank 1 fails within the second step; the error of each rank, and after how many seconds."""
+    run = make_run(layout, {}, {}, timeout)
+    run.take_step()
+
+    def fail(*_: Any) -> None:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "asleep":
+            time.sleep(1.5 * timeout)
+        else:
+            raise MemoryError("no memory for a test")
+
+    if run.rank == 1:
+        run.model.layers[1].self_attn.register_forward_hook(fail)
+    start = time.monotonic()
+    try:
+        run.take_step()
+    except (ParallelError, MemoryError) as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("the step ended without rank 1")
