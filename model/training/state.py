@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from model.checkpoint import CheckpointError
 from model.config import Config
@@ -36,7 +35,7 @@ from model.training.optimizer import MOMENT
 from model.training.processes import on_each, on_first
 from model.training.recipe import Recipe
 from model.training.run import LOG, Run
-from model.training.shards import read_tensors, stored_names, write_tensors
+from model.training.shards import Nested, read_tensors, stored_names, write_tensors
 
 CHECKPOINTS, STATE, MANIFEST = "checkpoints", "state.json", "manifest.json"
 KEPT = 2  # checkpoints
@@ -48,23 +47,24 @@ def checkpoints_folder(run: Run) -> Path:
     return run.folder / CHECKPOINTS
 
 
-def state_tensors(run: Run, stored: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Name -> parameters, buffers and moments, which share the memory of the run.
+def state_tensors(run: Run, stored: Iterable[str] = ()) -> Nested:
+    """Parameters and buffers ("model"), and moments ("optimizer"); they share the run's memory.
 
     stored: names in a checkpoint; a moment that is among them and not in the optimizer is created.
     """
-    tensors = {f"model.{name}": value for name, value in run.model.state_dict().items()}
-    parameters = dict(run.model.named_parameters())
+    parameters, moments = dict(run.model.named_parameters()), run.optimizer.state
     for name in stored:
         kind, _, rest = name.partition(".")
-        of, _, key = rest.rpartition(".")
-        if kind == "optimizer" and of in parameters:
-            zeros = torch.zeros_like(parameters[of], dtype=MOMENT, requires_grad=False)
-            run.optimizer.state[parameters[of]].setdefault(key, zeros)
-    for name, parameter in parameters.items():
-        for key, moment in run.optimizer.state[parameter].items():
-            tensors[f"optimizer.{name}.{key}"] = moment
-    return tensors
+        owner, _, key = rest.rpartition(".")
+        if kind == "optimizer" and owner in parameters:
+            zeros = torch.zeros_like(parameters[owner], dtype=MOMENT, requires_grad=False)
+            moments[parameters[owner]].setdefault(key, zeros)
+    named = {
+        f"{name}.{key}": moment
+        for name, parameter in parameters.items()
+        for key, moment in moments[parameter].items()
+    }
+    return {"model": run.model.state_dict(), "optimizer": named}
 
 
 def scalars(run: Run) -> dict[str, Any]:
@@ -96,7 +96,8 @@ def save(run: Run) -> Path:
             on_first(lambda: _finish(run, fresh, final, files))
     except OSError as error:
         on_first(lambda: shutil.rmtree(fresh, ignore_errors=True))
-        size = sum(t.numel() * t.element_size() for t in state_tensors(run).values()) / 1e6
+        tensors = [t for group in state_tensors(run).values() for t in group.values()]
+        size = sum(t.numel() * t.element_size() for t in tensors) / 1e6
         text = f"{error.strerror or error}; a checkpoint needs {size:.1f} MB, so free space on the"
         text += " disk of the run's folder; the earlier checkpoints are unchanged"
         raise OSError(error.errno, text, error.filename or str(fresh)) from error

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from model.config import Config
 from model.training import processes
@@ -35,6 +36,7 @@ from model.training.run import Run
 from model.training.state import restore, save
 from model.training.stop import saved_steps
 
+ROOT = Path(__file__).parents[2]
 TOKENS = torch.frombuffer(bytearray(b"for i in range(10):\n    print(i)\n" * 99), dtype=torch.uint8)
 TOY = {
     "vocab_size": 128,
@@ -64,17 +66,27 @@ def toy_run(folder: Path | None, steps: int = 6, **recipe: Any) -> Run:
 
 
 def state_of(run: Run) -> dict[str, torch.Tensor]:
-    """Copies of parameters, biases and moments."""
+    """Copies of parameters, biases and moments; of DTensors, the part of this process."""
     parameters = dict(run.model.named_parameters())
     tensors = {**parameters, **dict(run.model.named_buffers())}
     for name, parameter in parameters.items():
         for key, moment in run.optimizer.state[parameter].items():
             tensors[f"{name}.{key}"] = moment
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+    return {name: tensor.detach().clone() for name, tensor in local.items()}
 
 
 def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run_script(folder: Path, *calls: Any) -> list[Any]:
+    """The results of the calls (`main`), made by a script that forks."""
+    command = [sys.executable, "-m", "tests.model.training_runs", str(folder), json.dumps(calls)]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def losses(run: Run) -> list[dict[str, Any]]:
@@ -118,7 +130,7 @@ def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
     lost: steps that were saved before each kill and are not restored after it.  A run that
     finishes before all kills is followed by another one.
     """
-    generator, steps, seen = random.Random(seed), 3 * count, []
+    generator, steps, seen = random.Random(seed), max(2 * count, 8), []
     whole = toy_run(None, steps, batch=8, window=48)
     finish(whole)
     runs, saved, lost, killed = [folder / "0"], 0, [], 0
@@ -171,8 +183,15 @@ def sharded_run(folder: Path | None, mesh_shape: list[int], **recipe: Any) -> Ru
                 setattr(module, name, nn.Parameter(sharded))
     fully_shard(run.model, mesh=mesh["data"])
     run.optimizer = make_optimizer(run.model, run.recipe)
-    if dist.get_rank():
-        run.record = lambda row: run.log.append(row) or row  # process 0 writes the file
+    if dist.get_rank():  # process 0 writes the file
+
+        def record(row: dict[str, Any]) -> dict[str, Any]:
+            run.folder = None
+            row = Run.record(run, row)
+            run.folder = folder
+            return row
+
+        run.record = record
     return run
 
 
@@ -186,6 +205,21 @@ def train_sharded(
         run.take_step()
     save(run)
     return restored, first, [row["main"] for row in run.log[first:]]
+
+
+def resume_sharded(folder: str, mesh_shape: list[int], **recipe: Any) -> bool:
+    """Whether a run that continues from step 2 has the losses and the state of the first one."""
+    first = sharded_run(Path(folder), mesh_shape, **recipe)
+    while first.step < first.recipe.steps:
+        first.take_step()
+        if first.step == 2:
+            save(first)
+    second = sharded_run(Path(folder), mesh_shape, **recipe)
+    restored = restore(second) and second.step == 2
+    finish(second)
+    return (
+        restored and losses(first) == losses(second) and same_state(*map(state_of, (first, second)))
+    )
 
 
 def save_sharded(folder: str, mesh_shape: list[int]) -> None:
