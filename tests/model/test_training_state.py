@@ -72,7 +72,7 @@ def script_results(tmp_path_factory):
     """What a run killed three times and one of two processes report."""
     folder = tmp_path_factory.mktemp("script")
     options = {"steps": 3, "precision": "fp8"}
-    resume = (2, "resume_sharded", [f"{folder}/run", [2]], options)
+    resume = (2, "resume_sharded", [f"{folder}/run", {"data": 2, "experts": 2}], options)
     return run_script(folder, ("kills", 3, random.randrange(2**31)), resume)
 
 

@@ -15,7 +15,8 @@ from model.training.stop import saved_steps
 from tests.model.training_runs import run_script, toy_run
 
 pytestmark = pytest.mark.proof
-ONE, TWO, THREE, GRID = [1], [2], [3], [2, 2]  # meshes
+ONE, TWO, THREE = {}, {"data": 2}, {"data": 3}  # layouts
+FOUR = {"data": 2, "tensor": 2, "experts": 2}
 
 
 def test_killed_twenty_times(tmp_path):
@@ -30,7 +31,7 @@ def test_killed_twenty_times(tmp_path):
 def test_resume_on_other_numbers_of_processes(tmp_path):
     """The weights are the saved ones to the bit; the order of sums over processes differs."""
     folder = f"{tmp_path}/run"
-    options = {"precision": "fp8"}
+    options = {"batch": 6}
     whole, first, second, third = run_script(
         tmp_path,
         (1, "train_sharded", [f"{tmp_path}/whole", ONE, 6], options),
@@ -42,16 +43,16 @@ def test_resume_on_other_numbers_of_processes(tmp_path):
         [False, 0], [False, 0], [True, 2], [True, 4],
     ]  # fmt: skip
     resumed = [first[0][2], second[0][2], third[0][2]]
-    assert sum(resumed, []) == pytest.approx(whole[0][2], abs=2e-5)
+    assert sum(resumed, []) == pytest.approx(whole[0][2], abs=1e-4)
 
 
-def test_values_on_another_mesh(tmp_path):
-    calls, processes = [], {1: ONE, 2: TWO, 3: THREE, 4: GRID}
+def test_values_on_another_layout(tmp_path):
+    calls, layouts = [], {1: ONE, 2: TWO, 3: THREE, 4: FOUR}
     for saved, loaded in ((4, 3), (2, 4), (4, 1)):
         folder = f"{tmp_path}/{saved}-{loaded}"
         calls += [
-            (saved, "save_sharded", [folder, processes[saved]], {}),
-            (loaded, "load_sharded", [folder, processes[loaded]], {}),
+            (saved, "save_sharded", [folder, layouts[saved]], {}),
+            (loaded, "load_sharded", [folder, layouts[loaded]], {}),
         ]
     wrong = run_script(tmp_path, *calls)[1::2]
     assert wrong == [[[]] * 3, [[]] * 4, [[]]]

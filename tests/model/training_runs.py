@@ -22,14 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from model.config import Config
 from model.training import processes
-from model.training.optimizer import MOMENT, make_optimizer
+from model.training.optimizer import MOMENT
+from model.training.parallel import Layout, Parallel, whole
 from model.training.processes import process_group
 from model.training.recipe import Recipe
 from model.training.run import Run
@@ -60,9 +58,11 @@ TOY = {
 }
 
 
-def toy_run(folder: Path | None, steps: int = 6, **recipe: Any) -> Run:
+def toy_run(
+    folder: Path | None, steps: int = 6, parallel: Parallel | None = None, **recipe: Any
+) -> Run:
     values = {"steps": steps, "batch": 2, "window": 16, "precision": "fp32", **recipe}
-    return Run(Config(**TOY), Recipe(**values), TOKENS, folder)
+    return Run(Config(**TOY), Recipe(**values), TOKENS, folder, parallel)
 
 
 def state_of(run: Run) -> dict[str, torch.Tensor]:
@@ -131,8 +131,9 @@ def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
     finishes before all kills is followed by another one.
     """
     generator, steps, seen = random.Random(seed), max(2 * count, 8), []
-    whole = toy_run(None, steps, batch=8, window=48)
-    finish(whole)
+    uninterrupted = toy_run(None, steps, batch=8, window=48)
+    finish(uninterrupted)
+    expected, state = losses(uninterrupted), state_of(uninterrupted)
     runs, saved, lost, killed = [folder / "0"], 0, [], 0
     while True:
         read, write = os.pipe()
@@ -162,44 +163,21 @@ def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
     for path in runs:
         run = toy_run(path, steps, batch=8, window=48)
         restore(run)
-        equal.append(losses(run) == losses(whole) and same_state(state_of(run), state_of(whole)))
+        equal.append(losses(run) == expected and same_state(state_of(run), state))
     return {"seed": seed, "kills": killed, "steps": seen, "lost": lost, "equal": equal}
 
 
-def sharded_run(folder: Path | None, mesh_shape: list[int], **recipe: Any) -> Run:
-    """A run whose parameters are DTensors: FSDP2 over the last dimension of the mesh.
-
-    Every process computes the whole batch.  With two dimensions, parameters are sharded over the
-    first one before, as tensor and expert parallelism do; such a run is saved, not trained.
-    """
-    run = toy_run(folder, **recipe)
-    names = ("tensor", "data")[-len(mesh_shape) :]
-    mesh = init_device_mesh("cpu", tuple(mesh_shape), mesh_dim_names=names)
-    for module in run.model.modules() if len(mesh_shape) == 2 else ():
-        for name, parameter in [*module.named_parameters(recurse=False)]:
-            dim = 1 if name == "w2" else 0
-            if parameter.dim() > 1 and parameter.shape[dim] % 2 == 0:
-                sharded = distribute_tensor(parameter.detach(), mesh["tensor"], [Shard(dim)])
-                setattr(module, name, nn.Parameter(sharded))
-    fully_shard(run.model, mesh=mesh["data"])
-    run.optimizer = make_optimizer(run.model, run.recipe)
-    if dist.get_rank():  # process 0 writes the file
-
-        def record(row: dict[str, Any]) -> dict[str, Any]:
-            run.folder = None
-            row = Run.record(run, row)
-            run.folder = folder
-            return row
-
-        run.record = record
-    return run
+def sharded_run(folder: str | None, layout: dict[str, int], **recipe: Any) -> Run:
+    """The part of this process in a run with a layout, for example {"data": 2, "experts": 2}."""
+    path = None if folder is None else Path(folder)
+    return toy_run(path, parallel=Parallel(Layout(**layout)), **recipe)
 
 
 def train_sharded(
-    folder: str, mesh_shape: list[int], stop: int, **recipe: Any
+    folder: str, layout: dict[str, int], stop: int, **recipe: Any
 ) -> tuple[bool, int, list[float]]:
     """Restores, trains up to a step and saves: whether it was restored, from where, losses."""
-    run = sharded_run(Path(folder), mesh_shape, **recipe)
+    run = sharded_run(folder, layout, **recipe)
     restored, first = restore(run), run.step
     while run.step < stop:
         run.take_step()
@@ -207,14 +185,14 @@ def train_sharded(
     return restored, first, [row["main"] for row in run.log[first:]]
 
 
-def resume_sharded(folder: str, mesh_shape: list[int], **recipe: Any) -> bool:
+def resume_sharded(folder: str, layout: dict[str, int], **recipe: Any) -> bool:
     """Whether a run that continues from step 2 has the losses and the state of the first one."""
-    first = sharded_run(Path(folder), mesh_shape, **recipe)
+    first = sharded_run(folder, layout, **recipe)
     while first.step < first.recipe.steps:
         first.take_step()
         if first.step == 2:
             save(first)
-    second = sharded_run(Path(folder), mesh_shape, **recipe)
+    second = sharded_run(folder, layout, **recipe)
     restored = restore(second) and second.step == 2
     finish(second)
     return (
@@ -222,18 +200,18 @@ def resume_sharded(folder: str, mesh_shape: list[int], **recipe: Any) -> bool:
     )
 
 
-def save_sharded(folder: str, mesh_shape: list[int]) -> None:
+def save_sharded(folder: str, layout: dict[str, int]) -> None:
     """Saves the initial weights, and moments that are the weights plus one."""
-    run = sharded_run(Path(folder), mesh_shape)
+    run = sharded_run(folder, layout, batch=6)
     for parameter in run.model.parameters():
         for key in ("m", "v"):
             run.optimizer.state[parameter][key] = (parameter.detach() + 1).to(MOMENT)
     save(run)
 
 
-def load_sharded(folder: str, mesh_shape: list[int]) -> list[str]:
+def load_sharded(folder: str, layout: dict[str, int]) -> list[str]:
     """Names of the tensors that do not have the values of `save_sharded` after a restore."""
-    run, expected = sharded_run(Path(folder), mesh_shape), toy_run(None)
+    run, expected = sharded_run(folder, layout, batch=6), toy_run(None)
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.zero_()
@@ -241,10 +219,10 @@ def load_sharded(folder: str, mesh_shape: list[int]) -> list[str]:
     wrong = []
     sharded = dict(run.model.named_parameters())
     for name, value in expected.model.named_parameters():
-        if not torch.equal(sharded[name].full_tensor(), value):
+        if not torch.equal(whole(sharded[name]), value):
             wrong.append(name)
         for key, moment in run.optimizer.state[sharded[name]].items():
-            if not torch.equal(moment.full_tensor(), (value.detach() + 1).to(MOMENT)):
+            if not torch.equal(whole(moment), (value.detach() + 1).to(MOMENT)):
                 wrong.append(f"{name}.{key}")
     return wrong + ([] if len(run.optimizer.state) == len(sharded) else ["moments"])
 
@@ -252,7 +230,7 @@ def load_sharded(folder: str, mesh_shape: list[int]) -> list[str]:
 def lose_a_process(folder: str) -> str:
     """Process 1 leaves before a save: what process 0 reports."""
     processes.TIMEOUT = timedelta(seconds=2)
-    run = sharded_run(Path(folder), [2])
+    run = sharded_run(folder, {"data": 2})
     if dist.get_rank():
         process_group()
         time.sleep(4)
@@ -266,7 +244,7 @@ def lose_a_process(folder: str) -> str:
 
 def stop_one(folder: str) -> tuple[str, int]:
     """Process 1 gets SIGTERM in its second step: how each process ends, and its steps."""
-    run = sharded_run(Path(folder), [2])
+    run = sharded_run(folder, {"data": 2})
     try:
         for row in saved_steps(run):
             if row["step"] == 1 and dist.get_rank() == 1:
