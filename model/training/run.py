@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ class Run:
         self.step = 0  # steps taken, skipped ones included
         self.mean_loss: float | None = None  # running mean, of steps that were not skipped
         self.log: list[dict[str, Any]] = []
+        self.log_incomplete = False  # the file, because the disk was full
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Takes the remaining steps; yields the row of the log after each."""
@@ -143,13 +146,25 @@ class Run:
                 bias.copy_(deepkern.update_expert_bias(bias, row, self.recipe.bias_rate))
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Appends a row to the log and to its file; returns it with rounded values."""
+        """Appends a row to the log and to its file; returns it with rounded values.
+
+        If the file cannot be written, a warning names it, and the next row rewrites the file.
+        """
         row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
         self.log.append(row)
         if self.folder is not None and self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / LOG).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            path = self.folder / LOG
+            try:
+                if self.log_incomplete:
+                    write_log(path, self.log)
+                else:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    with path.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                self.log_incomplete = False
+            except OSError as error:
+                self.log_incomplete = True
+                warnings.warn(f"{path}: {error.strerror}; a later row rewrites it", stacklevel=2)
         return row
 
     @torch.no_grad()
@@ -159,6 +174,16 @@ class Run:
         logits = self.model.predict(tokens)
         self.parallel.reshard(self.model)
         return logits
+
+
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replaces the file atomically."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
 
 
 def load_statistics(load: Tensor) -> dict[str, Any]:
