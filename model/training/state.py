@@ -257,8 +257,9 @@ def _truncate_log(log: Path, step: int) -> list[dict[str, Any]]:
         if rows[-1]["step"] > step:
             rows.pop()
             break
-    if [row["step"] for row in rows] != [*range(1, step + 1)]:
-        warnings.warn(f"{log}: {len(rows)} rows up to step {step}, expected {step}", stacklevel=2)
+    steps = [row["step"] for row in rows if "main" in row]  # not those of scores
+    if steps != [*range(1, step + 1)]:
+        warnings.warn(f"{log}: {len(steps)} rows up to step {step}, expected {step}", stacklevel=2)
     if "".join(json.dumps(row) + "\n" for row in rows) != text:
         write_log(log, rows)
         _sync(log.parent)

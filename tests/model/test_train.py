@@ -123,6 +123,9 @@ def test_model_of_transformers_is_trained_and_loaded_again(train, text, tmp_path
     )
     before = transformers.DeepseekV3ForCausalLM(config).eval()
     randomize(before)
+    for name, bias in before.named_buffers():
+        if name.endswith("correction_bias"):
+            bias.abs_()  # transformers prefers a masked expert to a score below 0
     before.save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "generation_config.json").write_text("{}")
     options = (
