@@ -161,14 +161,17 @@ def test_restore_without_a_checkpoint(tmp_path):
 
 
 def test_log_is_cut_at_the_restored_step(saved_run):
+    saved_run.record({"step": 3, "held_out": 4.5})
     whole = (saved_run.folder / LOG).read_text()
     saved_run.take_step()
     with (saved_run.folder / LOG).open("a") as file:
         file.write('{"step": 5, "tok')  # torn by a kill
     run = toy_run(saved_run.folder)
-    assert restore(run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert restore(run)
     assert (saved_run.folder / LOG).read_text() == whole
-    assert [row["step"] for row in run.log] == [1, 2, 3]
+    assert [row["step"] for row in run.log] == [1, 2, 3, 3]
 
 
 def test_missing_log_is_named(saved_run):
