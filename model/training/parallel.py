@@ -65,8 +65,7 @@ COLLECTIVE = 0.4  # fraction of the timeout; the rest is for the notes of the ot
 class Parallel:
     """The place of this process in a layout, and the collectives of a training step.
 
-    Without arguments it is that of a run of one process, which needs no process group; then all
-    methods return their argument.
+    Without arguments it is that of a run of one process, which needs no process group.
 
     layout: the sizes.
     timeout: seconds after which all ranks have ended if one of them is lost; 0.4 of it is the limit
@@ -86,19 +85,20 @@ class Parallel:
         self.data_rank = self.context_rank = self.tensor_rank = 0
         self.experts: deepkern.ExpertParallel | None = None
         self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if layout.processes > 1:
             self._connect()
 
     def _connect(self) -> None:
         """Joins the process group and makes those of the layout."""
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = self.device.type
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
         limit = timedelta(seconds=self.limit)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit)
         self.rank = dist.get_rank()
-        if kind == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
-            torch.cuda.set_device(self.device)
         y = self.layout
         shape, names = (y.data, y.context, y.tensor), ("data", "context", "tensor")
         self.grid = init_device_mesh(kind, shape, mesh_dim_names=names)
@@ -127,9 +127,10 @@ class Parallel:
     # The weights.
 
     def shard(self, model: TrainableDeepSeek) -> None:
-        """Replaces the weights by this rank's parts of them."""
+        """Moves the model to the device and replaces the weights by this rank's parts of them."""
         y = self.layout
         if y.processes == 1:
+            model.to(self.device)
             return
         for name, parameter in list(model.named_parameters()):
             dims = [dim for suffix, dim in TENSOR_DIMS.items() if name.endswith("." + suffix)]

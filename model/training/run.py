@@ -171,9 +171,9 @@ class Run:
     def predict(self, tokens: Tensor) -> Tensor:
         """int64 [B, S], equal on all ranks -> logits [B, S, vocab], in the precision of the run."""
         self.model.eval()
-        logits = self.model.predict(tokens)
+        logits = self.model.predict(tokens.to(self.parallel.device))
         self.parallel.reshard(self.model)
-        return logits
+        return logits.to(tokens.device)
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
