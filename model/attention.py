@@ -24,8 +24,9 @@ from model.checkpoint import Checkpoint
 from model.config import LATENT_NORM_EPS, Config
 from model.indexer import Indexer
 from model.linear import Linear, RMSNorm, Rows
+from model.ranks import ALONE, Ranks
 from model.rope import apply_rope, interleave_pairs
-from model.weights import Precision, frozen, load_real, random_weight
+from model.weights import WHOLE, Precision, frozen, load_real, random_weight
 
 
 class LatentProjection(nn.Module):
@@ -33,12 +34,14 @@ class LatentProjection(nn.Module):
 
     key [H, R, nope] is W_ukᵀ again, contiguous along the dimension that decoding sums over.  It is
     no part of the state; `store` replaces both.
+
+    own: the heads of this rank, H of them.
     """
 
-    def __init__(self, config: Config, precision: Precision) -> None:
+    def __init__(self, config: Config, precision: Precision, own: slice) -> None:
         super().__init__()
-        c, self.precision = config, precision
-        self.heads, self.nope = c.num_attention_heads, c.qk_nope_head_dim
+        c, self.precision, self.own = config, precision, own
+        self.heads, self.nope = own.stop - own.start, c.qk_nope_head_dim
         weight = random_weight(self.heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
         self.store(weight.to(precision.dtype))
         self.register_load_state_dict_post_hook(lambda module, _: module.store(module.weight.data))
@@ -50,7 +53,8 @@ class LatentProjection(nn.Module):
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         weight = load_real(checkpoint, f"{name}.weight", self.precision)
-        self.store(weight.view(self.heads, -1, weight.shape[1]))
+        outputs = self.weight.shape[1]  # of a head
+        self.store(weight.unflatten(0, (-1, outputs))[self.own])
 
     def keys_and_values(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [T, R] -> keys without position [T, H, nope], values [T, H, v]."""
@@ -80,26 +84,39 @@ class LatentAttention(nn.Module):
 
     One product gives what depends on the input alone: `qkv_a_proj` is q_a_proj, or q_proj without
     `q_lora_rank`, and kv_a_proj_with_mqa.
+
+    A tensor rank has H of the heads, and o_proj gives its part of a sum.
     """
 
-    def __init__(self, config: Config, precision: Precision) -> None:
+    def __init__(self, config: Config, precision: Precision, ranks: Ranks = ALONE) -> None:
         super().__init__()
-        self.config, c = config, config
-        queries = c.num_attention_heads * c.qk_head_dim
-        self.first_outputs = c.q_lora_rank or queries
+        self.config, self.ranks, c = config, ranks, config
+        own = ranks.heads(c.num_attention_heads)
+        self.heads = own.stop - own.start
+        queries = slice(own.start * c.qk_head_dim, own.stop * c.qk_head_dim)
+        values = slice(own.start * c.v_head_dim, own.stop * c.v_head_dim)
+        self.first_outputs = c.q_lora_rank or self.heads * c.qk_head_dim
         parts = "q_a_proj" if c.q_lora_rank else "q_proj", "kv_a_proj_with_mqa"
+        rows = WHOLE if c.q_lora_rank else queries, WHOLE
         outputs = self.first_outputs + c.cache_width
-        self.qkv_a_proj = Linear(c.hidden_size, outputs, precision, parts)
+        self.qkv_a_proj = Linear(c.hidden_size, outputs, precision, parts, rows)
         if c.q_lora_rank:
+            outputs = self.heads * c.qk_head_dim
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS, precision)
-            self.q_b_proj = Linear(c.q_lora_rank, queries, precision)
+            self.q_b_proj = Linear(c.q_lora_rank, outputs, precision, rows=[queries])
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS, precision)
-        self.kv_b_proj = LatentProjection(c, precision)
+        self.kv_b_proj = LatentProjection(c, precision, own)
         self.indexer = Indexer(c, precision) if c.index_topk else None
-        self.o_proj = Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, precision)
+        inputs = self.heads * c.v_head_dim
+        self.o_proj = Linear(inputs, c.hidden_size, precision, columns=values)
 
     def forward(self, x: Rows, batch: TokenBatch, cache: LayerCache) -> Tensor:
         """x [N, hidden] -> [N, hidden]; writes the new tokens to the cache."""
+        out = self.o_proj(self.attend(x, batch, cache))
+        return self.ranks.sum(out, self.ranks.tensor)
+
+    def attend(self, x: Rows, batch: TokenBatch, cache: LayerCache) -> Tensor:
+        """x [N, hidden] -> what this rank's heads read, [N, H·v]."""
         c = self.config
         q, latent_and_key = self.qkv_a_proj(x).split([self.first_outputs, c.cache_width], -1)
         self.append_to_cache(latent_and_key, batch, cache.latents)
@@ -109,15 +126,15 @@ class LatentAttention(nn.Module):
             q = self.q_b_proj(q_latent)
             if self.indexer is not None:
                 slots = self.indexer(x, q_latent, batch, cache.index_keys)
-        q = self.rotate_queries(q.unflatten(1, (c.num_attention_heads, -1)), batch)
+        q = self.rotate_queries(q.unflatten(1, (self.heads, -1)), batch)
         if slots is not None:
-            return self.o_proj(self.absorbed_attention(q, batch, cache.latents, slots))
+            return self.absorbed_attention(q, batch, cache.latents, slots)
         parts, prompt = [], batch.num_prompt
         if prompt:
             parts.append(self.prompt_attention(q[:prompt], batch.steps, cache.latents))
         if prompt < len(q):
             parts.append(self.absorbed_attention(q[prompt:], batch, cache.latents))
-        return self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def rotate_queries(self, q: Tensor, batch: TokenBatch) -> Tensor:
         """q [N, H, nope + rope]: rotates the last `rope` values."""
@@ -170,7 +187,7 @@ class LatentAttention(nn.Module):
         )
         latent, k_rope = cached.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         k_nope, v = self.kv_b_proj.keys_and_values(latent)
-        k = torch.cat([k_nope, k_rope[:, None].expand(-1, c.num_attention_heads, -1)], -1)
+        k = torch.cat([k_nope, k_rope[:, None].expand(-1, self.heads, -1)], -1)
         cu_seqlens = step.cu_seqlens_q, step.cu_seqlens_k
         return deepkern.mla_prefill(q, k, v, *cu_seqlens, c.softmax_scale, step.causal)
 
@@ -182,7 +199,7 @@ class LatentAttention(nn.Module):
         slots: int32 [M, topk], the tokens to attend to, or None for all.
         """
         c, first = self.config, len(batch.positions) - len(q)
-        head_index = batch.head_index(c.num_attention_heads, len(q))
+        head_index = batch.head_index(self.heads, len(q))
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q = torch.cat([self.kv_b_proj.absorb(q_nope, head_index), q_rope], -1)[:, None]
         seqlens, scale, R = batch.cache_seqlens[first:], c.softmax_scale, c.kv_lora_rank

@@ -40,6 +40,7 @@ from model.checkpoint import Checkpoint
 from model.config import Config
 from model.experts import MLP, MoE
 from model.linear import RMSNorm, Weight
+from model.ranks import ALONE, Ranks
 from model.rope import rope_cos_sin
 from model.weights import Precision, resolve_dtype
 
@@ -50,16 +51,18 @@ if TYPE_CHECKING:
 class Layer(nn.Module):
     """Attention and a dense MLP or experts, each after a norm and added to the residual stream."""
 
-    def __init__(self, config: Config, index: int, precision: Precision) -> None:
+    def __init__(
+        self, config: Config, index: int, precision: Precision, ranks: Ranks = ALONE
+    ) -> None:
         super().__init__()
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
-        self.self_attn = LatentAttention(c, precision)
+        self.self_attn = LatentAttention(c, precision, ranks)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         if c.is_moe(index):
-            self.mlp: nn.Module = MoE(c, precision)
+            self.mlp: nn.Module = MoE(c, precision, ranks)
         else:
-            self.mlp = MLP(c.hidden_size, c.intermediate_size, precision)
+            self.mlp = MLP(c.hidden_size, c.intermediate_size, precision, ranks)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, batch: TokenBatch, cache: LayerCache
@@ -77,8 +80,10 @@ class Layer(nn.Module):
 class PredictionLayer(Layer):
     """Multi-token prediction: predicts token i+2 from the hidden state at i and token i+1."""
 
-    def __init__(self, config: Config, index: int, precision: Precision) -> None:
-        super().__init__(config, index, precision)
+    def __init__(
+        self, config: Config, index: int, precision: Precision, ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(config, index, precision, ranks)
         c, p = config, precision
         self.embed_tokens = Weight(c.vocab_size, c.hidden_size, p)
         self.enorm = RMSNorm(c.hidden_size, c.rms_norm_eps, p)
@@ -93,16 +98,20 @@ class DeepSeek(nn.Module):
     """A DeepSeek-V3, R1 or V2 model for inference.
 
     `from_pretrained` loads a checkpoint.  `DeepSeek(Config.preset("tiny"))` has random weights.
+
+    ranks: the processes that divide the model, after `connect`; by default there is one.
     """
 
-    def __init__(self, config: Config, precision: Precision | None = None) -> None:
+    def __init__(
+        self, config: Config, precision: Precision | None = None, ranks: Ranks = ALONE
+    ) -> None:
         super().__init__()
         precision = precision or Precision()
         precision = precision._replace(scale_format=config.activation_scale_format)
-        self.config, self.precision, c = config, precision, config
-        layers: list[Layer] = [Layer(c, i, precision) for i in range(c.num_hidden_layers)]
+        self.config, self.precision, self.ranks, c = config, precision, ranks, config
+        layers: list[Layer] = [Layer(c, i, precision, ranks) for i in range(c.num_hidden_layers)]
         for depth in range(c.num_nextn_predict_layers):
-            layers.append(PredictionLayer(c, c.num_hidden_layers + depth, precision))
+            layers.append(PredictionLayer(c, c.num_hidden_layers + depth, precision, ranks))
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": Weight(c.vocab_size, c.hidden_size, precision),
@@ -125,6 +134,7 @@ class DeepSeek(nn.Module):
         device: torch.device | str = "cpu",
         fp8: bool = False,
         layers: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> DeepSeek:
         """Loads a checkpoint directory in the Hugging Face layout.
 
@@ -134,24 +144,33 @@ class DeepSeek(nn.Module):
 
         dtype: a dtype, its name, or "auto", that of the checkpoint.
         layers: the number of decoder layers to load; by default all.
+        ranks: the processes that divide the model, such as Ranks(tensor=2, experts=4); all of them
+            make the same calls.
 
         Raises:
             FileNotFoundError: no such directory, or no config.json in it.
             CheckpointError (a ValueError): a tensor is damaged, missing, unknown, or has a wrong
                 shape or dtype.  The message names the file and the tensor.
+            ValueError: `ranks` does not fit the model or the number of processes.
         """
         checkpoint = Checkpoint.open(path)
         precision = Precision(resolve_dtype(dtype, checkpoint), device, fp8)
-        return cls.from_checkpoint(checkpoint, precision, layers)
+        return cls.from_checkpoint(checkpoint, precision, layers, ranks)
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, precision: Precision, layers: int | None = None
+        cls,
+        checkpoint: Checkpoint,
+        precision: Precision,
+        layers: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> DeepSeek:
         """Checks all tensors, builds the model on the meta device, and loads module by module."""
         config = checkpoint.check(layers)
+        if ranks is not ALONE:
+            precision = precision._replace(device=ranks.connect(config, precision.device))
         with torch.device("meta"):
-            model = cls(config, precision)
+            model = cls(config, precision, ranks)
         with torch.no_grad():
             for name, module in model.named_modules():
                 if hasattr(module, "load"):

@@ -56,7 +56,7 @@ class Engine:
         max_running: requests that own pages at most, each with a row for itself and its drafts.
         draft_tokens: tokens that the prediction layer proposes per step.
         reuse_prompts: whether requests share the pages of equal prompts.
-        graphs: whether decode steps are CUDA graphs; None: on a GPU, if the indexer is FP8 or
+        graphs: whether decode steps are CUDA graphs; None: on one GPU, if the indexer is FP8 or
             there is none.
     """
 
@@ -98,7 +98,8 @@ class Engine:
         self.max_length = min(config.max_position_embeddings, num_pages * page)
         if graphs is None:
             real_index = index_keys is not None and index_keys.dtype != torch.uint8
-            graphs = model.device.type == "cuda" and not real_index
+            one_gpu = model.device.type == "cuda" and model.ranks.processes == 1
+            graphs = one_gpu and not real_index
         self.graphs = None
         if graphs:
             pages = cdiv(self.max_length, page)

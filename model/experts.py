@@ -8,6 +8,8 @@ Source: DeepSeek-V3 report (arXiv:2412.19437), section 2.1.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ import deepkern
 from model.checkpoint import Checkpoint
 from model.config import Config
 from model.linear import Linear, Rows
+from model.ranks import ALONE, Ranks
 from model.weights import (
     Matrix,
     Precision,
@@ -27,16 +30,25 @@ from model.weights import (
 
 
 class MLP(nn.Module):
-    """down(swiglu(gate(x), up(x))), of a dense layer and of the shared experts."""
+    """down(swiglu(gate(x), up(x))), of a dense layer and of the shared experts.
 
-    def __init__(self, size: int, inner: int, precision: Precision) -> None:
+    A tensor rank has some of the inner columns.
+    """
+
+    def __init__(self, size: int, inner: int, precision: Precision, ranks: Ranks = ALONE) -> None:
         super().__init__()
-        self.precision = precision
-        self.gate_up_proj = Linear(size, 2 * inner, precision, ("gate_proj", "up_proj"))
-        self.down_proj = Linear(inner, size, precision)
+        self.precision, self.ranks = precision, ranks
+        own = ranks.columns(inner)
+        count, names = own.stop - own.start, ("gate_proj", "up_proj")
+        self.gate_up_proj = Linear(size, 2 * count, precision, names, rows=[own, own])
+        self.down_proj = Linear(count, size, precision, columns=own)
 
     def forward(self, x: Rows) -> Tensor:
         """[M, hidden] -> [M, hidden]."""
+        return self.ranks.sum(self.part(x), self.ranks.tensor)
+
+    def part(self, x: Rows) -> Tensor:
+        """As `forward`, but this rank's part of the sum."""
         gate_up = self.gate_up_proj(x)
         if not self.precision.fp8:
             return self.down_proj(deepkern.swiglu(gate_up))
@@ -78,16 +90,21 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weights of the E routed experts, stacked: w13 [E, 2I, K] as [gate, up], w2 [E, K, I].
+    """Weights of E routed experts, stacked: w13 [E, 2I, K] as [gate, up], w2 [E, K, I].
+
+    A rank has some of the experts and some of their inner columns, see `model/ranks.py`.
 
     With `fp8` the layer is one op, `moe_forward`.  Otherwise, and with activation scales that are
     powers of two, it is the ops that `moe_forward` consists of.
     """
 
-    def __init__(self, config: Config, precision: Precision) -> None:
+    def __init__(self, config: Config, precision: Precision, ranks: Ranks = ALONE) -> None:
         super().__init__()
-        self.precision, self.count = precision, config.n_routed_experts
-        size, inner = config.hidden_size, config.moe_intermediate_size
+        self.precision, self.ranks = precision, ranks
+        self.own = ranks.expert_range(config.n_routed_experts)
+        self.columns = ranks.expert_columns(config.moe_intermediate_size)
+        self.count, size = len(self.own), config.hidden_size
+        inner = self.columns.stop - self.columns.start
         w13, w13_scale = quantize_weight(random_weight(self.count, 2 * inner, size), precision)
         w2, w2_scale = quantize_weight(random_weight(self.count, size, inner), precision)
         self.w13, self.w2 = frozen(w13), frozen(w2)
@@ -95,20 +112,27 @@ class Experts(nn.Module):
         self.register_buffer("w2_scale", w2_scale)
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
-        def load(*matrices: str) -> Matrix:
+        def load(*matrices: str, **part: Any) -> Matrix:
             groups = [
-                [f"{name}.{expert}.{matrix}.weight" for matrix in matrices]
-                for expert in range(self.count)
+                [f"{name}.{expert}.{matrix}.weight" for matrix in matrices] for expert in self.own
             ]
-            return load_stack(checkpoint, groups, self.precision)
+            return load_stack(checkpoint, groups, self.precision, **part)
 
-        w13, self.w13_scale = load("gate_proj", "up_proj")
-        w2, self.w2_scale = load("down_proj")
+        w13, self.w13_scale = load("gate_proj", "up_proj", rows=[self.columns, self.columns])
+        w2, self.w2_scale = load("down_proj", columns=self.columns)
         self.w13, self.w2 = frozen(w13), frozen(w2)
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """x [M, hidden], weights and expert indices [M, topk] -> weighted sum [M, hidden]."""
+        """x [M, hidden], weights and expert indices [M, topk] -> weighted sum [M, hidden].
+
+        With `Ranks.dispatch` the sum is complete, otherwise it is this rank's part of it.
+        """
         p = self.precision
+        if self.ranks.expert_parallel is not None:
+            return self.dispatch(self.ranks.expert_parallel, x, weights, indices)
+        if self.ranks.experts > 1:
+            is_own = (indices >= self.own.start) & (indices < self.own.stop)
+            indices = torch.where(is_own, indices - self.own.start, -1)
         if p.fp8 and p.scale_format == "fp32":
             w = self.w13, self.w13_scale, self.w2, self.w2_scale
             return deepkern.moe_forward(x, weights, indices, *w)
@@ -116,6 +140,18 @@ class Experts(nn.Module):
         rows, scale, group, _, handle = deepkern.expert_dispatch(x, indices, self.count, cast=cast)
         run = self.run_fp8 if p.fp8 else self.run_real
         return deepkern.expert_combine(run(rows, scale, group), weights, handle)
+
+    def dispatch(
+        self, group: deepkern.ExpertParallel, x: Tensor, weights: Tensor, indices: Tensor
+    ) -> Tensor:
+        """As `forward`: each rank sends some of the rows, and all gather the results."""
+        own, p = self.ranks.rows(len(x)), self.precision
+        values = deepkern.cast_per_token(x[own], p.scale_format) if p.fp8 else (x[own], None)
+        rows, scale, index, _, handle = group.dispatch(
+            values[0], indices[own], weights[own], values[1]
+        )
+        run = self.run_fp8 if p.fp8 else self.run_real
+        return self.ranks.gather(group.combine(run(rows, scale, index), handle), len(x))
 
     def run_real(self, rows: Tensor, scale: Tensor | None, group: Tensor) -> Tensor:
         """rows [R, K] of the experts group int32 [R] -> [R, K]."""
@@ -133,15 +169,21 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Σ over a token's experts of weight·expert(x), plus the shared experts."""
 
-    def __init__(self, config: Config, precision: Precision) -> None:
+    def __init__(self, config: Config, precision: Precision, ranks: Ranks = ALONE) -> None:
         super().__init__()
-        c = config
+        self.ranks, c = ranks, config
         self.gate = Gate(c, precision)
-        self.experts = Experts(c, precision)
+        self.experts = Experts(c, precision, ranks)
         inner = c.moe_intermediate_size * c.n_shared_experts
-        self.shared_experts = MLP(c.hidden_size, inner, precision) if inner else None
+        self.shared_experts = None
+        # The sum over all ranks has the parts of one group of tensor ranks.
+        if inner and (ranks.dispatch or ranks.rank < ranks.tensor):
+            self.shared_experts = MLP(c.hidden_size, inner, precision, ranks)
 
     def forward(self, x: Rows) -> Tensor:
         """[M, hidden] -> [M, hidden]."""
-        out = self.experts(x.real, *self.gate(x.real))
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        out, shared = self.experts(x.real, *self.gate(x.real)), self.shared_experts
+        if self.ranks.dispatch:
+            return out if shared is None else out + shared(x)
+        out = out if shared is None else out + shared.part(x)
+        return self.ranks.sum(out, self.ranks.processes)

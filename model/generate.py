@@ -1,6 +1,7 @@
 """A command that prints a continuation as it is generated, and options that commands share.
 
     python -m model.generate --checkpoint DIR --prompt TEXT --temperature 0.6 --top-p 0.95
+    torchrun --nproc-per-node 2 -m model.generate --checkpoint DIR --tensor 2 --experts 2
 
 The same from Python, from the same tokens:
 
@@ -20,8 +21,10 @@ from typing import Annotated, Any
 
 import typer
 
+from deepkern import ExpertParallelError
 from model.deepseek import DeepSeek
 from model.engine import Engine
+from model.ranks import ALONE, Ranks
 from model.request import Request
 from model.sampling import Sampling
 from model.tokenizer import load_tokenizer
@@ -41,10 +44,12 @@ MinP = Annotated[float, typer.Option(help="least probability relative to the hig
 Penalty = Annotated[float, typer.Option(help="of tokens that are in the text; 1: none")]
 
 
-def load_model(checkpoint: Path, dtype: str, device: str, fp8: bool) -> DeepSeek:
+def load_model(
+    checkpoint: Path, dtype: str, device: str, fp8: bool, ranks: Ranks = ALONE
+) -> DeepSeek:
     """`DeepSeek.from_pretrained` for a command: an error is one line and exit code 2."""
     try:
-        return DeepSeek.from_pretrained(checkpoint, dtype, device, fp8)
+        return DeepSeek.from_pretrained(checkpoint, dtype, device, fp8, ranks=ranks)
     except (ValueError, FileNotFoundError) as error:
         raise exit_with(error) from error
 
@@ -62,10 +67,11 @@ def load_engine(
     fp8: bool,
     cache_dtype: str | None = None,
     draft_tokens: int = 0,
+    ranks: Ranks = ALONE,
     **limits: Any,
 ) -> Engine:
     """An `Engine` for a command: an error is one line and exit code 2."""
-    model = load_model(checkpoint, dtype, device, fp8)
+    model = load_model(checkpoint, dtype, device, fp8, ranks)
     try:
         tokenizer, options = load_tokenizer(checkpoint), {"cache_dtype": cache_dtype, **limits}
         return Engine(model, tokenizer, draft_tokens=draft_tokens, **options)
@@ -98,8 +104,13 @@ def main(
     cache_dtype: CacheDtype = None,
     draft_tokens: DraftTokens = 0,
     device: str = "cpu",
+    tensor: Annotated[int, typer.Option(help="processes that divide heads and MLPs")] = 1,
+    experts: Annotated[int, typer.Option(help="parts of the routed experts")] = 1,
 ) -> None:
-    """Continues PROMPT until the end token, a stop string or MAX_NEW_TOKENS."""
+    """Continues PROMPT until the end token, a stop string or MAX_NEW_TOKENS.
+
+    TENSOR and EXPERTS are for several processes, which torchrun starts; the first one prints.
+    """
     sampling = sampling_of(
         temperature=temperature,
         top_p=top_p,
@@ -111,15 +122,22 @@ def main(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    engine = load_engine(checkpoint, dtype, device, fp8, cache_dtype, draft_tokens)
+    try:
+        ranks = Ranks(tensor, experts)
+    except ValueError as error:
+        raise exit_with(error) from error
+    engine = load_engine(checkpoint, dtype, device, fp8, cache_dtype, draft_tokens, ranks)
     assert engine.tokenizer is not None
     tokens = engine.tokenizer.encode(prompt)
     if not tokens:
         raise typer.BadParameter("the prompt has no tokens")
-    write(prompt.encode(errors="surrogateescape").decode(errors="replace"))
     try:
+        if ranks.rank > 0:
+            engine.generate([tokens], sampling)
+            return
+        write(prompt.encode(errors="surrogateescape").decode(errors="replace"))
         request, first, last = print_stream(engine, tokens, sampling)
-    except ValueError as error:
+    except (ValueError, ExpertParallelError) as error:
         raise exit_with(error) from error
     print(f"\n[{figures(engine, request, first, last)}]", file=sys.stderr)
 

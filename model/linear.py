@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deepkern
 from model.checkpoint import Checkpoint
 from model.weights import (
+    WHOLE,
     Precision,
     frozen,
     load_real,
@@ -66,13 +69,28 @@ class Linear(nn.Module):
 
     `parts` names the weights of the checkpoint that one product computes, in the order of their
     outputs.  Without it the weight has the module's name.
+
+    rows, columns: the part of each of those weights that this rank computes; by default all.
+    inputs, outputs: sizes of that part.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, precision: Precision, parts: tuple[str, ...] = ()
+        self,
+        inputs: int,
+        outputs: int,
+        precision: Precision,
+        parts: tuple[str, ...] = (),
+        rows: Sequence[slice] = (),
+        columns: slice = WHOLE,
     ) -> None:
         super().__init__()
-        self.precision, self.parts = precision, parts
+        self.precision, self.parts, self.rows, self.columns = precision, parts, rows, columns
+        # Zeros before x, so that its groups of 128 are the blocks of the weight.
+        self.padding = 0
+        if precision.fp8 and columns != WHOLE and columns.start % 128 + inputs > 128:
+            self.padding = columns.start % 128
+            inputs += self.padding
+            self.columns = slice(columns.start - self.padding, columns.stop)
         weight, scale = quantize_weight(random_weight(outputs, inputs), precision)
         self.weight = frozen(weight)
         self.register_buffer("scale", scale)
@@ -81,7 +99,7 @@ class Linear(nn.Module):
         parent = name.rpartition(".")[0]
         names = [f"{parent}.{part}" for part in self.parts] or [name]
         names = [f"{n}.weight" for n in names]
-        weight, self.scale = load_rows(checkpoint, names, self.precision)
+        weight, self.scale = load_rows(checkpoint, names, self.precision, self.rows, self.columns)
         self.weight = frozen(weight)
 
     def forward(self, x: Tensor | Rows) -> Tensor:
@@ -89,5 +107,7 @@ class Linear(nn.Module):
         if self.scale is None:
             return deepkern.gemm_nt(x.real if isinstance(x, Rows) else x, self.weight)
         dtype, fmt = self.precision.dtype, self.precision.scale_format
+        if self.padding and not isinstance(x, Rows):
+            x = F.pad(x, (self.padding, 0))
         values, scale = x[1:] if isinstance(x, Rows) else deepkern.cast_per_token(x, fmt)
         return deepkern.fp8_gemm_nt(values, scale, self.weight, self.scale, out_dtype=dtype)

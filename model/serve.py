@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import signal
 import socket
 import threading
@@ -26,7 +27,16 @@ import uvicorn
 from starlette.applications import Starlette
 
 from model.engine import Engine
-from model.generate import CHECKPOINT, CacheDtype, DraftTokens, Dtype, Folder, Fp8, load_engine
+from model.generate import (
+    CHECKPOINT,
+    CacheDtype,
+    DraftTokens,
+    Dtype,
+    Folder,
+    Fp8,
+    exit_with,
+    load_engine,
+)
 from model.server.app import Settings, create_app
 from model.server.protocol import Limits
 from model.server.worker import EngineWorker
@@ -123,6 +133,10 @@ def main(
     device: str = "cpu",
 ) -> None:
     """Serves CHECKPOINT until SIGTERM or Ctrl-C."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        # All ranks must run the same requests, and requests arrive at one of them.
+        raise exit_with(ValueError(f"the server runs in 1 process, torchrun started {processes}"))
     if not is_local(host) and not api_key:
         typer.echo(
             f"warning: {host} may be reached from outside, and there is no API key", err=True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import deepkern
+from deepkern.arithmetic import cdiv
 from model.checkpoint import Checkpoint, CheckpointError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +33,7 @@ class Precision(NamedTuple):
 # the module's name in the checkpoint.
 
 Matrix = tuple[Tensor, Tensor | None]  # weight [N, K]; scale of each 128x128 block if it is e4m3
+WHOLE = slice(None)  # all rows or columns of a weight
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -93,9 +95,19 @@ def load_real(
 
 
 def load_matrix(
-    checkpoint: Checkpoint, name: str, precision: Precision, mapped: bool = True
+    checkpoint: Checkpoint,
+    name: str,
+    precision: Precision,
+    mapped: bool = True,
+    rows: slice = WHOLE,
+    columns: slice = WHOLE,
 ) -> Matrix:
-    """Reads the weight [N, K] of a Linear: e4m3 and its scales with `fp8`, else real."""
+    """Reads the weight [N, K] of a Linear: e4m3 and its scales with `fp8`, else real.
+
+    rows, columns: the part that is kept; its FP8 values and scales are those of the whole weight.
+    """
+    if rows != WHOLE or columns != WHOLE:
+        return cut(load_matrix(checkpoint, name, precision, mapped), rows, columns)
     if not precision.fp8:
         return load_real(checkpoint, name, precision, mapped=mapped), None
     mapped = mapped and checkpoint.stored[name].torch_dtype == torch.float8_e4m3fn
@@ -108,44 +120,85 @@ def load_matrix(
     return weight.to(precision.device), scale.to(precision.device)
 
 
+def cut(matrix: Matrix, rows: slice, columns: slice) -> Matrix:
+    """A copy of some rows and columns of a weight and their scales; the weight itself if all.
+
+    The columns must start at a multiple of 128 or be inside one block.  If the rows do not start at
+    a multiple of 128, there is one scale per row.
+    """
+    weight, scale = matrix
+    if weight[rows, columns].shape == weight.shape:
+        return matrix
+    n, k = (range(size)[part] for size, part in zip(weight.shape, (rows, columns), strict=True))
+    weight = weight[n.start : n.stop, k.start : k.stop].clone(memory_format=torch.contiguous_format)
+    if scale is not None:
+        scale = scale[:, k.start // 128 : cdiv(k.stop, 128)]
+        if n.start % 128:
+            scale = scale.repeat_interleave(128, 0)[n.start : n.stop]
+        else:
+            scale = scale[n.start // 128 : cdiv(n.stop, 128)]
+        scale = scale.contiguous()
+    return weight, scale
+
+
 def load_stack(
-    checkpoint: Checkpoint, groups: Sequence[Sequence[str]], precision: Precision
+    checkpoint: Checkpoint,
+    groups: Sequence[Sequence[str]],
+    precision: Precision,
+    rows: Sequence[slice] = (),
+    columns: slice = WHOLE,
 ) -> Matrix:
     """Weights [N_i, K] of each group, one below the other -> [groups, ΣN_i, K] and its scales.
 
     The scales are those of the 128x128 blocks, [groups, ΣN_i/128, K/128].  If an N_i but the last
     is not a multiple of 128, a block would hold rows of two weights, and the scales are repeated to
     one per row, [groups, ΣN_i, K/128].
+
+    rows, columns: the part of each weight of a group, and of all, that is kept; by default all.
     """
     shapes = [checkpoint.stored[name].shape or (0, 0) for name in groups[0]]
-    rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+    rows = rows or [WHOLE] * len(shapes)
+    counts = [len(range(shape[0])[part]) for shape, part in zip(shapes, rows, strict=True)]
     dtype = torch.float8_e4m3fn if precision.fp8 else precision.dtype
-    shape = len(groups), sum(rows), columns
+    shape = len(groups), sum(counts), len(range(shapes[0][1])[columns])
     stack, scales = torch.empty(shape, dtype=dtype, device=precision.device), []
     for out, names in zip(stack, groups, strict=True):
         parts = []
-        for name, part in zip(names, out.split(rows), strict=True):
-            weight, scale = load_matrix(checkpoint, name, precision, mapped=False)
+        for name, own, part in zip(names, rows, out.split(counts), strict=True):
+            weight, scale = load_matrix(checkpoint, name, precision, False, own, columns)
             part.copy_(weight)
             parts.append(scale)
-        scales.append(concat_scales(parts, rows))
+        scales.append(concat_scales(parts, counts))
     return stack, torch.stack(scales) if precision.fp8 else None  # type: ignore[arg-type]
 
 
-def load_rows(checkpoint: Checkpoint, names: Sequence[str], precision: Precision) -> Matrix:
-    """The weights of one product, one below the other; scales as in `load_stack`."""
+def load_rows(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    precision: Precision,
+    rows: Sequence[slice] = (),
+    columns: slice = WHOLE,
+) -> Matrix:
+    """The weights of one product, one below the other; the rest as in `load_stack`."""
     if len(names) == 1:
-        return load_matrix(checkpoint, names[0], precision)
-    weight, scale = load_stack(checkpoint, [names], precision)
+        own = rows[0] if rows else WHOLE
+        return load_matrix(checkpoint, names[0], precision, rows=own, columns=columns)
+    weight, scale = load_stack(checkpoint, [names], precision, rows, columns)
     return weight[0], None if scale is None else scale[0]
 
 
 def concat_scales(scales: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor | None:
-    """Block scales of weights with `rows` rows each, for the weights one below the other."""
+    """Scales of weights with `rows` rows each, for the weights one below the other.
+
+    Each has one per block or one per row.
+    """
     parts = [scale for scale in scales if scale is not None]
     if not parts:
         return None
-    if any(count % 128 for count in rows[:-1]):
-        pairs = zip(parts, rows, strict=True)
-        parts = [scale.repeat_interleave(128, 0)[:count] for scale, count in pairs]
+    pairs = list(zip(parts, rows, strict=True))
+    if any(count % 128 for count in rows[:-1]) or any(len(s) == n for s, n in pairs):
+        parts = [
+            scale if len(scale) == count else scale.repeat_interleave(128, 0)[:count]
+            for scale, count in pairs
+        ]
     return torch.cat(parts)
