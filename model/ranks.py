@@ -4,7 +4,7 @@
     model = DeepSeek.from_pretrained(folder, ranks=Ranks(tensor=2, experts=4))
 
 All ranks run the same engine on the same requests.  Between the layers their activations are equal
-bit for bit, so they schedule and sample alike, and no rank sends tokens to another.
+bit for bit, so they schedule and sample alike.
 
     tensor    consecutive ranks that divide the heads of attention and the inner columns of dense
               MLPs and shared experts
@@ -17,7 +17,7 @@ indexer, head and latent cache.
 
 Parallelization: each rank computes a part of the sum over heads, inner columns and experts.  `sum`
 adds the parts, once after attention and once after the MLP or all experts, in fp32 in rank order.
-An all_reduce would not do: its order depends on a row's place in the batch, and so would the bits.
+The order of gloo's all_reduce depends on a row's place in the batch, and so would the bits.
 
 Limit: the latency of the exchanges in decoding, the interconnect for prompts.  A sum of M rows of K
 values sends 2·M·K values to each rank.  All ranks already have all tokens, so the experts do not
@@ -119,17 +119,17 @@ class Ranks:
         if c.num_attention_heads % self.tensor:
             text = f"expected a divisor of num_attention_heads = {c.num_attention_heads}"
             raise ValueError(f"Ranks: tensor: {text}, got {self.tensor}")
-        inner, moe = c.moe_intermediate_size, bool(c.n_routed_experts)
+        inner, experts, columns = c.moe_intermediate_size, c.n_routed_experts, self.processes
         limits = [("tensor", self.tensor, "intermediate_size", c.intermediate_size)]
-        limits.append(("experts", self.experts, "n_routed_experts", c.n_routed_experts or 1))
-        if moe:
-            columns = self.processes // self.experts
+        limits.append(("experts", self.experts, "n_routed_experts", experts))
+        if experts:
+            columns //= self.experts
             limits.append(("tensor / experts", columns, "moe_intermediate_size", inner))
-        if moe and c.n_shared_experts:
+        if experts and c.n_shared_experts:
             size = inner * c.n_shared_experts
             limits.append(("tensor", self.tensor, "the shared experts' size", size))
         for name, value, what, size in limits:
-            if value > size:
+            if value > max(1, size):
                 raise ValueError(f"Ranks: {name}: expected at most {what} = {size}, got {value}")
 
     # The parts of this rank.

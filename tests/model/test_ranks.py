@@ -44,10 +44,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PRECISIONS = {"fp32": ("float32", False), "bf16": ("bfloat16", False), "fp8": ("bfloat16", True),
               "fp8_fp32": ("float32", True)}  # fmt: skip
-# Relative to the norm of a row of logits.  In fp32 each row is compared, else the median row, because
-# after rounding a router may choose other experts for some rows.  bf16 rounds the parts of a sum.
-# fp8_fp32 has FP8 weights and casts in a model of fp32.  The parts of "blocks" begin at multiples of
-# 128, so casts have the scales of one process; those of the committed checkpoint do not.
+# Relative to the norm of a row of logits.  In fp32 each row is compared, else the median row: after
+# rounding a router may choose other experts for a row.  bf16 rounds the parts of a sum.  fp8_fp32
+# has FP8 weights and casts in a model of fp32.  The parts of "blocks" begin at multiples of 128, so
+# casts have the scales of one process; those of the committed checkpoint do not.
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp8": 0.06, "fp8_fp32": 1e-5}
 
 BOTH, DISPATCH = {"tensor": 2, "experts": 2}, {"experts": 2, "dispatch": True}
