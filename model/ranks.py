@@ -22,8 +22,8 @@ The order of gloo's all_reduce depends on a row's place in the batch, and so wou
 Limit: the latency of the exchanges in decoding, the interconnect for prompts.  A sum of M rows of K
 values sends 2·M·K values to each rank.  All ranks already have all tokens, so the experts do not
 need `deepkern.ExpertParallel`.  With `dispatch` they use it: each rank sends M/P rows to the ranks
-of their experts and all gather the results.  A rank then receives fewer bytes if P is more than
-about 8 (topk = 8, rows in FP8), at most half as many, but in four exchanges, and the host waits.
+of their experts and all gather the results.  With topk = 8 and rows in FP8, a rank receives fewer
+bytes if P is more than about 8, down to a half, but in four exchanges, and the host waits.
 
 Source: Megatron-LM (arXiv:1909.08053); the inference code released with DeepSeek-V3.
 """
@@ -40,6 +40,7 @@ from torch import Tensor
 import deepkern
 from deepkern.arithmetic import cdiv
 from deepkern.experts.exchange import Exchange
+from deepkern.runtime.contract import check_that
 from model.config import Config
 
 BLOCK = 128  # rows and columns of an FP8 weight that have one scale
@@ -51,12 +52,12 @@ ONE_EXCHANGE = 1 << 20
 class Ranks:
     """The sizes, the place of this process in them, and the exchanges of a forward pass.
 
-    `Ranks()` is one process.  It has no process group, and all methods return their argument.
+    `Ranks()` is one process, without a process group.
 
     Args:
         tensor, experts: as above.
         dispatch: send tokens to the ranks of their experts; requires experts = P.
-        timeout: seconds that an exchange waits for other ranks.
+        timeout: seconds that an exchange waits for other ranks, the first one for their loading.
 
     Raises:
         ValueError: a size is less than 1 or does not divide the other.
@@ -67,17 +68,15 @@ class Ranks:
     def __init__(
         self, tensor: int = 1, experts: int = 1, dispatch: bool = False, timeout: float = 600.0
     ) -> None:
-        for name, value in (("tensor", tensor), ("experts", experts)):
-            if value < 1:
-                raise ValueError(f"Ranks: {name}: expected at least 1, got {value}")
+        check_that("Ranks", "tensor", tensor >= 1, "at least 1", tensor)
+        check_that("Ranks", "experts", experts >= 1, "at least 1", experts)
         self.tensor, self.experts, self.dispatch, self.timeout = tensor, experts, dispatch, timeout
         self.processes, self.rank = max(tensor, experts), 0
-        if self.processes % min(tensor, experts):
-            text = f"expected a divisor or a multiple of experts = {experts}, got {tensor}"
-            raise ValueError(f"Ranks: tensor: {text}")
-        if dispatch and experts < tensor:
-            text = f"expected a multiple of tensor = {tensor} with dispatch, got {experts}"
-            raise ValueError(f"Ranks: experts: {text}")
+        divides = self.processes % min(tensor, experts) == 0
+        expected = f"a divisor or a multiple of experts = {experts}"
+        check_that("Ranks", "tensor", divides, expected, tensor)
+        expected = f"a multiple of tensor = {tensor} with dispatch"
+        check_that("Ranks", "experts", not dispatch or experts >= tensor, expected, experts)
         self.exchange: Exchange | None = None
         self.expert_parallel: deepkern.ExpertParallel | None = None
 
@@ -113,24 +112,21 @@ class Ranks:
         """Raises ValueError for a size that does not fit the model or the number of processes."""
         c, env = config, os.environ.get("WORLD_SIZE", 1)
         started = dist.get_world_size() if dist.is_initialized() else int(env)
-        if started != self.processes:
-            text = f"expected max(tensor, experts) = {self.processes}, got {started}"
-            raise ValueError(f"Ranks: processes: {text}")
-        if c.num_attention_heads % self.tensor:
-            text = f"expected a divisor of num_attention_heads = {c.num_attention_heads}"
-            raise ValueError(f"Ranks: tensor: {text}, got {self.tensor}")
-        inner, experts, columns = c.moe_intermediate_size, c.n_routed_experts, self.processes
+        expected = f"max(tensor, experts) = {self.processes}"
+        check_that("Ranks", "processes", started == self.processes, expected, started)
+        expected = f"a divisor of num_attention_heads = {c.num_attention_heads}"
+        divides = c.num_attention_heads % self.tensor == 0
+        check_that("Ranks", "tensor", divides, expected, self.tensor)
         limits = [("tensor", self.tensor, "intermediate_size", c.intermediate_size)]
-        limits.append(("experts", self.experts, "n_routed_experts", experts))
-        if experts:
-            columns //= self.experts
+        limits.append(("experts", self.experts, "n_routed_experts", c.n_routed_experts))
+        if c.n_routed_experts:
+            inner, columns = c.moe_intermediate_size, self.processes // self.experts
             limits.append(("tensor / experts", columns, "moe_intermediate_size", inner))
-        if experts and c.n_shared_experts:
-            size = inner * c.n_shared_experts
-            limits.append(("tensor", self.tensor, "the shared experts' size", size))
+            if c.n_shared_experts:
+                inner *= c.n_shared_experts
+                limits.append(("tensor", self.tensor, "the shared experts' size", inner))
         for name, value, what, size in limits:
-            if value > max(1, size):
-                raise ValueError(f"Ranks: {name}: expected at most {what} = {size}, got {value}")
+            check_that("Ranks", name, value <= max(1, size), f"at most {what} = {size}", value)
 
     # The parts of this rank.
 
@@ -159,7 +155,7 @@ class Ranks:
     def sum(self, x: Tensor, count: int) -> Tensor:
         """x [M, K] of `count` consecutive ranks -> the sum, equal on all, added in rank order.
 
-        Two exchanges are: receive some rows from each rank, add them, send the sums to each rank.
+        With two exchanges, a rank receives some rows of all, adds them and sends the sums to all.
         """
         if count == 1:
             return x
