@@ -36,11 +36,12 @@ from model.convert import Format, convert, copy_other_files
 from model.evaluate import nats_per_token
 from model.export import export, write_log
 from model.tokenizer import load_tokenizer
-from model.training.data import heldout_text, read_corpus, tokenize
+from model.training.data import Corpus, heldout_text, read_corpus, split_end, tokenize
 from model.training.exchange import checkpoint_tensors, load_weights
 from model.training.layout import Layout
 from model.training.lost_ranks import ParallelError
 from model.training.parallel import Parallel
+from model.training.processes import on_each, on_first
 from model.training.recipe import Recipe
 from model.training.report import TensorBoard, plot_load, plot_loss, with_progress
 from model.training.run import Run
@@ -83,12 +84,19 @@ def run_folder(out: Path | None, resume: bool) -> Path:
 
 
 class Options(NamedTuple):
-    """What a run is started with: paths, and the recipe.  A run that is resumed keeps them."""
+    """What a run is started with: absolute paths, the recipe, and how it runs.
+
+    A run that is resumed keeps them.
+    """
 
     data: str | None
     checkpoint: str | None
     config: str | None
     recipe: Recipe
+    to: str | None = None
+    evaluate_every: int = 200
+    save_every: int = 1
+    threads: int = 1
 
     def save(self, folder: Path) -> None:
         """Writes run.json, all or nothing."""
@@ -124,12 +132,12 @@ class Source:
     """
 
     def __init__(self, options: Options) -> None:
-        self.data = Path(options.data) if options.data else None
-        self.name = options.data or STDLIB
-        self.checkpoint = Checkpoint.open(options.checkpoint) if options.checkpoint else None
-        self.encode: Callable[[str], list[int]] | None = None
         if options.checkpoint and options.config:
             raise ValueError("--config and --checkpoint: expected one of them")
+        self.data = Path(options.data) if options.data else None
+        self.name = self.data.name if self.data else STDLIB
+        self.checkpoint = Checkpoint.open(options.checkpoint) if options.checkpoint else None
+        self.encode: Callable[[str], list[int]] | None = None
         if self.checkpoint is not None:
             self.config = self.checkpoint.check()
         elif options.config:
@@ -142,19 +150,39 @@ class Source:
                 text = f"{options.config}: vocab_size {self.config.vocab_size} needs a tokenizer"
                 raise ValueError(f"{text}; name a --checkpoint that has one")
             self.encode = load_tokenizer(options.checkpoint).encode
+        longest = self.config.max_position_embeddings
+        if options.recipe.window > longest:
+            text = f"expected at most max_position_embeddings = {longest}"
+            raise ValueError(f"--window: {text}, got {options.recipe.window}")
 
     def start(self, recipe: Recipe, folder: Path, parallel: Parallel) -> tuple[Heldout, Run]:
         """Reads the text and makes the run, with the weights of the checkpoint."""
-        corpus = read_corpus(self.data, self.encode)
-        text, paths = heldout_text(corpus.held_out)
-        tokens = tokenize([text], self.encode) if text else torch.zeros(0, dtype=torch.uint8)
-        run = Run(self.config, recipe, corpus.tokens, folder, parallel)
+        corpus = read_corpus(self.data, self.encode, folder)
+        tokens, held_out = corpus.tokens, self.held_out(corpus)
+        if not held_out.paths:
+            tokens, end = split_end(tokens)
+            text = bytes(end.tolist()) if self.encode is None else b""
+            held_out = Heldout(text, end, ["the end of the text"])
+        largest = int(tokens.max()) if len(tokens) else 0
+        if largest >= self.config.vocab_size:
+            text = f"token {largest}, expected less than vocab_size = {self.config.vocab_size}"
+            raise ValueError(f"{self.name}: {text}; the tokenizer does not fit the model")
+        run = Run(self.config, recipe, tokens, folder, parallel)
+        checksums = on_each(lambda: run.tokens_checksum)
+        for rank, checksum in enumerate(checksums):
+            if checksum != checksums[0]:
+                raise ValueError(f"{self.name}: rank {rank} reads another text than rank 0")
         if self.checkpoint is not None:
             load_weights(run.model, self.checkpoint)
         if run.is_main:
             size = sum(p.numel() for p in run.model.parameters())
-            print(f"{folder}: {size:,} parameters, {len(corpus.tokens):,} tokens", flush=True)
-        return Heldout(text, tokens, paths), run
+            print(f"{folder}: {size:,} parameters, {len(tokens):,} tokens", flush=True)
+        return held_out, run
+
+    def held_out(self, corpus: Corpus) -> Heldout:
+        """The held-out files; without paths if none of them has a fitting size."""
+        text, paths = heldout_text(corpus.held_out)
+        return Heldout(text, tokenize([text], self.encode) if paths else corpus.tokens[:0], paths)
 
 
 def layout_of(tensor: int, context: int, experts: int) -> Layout:
@@ -170,15 +198,23 @@ def layout_of(tensor: int, context: int, experts: int) -> Layout:
 def train(run: Run, scored: Tensor, evaluate_every: int, save_every: int) -> None:
     """Takes the remaining steps, with checkpoints, pictures and scores of the held-out tokens."""
     board, drawn = TensorBoard(run), time.monotonic()
-    for row in with_progress(run, saved_steps(run, save_every)):
-        board.add(row)
-        if len(scored) > 1 and row["step"] % evaluate_every == 0:
+
+    def score_if_due() -> None:
+        done = any("held_out" in row for row in run.log[-1:])
+        if run.step and run.step % evaluate_every == 0 and len(scored) and not done:
             board.add(score(run, scored))
-        if time.monotonic() - drawn > PLOT_SECONDS:
-            draw(run)
-            drawn = time.monotonic()
-    board.close()
-    draw(run)
+
+    try:
+        score_if_due()  # a run may have been killed between a step and its score
+        for row in with_progress(run, saved_steps(run, save_every)):
+            board.add(row)
+            score_if_due()
+            if time.monotonic() - drawn > PLOT_SECONDS:
+                draw(run)
+                drawn = time.monotonic()
+    finally:
+        board.close()
+        draw(run)
 
 
 def score(run: Run, scored: Tensor) -> dict[str, Any]:
@@ -186,6 +222,12 @@ def score(run: Run, scored: Tensor) -> dict[str, Any]:
     value = nats_per_token(run.predict, scored, run.recipe.window)
     tokens = run.step * run.recipe.tokens_per_step
     return run.record({"step": run.step, "tokens": tokens, "held_out": value})
+
+
+def scored_tokens(tokens: Tensor, window: int) -> Tensor:
+    """The first held-out tokens, whole windows of them; none if there are fewer than one."""
+    windows = (min(len(tokens), SCORED_TOKENS) - 1) // window
+    return tokens[: windows * window + 1] if windows > 0 else tokens[:0]
 
 
 def draw(run: Run) -> None:
@@ -209,7 +251,7 @@ def write_model(
     if to is None:
         stored = source.config.quantization_config
         to = Format.fp8 if stored or source.checkpoint is None else Format.bf16
-    if source.checkpoint is None and to is Format.fp8:
+    if source.checkpoint is None and to is Format.fp8 and len(held_out.text) > 1:
         notes = record_of(run, held_out.paths, source.name, threads)
         metrics = export(config, tensors, out, held_out.text, notes, run.log, run.recipe.window)
         print({name: value for name, value in metrics.items() if name.startswith("held_out_bits")})
@@ -242,7 +284,32 @@ def record_of(run: Run, paths: list[str], source: str, threads: int) -> dict[str
     }
 
 
+def run_with(options: Options, folder: Path, parallel: Parallel) -> None:
+    """Takes the steps that remain of a run and writes its model."""
+    torch.set_num_threads(options.threads)
+    source = Source(options)
+    held_out, run = source.start(options.recipe, folder, parallel)
+    if run.is_main:
+        options.save(folder)
+    restore(run)
+    scored = scored_tokens(held_out.tokens, options.recipe.window)
+    train(run, scored, options.evaluate_every, options.save_every)
+    to = Format(options.to) if options.to else None
+    write_model(run, source, held_out, to, options.threads)
+
+
+def refuse_options(context: typer.Context) -> None:
+    """With --resume, raises typer.BadParameter for an option that the run already has."""
+    kept = {"out", "resume", "tensor", "context", "experts"}
+    for name in context.params.keys() - kept:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"--resume keeps the options of the run; {option} was given")
+
+
 def main(
+    command: typer.Context,
     data: Annotated[
         Path | None, typer.Option(help="a folder of text; by default Python's standard library")
     ] = None,
@@ -259,7 +326,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = Recipe.steps,
     batch: Annotated[int, typer.Option(min=1, help="sequences per step")] = Recipe.batch,
     window: Annotated[int, typer.Option(min=1, help="tokens per sequence")] = Recipe.window,
-    learning_rate: Annotated[float, typer.Option(help="the highest")] = Recipe.learning_rate,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="the highest; by default 3e-3, with --checkpoint 1e-5")
+    ] = None,
     warmup: Annotated[
         float, typer.Option(min=0, max=1, help="fraction of the run with a rising learning rate")
     ] = Recipe.warmup,
@@ -269,6 +338,9 @@ def main(
     recompute: Annotated[
         bool, typer.Option(help="run norms and up-projections again in the backward pass")
     ] = Recipe.recompute,
+    spike: Annotated[
+        float, typer.Option(help="skip a step with a loss this much above its mean, in nats")
+    ] = Recipe.spike,
     seed: int = Recipe.seed,
     evaluate_every: Annotated[int, typer.Option(min=1, help="steps between scores")] = 200,
     save_every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 1,
@@ -282,24 +354,23 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process")] = 1,
 ) -> None:
     """Trains and writes OUT/model, a Hugging Face directory."""
-    folder = run_folder(out, resume)
-    torch.set_num_threads(threads)
+    if resume:
+        refuse_options(command)
+    if learning_rate is None:
+        learning_rate = Recipe.learning_rate if checkpoint is None else 1e-5
     try:
+        parallel = Parallel(layout_of(tensor, context, experts))
+        folder = on_first(lambda: run_folder(out, resume))
         recipe = Recipe(
             steps=steps, batch=batch, window=window, learning_rate=learning_rate, warmup=warmup,
             optimizer=optimizer.value, schedule=schedule.value, precision=precision.value,
-            recompute=recompute, seed=seed,
+            recompute=recompute, spike=spike, seed=seed,
         )  # fmt: skip
-        paths = (str(path) if path else None for path in (data, checkpoint, config))
-        options = Options.load(folder) if resume else Options(*paths, recipe)
-        source, parallel = Source(options), Parallel(layout_of(tensor, context, experts))
-        held_out, run = source.start(options.recipe, folder, parallel)
-        if run.is_main and not resume:
-            options.save(folder)
-        restore(run)
-        train(run, held_out.tokens[:SCORED_TOKENS], evaluate_every, save_every)
-        write_model(run, source, held_out, to, threads)
-    except (ValueError, OSError, ParallelError) as error:
+        paths = (str(path.resolve()) if path else None for path in (data, checkpoint, config))
+        chosen = to.value if to else None
+        options = Options(*paths, recipe, chosen, evaluate_every, save_every, threads)
+        run_with(Options.load(folder) if resume else options, folder, parallel)
+    except (ValueError, OSError, FloatingPointError, ParallelError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
 

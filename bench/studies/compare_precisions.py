@@ -42,14 +42,17 @@ MEASURES = ("last_tenth", "held_out")
 
 
 def measure(recipe: Recipe, tokens: Tensor, heldout: Tensor, file: Path) -> dict[str, Any]:
-    """The result of a run, from `file` if it is there; losses in nats per byte."""
-    if file.is_file():
-        return json.loads(file.read_text())
+    """The result of a run, from `file` if this run is there; losses in nats per byte."""
     run = Run(Config.preset("tiny", max_position_embeddings=recipe.window), recipe, tokens)
+    setup = {"recipe": asdict(recipe), "text": run.tokens_checksum, "torch": torch.__version__}
+    if file.is_file() and (kept := json.loads(file.read_text()))["setup"] == setup:
+        return kept
     curve = [row["main"] for row in with_progress(run, run.steps())]
     skipped = sum("skipped" in row for row in run.log)
     tail = curve[-max(len(curve) // 10, 1) :]
     result = {
+        "setup": setup,
+        "commit": machine.describe()["commit"],
         "losses": [round(loss, 5) for loss in curve],
         "last_tenth": sum(tail) / len(tail),
         "held_out": nats_per_token(run.predict, heldout, recipe.window),

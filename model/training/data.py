@@ -36,10 +36,18 @@ def stdlib_files() -> dict[str, bytes]:
     return read_files(Path(sysconfig.get_path("stdlib")), lambda name: name.endswith(".py"))
 
 
-def read_files(root: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Relative path -> content of the wanted files below `root`, sorted; hidden files omitted."""
+def read_files(
+    root: Path, wanted: Callable[[str], bool], exclude: Path | None = None
+) -> dict[str, bytes]:
+    """Relative path -> content of the wanted files below `root`, sorted; hidden files omitted.
+
+    exclude: a folder whose files are omitted, too.
+    """
     files = {}
     for folder, subfolders, names in os.walk(root):
+        if exclude is not None and Path(folder).resolve() == exclude.resolve():
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(n for n in subfolders if n not in SKIPPED_DIRS and n[0] != ".")
         for name in sorted(names):
             path = Path(folder, name)
@@ -56,14 +64,15 @@ def is_text(content: bytes) -> bool:
         return False
 
 
-def folder_files(root: Path) -> dict[str, bytes]:
-    """Relative path -> content of the text files below `root`.
+def folder_files(root: Path, exclude: Path | None = None) -> dict[str, bytes]:
+    """Relative path -> content of the text files below `root`, without those below `exclude`.
 
     Raises ValueError if there is no such folder, or no text in it.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder (expected a folder of text)")
-    files = {p: c for p, c in read_files(root, lambda _: True).items() if c and is_text(c)}
+    found = read_files(root, lambda _: True, exclude).items()
+    files = {path: content for path, content in found if content and is_text(content)}
     if not files:
         raise ValueError(f"{root}: no text file in it")
     return files
@@ -75,16 +84,27 @@ def is_held_out(path: str) -> bool:
 
 
 def read_corpus(
-    root: Path | None = None, encode: Callable[[str], list[int]] | None = None
+    root: Path | None = None,
+    encode: Callable[[str], list[int]] | None = None,
+    exclude: Path | None = None,
 ) -> Corpus:
     """Reads the files of `root`, or of the standard library.
 
     encode: text -> tokens, with the mark of a start; without it, the tokens are bytes.
+    exclude: a folder below `root` that is not read, such as that of the run.
     """
-    files = stdlib_files() if root is None else folder_files(root)
+    files = stdlib_files() if root is None else folder_files(root, exclude)
     held_out = {path: text for path, text in files.items() if is_held_out(path)}
+    if len(held_out) == len(files):
+        held_out = {}
     texts = [text for path, text in files.items() if path not in held_out]
     return Corpus(tokenize(texts, encode), held_out)
+
+
+def split_end(tokens: Tensor, fraction: float = 0.03) -> tuple[Tensor, Tensor]:
+    """The tokens without their end, and the end, at most 96 Ki tokens: held out if no file is."""
+    count = min(int(fraction * len(tokens)), HELDOUT_BYTES)
+    return tokens[: len(tokens) - count], tokens[len(tokens) - count :]
 
 
 def tokenize(texts: Iterable[bytes], encode: Callable[[str], list[int]] | None) -> Tensor:

@@ -21,7 +21,7 @@ Source: DeepSeek-V3 report (arXiv:2412.19437), sections 2 and 3.3.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +63,24 @@ def _save_attention():  # noqa: ANN202
 
 def multiply(x: Tensor, weight: Tensor, fp8: bool) -> Tensor:
     """x [T, K] times weightᵀ, fp32 [N, K] -> [T, N] in the dtype of x."""
-    if fp8:
-        return deepkern.fp8_linear(x, weight)
-    return deepkern.gemm_nt(x, weight.to(x.dtype))
+    return deepkern.fp8_linear(x, weight) if fp8 else Product.apply(x, weight)
+
+
+class Product(torch.autograd.Function):
+    """x times weightᵀ in the dtype of x; the gradient of the weight is summed and kept in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return deepkern.gemm_nt(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x = deepkern.gemm_nt(grad, weight.t())
+        return grad_x, deepkern.gemm_nt(grad.t(), x.t(), torch.float32)
 
 
 class Linear(nn.Module):
@@ -447,5 +462,5 @@ class TrainableDeepSeek(nn.Module):
 
 
 def shifted(tokens: Tensor, count: int) -> Tensor:
-    """tokens[:, i + count], and the last token where there is none."""
+    """tokens[:, i + count], and 0 where there is none."""
     return F.pad(tokens[:, count:], (0, count), value=0)

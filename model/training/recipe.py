@@ -25,7 +25,7 @@ class Recipe:
         fp32 in all three.
     recompute: norms and the up-projections of the attention run again in the backward pass, so that
         their outputs are not saved.
-    spike: a step whose loss is this many times the running mean of the loss is skipped.
+    spike: a step is skipped whose loss is this much above the running mean of the loss, in nats.
     """
 
     steps: int = 2000
@@ -33,7 +33,7 @@ class Recipe:
     window: int = 512  # tokens in a sequence
     learning_rate: float = 3e-3
     warmup: float = 0.02  # fraction of the run
-    final: float = 0.05  # last learning rate / learning_rate
+    final: float = 0.05  # last learning rate / learning_rate, of the cosine
     schedule: Literal["cosine", "report"] = "cosine"
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
@@ -80,12 +80,12 @@ class Recipe:
     def _report(self, progress: float) -> float:
         """DeepSeek-V3's schedule (section 4.2) by the fraction of its 14.8 T tokens.
 
-        Constant to 10 T, a cosine to `final` over 4.3 T, constant for 333 B, a third of it at last.
+        Constant to 10 T, a cosine to a tenth over 4.3 T, constant for 333 B, a thirtieth at last.
         """
         constant, decayed, last = 10 / 14.8, 14.3 / 14.8, 14.633 / 14.8
         if progress < constant:
             return 1.0
         if progress < decayed:
             angle = math.pi * (progress - constant) / (decayed - constant)
-            return self.final + (1 - self.final) * (1 + math.cos(angle)) / 2
-        return self.final if progress < last else self.final / 3
+            return 0.1 + 0.9 * (1 + math.cos(angle)) / 2
+        return 0.1 if progress < last else 0.1 / 3

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from model.training.recipe import Recipe
 from model.training.run import Run
 
 
@@ -20,16 +19,21 @@ def with_progress(run: Run, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeRemainingColumn(), disable=not run.is_main) as progress:
         task = progress.add_task("", total=run.recipe.steps, completed=run.step)
+        start = time.monotonic()
         for row in rows:
+            seconds, start = time.monotonic() - start, time.monotonic()
             if "skipped" in row:
                 progress.console.print(f"step {row['step']} skipped: {row['skipped']}")
-            progress.update(task, completed=row["step"], description=describe(row, run.recipe))
+            else:
+                text = describe(row, run.recipe.tokens_per_step / seconds)
+                progress.update(task, description=text)
+            progress.update(task, completed=row["step"])
             yield row
 
 
-def describe(row: dict[str, Any], recipe: Recipe) -> str:
-    """Loss, speed, gradient and load of a step in one line."""
-    text = f"loss {row['main']:.3f}  {recipe.tokens_per_step / row['seconds']:.0f} tokens/s"
+def describe(row: dict[str, Any], tokens_per_second: float) -> str:
+    """Loss, speed with checkpoints and scores, gradient and load of a step in one line."""
+    text = f"loss {row['main']:.3f}  {tokens_per_second:.0f} tokens/s"
     text += f"  gradient {row['gradient_norm']:.2f}"
     if "load_entropy" in row:
         text += f"  load entropy {row['load_entropy']:.3f}, dropped: none"
@@ -47,7 +51,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self.writer = SummaryWriter(run.folder)
+        self.writer = SummaryWriter(run.folder, purge_step=run.step + 1)
 
     def add(self, row: dict[str, Any]) -> None:
         if self.writer is None:
@@ -75,7 +79,7 @@ def plot_loss(log: list[dict[str, Any]], file: Path, unit: str = "bits per byte"
     """Draws the losses of the next and of the second next token, and those on held-out text."""
     factor = 1 / math.log(2) if unit.startswith("bits") else 1.0
     figure, axes = _figure()
-    trained = [row for row in log if math.isfinite(row.get("main", math.nan))]
+    trained = [row for row in log if row.get("main") is not None]
     millions = [row["tokens"] / 1e6 for row in trained]
     for name, label in (("main", "next token"), ("mtp", "second next token (MTP)")):
         values = [row[name] * factor for row in trained if name in row]

@@ -10,6 +10,7 @@ number; its row of the log says why.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -33,6 +34,8 @@ from model.training.recipe import Recipe
 
 LOG = "log.jsonl"
 SMOOTHING = 0.95  # of the running mean of the loss
+MOST_SPIKES = 5  # steps in a row that are skipped for their loss
+MOST_SKIPPED = 20  # steps in a row that are skipped for any reason
 
 
 class Run:
@@ -60,15 +63,24 @@ class Run:
         parallel.shard(self.model)
         initialize(self.model, recipe.seed)
         self.optimizer = make_optimizer(self.model, recipe)
+        self.tokens_checksum = hashlib.sha256(tokens.numpy()).hexdigest()
         self.step = 0  # steps taken, skipped ones included
         self.mean_loss: float | None = None  # running mean, of steps that were not skipped
         self.log: list[dict[str, Any]] = []
         self.log_incomplete = False  # the file, because the disk was full
 
     def steps(self) -> Iterator[dict[str, Any]]:
-        """Takes the remaining steps; yields the row of the log after each."""
+        """Takes the remaining steps; yields the row of the log after each.
+
+        Raises FloatingPointError after 20 skipped steps in a row.
+        """
         while self.step < self.recipe.steps:
-            yield self.take_step()
+            row = self.take_step()
+            yield row
+            if self.skipped_in_a_row() >= MOST_SKIPPED:
+                text = f"steps {self.step - MOST_SKIPPED + 1} to {self.step} were all skipped"
+                advice = "lower the learning rate, or continue from an earlier checkpoint"
+                raise FloatingPointError(f"{text}, the last because {row['skipped']}: {advice}")
 
     def take_step(self) -> dict[str, Any]:
         """One optimizer step on the next batch; returns its row of the log.
@@ -126,9 +138,18 @@ class Run:
             return f"the loss is {loss}"
         if not math.isfinite(norm):
             return f"the norm of the gradient is {norm}"
-        if self.mean_loss is not None and loss > self.recipe.spike * self.mean_loss:
-            return f"the loss {loss:.3f} is {loss / self.mean_loss:.1f} times the running mean"
+        above = 0.0 if self.mean_loss is None else loss - self.mean_loss
+        # A loss that stays high is no spike: the mean must be able to follow it.
+        if above > self.recipe.spike and self.skipped_in_a_row() < MOST_SPIKES:
+            return f"the loss {loss:.3f} is {above:.3f} above its running mean"
         return None
+
+    def skipped_in_a_row(self) -> int:
+        """The number of newest steps that were skipped."""
+        steps = [row for row in self.log if "seconds" in row]
+        return next(
+            (n for n, row in enumerate(reversed(steps)) if "skipped" not in row), len(steps)
+        )
 
     def expert_load(self) -> Tensor:
         """int64 [layers with experts, E], the tokens of each expert in the last pass."""
@@ -148,9 +169,11 @@ class Run:
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         """Appends a row to the log and to its file; returns it with rounded values.
 
+        A value that is not finite becomes None, because JSON has no name for it.
+
         If the file cannot be written, a warning names it, and the next row rewrites the file.
         """
-        row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+        row = {name: rounded(value) for name, value in row.items()}
         self.log.append(row)
         if self.folder is not None and self.is_main:
             path = self.folder / LOG
@@ -184,6 +207,13 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
+
+
+def rounded(value: Any) -> Any:
+    """A float with 6 decimals, or None if it is not finite; other values as they are."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def load_statistics(load: Tensor) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def scalars(run: Run) -> dict[str, Any]:
         "step": run.step,
         "mean_loss": run.mean_loss,
         "optimizer_steps": optimizer_steps,
-        "log_rows": len(run.log),
+        "text": {"tokens": len(run.tokens), "sha256": run.tokens_checksum},
         "recipe": asdict(run.recipe),
         "config": run.model.config.to_dict(),
     }
@@ -199,7 +199,7 @@ def restore(run: Run) -> bool:
     Every process calls it, before the first step.  A damaged checkpoint is named in a warning, and
     renamed.  Rows of the log after the restored step are removed.  Raises CheckpointError if
     checkpoints exist and none is valid, and ValueError that names the options of the recipe or the
-    config that differ from the saved ones.
+    config that differ from the saved ones, or says that the text is another.
     """
     folder = checkpoints_folder(run)
     path, damaged = on_first(lambda: _choose(folder))
@@ -235,8 +235,9 @@ def _choose(folder: Path) -> tuple[Path | None, list[Path]]:
 def _check_options(path: Path, saved: dict[str, Any], run: Run) -> None:
     recipe = asdict(Recipe.from_dict(saved["recipe"])), asdict(run.recipe)
     config = Config.from_dict(saved["config"]).to_dict(), run.model.config.to_dict()
+    text = saved["text"], scalars(run)["text"]
     texts = []
-    for kind, (old, new) in {"recipe": recipe, "config": config}.items():
+    for kind, (old, new) in {"recipe": recipe, "config": config, "text": text}.items():
         old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):

@@ -313,7 +313,7 @@ def test_learning_rates():
 
 def test_schedule_of_the_report():
     """2.2e-4 to 10 T tokens, a cosine to 2.2e-5 at 14.3 T, then that, then 7.3e-6."""
-    recipe = Recipe(steps=14800, learning_rate=2.2e-4, warmup=0.0, final=0.1, schedule="report")
+    recipe = Recipe(steps=14800, learning_rate=2.2e-4, warmup=0.0, schedule="report")
     assert recipe.rate(9998) == 2.2e-4
     assert recipe.rate(12149) == pytest.approx((2.2e-4 + 2.2e-5) / 2, rel=1e-3)
     assert recipe.rate(14500) == pytest.approx(2.2e-5)
