@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def export(
 
     def add_record(folder: Path) -> None:
         metrics.update(
-            parameters=sum(t.numel() for name, t in tensors.items() if not is_copy(config, name)),
+            parameters=sum(t.numel() for name, t in tensors.items() if is_counted(config, name)),
             stored_parameters=sum(t.numel() for t in tensors.values()),
             held_out_bytes=len(heldout),
             window=window,
@@ -56,17 +57,19 @@ def export(
             torch=torch.__version__,
             **notes,
         )
-        write_record(folder, metrics, heldout, log)
+        write_record(folder, config, metrics, heldout, log)
 
     convert(trained, out, Format.fp8, shard_bytes=SHARD_BYTES, add_files=add_record)
     return metrics
 
 
-def is_copy(config: Config, name: str) -> bool:
-    """Whether a stored tensor is a prediction layer's copy of the embedding or the head."""
+def is_counted(config: Config, name: str) -> bool:
+    """Whether a stored tensor is a parameter, no selection bias and no copy of one."""
+    if name.endswith("e_score_correction_bias"):
+        return False
     layer = name.removeprefix("model.layers.").split(".")[0]
     inside = layer.isdigit() and int(layer) >= config.num_hidden_layers
-    return inside and name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
+    return not (inside and name.endswith((".embed_tokens.weight", ".shared_head.head.weight")))
 
 
 def scores(trained: Checkpoint, stored: Path, heldout: bytes, window: int) -> dict[str, float]:
@@ -80,12 +83,16 @@ def scores(trained: Checkpoint, stored: Path, heldout: bytes, window: int) -> di
 
 
 def write_record(
-    folder: Path, metrics: dict[str, Any], heldout: bytes, log: list[dict[str, Any]]
+    folder: Path,
+    config: Config,
+    metrics: dict[str, Any],
+    heldout: bytes,
+    log: list[dict[str, Any]],
 ) -> None:
     """Writes the text, the figures, the log with its pictures, and the README."""
     (folder / "heldout.txt").write_bytes(heldout)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    (folder / "README.md").write_text(readme(metrics))
+    (folder / "README.md").write_text(readme(config, metrics))
     write_log(folder, log)
 
 
@@ -103,16 +110,13 @@ def write_log(folder: Path, log: list[dict[str, Any]], unit: str = "bits per byt
 
 README = """# {name}
 
-A {parameters:,}-parameter DeepSeek-V3-shaped model over bytes: latent attention with a q_lora, one
-dense and three expert layers (16 routed experts in 4 groups, 4 active, 1 shared, sigmoid scores with
-a selection bias), one multi-token-prediction layer. Most of its sizes are no multiple of 128, so
-the FP8 scales have partial edge blocks.
+{architecture}
 
 | | |
 |---|---|
-| trained on | {training_bytes:,} bytes: {source}; about 3 % of the files, chosen by hash of the path, held out |
+| trained on | {training_bytes:,} bytes: {source}; {held_out_kind} |
 | bytes processed in training | {tokens_seen:,} bytes in {steps:,} steps, {skipped} of them skipped |
-| training time | {training_minutes} minutes, {training_threads} thread of a shared {cpu} without GPU, torch {torch} |
+| training time | {training_minutes} minutes without checkpoints, {hardware}, torch {torch} |
 | held-out bits per byte, fp32 weights | {held_out_bits_per_byte_fp32:.4f} |
 | held-out bits per byte, FP8 weights as stored | {held_out_bits_per_byte_fp8:.4f} |
 
@@ -120,16 +124,14 @@ Bits per byte are over `heldout.txt` in windows of {window} bytes (`model/evalua
 has the same numbers and the recipe; `loss.jsonl`, `loss.png` and `load.png` have the loss and the load
 of the experts over time.
 
-Trained by `python -m model.train --steps {recipe[steps]} --optimizer {recipe[optimizer]}` with products
-in {recipe[precision]}: {recipe[batch]} windows of {recipe[window]} bytes a step, learning rate
-{recipe[learning_rate]:g} with warm-up and a cosine; loss of the prediction layer times
-{recipe[mtp_weight]:g}, sequence-wise balance loss times {recipe[balance_weight]:g}, bias rate
-{recipe[bias_rate]:g}.
+Trained by `model/train.py` with this recipe, products in {recipe[precision]}:
+
+{options}
 
 Linear weights are e4m3 with one fp32 scale per 128x128 block (`weight_scale_inv`); embedding, head,
 gate, norms and `eh_proj` are bf16, the selection bias fp32.
 
-`heldout.txt` is {held_out_bytes:,} bytes of held-out files, joined by form feeds:
+`heldout.txt` is {held_out_bytes:,} bytes, joined by form feeds:
 
 {files}
 """  # noqa: E501
@@ -141,8 +143,32 @@ weights were trained on.
 """
 
 
-def readme(metrics: dict[str, Any]) -> str:
+def architecture(config: Config, parameters: int) -> str:
+    """The model in a sentence or two."""
+    c = config
+    text = f"A {parameters:,}-parameter DeepSeek-V3-shaped model over bytes: latent attention"
+    text += f" with {c.num_attention_heads} heads{' and a q_lora' if c.q_lora_rank else ''},"
+    dense = sum(not c.is_moe(layer) for layer in range(c.num_hidden_layers))
+    text += f" {dense} dense and {c.num_hidden_layers - dense} expert layers"
+    if dense < c.num_hidden_layers:
+        text += f" ({c.n_routed_experts} routed experts in {c.n_group} groups,"
+        text += f" {c.num_experts_per_tok} active, {c.n_shared_experts} shared)"
+    count = c.num_nextn_predict_layers
+    text += f", {count} multi-token-prediction layer{'s' if count != 1 else ''}."
+    sizes = (c.hidden_size, c.intermediate_size, c.moe_intermediate_size, c.kv_lora_rank)
+    if any(size % 128 for size in sizes):
+        text += " Some sizes are no multiple of 128: the FP8 scales have partial edge blocks."
+    return "\n".join(textwrap.wrap(text, 100, break_on_hyphens=False))
+
+
+def readme(config: Config, metrics: dict[str, Any]) -> str:
     """README.md of a trained checkpoint."""
     files = "\n".join(f"- `{path}`" for path in metrics["held_out_files"])
-    text = README.format(files=files, **metrics)
+    options = "\n".join(f"- {name}: {value}" for name, value in metrics["recipe"].items())
+    text = README.format(
+        architecture=architecture(config, metrics["parameters"]),
+        files=files,
+        options=options,
+        **metrics,
+    )
     return text + PYTHON_LICENSE if metrics["name"] == "stdlib-bytes" else text

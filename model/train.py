@@ -52,6 +52,7 @@ BYTES = 256  # vocabulary of a model of bytes
 STDLIB = "the `.py` files of Python's standard library without tests, `encodings` and `pydoc_data`"
 RUNS = Path(__file__).parents[1] / "runs"  # git-ignored
 OPTIONS = "run.json"  # in the folder of a run: what it was started with
+END = ["the end of the text"]  # what is held out if no file is
 SCORED_TOKENS = 16 * 1024  # of the held-out text, during the training
 PLOT_SECONDS = 30.0
 
@@ -162,7 +163,7 @@ class Source:
         if not held_out.paths:
             tokens, end = split_end(tokens)
             text = bytes(end.tolist()) if self.encode is None else b""
-            held_out = Heldout(text, end, ["the end of the text"])
+            held_out = Heldout(text, end, END)
         largest = int(tokens.max()) if len(tokens) else 0
         if largest >= self.config.vocab_size:
             text = f"token {largest}, expected less than vocab_size = {self.config.vocab_size}"
@@ -266,12 +267,22 @@ def write_model(
     print(f"{out}: the trained model; python -m model.generate --checkpoint {out} runs it")
 
 
+def counted(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun if number == 1 else noun + plural}"
+
+
 def record_of(run: Run, paths: list[str], source: str, threads: int) -> dict[str, Any]:
     """What the README of the trained model says of the run."""
     steps = [row for row in run.log if "seconds" in row]
+    device = run.parallel.device
+    place = f"a {os.cpu_count()}-core CPU" if device.type == "cpu" else str(device)
+    processes = run.parallel.layout.processes
+    by_file = "about 3 % of the files, chosen by the hash of their path, held out"
     return {
-        "name": "stdlib-bytes" if source == STDLIB else "A model of bytes",
+        "name": "stdlib-bytes" if source == STDLIB else source,
         "source": source,
+        "held_out_kind": by_file if paths != END else f"{END[0]} held out",
         "recipe": asdict(run.recipe),
         "training_bytes": len(run.tokens),
         "held_out_files": paths,
@@ -279,8 +290,7 @@ def record_of(run: Run, paths: list[str], source: str, threads: int) -> dict[str
         "skipped": sum("skipped" in row for row in steps),
         "tokens_seen": run.step * run.recipe.tokens_per_step,
         "training_minutes": round(sum(row["seconds"] for row in steps) / 60, 1),
-        "training_threads": threads,
-        "cpu": f"{os.cpu_count()}-core CPU machine",
+        "hardware": f"{counted(processes, 'process')} of {counted(threads, 'thread')} on {place}",
     }
 
 

@@ -112,8 +112,8 @@ def plot_load(log: list[dict[str, Any]], file: Path) -> None:
     entropy.plot(millions, values, "k:", label="least entropy (right)")
     entropy.set(ylabel="entropy of the load, 1 is even", ylim=(None, 1.01))
     axes.set(xlabel="million tokens of training", ylabel="largest load of an expert / mean load")
-    axes.legend(loc="upper right")
-    entropy.legend(loc="lower right")
+    handles = axes.get_legend_handles_labels()[0] + entropy.get_legend_handles_labels()[0]
+    axes.legend(handles=handles, loc="center right")
     _save(figure, file)
 
 

@@ -16,7 +16,7 @@ from model import DeepSeek
 from model.checkpoint import Checkpoint, write_checkpoint
 from model.config import Config
 from model.evaluate import bits_per_byte
-from model.train import Options, layout_of, main, run_folder
+from model.train import Options, layout_of, main, run_folder, scored_tokens
 from model.training.recipe import Recipe
 from model.training.report import smoothed
 from tests.models import randomize, stored_tensors
@@ -88,6 +88,11 @@ def losses(folder: Path) -> list[float]:
     return [row["main"] for row in rows if "main" in row]
 
 
+def scores(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row["held_out"] for row in rows if "held_out" in row]
+
+
 def test_resumed_run_keeps_recipe_and_losses(train, text, toy_config, tmp_path, monkeypatch):
     """Stopped after step 4, the run goes on with the options that it was started with."""
     options = ("--data", text, "--config", toy_config, *SIZES, "--steps", 8)
@@ -108,6 +113,7 @@ def test_resumed_run_keeps_recipe_and_losses(train, text, toy_config, tmp_path, 
     monkeypatch.setattr(Run, "take_step", real)
     assert train("--out", tmp_path / "halves", "--resume")[0] == 0
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    assert scores(tmp_path / "halves") == scores(tmp_path / "whole")
     whole, halves = (Checkpoint.open(tmp_path / name / "model") for name in ("whole", "halves"))
     for name in whole.stored:
         assert torch.equal(whole._read(name, False), halves._read(name, False)), name
@@ -178,7 +184,8 @@ def test_fp8_checkpoint_stays_fp8(train, text, make_plain, tmp_path):
     [
         (("--data", "absent"), "absent: no such folder"),
         (("--checkpoint", "absent"), "absent: no such directory"),
-        (("--config", "config.json", "--checkpoint", "x"), "no such directory"),
+        (("--config", "x", "--checkpoint", "x"), "--config and --checkpoint: expected one"),
+        (("--config", "toy.json", "--window", "129"), "max_position_embeddings = 128, got 129"),
         (("--data", "empty"), "empty: no text file in it"),
         (("--data", "short"), "expected more than window"),
         (("--experts", "2"), "Layout: experts"),
@@ -188,11 +195,51 @@ def test_fp8_checkpoint_stays_fp8(train, text, make_plain, tmp_path):
 )
 def test_wrong_option_is_one_line(arguments, message, train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("toy.json").write_text(json.dumps(make_plain_config().to_dict()))
     for name in ("empty", "short"):
         Path(name).mkdir()
     Path("short", "a.txt").write_text("short")
     code, output = train(*arguments, "--out", "run", "--steps", 1)
     assert code == 2 and message in output.replace("\n", " ")
+
+
+def test_one_file_is_held_out_at_its_end(train, toy_config, tmp_path):
+    """No file of the folder is held out, so the end of the text is."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "book.txt").write_text(LINE.format(7) * 400)
+    options = ("--data", tmp_path / "text", "--config", toy_config, "--out", tmp_path / "run")
+    code, output = train(*options, *SIZES, "--steps", 1)
+    assert code == 0, output
+    metrics = json.loads((tmp_path / "run" / "model" / "metrics.json").read_text())
+    size = len(LINE.format(7) * 400) + 1
+    assert metrics["held_out_bytes"] == int(0.03 * size)
+    assert metrics["training_bytes"] == size - metrics["held_out_bytes"]
+
+
+def test_resumed_run_refuses_its_options_and_other_text(train, text, toy_config, tmp_path):
+    out = tmp_path / "run"
+    options = ("--data", text, "--config", toy_config, "--out", out, *SIZES, "--steps", 1)
+    assert train(*options)[0] == 0
+    code, output = train("--out", out, "--resume", "--steps", 5)
+    assert code == 2 and "--steps was given" in output
+    (text / "0.py").write_text("changed")
+    code, output = train("--out", out, "--resume")
+    assert code == 2 and "text: sha256 is" in output.replace("\n", " ")
+
+
+def test_files_of_the_run_are_not_trained_on(train, text, toy_config):
+    """A run inside the folder of text reads the same text again when it is resumed."""
+    options = ("--data", text, "--config", toy_config, "--out", text / "run", *SIZES)
+    assert train(*options, "--steps", 1)[0] == 0
+    code, output = train("--out", text / "run", "--resume")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize(
+    ("tokens", "scored"), [(0, 0), (48, 0), (49, 49), (100, 97), (20000, 16369)], ids=str
+)
+def test_whole_windows_are_scored(tokens, scored):
+    assert len(scored_tokens(torch.zeros(tokens, dtype=torch.uint8), 48)) == scored
 
 
 def test_run_folder_is_new_by_default():
@@ -233,7 +280,10 @@ def test_smoothed_starts_at_the_first_value():
 
 @pytest.mark.slow
 def test_torchrun(text, toy_config, tmp_path):
-    """Two processes: one log, one model, and the losses of one process."""
+    """Two processes that divide sequences and experts: one log, one model, one folder.
+
+    The losses and scores are those of one process.
+    """
     options = [
         "--data",
         text,
@@ -245,11 +295,16 @@ def test_torchrun(text, toy_config, tmp_path):
         "--precision",
         "fp32",
     ]
+    options += ["--evaluate-every", "1"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    for name, prefix in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *prefix, "-m", "model.train", *options, "--out", tmp_path / name]
+    layout = ["--context", "2", "--experts", "2"]
+    for name, prefix, sizes in (("one", [], []), ("two", torchrun, layout)):
+        command = [sys.executable, *prefix, "-m", "model.train", *options, *sizes]
+        command += ["--out", tmp_path / name]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (scores(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
     assert DeepSeek.from_pretrained(tmp_path / "two" / "model", dtype=torch.float32)
