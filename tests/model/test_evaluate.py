@@ -20,8 +20,8 @@ def run(*arguments: object):
 
 
 def test_windows_score_every_byte_once():
-    data = bytes(range(100))
-    targets = [t for w in windows(data, 16, 2) for t in w[:, 1:].flatten().tolist()]
+    tokens = torch.arange(100, dtype=torch.uint8)
+    targets = [t for w in windows(tokens, 16, 2) for t in w[:, 1:].flatten().tolist()]
     assert targets == list(range(1, 100))
 
 
