@@ -113,7 +113,8 @@ def checkpoint_tensors(model: TrainableDeepSeek) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in stored_parameters(model):
-        values = whole(parameter).detach().cpu()
+        with model.parallel.naming_lost_ranks(f"exchange of {name}"):
+            values = whole(parameter).detach().cpu()
         if model.parallel.is_main:
             tensors.update(stored_views(name, values))
     if model.parallel.is_main:

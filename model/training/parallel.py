@@ -44,7 +44,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import deepkern
 from model.training.collectives import Enter, Gather, Leave
 from model.training.layout import Layout, processes_of_job
-from model.training.lost_ranks import naming_lost_ranks
+from model.training.lost_ranks import LostRanks
+from model.training.processes import process_group
 
 if TYPE_CHECKING:
     from model.training.modules import TrainableDeepSeek
@@ -76,7 +77,8 @@ class Parallel:
 
     def __init__(self, layout: Layout | None = None, timeout: float = 600.0) -> None:
         self.layout = layout = layout or Layout()
-        self.rank, self.timeout, self.limit = 0, timeout, COLLECTIVE * timeout
+        self.rank, self.limit = 0, COLLECTIVE * timeout
+        self.lost_ranks = LostRanks(timeout, timeout - self.limit)
         if layout.processes > 1:
             started = processes_of_job()
             if started != layout.processes:
@@ -108,7 +110,8 @@ class Parallel:
         self.sparse = init_device_mesh(kind, shape, mesh_dim_names=names)
         self.data_rank, self.context_rank, self.tensor_rank = self.grid.get_coordinate()
         meshes = (self.grid, self.dense, self.sparse)
-        for group in [dist.group.WORLD, *(g for mesh in meshes for g in mesh.get_all_groups())]:
+        groups = [group for mesh in meshes for group in mesh.get_all_groups()]
+        for group in [dist.group.WORLD, process_group(), *groups]:
             dist.distributed_c10d._set_pg_timeout(limit, group)
 
     @property
@@ -236,9 +239,7 @@ class Parallel:
 
     def naming_lost_ranks(self, what: str) -> AbstractContextManager[None]:
         """Within it, a failed collective raises a ParallelError that names the lost ranks."""
-        if self.layout.processes == 1:
-            return nullcontext()
-        return naming_lost_ranks(what, self.timeout, self.timeout - self.limit)
+        return nullcontext() if self.layout.processes == 1 else self.lost_ranks.named(what)
 
 
 def local(weight: Tensor) -> Tensor:

@@ -1,37 +1,37 @@
-"""Calls that every process of a run makes together, with a timeout that names a missing process."""
+"""Calls that every process of a run makes together."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # for every process to arrive and to write its part of a checkpoint
 
 
 @functools.lru_cache(maxsize=1)
 def _gloo_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return dist.new_group(backend="gloo")
 
 
 def process_group() -> dist.ProcessGroup | None:
-    """All processes, with the timeout of this module; None for a single process."""
-    return _gloo_group(dist.group.WORLD) if dist.is_initialized() else None
+    """All processes, in a gloo group; `Parallel` sets its timeout.  None for a single process."""
+    if not dist.is_initialized():
+        return None
+    world = dist.group.WORLD
+    return world if dist.get_backend(world) == "gloo" else _gloo_group(world)
 
 
 def on_each(function: Callable[[], T]) -> list[T]:
     """Calls a function on every process: the results by process; an error of one raises on all.
 
-    Raises RuntimeError that names the process if one does not arrive in time.
+    A process that is lost is an error of the collective, which `Parallel.naming_lost_ranks` names.
     """
     group = process_group()
     if group is None:
         return [function()]
-    dist.monitored_barrier(group, TIMEOUT, wait_all_ranks=True)
     try:
         outcome: tuple[Any, Exception | None] = (function(), None)
     except Exception as error:

@@ -194,7 +194,8 @@ class Run:
     def predict(self, tokens: Tensor) -> Tensor:
         """int64 [B, S], equal on all ranks -> logits [B, S, vocab], in the precision of the run."""
         self.model.eval()
-        logits = self.model.predict(tokens.to(self.parallel.device))
+        with self.parallel.naming_lost_ranks(f"evaluation after step {self.step}"):
+            logits = self.model.predict(tokens.to(self.parallel.device))
         self.parallel.reshard(self.model)
         return logits.to(tokens.device)
 

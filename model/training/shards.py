@@ -102,7 +102,7 @@ def write_tensors(folder: Path, tensors: Nested) -> dict[str, dict[str, Any]]:
     Raises OSError with the name of the file.
     """
     group, writer = process_group(), ShardWriter(folder)
-    with _plain_errors(folder):
+    with _plain_errors(folder, RuntimeError):
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     return writer.files
 
@@ -118,16 +118,16 @@ def read_tensors(folder: Path, tensors: Nested) -> None:
     Raises CheckpointError for a tensor that is missing or has another shape.
     """
     group, reader = process_group(), dcp.HuggingFaceStorageReader(str(folder))
-    try:
-        with _plain_errors(folder):
-            dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
-    except RuntimeError as error:
-        raise CheckpointError(f"{error}") from error
+    with _plain_errors(folder, CheckpointError):
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 @contextmanager
-def _plain_errors(folder: Path) -> Iterator[None]:
-    """Raises the error of the first process that failed; omits torch's warning of one process."""
+def _plain_errors(folder: Path, kind: type[Exception]) -> Iterator[None]:
+    """Raises an OSError of the first process that failed, or its error as one of the given kind.
+
+    Omits torch's warning of one process.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
@@ -136,4 +136,4 @@ def _plain_errors(folder: Path) -> Iterator[None]:
             rank, (error, _) = next(iter(failure.failures.items()))
             if isinstance(error, OSError):
                 raise error from None
-            raise RuntimeError(f"{folder}: process {rank}: {error!r}") from error
+            raise kind(f"{folder}: process {rank}: {error!r}") from error

@@ -85,8 +85,13 @@ def save(run: Run) -> Path:
 
     Every process calls it.  A valid checkpoint of this step is left as it is.  Raises OSError that
     names the file if it cannot be written, and ValueError if the folder has later steps; the
-    earlier checkpoints stay valid.
+    earlier checkpoints stay valid.  Raises ParallelError if another process is lost.
     """
+    with run.parallel.naming_lost_ranks(f"save of step {run.step}"):
+        return _save(run)
+
+
+def _save(run: Run) -> Path:
     final = checkpoints_folder(run) / f"step-{run.step:08d}"
     fresh = final.with_name(f".{final.name}.new")
     try:
@@ -199,8 +204,14 @@ def restore(run: Run) -> bool:
     Every process calls it, before the first step.  A damaged checkpoint is named in a warning, and
     renamed.  Rows of the log after the restored step are removed.  Raises CheckpointError if
     checkpoints exist and none is valid, and ValueError that names the options of the recipe or the
-    config that differ from the saved ones, or says that the text is another.
+    config that differ from the saved ones, or says that the text is another.  Raises ParallelError
+    if another process is lost.
     """
+    with run.parallel.naming_lost_ranks("restore"):
+        return _restore(run)
+
+
+def _restore(run: Run) -> bool:
     folder = checkpoints_folder(run)
     path, damaged = on_first(lambda: _choose(folder))
     if path is not None:

@@ -72,7 +72,8 @@ def saved_steps(run: Run, every: int = 1) -> Iterator[dict[str, Any]]:
     failed = False
     with stop_requested() as stopping:
         for row in run.steps():
-            name = stopping()
+            with run.parallel.naming_lost_ranks(f"signals after step {run.step}"):
+                name = stopping()
             last = name is not None or run.step >= run.recipe.steps
             if failed or last or run.step % every == 0:
                 try:

@@ -22,6 +22,7 @@ from tests.model.training_ranks import (
     Outcome,
     load_and_export,
     lose_rank_1,
+    lose_rank_1_after_full_disk,
     small_config,
     small_recipe,
     train,
@@ -169,8 +170,44 @@ def test_lost_rank(layout, how):
     for rank, outcome in enumerate(outcomes):
         if rank != 1:
             message, seconds = outcome
-            assert message.startswith(f"step 2: {words} (here: ")
+            assert message.startswith(f"ParallelError: step 2: {words} (here: ")
             assert seconds < timeout + 5
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ("predict", "evaluation after step 1"),
+        ("signals", "signals after step 2"),
+        ("save", "save of step 1"),
+        ("restore", "restore"),
+        ("weights", "exchange of model.embed_tokens.weight"),
+    ],
+    ids=["predict", "signals", "save", "restore", "weights"],
+)
+def test_rank_killed_between_steps(tmp_path, call, what):
+    args = {"data": 2}, "killed", 10.0, call, tmp_path
+    (message, seconds), _ = ranks.run(2, lose_rank_1, *args, timeout=100, may_die=[1])
+    assert message.startswith(f"ParallelError: {what}: no answer from rank 1 within 10 s (here: ")
+    assert seconds < 15
+
+
+@pytest.mark.parametrize("call", ["step", pytest.param("save", marks=pytest.mark.proof)])
+def test_local_error_is_quoted_at_once(tmp_path, call):
+    """A RuntimeError, the class of gloo's errors: rank 1 raises it, and rank 0 quotes it."""
+    args = {"data": 2}, "wrong_shape", 100.0, call, tmp_path
+    outcomes = ranks.run(2, lose_rank_1, *args, timeout=100)
+    text = "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    assert outcomes[1][0].startswith(text)
+    assert f": rank 1 failed with {text}" in outcomes[0][0]
+    assert max(seconds for _, seconds in outcomes) < 20
+
+
+@pytest.mark.proof
+def test_error_that_a_run_survived_is_not_quoted():
+    message, _ = ranks.run(2, lose_rank_1_after_full_disk, timeout=60, may_die=[1])
+    assert message.startswith("step 2: no answer from rank 1 within 2 s (here: RuntimeError: ")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import hashlib
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,13 @@ from model.checkpoint import Checkpoint
 from model.config import Config
 from model.training.exchange import checkpoint_tensors, initialize, load_weights
 from model.training.layout import Layout
-from model.training.lost_ranks import ParallelError
+from model.training.lost_ranks import LostRanks, ParallelError
 from model.training.modules import TrainableDeepSeek
 from model.training.parallel import Parallel, whole
 from model.training.recipe import Recipe
 from model.training.run import Run
+from model.training.state import restore, save
+from model.training.stop import saved_steps
 
 TOKENS = torch.randint(101, (4096,), generator=torch.Generator().manual_seed(0)).int()
 NO_Q_LORA = {
@@ -88,9 +92,15 @@ def train(case: Case) -> Outcome:
     return Outcome(log, before.float().numpy(), after.float().numpy(), weights)
 
 
-def make_run(layout: dict[str, int], config: dict, recipe: dict, timeout: float = 100.0) -> Run:
+def make_run(
+    layout: dict[str, int],
+    config: dict,
+    recipe: dict,
+    timeout: float = 100.0,
+    folder: Path | None = None,
+) -> Run:
     parallel = Parallel(Layout(**layout), timeout)
-    return Run(small_config(**config), small_recipe(**recipe), TOKENS, None, parallel)
+    return Run(small_config(**config), small_recipe(**recipe), TOKENS, folder, parallel)
 
 
 def assert_equal_on_all_ranks(model: TrainableDeepSeek) -> None:
@@ -131,9 +141,11 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     assert a.shape == b.shape and torch.equal(a, b)
 
 
-def lose_rank_1(layout: dict[str, int], how: str, timeout: float) -> tuple[str, float]:
-    """Rank 1 fails within the second step; the error of each rank, and after how many seconds."""
-    run = make_run(layout, {}, {}, timeout)
+def lose_rank_1(
+    layout: dict[str, int], how: str, timeout: float, call: str = "step", folder: Path | None = None
+) -> tuple[str, float]:
+    """Rank 1 fails within a call after the first step; error of each rank, and after what time."""
+    run = make_run(layout, {}, {}, timeout, folder)
     run.take_step()
 
     def fail(*_: Any) -> None:
@@ -141,14 +153,47 @@ def lose_rank_1(layout: dict[str, int], how: str, timeout: float) -> tuple[str, 
             os.kill(os.getpid(), signal.SIGKILL)
         elif how == "asleep":
             time.sleep(1.5 * timeout)
+        elif how == "wrong_shape":
+            torch.ones(2, 3) @ torch.ones(2, 3)
         else:
             raise MemoryError("no memory for a test")
 
+    calls = {
+        "step": run.take_step,
+        "predict": lambda: run.predict(TOKENS[:32].view(2, 16).long()),
+        "save": lambda: save(run),
+        "restore": lambda: restore(run),
+        "weights": lambda: checkpoint_tensors(run.model),
+        "signals": lambda: next(saved_steps(run)),
+    }
+    if call == "restore":
+        save(run)
     if run.rank == 1:
-        run.model.layers[1].self_attn.register_forward_hook(fail)
+        if call == "signals":
+            calls[call] = lambda: (run.take_step(), fail())
+        elif call == "weights":
+            calls[call] = fail
+        else:
+            run.model.layers[1].self_attn.register_forward_hook(fail)
+            run.model.register_state_dict_pre_hook(fail)
     start = time.monotonic()
     try:
-        run.take_step()
-    except (ParallelError, MemoryError) as error:
-        return str(error), time.monotonic() - start
-    raise AssertionError("the step ended without rank 1")
+        calls[call]()
+    except (RuntimeError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    raise AssertionError("the call ended without rank 1")
+
+
+def lose_rank_1_after_full_disk() -> str:
+    """Both ranks recover from an error, then rank 1 ends in a call; the error of rank 0."""
+    lost_ranks = LostRanks(timeout=2, wait=1)
+    with suppress(OSError), lost_ranks.named("save of step 1"):
+        raise OSError("no space left")
+    try:
+        with lost_ranks.named("step 2"):
+            if dist.get_rank() == 1:
+                os._exit(1)
+            dist.all_reduce(torch.ones(1))
+    except ParallelError as error:
+        return str(error)
+    raise AssertionError("the call ended without rank 1")

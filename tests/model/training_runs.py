@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from model.config import Config
-from model.training import processes
 from model.training.optimizer import MOMENT
 from model.training.parallel import Layout, Parallel, whole
-from model.training.processes import process_group
 from model.training.recipe import Recipe
 from model.training.run import Run
 from model.training.state import restore, save
@@ -225,21 +222,6 @@ def load_sharded(folder: str, layout: dict[str, int]) -> list[str]:
             tensors[f"{name}.{key}"] = (moment, (value + 1).to(MOMENT))
         wrong += [key for key, (a, b) in tensors.items() if not torch.equal(whole(a.detach()), b)]
     return wrong
-
-
-def lose_a_process(folder: str) -> str:
-    """Process 1 leaves before a save: what process 0 reports."""
-    processes.TIMEOUT = timedelta(seconds=2)
-    run = sharded_run(folder, {"data": 2})
-    if dist.get_rank():
-        process_group()
-        time.sleep(4)
-        return ""
-    try:
-        save(run)
-    except RuntimeError as error:
-        return str(error)
-    return "saved"
 
 
 def stop_one(folder: str) -> tuple[str, int]:
