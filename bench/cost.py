@@ -1,8 +1,10 @@
 """What training and serving a preset cost on a GPU: GPU-hours, tokens per second and dollars.
 
 A GPU's seconds per token are the times of its op calls over all layers, divided by its tokens:
-pipeline stages divide both the layers and the GPUs. Communication of the experts overlaps with
-computation, so a step takes the longer one of the two. `Assumptions` has what is assumed.
+pipeline stages divide both the layers and the GPUs. In training, the exchanges of the experts
+overlap with computation and the longer one of the two counts. In serving, overlap needs two
+half-batches, each of which reads all weights; `serve` compares it with a step without overlap.
+`Assumptions` has what is assumed.
 
 Layouts: pipeline stages x expert-parallel GPUs, the rest of the cluster data-parallel with the
 optimizer's state distributed (ZeRO-1); attention, router and shared expert are in every GPU of a
@@ -38,13 +40,16 @@ class Assumptions:
     cluster: int = 2048  # GPUs
     reserved: float = 0.10  # of the memory
     imbalance: float = 1.1  # rows of the busiest GPU over the mean
-    communication_sms: float = 20 / 132  # of the GPU, in training and prefill
+    communication_sms: float = 20 / 132  # of the GPU, in training and overlapped prefill
     link_share: float = 0.80  # attained, of the peak of NVLink and PCIe
     network_share: float = 0.90
     prompt: int = 4096
     prefill_tokens: int = 16384  # of a GPU in one step
     context: int = 4989  # cached tokens of a sequence in decoding
-    batches: tuple[int, ...] = (256, 192, 128, 96, 64, 32, 16, 8, 4, 1)  # sequences of a GPU
+    batches: tuple[int, ...] = (  # sequences of a GPU
+        288, 256, 240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 56, 48, 40, 32, 28,
+        24, 20, 16, 14, 12, 10, 8, 6, 4, 2, 1,
+    )  # fmt: skip
     user_speed: float = 20  # tokens per second and sequence, at least
 
 
@@ -122,7 +127,8 @@ class Serving:
 
     gpu: Gpu
     layout: Layout
-    compute: Time
+    overlap: bool  # two half-batches, one computes while the other one exchanges
+    compute: Time  # of all half-batches
     computing: float
     communication: float
     tokens: int  # of the GPU in this step: prompt tokens, or sequences
@@ -130,7 +136,9 @@ class Serving:
 
     @property
     def step(self) -> float:
-        return max(self.computing, self.communication)
+        if self.overlap:
+            return max(self.computing, self.communication)
+        return self.computing + self.communication
 
     @property
     def tokens_per_second(self) -> float:
@@ -219,6 +227,11 @@ def _training_calls(preset: str, T: int, S: int, experts: int, path: str, recomp
     return steps.training_step(config(preset), T, S, experts, path, recompute)
 
 
+def stages_of_a_gpu(layout: Layout) -> int:
+    """DualPipe runs two stages on each GPU, so each parameter of a pipeline is on two GPUs."""
+    return 2 if layout.pp > 1 else 1
+
+
 def training_memory(c: Config, layout: Layout, a: Assumptions, gpus: int) -> float:
     """GB: weights, fp32 gradients, the optimizer's state, and what the backward pass reads."""
     p = parameters(c)
@@ -229,19 +242,22 @@ def training_memory(c: Config, layout: Layout, a: Assumptions, gpus: int) -> flo
     T = a.micro_batch * a.sequence
     in_flight = layers * (1 + 1 / layout.pp)  # a stage keeps pp + 1 micro-batches of its layers
     logits = 6 * T * c.vocab_size  # bf16, and fp32 in the loss
-    stages = 2 if layout.pp > 1 else 1  # DualPipe runs two stages on each GPU
-    state = stages * own * (weight + 4) + 8 * p.total / gpus
+    state = stages_of_a_gpu(layout) * own * (weight + 4) + 8 * p.total / gpus
     return (state + in_flight * T * saved + logits) / 1e9
 
 
 def update(c: Config, gpu: Gpu, layout: Layout, times: OpTimes, a: Assumptions) -> float:
-    """Seconds of an optimizer step outside the micro-batches."""
-    p = parameters(c)
+    """Seconds of an optimizer step outside the micro-batches.
+
+    A GPU sends the gradients of all its stages, and receives their weights: both copies of a stage
+    have gradients of their own micro-batches.
+    """
+    p, stages = parameters(c), stages_of_a_gpu(layout)
     local = steps.optimizer_step(cdiv(p.total, a.cluster), layout.path)
-    replicas = a.cluster / layout.gpus
+    replicas = stages * a.cluster / layout.gpus
     dense = (p.dense + p.vocabulary) / layout.pp
     experts = p.experts / layout.gpus * (1 - 1 / replicas)
-    moved = (dense + experts) * (4 + (1 if layout.path == "fp8" else 2))  # reduce, gather
+    moved = stages * (dense + experts) * (4 + (1 if layout.path == "fp8" else 2))
     return times.total(local).seconds + moved / (gpu.network * a.network_share * 1e9)
 
 
@@ -258,7 +274,8 @@ def train(preset: str, times: OpTimes, layout: Layout, a: Assumptions) -> Traini
     # DualPipe (table 2 of the report): (pp/2 - 1)(F&B + B - 3W), with F&B = F + B and W = F.
     idle = max(0.0, layout.pp / 2 - 1) * max(0.0, 2 * backward - 2 * forward)
     layers = steps.layer_counts(c).get(True, 0)
-    exchanged = 2 * layers * exchange(c, gpu, layout, T, a, direct=False)
+    passes = 3 if layout.recompute == "full" else 2  # forward, backward; recomputed forward
+    exchanged = passes * layers * exchange(c, gpu, layout, T, a, direct=False)
     boundaries = 2 * (layout.pp - 1) * T * 2 * c.hidden_size / (gpu.network * 1e9)
     return Training(
         gpu, layout, sum(spent.values(), Time()), parts,
@@ -370,20 +387,42 @@ def serving_layouts(
 def serve(
     preset: str, times: OpTimes, layout: Layout, tokens: int, decoding: bool, a: Assumptions
 ) -> Serving:
-    """A prefill step of `tokens` prompt tokens, or a decoding step of `tokens` sequences."""
+    """A prefill step of `tokens` prompt tokens, or a decoding step of `tokens` sequences.
+
+    The faster one of the whole batch without overlap and, if the batch divides, of two halves.
+    """
+    divides = tokens % (2 if decoding else 2 * a.prompt) == 0
+    schedules = (False, True) if divides else (False,)
+    return min((scheduled_step(preset, times, layout, tokens, decoding, overlap, a)
+                for overlap in schedules), key=lambda s: s.step)  # fmt: skip
+
+
+def scheduled_step(
+    preset: str,
+    times: OpTimes,
+    layout: Layout,
+    tokens: int,
+    decoding: bool,
+    overlap: bool,
+    a: Assumptions,
+) -> Serving:
+    """`overlap`: as two half-batches, each of which reads all weights."""
     c, gpu = config(preset), times.gpu
     experts = cdiv(max(c.n_routed_experts, 1), layout.ep)
+    batch = tokens // 2 if overlap else tokens
     if decoding:
-        calls = _decode_calls(preset, tokens, a.context, experts, layout.path)
+        calls = _decode_calls(preset, batch, a.context, experts, layout.path)
     else:
-        calls = _prefill_calls(preset, tokens, a.prompt, experts, layout.path)
+        calls = _prefill_calls(preset, batch, a.prompt, experts, layout.path)
     time = times.total(calls)
-    slower = 1 / (1 - a.communication_sms) if layout.ep > 1 and not decoding else 1.0
+    time = time + time if overlap else time
+    lost = a.communication_sms if overlap and layout.ep > 1 and not decoding else 0.0
     layers = sum(c.is_moe(i) for i in range(c.num_hidden_layers))
     moved = layers * exchange(c, gpu, layout, tokens, a, direct=decoding)
     moved += (layout.pp - 1) * tokens * 2 * c.hidden_size / (gpu.network * 1e9)
     memory = serving_memory(c, layout, tokens, decoding, a)
-    return Serving(gpu, layout, time, balanced(time, a) * slower, moved, tokens, memory)
+    busy = balanced(time, a) / (1 - lost)
+    return Serving(gpu, layout, overlap, time, busy, moved, tokens, memory)
 
 
 def cheapest_prefill(preset: str, times: OpTimes, a: Assumptions) -> Serving | None:

@@ -25,9 +25,10 @@ from .cost_report import (
     Row,
     arithmetic,
     conclusion,
+    day_cost,
     forward_parameters,
     limit,
-    margin,
+    overlap,
 )
 from .gpus import NODE
 from .op_times import ATTAINED, BANDWIDTH, MEASURED, OTHER_PRODUCTS
@@ -57,12 +58,13 @@ Prices are of different years and providers: GPU-hours compare GPUs, dollars onl
 _NOT_COUNTED = """\
 ## What is not counted
 
-Launch gaps and the host, waiting for the slowest GPU of a step except by the imbalance above,
-restarts and evaluation runs, storage, CPUs, power outside the price of a GPU-hour. Attention of
-other sequence lengths than stated. Speculative decoding with the prediction layer. A cache of
-prompts. Redundant experts. int8: deepkern has no int8 products, so a GPU without FP8 tensor cores
-computes in bf16, from bf16 or from FP8 weights, whichever is cheaper. Attained shares are those of
-Hopper kernels; on other GPUs they are unverified, and on an MI300X probably too high.
+Launch gaps and the host, the latency of an exchange, waiting for the slowest GPU of a step except
+by the imbalance above, restarts and evaluation runs, storage, CPUs, power outside the price of a
+GPU-hour. Attention of other sequence lengths than stated. Speculative decoding with the prediction
+layer. A cache of prompts. Redundant experts. int8: deepkern has no int8 products, so a GPU without
+FP8 tensor cores computes in bf16, from bf16 or from FP8 weights, whichever is cheaper. Attained
+shares are those of Hopper kernels; on other GPUs they are unverified, and on an MI300X probably too
+high.
 """
 
 
@@ -109,7 +111,7 @@ def serving_table(found: Report, decoding: bool) -> str:
     rows = []
     for r in found.rows:
         if (s := r.decode if decoding else r.prefill) is None:
-            rows.append([r.gpu.name, "does not fit", *[""] * 8])
+            rows.append([r.gpu.name, "does not fit", *[""] * 10])
             continue
         batch = f"{s.tokens} sequences" if decoding else f"{s.tokens:,} tokens"
         least = r.least_serving
@@ -117,11 +119,11 @@ def serving_table(found: Report, decoding: bool) -> str:
             r.gpu.name, f"{s.tokens_per_second:,.0f}", f"{s.dollars_per_million:.3f}",
             arithmetic(r.gpu, s.layout), batch, layout(s), f"{s.memory:.0f} of {r.gpu.memory:g}",
             f"{least.gpus} (PP{least.pp} x EP{least.ep})" if least else "-",
-            f"{1e3 * s.computing:.0f} / {1e3 * s.communication:.0f} ms", limit(s),
-            s.compute.provenance,
+            f"{1e3 * s.computing:.0f} / {1e3 * s.communication:.0f} ms",
+            overlap(s), limit(s), s.compute.provenance,
         ])  # fmt: skip
     head = ("GPU", "tokens/s/GPU", "$ per M tokens", "arithmetic", "batch of a GPU", "layout", "GB",
-            "least GPUs", "computation / exchange", "limit", "op times")  # fmt: skip
+            "least GPUs", "computation / exchange", "overlap", "limit", "op times")  # fmt: skip
     return table(head, rows)
 
 
@@ -142,17 +144,21 @@ def published_table(found: Report, compared: Comparisons) -> str:
     ]  # fmt: skip
     if row and row.prefill and row.decode:
         prefill, decode = (s.tokens_per_second * NODE for s in (row.prefill, row.decode))
+        day = day_cost(row.prefill, row.decode)
         lines += [
             (f"prompt tokens/s of a node of {NODE}, 342B of 608B from a cache",
              NODE_PREFILL, prefill / missed, "{:,.0f}", "open-infra-index"),
             ("the same, computed ones only", NODE_PREFILL * missed, prefill, "{:,.0f}",
              "open-infra-index"),
             ("generated tokens/s of a node", NODE_DECODE, decode, "{:,.0f}", "open-infra-index"),
-            ("theoretical profit over cost, that day's tokens", DAILY_REVENUE / DAILY_COST - 1,
-             margin(row) or 0.0, "{:.0%}", "open-infra-index"),
+            ("dollars of that day's tokens, at $2", DAILY_COST, day, "{:,.0f}",
+             "open-infra-index"),
         ]  # fmt: skip
     rows = [(what, number.format(theirs), number.format(ours), f"{ours / theirs:.2f}", source)
             for what, theirs, ours, number, source in lines]  # fmt: skip
+    if row and row.prefill and row.decode:
+        profits = (f"{DAILY_REVENUE / cost - 1:.0%}" for cost in (DAILY_COST, day))
+        rows.append(("theoretical profit over that cost", *profits, "", "open-infra-index"))
     return table(("H800", "published", "predicted", "ratio", "source"), rows)
 
 
@@ -168,7 +174,7 @@ def differences(found: Report, compared: Comparisons) -> str:
         "what the model does not count and what its assumptions leave out: exchanges that "
         "computation does not hide "
         f"(hiding none of {v3.communication:.2f} s would give "
-        f"{(v3.step + v3.communication) / theirs:.2f} of the report's time), "
+        f"{(v3.step + v3.communication * (1 + v3.bubble)) / theirs:.2f} of the report's time), "
         "kernels of 2024 that attain less than the best published ones of today, launch gaps, "
         "restarts. Nothing was fitted to the report's figure.\n"
     )
@@ -246,10 +252,15 @@ def assumption_table(a: Assumptions) -> str:
          "V3 report, table 2, with F&B = F + B and W = F"),
         ("recompute", "selective: norms, the up-projections of attention, SwiGLU; full: a layer",
          "V3 report; full where memory requires it"),
-        ("overlap", "exchanges run during computation; the longer one counts",
-         "V3 report: almost full overlap"),
-        ("SMs for exchanges", f"{a.communication_sms:.1%} in training and prefill, 0 in decoding",
-         "V3 report: 20 of 132; on other GPUs the same fraction"),
+        ("overlap in training", "the exchanges of a micro-batch run during the computation of "
+         "another one; the longer one counts", "V3 report: DualPipe, almost full overlap"),
+        ("overlap in serving", "the faster one of two: all tokens in one batch, computation plus "
+         "exchanges; or two half-batches, each of which reads all weights, with the exchanges of "
+         "one during the computation of the other, the longer one counts",
+         "open-infra-index: two micro-batches, alternating in prefill, in a 5-stage pipeline in "
+         "decoding"),
+        ("SMs for exchanges", f"{a.communication_sms:.1%} in training and in prefill with overlap, "
+         "else 0", "V3 report: 20 of 132; on other GPUs the same fraction"),
         ("rates of links", f"{a.link_share:.0%} of the peak in a node, {a.network_share:.0%} "
          "between nodes", "V3 report: 160 of 200 GB/s; DeepEP: 43-47 of 50 GB/s"),
         ("exchange of experts", "dispatch in the arithmetic's type, combine in bf16; a row crosses "
@@ -258,6 +269,9 @@ def assumption_table(a: Assumptions) -> str:
         ("memory", f"{a.reserved:.0%} reserved; weights, fp32 gradients, fp32 master weights, bf16 "
          "moments; the optimizer's state distributed over all GPUs; DualPipe keeps two stages",
          "V3 report; assumed"),
+        ("gradients and weights", "after each optimizer step, both stages of a GPU: gradients in "
+         "fp32 to the other copies, weights back, at the rate between nodes, without overlap",
+         "DualPipe: 2x the parameters; assumed"),
         ("prefill", f"{a.prefill_tokens:,} tokens of a GPU in prompts of {a.prompt:,}", "assumed"),
         ("decoding", f"{a.context:,} cached tokens in bf16; the batch with most tokens/s that "
          f"still gives a user {a.user_speed:g} tokens/s",

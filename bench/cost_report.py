@@ -117,13 +117,12 @@ def comparisons(a: Assumptions, folder: Path = results.FOLDER) -> Comparisons:
     )
 
 
-def margin(row: Row) -> float | None:
-    """Revenue over cost - 1 of the published day's tokens, on GPUs as fast as predicted."""
-    if row.prefill is None or row.decode is None:
-        return None
-    prefill = (INPUT_TOKENS - CACHED_TOKENS) / 1e6 * row.prefill.dollars_per_million
-    decode = OUTPUT_TOKENS / 1e6 * row.decode.dollars_per_million
-    return DAILY_REVENUE / (prefill + decode) - 1
+def day_cost(prefill: Serving, decode: Serving) -> float:
+    """Dollars of the published day's tokens at these rates, without the cached ones."""
+    computed = INPUT_TOKENS - CACHED_TOKENS
+    return (
+        computed * prefill.dollars_per_million + OUTPUT_TOKENS * decode.dollars_per_million
+    ) / 1e6
 
 
 def limit(step: Training | Serving) -> str:
@@ -132,6 +131,11 @@ def limit(step: Training | Serving) -> str:
         return "the links"
     part = next(iter(step.compute.by(1)))
     return f"computation, most of it in `{part}`"
+
+
+def overlap(step: Serving) -> str:
+    """What the exchanges overlap with."""
+    return "two half-batches" if step.overlap else "none"
 
 
 # The conclusion, from the numbers.
@@ -227,7 +231,7 @@ def show(found: Report) -> list[Table]:
         training.add_column(name, justify="right" if name.startswith("K ") else "left")
     serving = Table(title=f"Serving {found.preset}", title_justify="left")
     for name in ("GPU", "step", "tokens/s/GPU", "$ per M tokens", "batch", "layout", "arithmetic",
-                 "limit", "op times"):  # fmt: skip
+                 "overlap", "limit", "op times"):  # fmt: skip
         serving.add_column(name)
     for r in found.rows:
         if t := r.training:
@@ -246,7 +250,8 @@ def show(found: Report) -> list[Table]:
             serving.add_row(r.gpu.name, kind, f"{s.tokens_per_second:,.0f}",
                             f"{s.dollars_per_million:.3f}", f"{s.tokens:,}",
                             f"PP{s.layout.pp} x EP{s.layout.ep}", arithmetic(r.gpu, s.layout),
-                            limit(s).replace("`", ""), s.compute.provenance)  # fmt: skip
+                            overlap(s), limit(s).replace("`", ""),
+                            s.compute.provenance)  # fmt: skip
     return [training, serving]
 
 
@@ -259,6 +264,8 @@ def record(found: Report) -> dict:
         kept = {"layout": asdict(s.layout), "memory_gb": s.memory, "seconds": s.step,
                 "computing_seconds": s.computing, "communication_seconds": s.communication,
                 "op_seconds": s.compute.by(1), "provenance": s.compute.by(2)}  # fmt: skip
+        if isinstance(s, Serving):
+            kept["overlap"] = overlap(s)
         return {**more, **kept}
 
     return {

@@ -157,6 +157,62 @@ def test_longer_context_is_slower():
     assert speeds == sorted(speeds, reverse=True)
 
 
+def serving_steps(batch: int, decoding: bool, layout: cost.Layout):
+    """The H800's step without overlap, the one with overlap, and the one that is chosen."""
+    args = "deepseek-v3", OpTimes(GPUS["H800"]), layout, batch, decoding
+    both = [cost.scheduled_step(*args, overlap, A) for overlap in (False, True)]
+    return *both, cost.serve(*args, A)
+
+
+@pytest.mark.parametrize("ep", [64, 256])
+@pytest.mark.parametrize("batch", [2, 160])
+def test_overlapped_decoding_reads_weights_twice(batch, ep):
+    whole, halves, chosen = serving_steps(batch, True, cost.Layout("fp8", 1, ep))
+    again = 61 * ATTENTION + 129280 * 7168 + 58 * 3 * 7168 * 2048  # a shared expert is dense
+    if batch > 2:  # each expert has rows in both halves
+        again += 58 * 256 // ep * 3 * 7168 * 2048
+    assert halves.computing > whole.computing + again / 3350e9, "a byte per parameter"
+    assert halves.communication == whole.communication
+    assert halves.step == max(halves.computing, halves.communication)
+    assert whole.step == whole.computing + whole.communication
+    assert chosen.step == min(whole.step, halves.step)
+
+
+def test_overlapped_prefill_leaves_sms_to_exchanges():
+    whole, halves, chosen = serving_steps(16384, False, cost.Layout("fp8", 1, 32))
+    assert 1 <= halves.computing * (1 - 20 / 132) / whole.computing < 1.05
+    assert chosen.step == min(whole.computing + whole.communication, halves.step)
+
+
+def test_one_prompt_or_sequence_does_not_overlap():
+    times, layout = OpTimes(GPUS["H800"]), cost.Layout("fp8", 1, 64)
+    assert not cost.serve("deepseek-v3", times, layout, 1, True, A).overlap
+    assert not cost.serve("deepseek-v3", times, layout, A.prompt, False, A).overlap
+
+
+def test_full_recomputation_exchanges_rows_again():
+    seconds = {
+        mode: cost.train(
+            "deepseek-v3", OpTimes(GPUS["H800"]), cost.Layout("fp8", 1, 64, mode), A
+        ).communication
+        for mode in steps.RECOMPUTE
+    }
+    assert seconds["full"] == pytest.approx(1.5 * seconds["selective"])
+
+
+def test_dualpipe_exchanges_gradients_of_two_stages():
+    c, gpu = Config.preset("deepseek-v3"), GPUS["H800"]
+    p = cost.parameters(c)
+    # A stage is in two GPUs of each of 2048 / (16 x 64) = 2 pipelines.
+    sent = 2 * ((p.dense + p.vocabulary) / 16 + p.experts / 1024 * 3 / 4) * (4 + 1)
+    times = OpTimes(gpu)
+    adam = times.total(steps.optimizer_step(-(-p.total // 2048), "fp8")).seconds
+    seconds = cost.update(c, gpu, cost.Layout("fp8", 16, 64), times, A)
+    assert seconds == pytest.approx(adam + sent / 45e9)
+    one = cost.update(c, gpu, cost.Layout("fp8", 1, 2048), times, A)
+    assert one == pytest.approx(adam + (p.dense + p.vocabulary) * 5 / 45e9), "no copy of experts"
+
+
 def test_faster_links_and_memory_never_cost_time():
     slow = GPUS["RTX 4090"]
     arch = dataclasses.replace(slow.arch, bandwidth=2 * slow.arch.bandwidth)
@@ -201,6 +257,8 @@ def test_layouts_fit_into_memory(found):
         for step in (row.training, row.prefill, row.decode):
             assert step.memory <= 0.9 * row.gpu.memory
             assert step.step >= max(step.computing, step.communication)
+        assert all(s.overlap or s.step == s.computing + s.communication
+                   for s in (row.prefill, row.decode))  # fmt: skip
         assert row.least_serving.gpus * row.gpu.memory > 671, "a byte per parameter"
         assert row.decode.step <= 1 / A.user_speed
 
