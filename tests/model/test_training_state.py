@@ -280,7 +280,7 @@ def raise_loss(run):
 POISONS = {
     "NaN in the batch": (poison_input, "the loss is nan"),
     "infinite gradient": (poison_gradient, "the norm of the gradient is "),
-    "spike of the loss": (raise_loss, "times the running mean"),
+    "spike of the loss": (raise_loss, "above its running mean"),
 }
 
 
