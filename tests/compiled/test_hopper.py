@@ -189,6 +189,9 @@ def test_random_calls(kind, part, rng, generator):
 WHOLE, PAIRS = "TILE(dense, 128, 128, 5, 1, 1, false, 128", "TILE(dense, 128, 128, 5, 2"
 SPLITS, K_GROUPED = "TILE(dense, 64, 16, 10", "TILE(k_grouped, 128"
 WAVES = "TILE(dense, 256"
+# A missing warp_sync before an arrival is not here: the clocks of the machine are those of warps,
+# so that an arrival of one lane releases the stores of all.  The emulator, whose lanes are threads,
+# finds it (tests/hopper/test_planted_bugs.py).
 BUGS = {
     "no_wait_full": ("fp8_gemm", WHOLE, "."),
     "releases_before_wgmma_wait": ("fp8_gemm", WHOLE, "."),
@@ -196,7 +199,6 @@ BUGS = {
     "no_fence_before_tma_store": ("fp8_gemm", WHOLE, "proxy"),
     "wait_full_wrong_parity": ("fp8_gemm", WHOLE, "."),
     "releases_after_first_wave": ("fp8_gemm", WAVES, "."),
-    "no_warp_sync_after_scale_stores": ("fp8_gemm", WHOLE, "race|wrote|writes"),
     "neighbour_not_released": ("fp8_gemm", PAIRS, "deadlock|wait"),
     "exits_before_neighbour": ("fp8_gemm", PAIRS, "ended|exit"),
     "no_clearing_of_k_tail": ("fp8_gemm", K_GROUPED, "wrong result"),

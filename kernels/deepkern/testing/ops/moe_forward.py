@@ -60,6 +60,7 @@ SIZES = Sizes(
     ],
 )
 EXACT = False
+FP8_PRODUCT = True
 
 
 def cost(

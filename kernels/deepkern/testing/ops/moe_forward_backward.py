@@ -38,6 +38,7 @@ SIZES = Sizes(
     inspect=[{"T": 4096, "E": 32, "topk": 8, "K": 7168, "I": 2048}],
 )
 EXACT = False
+FP8_PRODUCT = True
 cost = moe_forward.cost
 
 
