@@ -370,7 +370,6 @@ def main(
         learning_rate = Recipe.learning_rate if checkpoint is None else 1e-5
     try:
         parallel = Parallel(layout_of(tensor, context, experts))
-        folder = on_first(lambda: run_folder(out, resume))
         recipe = Recipe(
             steps=steps, batch=batch, window=window, learning_rate=learning_rate, warmup=warmup,
             optimizer=optimizer.value, schedule=schedule.value, precision=precision.value,
@@ -379,7 +378,9 @@ def main(
         paths = (str(path.resolve()) if path else None for path in (data, checkpoint, config))
         chosen = to.value if to else None
         options = Options(*paths, recipe, chosen, evaluate_every, save_every, threads)
-        run_with(Options.load(folder) if resume else options, folder, parallel)
+        with parallel.naming_lost_ranks("run"):
+            folder = on_first(lambda: run_folder(out, resume))
+            run_with(Options.load(folder) if resume else options, folder, parallel)
     except (ValueError, OSError, FloatingPointError, ParallelError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
