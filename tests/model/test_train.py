@@ -295,7 +295,7 @@ def test_torchrun(text, toy_config, tmp_path):
         "--precision",
         "fp32",
     ]
-    options += ["--evaluate-every", "1"]
+    options += ["--evaluate-every", "3"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     layout = ["--context", "2", "--experts", "2"]
@@ -306,5 +306,5 @@ def test_torchrun(text, toy_config, tmp_path):
         assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = (scores(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
+    assert len(one) == 1 and two == pytest.approx(one, rel=1e-4)
     assert DeepSeek.from_pretrained(tmp_path / "two" / "model", dtype=torch.float32)
