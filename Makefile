@@ -24,7 +24,7 @@ PYTEST = $(PY) -m pytest $(shell $(PY) -c "import importlib.util as u; \
 	print('-n $(JOBS) --dist worksteal' if u.find_spec('xdist') else '', \
 	'--timeout 1200' if u.find_spec('pytest_timeout') else '')" 2>/dev/null)
 
-.PHONY: help setup run test check proof sanitize lint format docs wheel clean
+.PHONY: help setup browser run test check proof sanitize lint format docs wheel clean
 help:
 	@echo "make run      check every op, time it, run the model, and say whether all agree"
 	@echo "make test     every op and backend at chosen shapes (goal: 10 minutes)"
@@ -32,6 +32,7 @@ help:
 	@echo "make sanitize the native CPU ops under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make check    lint and the fast tests (under 3 minutes)"
 	@echo "make setup    the virtual environment, the dependencies and the C++ parts"
+	@echo "make browser  Chromium, for the tests of the HTML pages (as root, with apt-get)"
 	@echo "make docs     the HTML site of docs/, in build/site"
 	@echo "make lint | format | wheel | clean"
 
@@ -58,6 +59,12 @@ build/$(BUILD)-%.stamp: $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace --force
 	@$(PY) -m deepkern
 	@mkdir -p build && touch $@
+
+browser:
+	@if command -v chromium >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get -qq update && apt-get -qq install -y chromium; \
+	else echo "no chromium, and not root with apt-get: the browser tests are skipped"; fi
 
 run: setup
 	$(PY) -m bench

@@ -8,11 +8,12 @@ every kernel compiles, does not spill, and computes tl.dot with matrix instructi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import triton
+
+from .results import write_text
 
 FILE = Path(__file__).parent / "budgets.json"
 PINNED = "3.7.1"  # the Triton version that the budgets were measured with
@@ -54,9 +55,7 @@ def write(budgets: dict[tuple, dict], file: Path = FILE) -> None:
         lines.append(" },")
     if lines:
         lines[-1] = lines[-1].removesuffix(",")
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text("{\n" + "\n".join(lines) + "\n}\n")
-    os.replace(fresh, file)
+    write_text("{\n" + "\n".join(lines) + "\n}\n", file)
 
 
 def worst(records: list[dict]) -> dict[tuple, dict]:

@@ -32,6 +32,7 @@ from .cost_report import (
 )
 from .gpus import NODE
 from .op_times import ATTAINED, BANDWIDTH, MEASURED, OTHER_PRODUCTS
+from .results import write_text
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PICTURE = DOCS / "cost.md", DOCS / "cost.png"
@@ -317,7 +318,7 @@ def page(found: Report, compared: Comparisons) -> str:
 
 
 def write(found: Report, compared: Comparisons) -> None:
-    PAGE.write_text(page(found, compared))
+    write_text(page(found, compared), PAGE)
     draw(found, PICTURE)
 
 

@@ -22,6 +22,7 @@ from .command_line import screen
 from .cost import Assumptions, Layout, Serving, Training
 from .gpus import GPUS, H100, Gpu, named
 from .op_times import OpTimes
+from .results import write_text
 
 PRESET = "deepseek-v3"
 REFERENCE = "H800"  # the GPU that DeepSeek trained and served on
@@ -307,7 +308,7 @@ def run(preset: str, names: Sequence[str], out: Path | None, write: bool) -> int
     console.print("predicted and assumed: nothing has run on a GPU, unless op times say measured",
                   style="dim")  # fmt: skip
     if out is not None:
-        out.write_text(json.dumps(record(found), indent=1) + "\n")
+        write_text(json.dumps(record(found), indent=1) + "\n", out)
     if write and compared is not None:
         from . import cost_page
 

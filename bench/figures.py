@@ -8,7 +8,6 @@ depend on the schedule, so a difference is a change of the compiled code.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -16,10 +15,12 @@ import triton
 import typer
 from rich.table import Table
 
-from . import limits, profile, profile_page, profile_table
+from . import limits, profile, profile_table, shapes
 from .budgets import PINNED
 from .command_line import bar, screen
+from .pages import profile as profile_page
 from .profile import Profile
+from .results import write_text
 
 FILE = Path(__file__).parent / "profiles.json"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -89,9 +90,7 @@ def write(figures: dict[tuple[str, str], dict], file: Path = FILE) -> None:
     for (op, target), figure in sorted(figures.items()):
         tree.setdefault(op, []).append(f"  {json.dumps(target)}: {json.dumps(figure)}")
     ops = [f" {json.dumps(op)}: {{\n" + ",\n".join(rows) + "\n }" for op, rows in tree.items()]
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text("{\n" + ",\n".join(ops) + "\n}\n")
-    os.replace(fresh, file)
+    write_text("{\n" + ",\n".join(ops) + "\n}\n", file)
 
 
 def measure(op: str, target: str) -> dict:
@@ -190,7 +189,7 @@ def report(
 ) -> int:
     """Profiles one op and shows the report; writes it to files as HTML or JSON."""
     try:
-        size = profile.parse_size(op, words) if words else SIZES[op]
+        size = shapes.parse_size(op, words) if words else SIZES[op]
         sampled = {k: int(n) for k, n in (word.split("=") for word in every)}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -198,7 +197,7 @@ def report(
     console = screen()
     profile_table.show(console, found)
     if html is not None:
-        html.write_text(profile_page.page(found))
+        write_text(profile_page.page(found), html)
     if out is not None:
-        out.write_text(json.dumps(profile.record(found)) + "\n")
+        write_text(json.dumps(profile.record(found)) + "\n", out)
     return 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import triton
 
 import deepkern
 from deepkern.runtime import arch, backends
+
+from . import results
 
 ROOT = Path(__file__).parent.parent
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
@@ -26,6 +30,8 @@ def device() -> torch.device:
 def describe() -> dict:
     """CPU, GPU, versions, commit and the backends of this machine."""
     return {
+        "schema": results.SCHEMA,
+        "command": command(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0))
@@ -36,6 +42,9 @@ def describe() -> dict:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": _memory_gib(),
         "gpu": _gpu(),
+        "driver": _driver(),
+        "clocks": clocks(),
+        "ceilings": None,  # bench.ceilings, in runs that measure them
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -45,6 +54,17 @@ def describe() -> dict:
         "interpreted_triton": backends.interpreting(),
         "backends": {name: _served(name) for name in backends.BACKENDS},
     }
+
+
+def command() -> str:
+    """The command of this process as one types it, such as "python -m bench op fp8_gemm_nt"."""
+    program = Path(sys.argv[0])
+    if program.resolve().is_relative_to(ROOT / "bench"):
+        module = program.resolve().relative_to(ROOT).with_suffix("")
+        words = ["python", "-m", ".".join(module.parts).removesuffix(".__main__")]
+    else:
+        words = [program.name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def served(op, name: str) -> bool:
@@ -90,6 +110,41 @@ def _gpu() -> dict | None:
         "memory_gib": round(properties.total_memory / 2**30),
         "runtime": torch.version.hip or torch.version.cuda,
     }
+
+
+_THROTTLING = (
+    "sw_power_cap", "hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown",
+)  # fmt: skip
+
+
+def clocks() -> dict | None:
+    """The GPU's present clocks in MHz, and why they are throttled; None if they are not known."""
+    names = [f"clocks_throttle_reasons.{reason}" for reason in _THROTTLING]
+    got = _nvidia_smi("clocks.sm", "clocks.mem", *names)
+    if got is None or not (got[0].isdigit() and got[1].isdigit()):
+        return None
+    active = [r for r, text in zip(_THROTTLING, got[2:], strict=True) if text == "Active"]
+    return {"sm_mhz": int(got[0]), "memory_mhz": int(got[1]), "throttled": active}
+
+
+def _driver() -> str | None:
+    got = _nvidia_smi("driver_version")
+    return got[0] if got else None
+
+
+def _nvidia_smi(*fields: str) -> list[str] | None:
+    """The fields' values of this process's first NVIDIA GPU; None without one."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return None
+    gpu = str(torch.cuda.get_device_properties(0).uuid)
+    words = ["nvidia-smi", f"--id=GPU-{gpu}", f"--query-gpu={','.join(fields)}"]
+    words += ["--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return values if len(values) == len(fields) else None
 
 
 def _commit() -> str | None:

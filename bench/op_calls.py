@@ -3,7 +3,7 @@
 A call's arguments are tensors on the meta device, which have a shape and no memory. Only indices
 that a cost reads, such as sequence lengths, are on the CPU. The op's contract checks the shapes and
 its fake kernel allocates the outputs; the formula is `cost` of `deepkern.testing.ops.<op>`, the one
-that the roofs of `bench ops` and `bench profile` use.
+that the roofs of `bench op` and `bench profile` use.
 """
 
 from __future__ import annotations

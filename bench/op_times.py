@@ -26,6 +26,7 @@ from deepkern.testing.costs import Cost
 from . import limits, predictions, results
 from .gpus import Gpu
 from .op_calls import Call
+from .timings import OURS
 
 MEASURED, PREDICTED, ASSUMED = "measured", "predicted", "assumed"
 # Share of the peak rate that the best published kernel of each kind attains on an H100, H800 or
@@ -76,20 +77,24 @@ def nearest(cost: Cost, samples: Iterable[Sample]) -> Sample:
 
 
 def measured_samples(gpu: Gpu, folder: Path = results.FOLDER) -> dict[str, list[Sample]]:
-    """Op -> what the results of `python -m bench ops` on this GPU say; the fastest backend's."""
+    """Op -> what the results of `python -m bench op` on this GPU say; the fastest backend's."""
     found: dict[str, dict[Cost, float]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         records = [json.loads(line) for line in file.read_text().splitlines()]
         if not any(is_this_gpu(record, gpu) for record in records):
             continue
         for record in records:
-            if record.get("kind") == "speed" and record.get("microseconds"):
-                seconds = record["microseconds"] / 1e6
-                flops = round((record["tflops"] or 0) * 1e12 * seconds)
-                cost = Cost(round(record["gb_per_s"] * 1e9 * seconds), flops)
+            if record.get("kind") == "speed" and is_timed(record):
+                seconds = record["median"] / 1e6
+                cost = Cost(record["bytes"], record["flops"], record["fp8"])
                 fastest = found.setdefault(record["op"], {})
                 fastest[cost] = min(seconds, fastest.get(cost, seconds))
     return {op: [Sample(*item) for item in fastest.items()] for op, fastest in found.items()}
+
+
+def is_timed(record: dict) -> bool:
+    """Whether this is a time of one of deepkern's backends, in the present schema."""
+    return record.get("provider", "").split()[:1] == [OURS] and bool(record["samples"])
 
 
 def is_this_gpu(record: dict, gpu: Gpu) -> bool:

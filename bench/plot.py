@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from .checks import Check
-from .timings import Speed
+from .timings import Row, Speed
 
 _COLOURS = {"cuda": "#2a7f3f", "triton": "#3b6fb6", "cpu": "#c2721d", "torch": "#8a8a8a"}
 _WRONG = "#c22222"
 _FLOOR = 1e-18  # start of the error bars
 
 
-def draw(machine: dict, checks: list[Check], speeds: list[Speed], file: Path) -> None:
+def draw(machine: dict, checks: list[Check], rows: list[Row], file: Path) -> None:
     """Writes a PNG with one bar per timed size, and one bar per checked op and backend."""
     import matplotlib
 
@@ -20,13 +21,13 @@ def draw(machine: dict, checks: list[Check], speeds: list[Speed], file: Path) ->
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    ratios = [s for s in speeds if s.ratio]
+    ratios = [pair for row in rows for pair in pairs(row)]
     errors = worst(checks)
-    rows = max(len(ratios), len(errors), 4)
-    figure, axes = plt.subplots(1, 2, figsize=(16, 2 + 0.36 * rows), layout="constrained")
+    lines = max(len(ratios), len(errors), 4)
+    figure, axes = plt.subplots(1, 2, figsize=(16, 2 + 0.36 * lines), layout="constrained")
     _draw_ratios(axes[0], ratios)
     _draw_errors(axes[1], errors)
-    backends = {x.backend for x in (*ratios, *errors)}
+    backends = {pair.ours.backend for pair in ratios} | {check.backend for check in errors}
     handles = [Patch(color=_COLOURS[name], label=name) for name in _COLOURS if name in backends]
     if not all(check.ok for check in errors):
         handles.append(Patch(color=_WRONG, label="wrong"))
@@ -43,26 +44,47 @@ def _title(machine: dict) -> str:
     return f"deepkern {machine['deepkern']} at {machine['commit']} · {device} · {versions}"
 
 
-def _draw_ratios(axes, speeds: list[Speed]) -> None:
-    axes.set_title("Speed compared with PyTorch")
-    axes.set_xlabel("PyTorch's time / deepkern's time  (right of the line: deepkern is faster)")
-    labels = [f"{s.op}  {s.size}\nbaseline: {s.baseline}" for s in speeds]
-    axes.set_yticks(range(len(speeds)), labels, fontsize=7)
+class Pair(NamedTuple):
+    """A backend of deepkern and another provider, both timed in one row."""
+
+    ours: Speed
+    theirs: Speed
+
+    @property
+    def ratio(self) -> float:
+        """Above 1: deepkern is faster."""
+        assert self.ours.microseconds and self.theirs.microseconds
+        return self.theirs.microseconds / self.ours.microseconds
+
+
+def pairs(row: Row) -> list[Pair]:
+    timed = [speed for speed in row if speed.microseconds]
+    ours, theirs = ([s for s in timed if s.ours is side] for side in (True, False))
+    return [Pair(one, other) for one in ours for other in theirs]
+
+
+def _draw_ratios(axes, pairs: list[Pair]) -> None:
+    axes.set_title("Speed compared with other providers")
+    axes.set_xlabel("their time / deepkern's time  (right of the line: deepkern is faster)")
+    labels = [f"{p.ours.op}  {p.ours.size}\n{p.theirs.provider}: {p.theirs.about}" for p in pairs]
+    axes.set_yticks(range(len(pairs)), labels, fontsize=7)
     # Bars start at a ratio of 1, so that 1/2 is as long as 2.
-    lengths, colours = [s.ratio - 1 for s in speeds], [_COLOURS[s.backend] for s in speeds]
-    axes.barh(range(len(speeds)), lengths, left=1, color=colours)
+    lengths, colours = [p.ratio - 1 for p in pairs], [_COLOURS[p.ours.backend] for p in pairs]
+    axes.barh(range(len(pairs)), lengths, left=1, color=colours)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.axvline(1, color="black", linewidth=1)
-    for y, s in enumerate(speeds):
-        sign, align = (1, "left") if s.ratio >= 1 else (-1, "right")
-        text = f"{s.ratio:.2g}x, {s.microseconds:,.0f} µs" if s.ratio < 100 else f"{s.ratio:.0f}x"
-        axes.annotate(text, (s.ratio, y), (4 * sign, 0), textcoords="offset points", ha=align,
-                      va="center", fontsize=7)  # fmt: skip
-    low, high = (extreme([s.ratio for s in speeds] + [1]) for extreme in (min, max))
+    for y, p in enumerate(pairs):
+        sign, align = (1, "left") if p.ratio >= 1 else (-1, "right")
+        text = f"{p.ratio:.2g}x, {p.ours.microseconds:,.0f} µs"
+        axes.annotate(
+            text if p.ratio < 100 else f"{p.ratio:.0f}x", (p.ratio, y), (4 * sign, 0),
+            textcoords="offset points", ha=align, va="center", fontsize=7,
+        )  # fmt: skip
+    low, high = (extreme([p.ratio for p in pairs] + [1]) for extreme in (min, max))
     room = max(high / low, 10) ** 0.45  # for the text next to the longest bars
     axes.set_xlim(low / room, high * room)
-    axes.set_ylim(len(speeds) - 0.4, -0.6)
+    axes.set_ylim(len(pairs) - 0.4, -0.6)
 
 
 def worst(checks: list[Check]) -> list[Check]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from . import limits, profile
 from .command_line import screen
 from .profile import Profile
+from .results import write_text
 from .studies.goal_profiles import GOALS, SMS, Goal
 
 FILE = Path(__file__).parent / "predictions.json"
@@ -48,9 +48,7 @@ def load(file: Path = FILE) -> list[dict]:
 def write(records: list[dict], file: Path = FILE) -> None:
     """Writes all records, sorted, one per line."""
     rows = sorted(records, key=lambda r: (r["op"], r["target"], r["backend"], r["shape"]))
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n")
-    os.replace(fresh, file)
+    write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n", file)
 
 
 def record(goal: Goal, report: Profile) -> dict:

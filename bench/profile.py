@@ -10,7 +10,6 @@ import contextlib
 import linecache
 import os
 import re
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,28 +270,6 @@ def _launch_record(profile: Profile, index: int) -> dict:
         "accesses": [{**vars(x), "used": x.used} for x in accesses(launch)],
         "lines": [vars(x) for x in lines(launch)],
     }
-
-
-def parse_size(op: str, words: list[str]) -> dict:
-    """Keyword arguments of the op's `inputs` from words such as M=64, H=16, lengths=8192,4096."""
-    size: dict = {}
-    hints = typing.get_type_hints(facts(op).inputs)
-    for word in words:
-        name, found, text = word.partition("=")
-        if not found or name not in hints or name in ("generator", "return"):
-            raise ValueError(f"{word!r}: expected NAME=VALUE with a NAME of {', '.join(hints)}")
-        size[name] = _value(text)
-    return size
-
-
-def _value(text: str):
-    if text in ("True", "False"):
-        return text == "True"
-    if "," in text:
-        return tuple(_value(part) for part in text.split(",") if part)
-    if isinstance(getattr(torch, text, None), torch.dtype):
-        return getattr(torch, text)
-    return float(text) if "." in text else int(text)
 
 
 def short(file: str) -> str:

@@ -1,36 +1,20 @@
-"""The report of a run: tables of the machine, the checks, the speeds and the model."""
+"""The tables of `python -m bench op`: one of the checks, and one per op of the speeds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .ceilings import Ceilings
 from .checks import Check
-from .timings import Speed
+from .summary import BACKENDS, number
+from .timings import Row, Speed
 
-ROOF = "roof: a copy's bandwidth, and on a GPU the peak rate; a CPU's caches can be faster"
-BACKENDS = ("cuda", "triton", "cpu", "torch")
-
-
-def machine(about: dict) -> Panel:
-    gpu = about["gpu"]
-    gpu_text = f"{gpu['name']} ({gpu['target']}), {gpu['memory_gib']} GiB" if gpu else "none"
-    interpreted = " (interpreted: checked, not timed)" if about["interpreted_triton"] else ""
-    lines = [
-        f"CPU       {about['cpu']}, {about['cores']} cores, {about['threads']} threads, "
-        f"{about['memory_gib']} GiB; {' '.join(about['isa'])}",
-        f"GPU       {gpu_text}",
-        f"versions  deepkern {about['deepkern']} at {about['commit']}, torch {about['torch']}, "
-        f"triton {about['triton']}, Python {about['python']}",
-        *(f"{name:9} {status}{interpreted if name == 'triton' else ''}"
-          for name, status in about["backends"].items()),
-    ]  # fmt: skip
-    return Panel(Text("\n".join(lines)), title="This machine", title_align="left")
+RATIO = "ratio above 1: faster than"
 
 
 def checked(checks: Iterable[Check]) -> Table:
@@ -64,73 +48,55 @@ def _cell(checks: list[Check]) -> str:
     return f"[green]{worst:.1e}[/] / {bound:.0e}, {len(passed)} sizes"
 
 
-def timed(speeds: Iterable[Speed]) -> Table:
-    view = Table(
-        title="Speed compared with PyTorch (ratio above 1: deepkern is faster)",
-        title_justify="left",
+def ceilings(rates: Ceilings) -> Text:
+    """The line above the tables of `timed`."""
+    products = ", ".join(
+        f"{name} {number(1e3 * rate)}" for name, rate in rates.matmul_tflops.items()
     )
-    for name in ("op", "size", "backend"):
-        view.add_column(name)
-    for name in ("µs", "GB/s", "TFLOPS", "of roof", "PyTorch µs", "ratio"):
-        view.add_column(name, justify="right")
-    view.add_column("PyTorch baseline")
-    previous = None
-    for s in speeds:
-        label = ("", "", "") if s.label == previous else s.label
-        previous = s.label
-        if s.microseconds is None:
-            view.add_row(*label, *[""] * 6, f"[red]{escape(s.note)}")
-            continue
-        ratio = f"[{'green' if s.ratio >= 1 else 'yellow'}]{s.ratio:.2f}" if s.ratio else ""
-        ours = ("", "", "", "") if not label[0] else (
-            _number(s.microseconds), _number(s.gb_per_s), _number(s.tflops),
-            f"{s.roof:.0%}" if s.roof else "",
-        )  # fmt: skip
-        baseline = f"{s.baseline}[yellow]: {escape(s.note)}" if s.note else s.baseline
-        view.add_row(*label, *ours, _number(s.baseline_microseconds), ratio, baseline)
+    text = f"roof: {number(rates.copy_gb_per_s)} GB/s of a copy, GFLOPS of products: {products}"
+    return Text(text, style="dim")
+
+
+def timed(rows: Iterable[Row], reference: str = "eager") -> Group:
+    """One table per op. Ratios are to the provider `reference` of the same row."""
+    by_op: dict[str, list[Row]] = {}
+    for row in rows:
+        by_op.setdefault(row[0].op, []).append(row)
+    return Group(*(_timed_op(op, of_op, reference) for op, of_op in by_op.items()))
+
+
+def _timed_op(op: str, rows: Sequence[Row], reference: str) -> Table:
+    view = Table(title=f"{op} ({RATIO} {reference})", title_justify="left")
+    view.add_column("provider", no_wrap=True)
+    on_gpu = any(speed.host is not None for row in rows for speed in row)
+    columns = ("graph", "host", "GB/s", "TFLOPS") if on_gpu else ("GB/s", "GFLOPS")
+    for name in ("least µs", "median", "±", *columns, "of roof", "ratio"):
+        view.add_column(name, justify="right", no_wrap=True)
+    view.add_column("error", no_wrap=True)
+    view.add_column("")
+    for row in rows:
+        first = next(speed for speed in row)
+        view.add_row(f"[bold]{escape(first.size)}", end_section=False)
+        base = next((s.microseconds for s in row if s.provider == reference), None)
+        for speed in row:
+            view.add_row(*_cells(speed, base, on_gpu), end_section=speed is row[-1])
     return view
 
 
-def _number(value: float | None) -> str:
-    """Three significant digits, no exponent."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def model(records: Iterable[dict]) -> Group:
-    view = Table(title="The model: stdlib-bytes, held-out text", title_justify="left")
-    for name in ("", "value", "note"):
-        view.add_column(name)
-    texts = []
-    for r in records:
-        if r["unit"] == "text":
-            texts.append(Panel(Text(r["value"]), title=r["name"], title_align="left"))
-            continue
-        value = _number(r["value"]) if r["unit"] == "tokens/s" else f"{r['value']:.5g}"
-        style = {True: "green", False: "red", None: "none"}[r["ok"]]
-        view.add_row(r["name"], Text(f"{value} {r['unit']}".strip(), style=style), r["note"])
-    return Group(*texts, view)
-
-
-def failures(records: Iterable[dict]) -> list[str]:
-    """One line for each failed record."""
+def _cells(s: Speed, base: float | None, on_gpu: bool) -> list[str]:
+    """One provider's line; `base` is the time that its own is compared with."""
+    name, note = f"  {s.provider}", escape(s.about or s.note)
+    if s.microseconds is None or s.median is None or s.spread is None:
+        blank = [""] * (9 if on_gpu else 7)
+        return [name, *blank, "" if s.error is None else f"{s.error:.0e}",
+                f"[{'red' if s.ours else 'yellow'}]{escape(s.note)}"]  # fmt: skip
+    ratio = base / s.microseconds if base else None
+    colour = "green" if ratio and ratio >= 1 else "yellow"
     return [
-        " ".join(str(r[key]) for key in ("op", "backend", "size", "name", "note") if r.get(key))
-        for r in records
-        if r.get("ok") is False
-    ]
-
-
-def verdict(console: Console, records: list[dict]) -> None:
-    wrong = failures(records)
-    unchecked = sorted({f"{r['op']} on {r['backend']}" for r in records
-                        if r["kind"] == "check" and r["ok"] is None})  # fmt: skip
-    if unchecked:
-        console.print(f"not checked: {', '.join(unchecked)}", style="yellow")
-    if wrong:
-        console.print(f"{len(wrong)} disagreements:", style="bold red")
-        for line in wrong:
-            console.print(f"  {line}", style="red", markup=False, soft_wrap=True)
-    else:
-        console.print("Everything that was checked agrees.", style="bold green")
+        name, number(s.least), number(s.median), f"{s.spread:.0%}",
+        *((number(s.graph), number(s.host)) if on_gpu else ()),
+        number(s.gb_per_s), number(s.tflops and s.tflops * (1 if on_gpu else 1e3)),
+        f"{s.roof_share:.0%} {s.limit}" if s.roof_share else "",
+        f"[{colour}]{ratio:.2f}" if ratio and s.ours else f"{ratio:.2f}" if ratio else "",
+        "" if s.error is None else f"{s.error:.0e}", note,
+    ]  # fmt: skip

@@ -1,54 +1,101 @@
-"""Times every op and its PyTorch baselines.
+"""Times ops and the other providers of the same result; no speed without a passed check.
 
-An op whose check failed is not timed, nor is interpreted Triton.
+A row is one op at one size: every backend of deepkern that is timed, and the op's providers
+(deepkern.testing.providers). Each is checked on the row's inputs, then all are timed in interleaved
+rounds. Interpreted Triton is not timed.
+
+The results are compared with the reference. At sizes at which the reference would take too long,
+they are compared with "eager", the op's `baseline`, and that with the nearest of them;
+`Speed.against` says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import deepkern
-from deepkern.runtime import arch, backends
-from deepkern.testing.costs import Cost
-from deepkern.testing.ops import by_name, cost, facts
-from deepkern.testing.timing import Timing, time_call
+from deepkern.runtime import backends
+from deepkern.testing import compare, providers
+from deepkern.testing.costs import Cost, tensor_bytes
+from deepkern.testing.ops import cost, facts
+from deepkern.testing.providers import Provider
+from deepkern.testing.timing import Timing, time_calls
 
-from . import checks, machine
+from . import checks, rotation, shapes
+from .ceilings import Ceilings, time_of
+
+OURS = "deepkern"  # a backend's provider is called "deepkern cpu"
+REFERENCE, EAGER = "reference", "eager"
+# FLOPs and bytes up to which a device computes the reference in float64, in some seconds.
+REFERENCE_FLOPS = {"cpu": 1e10, "cuda": 2e12}
+REFERENCE_BYTES = {"cpu": 1 << 29, "cuda": 4 << 30}
+LONGEST_CALL = 5.0  # seconds that a call may take at the ceilings of the device
+IN_MEMORY = 4  # bytes of a row's providers over those of its inputs
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One op at one size on one backend; `note` says why it or its baseline has no speed."""
+    """One provider in one row; docs/performance.md describes the fields of its record."""
 
     op: str
-    backend: str
     size: str
+    shapes: str
+    provider: str
+    about: str = ""
     ok: bool = True
-    microseconds: float | None = None
-    iqr_ratio: float | None = None  # interquartile range over median
+    error: float | None = None
+    tolerance: float | None = None
+    against: str = ""  # what the result was compared with: "reference" or a provider
+    note: str = ""  # why it has no time
+    samples: tuple[float, ...] = ()
+    least: float | None = None
+    median: float | None = None
+    spread: float | None = None
+    calls: int = 0
+    graph: float | None = None
+    host: float | None = None
+    bytes: int | None = None
+    flops: int | None = None
+    fp8: bool = False
     gb_per_s: float | None = None
     tflops: float | None = None
-    roof: float | None = None  # the least time the hardware needs, over ours: 1 is the best
-    baseline: str = ""
-    baseline_microseconds: float | None = None
-    ratio: float | None = None  # baseline's time over ours: above 1, we are faster
-    note: str = ""
+    roof_us: float | None = None
+    roof_share: float | None = None
+    limit: str = ""
 
     @property
-    def label(self) -> tuple[str, str, str]:
-        return self.op, self.size, self.backend
+    def ours(self) -> bool:
+        return self.provider.split()[0] == OURS
+
+    @property
+    def backend(self) -> str:
+        """Of one of ours, such as "cpu"."""
+        return self.provider.split()[-1]
+
+    @property
+    def microseconds(self) -> float | None:
+        """The time that counts: the median on a GPU, the least on a CPU; None if not timed."""
+        return self.least if self.host is None else self.median
 
     def record(self) -> dict:
         return {"kind": "speed", **asdict(self)}
 
 
+Row = list[Speed]
+
+
 def timed_backends(op: str, device: torch.device) -> list[str]:
     """The backends to time: on a CPU the one that auto chooses, on a GPU all kernels."""
     registered = deepkern.OPS[op]
-    names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
+    names: tuple[str, ...] = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     if backends.interpreting():
         names = tuple(name for name in names if name != "triton")
     return [
@@ -56,128 +103,286 @@ def timed_backends(op: str, device: torch.device) -> list[str]:
     ] or ["torch"]
 
 
-def plan(ops: list[str], device: torch.device) -> list[tuple[str, dict, str]]:
-    """(op, size, backend) for everything to time."""
-    return [
-        (op, size, backend)
-        for op in ops
-        for size in (facts(op).SIZES.gpu if device.type == "cuda" else facts(op).SIZES.cpu)
-        for backend in timed_backends(op, device)
-    ]
+def plan(
+    ops: Sequence[str], device: torch.device, named: str = "default"
+) -> list[tuple[str, dict]]:
+    """(op, size) of every row of a set of shapes; ops without a size in the set are left out."""
+    rows = []
+    for op in ops:
+        with contextlib.suppress(shapes.NoShapes):
+            rows += [(op, size) for size in shapes.of(op, named, device)[1]]
+    return rows
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of a copy within the device's memory; reads and writes both count."""
-    source = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)
-    target = torch.empty_like(source)
-    seconds = time_call(lambda: target.copy_(source), device, 0.3).median / 1e6
-    return 2 * source.nbytes / seconds / 1e9
+@dataclass(frozen=True)
+class Request:
+    """What to time in each row."""
+
+    device: torch.device
+    ceilings: Ceilings
+    shapes: str = "default"
+    seconds: float = 0.3  # for each provider
+    backends: tuple[str, ...] | None = None  # by default `timed_backends`
+    providers: tuple[str, ...] | None = None  # their names; None: all, with `compile` or without
+    compile: bool = False  # whether to run "compile" as well, whose first call takes seconds
 
 
-def time_op(
-    op: str, size: dict, backend: str, device: torch.device, bandwidth: float, seconds: float
-) -> list[Speed]:
-    """Times `op` and each of its providers, after a check that the results agree at this size.
+def time_op(op: str, size: dict, request: Request, failed: Collection[str] = ()) -> Row:
+    """One row. A backend in `failed` is not timed, because a check at another size failed.
 
-    Returns nothing if the backend serves the op but not these arguments.
+    Backends that serve the op but not these arguments are left out.
+    Raises shapes.TooLarge if the row does not fit in memory, or a call would take too long.
     """
-    label = (op, backend, checks.text(size))
-    registered, call = deepkern.OPS[op], getattr(deepkern, op)
-    with torch.no_grad(), deepkern.backend(backend):
-        try:
-            given = facts(op).inputs(torch.Generator(device).manual_seed(1), **size)
-            args = registered.positional(given)
-            if backends.unsupported_reason(registered, backend, device, args):
-                return []
-            got = checks.outputs(call, args)
-            want = checks.outputs(facts(op).baseline, args)
-            agrees, _, reason = checks.compare_plain(op, args, got, want)
-            if agrees is False:
-                return [Speed(*label, ok=False, note=f"not timed: {reason}")]
-            ours = time_call(lambda: call(*args), device, seconds)
-            theirs = time_providers(op, args, device, seconds)
-        except Exception as error:
-            return [Speed(*label, ok=False, note=f"{type(error).__name__}: {error}"[:300])]
-    elapsed, work = ours.median / 1e6, cost(op, args, got)
-    speed = Speed(
-        *label,
-        microseconds=ours.median,
-        iqr_ratio=ours.iqr_ratio,
-        gb_per_s=work.bytes / elapsed / 1e9,
-        tflops=work.flops / elapsed / 1e12 if work.flops else None,
-        roof=_roof(work, device, bandwidth, elapsed),
+    device, registered = request.device, deepkern.OPS[op]
+    label = Speed(op, checks.text(size), request.shapes, "")
+    with torch.no_grad():
+        args = registered.positional(shapes.inputs(op, size, device))
+        work = cost_of(op, args)
+        refuse_excess(args, work, request)
+        names = request.backends or tuple(timed_backends(op, device))
+        entries = [
+            Entry(label_of(label, f"{OURS} {name}", name in failed), ours(op, args, name), name)
+            for name in names
+            if backends.unsupported_reason(registered, name, device, args) is None
+        ]
+        if not entries:
+            return []
+        entries += theirs(op, args, label, request)
+        check(op, args, entries, work, device)
+        measure(op, args, entries, request)
+    return [finished(entry.speed, entry.timing, work, request) for entry in entries]
+
+
+def failed_row(op: str, size: dict, request: Request, error: Exception) -> Row:
+    """The row of a size at which the inputs or the reference fail."""
+    entry = Entry(Speed(op, checks.text(size), request.shapes, OURS), Provider(OURS, "", list))
+    entry.raised(error)
+    return [entry.speed]
+
+
+def cost_of(op: str, args: tuple) -> Cost:
+    """The cost of a call, before it is made."""
+    on_meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args)
+    return cost(op, args, deepkern.OPS[op].allocate(*on_meta))
+
+
+def refuse_excess(args: tuple, work: Cost, request: Request) -> None:
+    needed, free = IN_MEMORY * tensor_bytes(args), shapes.free_memory(request.device)
+    if needed > free:
+        raise shapes.TooLarge(f"needs {shapes.gib(needed)}, {shapes.gib(free)} are free")
+    seconds = request.ceilings.roof(work, request.device).microseconds / 1e6
+    if seconds > LONGEST_CALL:
+        raise shapes.TooLarge(f"a call takes at least {seconds:.0f} s on this device")
+
+
+def label_of(label: Speed, provider: str, failed: bool = False, about: str = "") -> Speed:
+    note = "not timed: its check failed" if failed else ""
+    return replace(label, provider=provider, about=about, ok=not failed, note=note)
+
+
+@dataclass
+class Entry:
+    """A provider of a row while the row is measured."""
+
+    speed: Speed
+    provider: Provider
+    backend: str | None = None  # of one of ours
+    outputs: tuple | None = None
+    timing: Timing | None = None
+
+    @property
+    def context(self) -> Callable[[], contextlib.AbstractContextManager]:
+        if self.backend is None:
+            return contextlib.nullcontext
+        return functools.partial(deepkern.backend, self.backend)
+
+    def fail(self, note: str) -> None:
+        self.speed = replace(self.speed, ok=False, note=note)
+
+    def raised(self, error: Exception) -> None:
+        lines = str(error).splitlines() or [""]
+        self.fail(f"{type(error).__name__}: {lines[0]}"[:300])
+
+
+def finished(speed: Speed, timing: Timing | None, work: Cost, request: Request) -> Speed:
+    """`speed` with its row's cost and, if it was timed, the share of the roof."""
+    roof = request.ceilings.roof(work, request.device)
+    speed = replace(
+        speed, bytes=work.bytes, flops=work.flops, fp8=work.fp8,
+        roof_us=roof.microseconds, limit=roof.limit,
+    )  # fmt: skip
+    if timing is None:
+        return speed
+    elapsed = time_of(timing, request.device)
+    return replace(
+        speed, samples=timing.samples, least=timing.least, median=timing.median,
+        spread=timing.spread, calls=timing.calls, graph=timing.graph, host=timing.host,
+        gb_per_s=work.bytes / elapsed / 1e3,
+        tflops=work.flops / elapsed / 1e6 if work.flops else None,
+        roof_share=roof.microseconds / elapsed,
+    )  # fmt: skip
+
+
+def ours(op: str, args: tuple, backend: str) -> Provider:
+    call = functools.partial(getattr(deepkern, op), *args)
+    return Provider(f"{OURS} {backend}", "", call)
+
+
+def theirs(op: str, args: tuple, label: Speed, request: Request) -> list[Entry]:
+    """The requested providers; a name that the op does not have here is an entry that failed."""
+    names = request.providers
+    found = providers.of(op, args, names)
+    if names is None and not request.compile:
+        found = [provider for provider in found if provider.name != "compile"]
+    entries = [Entry(label_of(label, p.name, about=p.about), p) for p in found]
+    for name in names or ():
+        if name not in [p.name for p in found]:
+            entries.append(Entry(label_of(label, name), Provider(name, "", lambda: None)))
+            entries[-1].fail("this op has no such provider here: not installed, or not for it")
+    return entries
+
+
+# Checks: on copies of the arguments, because some ops write to them.
+
+
+def check(op: str, args: tuple, entries: list[Entry], work: Cost, device: torch.device) -> None:
+    """Compares the outputs of each entry; marks those that fail."""
+    for entry in entries:
+        if entry.speed.ok:
+            compute(op, args, entry)
+    against, want = truth(op, args, entries, work, device)
+    compared = [entry for entry in entries if entry.outputs is not None]
+    for entry in compared:
+        if want is None:
+            entry.fail("not timed: there is no result to compare with")
+        elif not (against == entry.provider.name == EAGER):
+            compare_entry(op, args, entry, against, want)
+        entry.outputs = None
+    if against == EAGER:
+        compare_eager(compared)
+
+
+def compare_eager(compared: list[Entry]) -> None:
+    """Where the others are compared with "eager", it needs one that agrees to be timed."""
+    others = [e.speed for e in compared if e.provider.name != EAGER and e.speed.ok]
+    for entry in compared:
+        if entry.provider.name == EAGER:
+            nearest = min(others, key=lambda speed: speed.error or 0.0, default=None)
+            if nearest is None:
+                entry.fail("not timed: no other result agrees with it")
+            else:
+                entry.speed = replace(
+                    entry.speed, error=nearest.error, tolerance=nearest.tolerance,
+                    against=nearest.provider,
+                )  # fmt: skip
+
+
+def compute(op: str, args: tuple, entry: Entry) -> None:
+    """The outputs of one provider: what it writes in place it writes to copies."""
+    provider = entry.provider
+    try:
+        with entry.context():
+            if entry.backend is not None:
+                entry.outputs = checks.outputs(getattr(deepkern, op), args)
+            elif provider.name == EAGER:
+                entry.outputs = checks.outputs(facts(op).baseline, args)
+            else:
+                entry.outputs = provider.outputs(provider.call())
+    except Exception as error:
+        entry.raised(error)
+
+
+def truth(
+    op: str, args: tuple, entries: list[Entry], work: Cost, device: torch.device
+) -> tuple[str, tuple | None]:
+    """("reference" or "eager", the outputs to compare with; None if that fails)."""
+    limits = REFERENCE_FLOPS[device.type], REFERENCE_BYTES[device.type]
+    if work.flops <= limits[0] and work.bytes <= limits[1]:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return REFERENCE, checks.outputs(getattr(deepkern.reference, op), args)
+    eager = next((e for e in entries if e.provider.name == EAGER), None)
+    if eager is not None:
+        return EAGER, eager.outputs
+    with contextlib.suppress(Exception):  # such as out of memory
+        return EAGER, checks.outputs(facts(op).baseline, args)
+    return EAGER, None
+
+
+def compare_entry(op: str, args: tuple, entry: Entry, against: str, want: tuple) -> None:
+    got, provider = entry.outputs, entry.provider
+    assert got is not None
+    if entry.backend is not None and against == REFERENCE:
+        bound = checks.tolerance(op, want)
+        result = compare_exactly(op, got, want)
+    else:
+        bound = provider.tolerance
+        result = checks.compare_plain(op, args, got, want, bound, against)
+    ok, error, note = result
+    note = "" if ok else f"not timed: {note}"
+    entry.speed = replace(
+        entry.speed, ok=bool(ok), error=error, tolerance=bound, against=against, note=note
     )
-    return [
-        replace(speed, baseline=words, note=t)
-        if isinstance(t, str)
-        else replace(speed, baseline=words, baseline_microseconds=t.median,
-                     ratio=t.median / ours.median)
-        for words, t in theirs.items()
-    ]  # fmt: skip
 
 
-def providers(op: str, args: tuple) -> dict[str, Callable[[], object]]:
-    """The calls to compare `op` with, by description: its baseline and its `others`."""
-    baseline, others = facts(op).baseline, getattr(facts(op), "others", None)
-    description = baseline.__doc__.splitlines()[0].rstrip(".")
-    calls: dict[str, Callable[[], object]] = {description: lambda: baseline(*args)}
-    if others is not None:
-        try:
-            calls |= others(**by_name(op, args))
-        except Exception as error:
-            calls["further baselines"] = _raising(error)
-    return calls
+def compare_exactly(op: str, got: tuple, want: tuple) -> tuple[bool | None, float | None, str]:
+    """Within the bounds of docs/numerics.md."""
+    try:
+        return True, compare.assert_matches(op, got, want), ""
+    except compare.Mismatch as mismatch:
+        return False, checks.largest(got, want), str(mismatch)
 
 
-def _raising(error: Exception) -> Callable[[], object]:
-    """A call that raises `error`, so that the report shows it."""
-
-    def call():
-        raise error
-
-    return call
+# Times.
 
 
-def time_providers(
-    op: str, args: tuple, device: torch.device, seconds: float
-) -> dict[str, Timing | str]:
-    """The time of each of the op's providers, or the reason why it cannot run."""
-    theirs: dict[str, Timing | str] = {}
-    for words, call in providers(op, args).items():
-        try:
-            call()  # the first call prepares
-            theirs[words] = time_call(call, device, seconds)
-        except Exception as error:
-            lines = str(error).splitlines() or [""]
-            theirs[words] = f"{type(error).__name__}: {lines[0]}"[:200]
-    return theirs
+def measure(op: str, args: tuple, entries: list[Entry], request: Request) -> None:
+    """Times the entries that passed, in turns, each with copies of the arguments."""
+    together = {e.provider.name: e for e in entries if e.speed.ok and not e.provider.time_alone}
+    calls: dict[str, list[Callable[[], object]]] = {name: [] for name in together}
+    variants = rotation.variants(args, request.device)
+    for variant in variants:
+        for name, call in variant_calls(op, variant, together, variant is args).items():
+            calls[name].append(call)
+    for name, entry in together.items():
+        calls[name] = warmed_up(entry, calls[name], request.seconds)
+    timings = time_calls(
+        {name: given for name, given in calls.items() if given}, request.device, request.seconds,
+        contexts={name: entry.context for name, entry in together.items()},
+    )  # fmt: skip
+    for name, timing in timings.items():
+        together[name].timing = timing
+    for entry in entries:
+        if entry.speed.ok and entry.provider.time_alone:
+            entry.timing = entry.provider.time_alone(request.seconds, len(variants))
 
 
-def _roof(work: Cost, device: torch.device, bandwidth: float, elapsed: float) -> float | None:
-    """The least time by a copy's bandwidth and the device's peak rate, over `elapsed` seconds.
+def warmed_up(entry: Entry, calls: list, seconds: float) -> list:
+    """The calls that `seconds` suffice for, each of which was made once.
 
-    None for an op that multiplies on a CPU, whose peak rate we do not know.
+    A slow call needs no other copies of its inputs: it moves more bytes than a cache holds, and
+    the copies take as long to prepare. None if a call fails; then the entry fails.
     """
-    memory = work.bytes / (bandwidth * 1e9)
-    if not work.flops:
-        return memory / elapsed
-    if device.type != "cuda":
-        return None
-    target = arch.of(device)
-    rate = target.fp8_tflops if work.fp8 and target.fp8_tflops else target.bf16_tflops
-    return max(memory, work.flops / (rate * 1e12)) / elapsed
+    try:
+        with entry.context():
+            calls[0]()  # prepares
+            start = time.perf_counter()
+            calls[0]()
+            count = int(seconds / (time.perf_counter() - start))
+            for call in calls[1:count]:
+                call()
+    except Exception as error:
+        entry.raised(error)
+        return []
+    return calls[: max(1, count)]
 
 
-def time_all(
-    jobs: list[tuple[str, dict, str]], failed: set[tuple[str, str]], seconds: float
-) -> Iterator[Speed]:
-    """Times `jobs` except those whose (op, backend) is in `failed`."""
-    device = machine.device()
-    bandwidth = copy_bandwidth(device)
-    for op, size, backend in jobs:
-        if (op, backend) in failed:
-            yield Speed(
-                op, backend, checks.text(size), ok=False, note="not timed: its check failed"
-            )
-        else:
-            yield from time_op(op, size, backend, device, bandwidth, seconds)
+def variant_calls(
+    op: str, args: tuple, entries: dict[str, Entry], first: bool
+) -> dict[str, Callable[[], object]]:
+    """The call of each entry on `args`; the first ones are those that were checked."""
+    if first:
+        return {name: entry.provider.call for name, entry in entries.items()}
+    found = {name: ours(op, args, e.backend) for name, e in entries.items() if e.backend}
+    others = tuple(name for name in entries if name not in found)
+    found |= {provider.name: provider for provider in providers.of(op, args, others)}
+    return {name: found[name].call for name in entries}

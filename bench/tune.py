@@ -8,7 +8,6 @@ reads before it evaluates the model.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from deepkern.testing.timing import time_call
 
 from . import checks, machine
 from .command_line import bar, screen
+from .results import write_text
 
 OPS = (
     "fp8_gemm_nt",
@@ -126,13 +126,7 @@ def write(timed: Sequence[Timed], on: str, file: Path) -> int:
     lines = sorted([*lines, *fresh.values()], key=_shape)
     rows = ",\n".join(f"  {json.dumps(line.record())}" for line in lines)
     text = f'{{\n "target": {json.dumps(file.stem)},\n "tiles": [\n{rows}\n ]\n}}\n'
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(text, file)
     return len(lines)
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench verify`: runs the GPU tests of the Hopper kernels and records if all pass.
+"""`python -m bench.verify`: runs the GPU tests of the Hopper kernels and records if all pass.
 
 The record goes to bench/results/ and to kernels/deepkern/runtime/verified_kernels.json. `auto` uses
 the Hopper kernels while that file names them and their sources are unchanged.
@@ -7,7 +7,6 @@ the Hopper kernels while that file names them and their sources are unchanged.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -69,8 +68,10 @@ def run(
         "sources": verified.compiled_sources(),
         "result": result.name,
     }
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(record_of_run, indent=1) + "\n")
-    os.replace(fresh, file)
+    results.write_text(json.dumps(record_of_run, indent=1) + "\n", file)
     console.print(f"verify: {counts['tests']} tests passed; written: {result}, {file}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

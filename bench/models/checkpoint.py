@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import generation, machine
+from .. import machine
+from . import generation
 
 CHECKPOINT = machine.ROOT / "model" / "checkpoints" / "stdlib-bytes"
 HELD_OUT = "heldout.txt"

@@ -1,6 +1,6 @@
 """Tokens per second of V3-shaped models on this CPU: deepkern, transformers and llama.cpp.
 
-    python -m bench.studies.cpu_model [--model v3-8] [--llama-python PATH] [--keep]
+    python -m bench model --model v3-8 [--against transformers] [--llama-python PATH] [--keep]
 
 All providers have the same weights: an FP8 checkpoint, its dequantized copy in bf16, and that copy
 in llama.cpp's Q8_0.  Each provider is a process.  Before it is timed, its logits over a prefill and
@@ -9,7 +9,7 @@ and the exit code is 1.  The processes then run in turn, so that other work on t
 all of them.  Prefill and one decode step have the least time of all rounds, and the median.
 
 transformers has its default experts and attention.  Its bf16 is slow on a CPU without AVX-512 BF16,
-so read its fp32 rows, too.  torch.compile takes minutes; --provider names the ones to run.
+so read its fp32 rows, too.  torch.compile takes minutes; --against names the ones to run.
 llama.cpp needs an interpreter with `pip install llama-cpp-python gguf`, given by --llama-python.
 """
 
@@ -21,14 +21,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -45,9 +44,10 @@ from model.config import FP8_QUANTIZATION, Config
 from model.plain import PlainModel
 from model.tensors import is_quantized
 
-from .. import language_model, machine, results
-from ..command_line import FOLDER, KEEP, bar, screen
-from .provider_process import ProviderError, ProviderProcess
+from .. import machine, results
+from ..command_line import bar, screen
+from . import checkpoint
+from .process import ProviderError, ProviderProcess
 
 # DeepSeek-V3's head sizes in a model that fits into the memory of a small machine.  The weights
 # that one token reads, 60 to 110 MB in FP8, are more than the last-level cache of most CPUs.
@@ -177,7 +177,7 @@ def prepare(model: str, folder: Path, config: Config | None = None) -> tuple[Pat
     """The FP8 and the bf16 checkpoint of a model, written once."""
     fp8, bf16 = folder / model / "fp8", folder / model / "bf16"
     if model == TRAINED:
-        fp8 = language_model.CHECKPOINT
+        fp8 = checkpoint.CHECKPOINT
     elif not fp8.is_dir():
         write_random(config or Config(**V3, **MODELS[model]), fp8)
     if not bf16.is_dir():
@@ -188,7 +188,7 @@ def prepare(model: str, folder: Path, config: Config | None = None) -> tuple[Pat
 def prompts(model: str, batch: int, length: int, vocab: int) -> list[list[int]]:
     """[batch, length] tokens: of the held-out text, or random."""
     if model == TRAINED:
-        text = (language_model.CHECKPOINT / language_model.HELD_OUT).read_bytes()
+        text = (checkpoint.CHECKPOINT / checkpoint.HELD_OUT).read_bytes()
         return [list(text[i * length : (i + 1) * length]) for i in range(batch)]
     generator = torch.Generator().manual_seed(1)
     return torch.randint(vocab, (batch, length), generator=generator).tolist()
@@ -207,9 +207,26 @@ TORCH = (
 LABELS = [*(f"{name} {dtype}" for name, dtype in TORCH), "llama.cpp q8_0"]
 
 
+def labels_of(against: Sequence[str]) -> list[str]:
+    """The labels that names such as "transformers" or "transformers bf16" choose; all by default.
+
+    deepkern is always among them. Raises ValueError for an unknown name.
+    """
+    for name in against:
+        if not any(label == name or label.startswith(f"{name} ") for label in LABELS):
+            raise ValueError(f"no provider {name!r}; there are {', '.join(LABELS)}")
+    chosen = [
+        label
+        for label in LABELS
+        if not against or any(f"{label} ".startswith(f"{name} ") for name in against)
+    ]
+    deepkern_too = any(label.startswith("deepkern ") for label in chosen)
+    return chosen if deepkern_too else [x for x in LABELS if x.startswith("deepkern ")] + chosen
+
+
 def torch_providers(fp8: Path, bf16: Path) -> list[Provider]:
     """deepkern and transformers.  The bf16 checkpoint serves all but deepkern's FP8."""
-    script = [sys.executable, "-m", "bench.studies.torch_providers"]
+    script = [sys.executable, "-m", "bench.models.torch_models"]
     return [
         Provider(name, dtype, [*script, name, dtype, str(fp8 if dtype == "fp8" else bf16)])
         for name, dtype in TORCH
@@ -221,12 +238,12 @@ def llama_provider(python: Path, bf16: Path, threads: int) -> Provider:
     file = bf16.with_name("q8_0.gguf")
     provider = Provider("llama.cpp", "q8_0", [])
     if not file.is_file():
-        command = [str(python), "-m", "bench.studies.gguf_export", str(bf16), str(file)]
+        command = [str(python), "-m", "bench.models.gguf_export", str(bf16), str(file)]
         done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             provider.reason = f"no GGUF file: {lines[-1] if lines else done.returncode}"
-    provider.command = [str(python), "-m", "bench.studies.llama_cpp", str(file), str(threads)]
+    provider.command = [str(python), "-m", "bench.models.llama_cpp", str(file), str(threads)]
     return provider
 
 
@@ -438,30 +455,3 @@ def report(chosen: list[Provider], rows: list[dict], about: dict, console: Conso
     for p in chosen:
         if p.reason:
             console.print(f"no speed for {p.label}: {p.reason}", markup=False, soft_wrap=True)
-
-
-def main(
-    model: Annotated[str, typer.Option(help=f"{', '.join(MODELS)} or {TRAINED}")] = "v3-8",
-    weights: Annotated[Path | None, typer.Option(help="folder that keeps the weights")] = None,
-    provider: Annotated[list[str], typer.Option(help="such as 'deepkern fp8', repeatable")] = [],  # noqa: B006
-    llama_python: Annotated[
-        Path | None, typer.Option(help="an interpreter with llama-cpp-python and gguf")
-    ] = None,
-    batch: Annotated[list[int], typer.Option(help="batch size, repeatable")] = [1, 8, 32],  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=1, help="runs of each provider and batch")] = 3,
-    threads: Annotated[int | None, typer.Option(help="all cores by default")] = None,
-    keep: bool = KEEP,
-    folder: Path = FOLDER,
-) -> None:
-    """Compares the speed of deepkern, transformers and llama.cpp on one model."""
-    if model not in (*MODELS, TRAINED):
-        raise typer.BadParameter(f"no model {model!r}; there are {', '.join(MODELS)}, {TRAINED}")
-    for label in provider:
-        if label not in LABELS:
-            raise typer.BadParameter(f"no provider {label!r}; there are {', '.join(LABELS)}")
-    raise typer.Exit(run(model, weights, provider, llama_python, tuple(batch), rounds=rounds,
-                         threads=threads, keep=keep, folder=folder))  # fmt: skip
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """Writes a DeepSeek-V3 checkpoint as a GGUF file for llama.cpp, quantized to Q8_0.
 
-    python -m bench.studies.gguf_export DIR FILE
+    python -m bench.models.gguf_export DIR FILE
 
 DIR is a bf16 or fp32 checkpoint in the Hugging Face layout.  The script needs the `gguf` package
 and NumPy, and no PyTorch: it runs in the interpreter of llama-cpp-python.  The file has llama.cpp's

@@ -1,6 +1,6 @@
-"""llama.cpp as a provider of `bench.studies.cpu_model`, in the interpreter of llama-cpp-python.
+"""llama.cpp as a provider of `bench.models.comparison`, in the interpreter of llama-cpp-python.
 
-    python -m bench.studies.llama_cpp FILE.gguf THREADS
+    python -m bench.models.llama_cpp FILE.gguf THREADS
 
 It calls the C interface: the high-level class requires a tokenizer and has one sequence only.
 Cache and flash attention are llama.cpp's defaults (an fp16 cache).
@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from bench.studies.provider_process import serve
+from bench.models.process import serve
 
 
 class Llama:

@@ -1,4 +1,4 @@
-"""A language model in a process of its own: the protocol of `bench.studies.cpu_model`, both ends.
+"""A language model in a process of its own: the protocol of `bench.models.comparison`, both ends.
 
 The parent writes one JSON object per line to the process's stdin, the process answers with one line
 on stdout.  It needs NumPy and the standard library only, because the interpreter of llama.cpp has

@@ -1,8 +1,8 @@
-"""deepkern and transformers as providers of `bench.studies.cpu_model`, each in a process.
+"""deepkern and transformers as providers of `bench.models.comparison`, each in a process.
 
-python -m bench.studies.torch_providers deepkern fp8 DIR
-python -m bench.studies.torch_providers transformers bf16 DIR
-python -m bench.studies.torch_providers transformers-compiled bf16 DIR
+python -m bench.models.torch_models deepkern fp8 DIR
+python -m bench.models.torch_models transformers bf16 DIR
+python -m bench.models.torch_models transformers-compiled bf16 DIR
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .provider_process import LanguageModel, serve
+from .process import LanguageModel, serve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 

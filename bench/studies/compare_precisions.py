@@ -30,7 +30,7 @@ import typer
 from torch import Tensor
 
 from bench import machine
-from bench.results import FOLDER
+from bench.results import FOLDER, write_text
 from model.config import Config
 from model.evaluate import nats_per_token
 from model.training.data import heldout_text, read_corpus
@@ -61,10 +61,7 @@ def measure(recipe: Recipe, tokens: Tensor, heldout: Tensor, file: Path) -> dict
         "skipped": skipped,
         "tokens_per_second": recipe.tokens_per_step / min(row["seconds"] for row in run.log),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(result))
-    os.replace(fresh, file)
+    write_text(json.dumps(result), file)
     return result
 
 

@@ -21,6 +21,7 @@ from rich.markup import escape
 from .. import limits, profile, profile_table
 from ..command_line import screen
 from ..profile import Profile
+from ..results import write_text
 
 OUT = Path(__file__).parents[2] / "docs" / "notes" / "profile.md"
 BEGIN, END = "<!-- goal shapes -->", "<!-- end of goal shapes -->"
@@ -206,7 +207,7 @@ def main() -> None:
         head = ("| op | backend | shape | predicted | bound | roof | binding limit | counts "
                 "| run as |\n|---|---|---|--:|--:|--:|---|---|---|")  # fmt: skip
         body = "\n".join(sorted(kept.values(), key=predicted))
-        OUT.write_text(f"{before}{BEGIN}\n{head}\n{body}\n{END}{rest.split(END)[1]}")
+        write_text(f"{before}{BEGIN}\n{head}\n{body}\n{END}{rest.split(END)[1]}", OUT)
 
 
 if __name__ == "__main__":

@@ -270,9 +270,8 @@ def test_gpus_without_fp8_tensor_cores_train_in_bf16(found):
 
 def speed(op: str, seconds: float, size_cost, backend: str = "triton") -> dict:
     return {
-        "kind": "speed", "op": op, "backend": backend, "microseconds": seconds * 1e6,
-        "gb_per_s": size_cost.bytes / seconds / 1e9,
-        "tflops": size_cost.flops / seconds / 1e12 if size_cost.flops else None,
+        "kind": "speed", "op": op, "provider": f"deepkern {backend}", "samples": [seconds * 1e6],
+        "median": seconds * 1e6, **size_cost._asdict(),
     }  # fmt: skip
 
 
@@ -285,7 +284,10 @@ def test_measured_results_take_precedence(tmp_path):
     (one,) = linear("", T, 7168, 2048, "fp8", cast=False)
     (few,) = linear("", 8, 7168, 2048, "fp8", cast=False)
     results_of("NVIDIA H800", tmp_path, speed(one.op, 3e-3, one.cost),
-               speed(one.op, 2e-3, one.cost, "cuda"), speed(one.op, 7e-5, few.cost))  # fmt: skip
+               speed(one.op, 2e-3, one.cost, "cuda"), speed(one.op, 7e-5, few.cost),
+               {**speed(one.op, 1e-3, one.cost), "provider": "deep_gemm"},
+               {**speed(one.op, 1e-3, one.cost), "samples": []},
+               {"kind": "speed", "op": one.op, "microseconds": 1.0})  # fmt: skip
     times = OpTimes(GPUS["H800"], tmp_path)
     assert times.of(one).provenance == times.of(few).provenance == MEASURED
     assert times.of(one).seconds == pytest.approx(2e-3, rel=1e-6), "the faster backend"

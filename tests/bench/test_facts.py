@@ -1,9 +1,8 @@
-"""The facts of every op (testing/ops/), their costs, and timing."""
+"""The facts of every op (testing/ops/), and their costs."""
 
 from __future__ import annotations
 
 import inspect
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from bench import timings
 from deepkern.runtime import arch
 from deepkern.testing import ops
 from deepkern.testing.costs import tensor_bytes
-from deepkern.testing.timing import time_call
 
 OPS = sorted(deepkern.OPS)
 BF16, FP8_CACHE = torch.bfloat16, torch.uint8
@@ -107,18 +105,6 @@ def test_rows_at_which_decode_is_compute_bound(cache_dtype, rows):
     h200 = arch.ARCHS["sm_90"]
     seconds = work.flops / (h200.bf16_tflops * 1e12)
     assert round(cache_bytes / (h200.bandwidth * 1e9) / seconds) == rows
-
-
-def test_time_call_measures():
-    timing = time_call(lambda: time.sleep(0.005), torch.device("cpu"), seconds=0.5)
-    assert 5000 <= timing.median < 50_000 and timing.samples >= 2
-
-
-@pytest.mark.gpu
-def test_time_call_waits_for_the_gpu(device):
-    x = torch.ones(1 << 28, device=device)
-    timing = time_call(lambda: x.mul_(1.0), device, seconds=0.1)
-    assert timing.median > 2 * x.nbytes / 8e12 * 1e6, "faster than any memory"
 
 
 def test_interpreted_triton_is_never_timed(monkeypatch):

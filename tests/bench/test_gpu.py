@@ -1,4 +1,4 @@
-"""The stages for a GPU machine: their commands, and the record of one that fails or hangs."""
+"""The stages for a GPU machine: their commands, what resumes, and a stage that fails or hangs."""
 
 from __future__ import annotations
 
@@ -11,52 +11,72 @@ import torch
 from rich.console import Console
 
 import deepkern
-from bench import gpu
+from bench import families, gpu, machine
+from bench.gpu import Stage
 
 
-@pytest.mark.parametrize("family", ["quant", "matmul", "attention", "experts"])
-def test_commands_name_existing_files_and_ops(family, tmp_path):
-    known = gpu.commands(family, tmp_path)
-    assert tuple(known) == (gpu.STAGES[:6] if family == "matmul" else gpu.STAGES[:4])
-    assert (gpu.ROOT / known["tests"][-1]).is_dir()
-    ops = known["speed"][known["speed"].index("ops") + 1 : known["speed"].index("--folder")]
-    assert ops == gpu.ops_of(family)
-    assert known["ops"][-1].split(" or ") == ops
-
-
-def test_stages_of_hopper(tmp_path):
-    known = gpu.commands("hopper", tmp_path)
-    assert tuple(known) == ("build", "verify", "speed")
-    assert gpu.ops_of("hopper") == [op for op in known["speed"] if op in deepkern.OPS]
-
-
-def test_every_op_has_a_family():
-    families = [f for f in gpu.FAMILIES if f != "hopper"]
-    assert sorted(op for f in families for op in gpu.ops_of(f)) == sorted(deepkern.OPS)
+def test_stages_name_existing_files_and_all_ops(tmp_path):
+    known = {stage.name: stage for stage in gpu.stages(tmp_path)}
+    assert len(known) == len(gpu.stages(tmp_path))
+    ops = []
+    for family in families.FAMILIES:
+        folder = known[f"tests {family}"].command[-1]
+        assert (machine.ROOT / folder).is_dir()
+        ops += [word for word in known[f"speed {family}"].command if word in deepkern.OPS]
+    assert sorted(ops) == sorted(deepkern.OPS)
+    for stage in known.values():
+        assert 0 < stage.limit <= 590
+        assert stage.command[0] == sys.executable
 
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def run(known, tmp_path, stages=()) -> tuple[int, dict, str]:
+def run(stages, folder, about=None, **options) -> tuple[int, dict, str]:
     output = io.StringIO()
-    code = gpu.run_stages("quant", known, stages, tmp_path, Console(file=output, width=200))
-    return code, json.loads((tmp_path / "quant.json").read_text()), output.getvalue()
+    console = Console(file=output, width=200)
+    about = machine.describe() if about is None else about
+    minutes = options.pop("minutes", None)
+    code = gpu.run_stages(stages, folder, about, minutes, console, **options)
+    return code, json.loads((folder / "stages.json").read_text()), output.getvalue()
 
 
-def test_records_of_stages(tmp_path):
-    known = {"build": python("print('built')"), "tests": python("print('1 failed'); exit(3)")}
-    code, records, output = run(known, tmp_path)
-    assert code == 1 and records["machine"]["torch"] == torch.__version__
+def test_a_second_call_runs_what_failed(tmp_path):
+    count = f"open({str(tmp_path / 'count')!r}, 'a').write('x'); print('built')"
+    first = [Stage("build", python(count)), Stage("tests", python("print('1 failed'); exit(3)"))]
+    code, tree, output = run(first, tmp_path)
+    records = tree["stages"]
+    assert code == 1 and tree["machine"]["torch"] == torch.__version__
     assert records["build"]["exit"] == 0 and records["build"]["last"] == "built"
     assert records["tests"]["exit"] == 3 and records["tests"]["last"] == "1 failed"
-    assert "exit 3" in output and "built" in (tmp_path / "quant.log").read_text()
-    # Running one stage again keeps the record of the other.
-    known["tests"] = python("print('passed')")
-    code, records, _ = run(known, tmp_path, ["tests"])
-    assert code == 0 and records["build"]["last"] == "built"
-    assert records["tests"]["last"] == "passed"
+    assert "exit 3" in output and "built" in (tmp_path / "build.log").read_text()
+
+    second = [first[0], Stage("tests", python("print('passed')"))]
+    code, tree, output = run(second, tmp_path)
+    assert code == 0 and tree["stages"]["tests"]["last"] == "passed"
+    assert (tmp_path / "count").read_text() == "x" and "done before" in output
+
+    code, _, _ = run(second[:1], tmp_path, again=True)
+    assert code == 0 and (tmp_path / "count").read_text() == "xx"
+
+
+@pytest.mark.parametrize("key", gpu.IDENTITY)
+def test_another_machine_or_commit_starts_again(key, tmp_path):
+    about = machine.describe()
+    stage = [Stage("build", python("print('built')"))]
+    run(stage, tmp_path, about)
+    _, _, output = run(stage, tmp_path, {**about, key: "another"})
+    assert "done before" not in output and "exit 0" in output
+
+
+def test_a_stage_without_time_is_left(tmp_path):
+    stages = [Stage("short", python("print(1)"), 1), Stage("long", python("print(2)"), 600)]
+    code, tree, output = run(stages, tmp_path, minutes=0.5)
+    assert code == 1 and list(tree["stages"]) == ["short"]
+    assert "no time left for: long" in output
+    code, tree, _ = run(stages, tmp_path)
+    assert code == 0 and list(tree["stages"]) == ["short", "long"]
 
 
 def test_a_stage_that_hangs_is_killed(tmp_path):

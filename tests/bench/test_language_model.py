@@ -10,7 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import generation, job, language_model
+from bench import job
+from bench.models import checkpoint as language_model
+from bench.models import generation
 from model.checkpoint import write_checkpoint
 from model.config import FP8_QUANTIZATION, Config
 from model.plain import PlainModel
@@ -93,7 +95,10 @@ def test_a_model_with_other_logits_fails(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr(PlainModel, "from_pretrained", scaled)
     output = io.StringIO()
     console = Console(file=output, width=200)
-    code = job.run([], folder=tmp_path / "results", checkpoint=checkpoint, console=console)
+    code = job.run(
+        [], folder=tmp_path / "results", weights=checkpoint, page=tmp_path / "report.html",
+        console=console,
+    )  # fmt: skip
     assert code == 1 and "largest logit difference" in output.getvalue()
 
 
@@ -107,7 +112,12 @@ def test_an_unreadable_checkpoint_fails(broken, checkpoint, tmp_path):
     output = io.StringIO()
     console = Console(file=output, width=200)
     folder = tmp_path / "results"
-    assert job.run([], folder=folder, checkpoint=checkpoint, console=console) == 1
+    assert (
+        job.run(
+            [], folder=folder, weights=checkpoint, page=tmp_path / "report.html", console=console
+        )
+        == 1
+    )
     assert "disagreements" in output.getvalue()
     assert next(folder.glob("*.jsonl")).read_text().count('"ok": false') == 1
 

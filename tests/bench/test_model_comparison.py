@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from bench import machine
-from bench.studies import cpu_model, gguf_export
-from bench.studies.cpu_model import Provider
-from bench.studies.provider_process import ProviderError, ProviderProcess
+from bench.models import comparison, gguf_export
+from bench.models.comparison import Provider
+from bench.models.process import ProviderError, ProviderProcess
 from model.checkpoint import Checkpoint, write_checkpoint
 from model.config import Config
 
@@ -44,19 +44,19 @@ SIZES = {
 def weights(tmp_path_factory) -> Path:
     """A folder with both checkpoints of the model "tiny"."""
     folder = tmp_path_factory.mktemp("weights")
-    cpu_model.prepare("tiny", folder, Config(**SIZES))
+    comparison.prepare("tiny", folder, Config(**SIZES))
     return folder
 
 
 def torch_provider(name: str, dtype: str, folder: Path) -> Provider:
-    command = [sys.executable, "-m", "bench.studies.torch_providers", name, dtype, str(folder)]
+    command = [sys.executable, "-m", "bench.models.torch_models", name, dtype, str(folder)]
     return Provider(name, dtype, command)
 
 
 def run(weights: Path, results: Path, **options) -> tuple[int, list[dict], str]:
     """The exit code, the records and the output of a small run."""
     output = io.StringIO()
-    code = cpu_model.run(
+    code = comparison.run(
         "tiny", weights, prompt=12, new=3, rounds=2, threads=1, folder=results,
         console=Console(file=output, width=200), **options,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def test_deepkern_and_transformers(weights, tmp_path):
     assert records[0]["kind"] == "machine" and records[0]["threads"] == 1
     for r in records:
         if r["kind"] == "provider":
-            assert r["error"] <= cpu_model.LIMITS[r["dtype"]].error
+            assert r["error"] <= comparison.LIMITS[r["dtype"]].error
             assert r["about"]["threads"] == 1
     assert [(f"{r['provider']} {r['dtype']}", r["batch"]) for r in rows(records)] == [
         (label, batch) for batch in (1, 2) for label in labels
@@ -112,7 +112,7 @@ def test_a_wrong_provider_has_no_speed(weights, tmp_path):
     assert [r["provider"] for r in rows(records)] == ["deepkern"]
     for provider in planted:
         assert f"no speed for {provider.label}: wrong logits" in output
-        assert provider.error > cpu_model.LIMITS[provider.dtype].error
+        assert provider.error > comparison.LIMITS[provider.dtype].error
 
 
 def test_a_provider_that_does_not_load_is_left_out(weights, tmp_path):
@@ -132,7 +132,7 @@ def test_deepkern_must_run(weights, tmp_path):
 
 def test_errors_cross_the_process(weights, tmp_path):
     provider = torch_provider("deepkern", "fp32", weights / "tiny" / "bf16")
-    env = cpu_model.environment(threads=1)
+    env = comparison.environment(threads=1)
     with ProviderProcess(provider.command, env, machine.ROOT, tmp_path / "log") as process:
         assert process.request(do="load")["threads"] == 1
         with pytest.raises(ProviderError, match="IndexError"):
@@ -152,7 +152,7 @@ def test_compare(change, error, same):
         "nan": np.where(np.arange(7) == 3, np.nan, reference),
         "shape": reference[:4],
     }[change]
-    assert cpu_model.compare(logits, reference) == pytest.approx((error, same), rel=1e-5)
+    assert comparison.compare(logits, reference) == pytest.approx((error, same), rel=1e-5)
 
 
 def test_both_checkpoints_have_the_same_weights(weights):
@@ -161,14 +161,14 @@ def test_both_checkpoints_have_the_same_weights(weights):
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     codes, scale = fp8.read(name)
     assert codes.dtype == torch.float8_e4m3fn
-    exact = cpu_model.dequantize_blocks(codes, scale)
+    exact = comparison.dequantize_blocks(codes, scale)
     assert torch.equal(bf16.read(name)[0].float(), exact)
 
 
-@pytest.mark.parametrize("model", list(cpu_model.MODELS))
+@pytest.mark.parametrize("model", list(comparison.MODELS))
 def test_models_have_at_least_100m_parameters(model):
-    config = Config(**cpu_model.V3, **cpu_model.MODELS[model])
-    shapes = cpu_model.expected_tensors(config).values()
+    config = Config(**comparison.V3, **comparison.MODELS[model])
+    shapes = comparison.expected_tensors(config).values()
     assert sum(int(np.prod(shape)) for shape in shapes) >= 100e6
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import deepkern
-from bench import figures, limits, profile
+from bench import figures, limits
 from bench.__main__ import app
 from deepkern.runtime.arch import ARCHS
 from deepkern.runtime.profile import Launch, Statement
@@ -97,13 +96,6 @@ def test_every_op_has_a_size_and_committed_figures():
     assert sorted(figures.SIZES) == sorted(deepkern.OPS)
     expected = {(op, target) for op in deepkern.OPS for target in figures.TARGETS}
     assert set(figures.load()) == expected
-
-
-def test_sizes_as_words():
-    words = ["lengths=8192,4096", "H=16", "causal=False", "cache_dtype=uint8"]
-    assert profile.parse_size("mla_decode", words) == {
-        "lengths": (8192, 4096), "H": 16, "causal": False, "cache_dtype": torch.uint8,
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def report_of(op: str, tmp_path, *words: str) -> dict:
     assert "of the roof" in result.output
     page = html.read_text()
     assert page.startswith("<!doctype html>")
-    assert "http" not in page, "one file without further files"
+    assert "://" not in page, "one file without further files"
     return json.loads(out.read_text())
 
 

@@ -247,7 +247,7 @@ def test_cuda_error_is_raised(generator):
 
 
 def test_every_op_has_a_gpu_test():
-    """bench verify lets `auto` use a kernel after the GPU tests, so each op must be in them."""
+    """bench.verify lets `auto` use a kernel after the GPU tests, so each op must be in them."""
     text = (Path(__file__).parent / "test_on_gpu.py").read_text()
     missing = [name for name in OPS if f"deepkern.{name}(" not in text and f'"{name}"' not in text]
     assert not missing

@@ -1,6 +1,6 @@
 """Which Hopper kernels have passed their tests on a GPU: `verified_kernels.json`.
 
-`python -m bench verify` writes the file. It names the ops whose GPU tests passed, the GPU, and the
+`python -m bench.verify` writes the file. It names the ops whose GPU tests passed, the GPU, and the
 hash of the sources that ran. Without it, or once the sources change, `auto` does not use these
 kernels.
 """

@@ -15,7 +15,7 @@ from .ops import cast_back
 from .random_inputs import values
 
 BF16, F32 = torch.bfloat16, torch.float32
-GROUPED_MM = "bf16 F.grouped_mm, all dequantized before"
+GROUPED_MM = "F.grouped_mm in bf16, operands dequantized before"
 # N x K of DeepSeek-V3's linear layers for which others have published figures.
 V3 = [
     (2112, 7168),
@@ -134,3 +134,27 @@ def sorted_rows(group_index: Tensor, G: int) -> tuple[Tensor, Tensor]:
     row = row[group_index[row].sort(stable=True).indices]
     ends = torch.bincount(group_index[row].long(), minlength=G).cumsum(0)
     return row, ends.int()
+
+
+def original_rows(rows: Tensor, group_index: Tensor, G: int) -> Tensor:
+    """[M, N] with the product's `rows`, which are in the order of `sorted_rows`; others are 0."""
+    out = rows.new_zeros(len(group_index), rows.shape[1])
+    out[sorted_rows(group_index, G)[0]] = rows
+    return out
+
+
+def aligned_rows(group_index: Tensor, G: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The layout of DeepGEMM, in which each group starts at a multiple of 128 rows.
+
+    Returns the rows as `sorted_rows`, the place of each in the layout, and the group of each place,
+    -1 for padding.
+    """
+    row, ends = sorted_rows(group_index, G)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    padded = -(-counts // 128) * 128
+    group = group_index[row].long()
+    at = torch.arange(len(row), device=row.device) - (ends - counts)[group]
+    at = at + (padded.cumsum(0) - padded)[group]
+    index = group_index.new_full((int(padded.sum()),), -1)
+    index[at] = group_index[row]
+    return row, at, index

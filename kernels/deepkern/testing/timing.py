@@ -1,50 +1,228 @@
-"""The time of a call: the median over repeated calls on a device.
+"""The time of calls, measured in interleaved rounds.
 
-On a GPU we use CUDA events and clear the L2 cache before every call (`triton.testing.do_bench`); on
-a CPU `torch.utils.benchmark`. Both warm up first and repeat for `seconds`. A call on a CPU that
-takes longer than that is measured once, without warm-up.
+A round times every call for a few repeats, so that drift of the machine affects all of them alike.
+Each repeat takes the next variant of the call, whose tensors are in other memory, so that inputs do
+not come from a cache.
+
+On a CPU a sample is the wall time of a round over its repeats. On a GPU each repeat is timed with
+CUDA events after the L2 cache was overwritten (as `triton.testing.do_bench` does), and a sample is
+the mean of a round. The GPU's part is unmeasured on hardware.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
+
+Call = Callable[[], object]
+Context = Callable[[], AbstractContextManager]
+
+SHORTEST_ROUND = 1e-4  # seconds; the clock's resolution and cost are below 1e-7
+MOST_REPEATS = 1000  # of a round
+ROUNDS, FEW_ROUNDS = 31, 3
+FLUSHED_BYTES = 256 << 20  # overwritten before a call on a GPU, or four times its L2 cache
+HOST_CALLS = 9  # that measure the launch overhead
+GRAPHS = 4  # variants that are captured
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call; `iqr_ratio` is the interquartile range over the median."""
+    """Microseconds per call."""
 
-    median: float
-    iqr_ratio: float
-    samples: int
+    samples: tuple[float, ...]  # one per round
+    calls: int  # timed in all rounds together
+    graph: float | None = None  # median in a replayed CUDA graph; None where a capture fails
+    host: float | None = None  # median until the call returns to the host; GPU only
+
+    @property
+    def least(self) -> float:
+        return min(self.samples)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over median; 0 for a single sample."""
+        if len(self.samples) < 2:
+            return 0.0
+        quartiles = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (quartiles[2] - quartiles[0]) / self.median if self.median else 0.0
 
 
-def time_call(call: Callable[[], object], device: torch.device, seconds: float = 0.5) -> Timing:
-    """Times `call`, which runs on `device`, for about `seconds`."""
-    samples = _on_gpu(call, seconds) if device.type == "cuda" else _on_cpu(call, seconds)
-    median = statistics.median(samples)
-    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median, 0, median)
-    iqr_ratio = (quartiles[2] - quartiles[0]) / median if median else 0.0
-    return Timing(median * 1e6, iqr_ratio, len(samples))
+def time_calls(
+    calls: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    seconds: float = 0.3,
+    rounds: int = ROUNDS,
+    contexts: Mapping[str, Context] | None = None,
+) -> dict[str, Timing]:
+    """Times each of `calls`, by name, for about `seconds` each.
+
+    Each name has variants of one call, which differ in the memory of their tensors and were called
+    before if their first call prepares something. A call that
+    takes longer than `seconds` / `rounds` gets fewer rounds, at least 3; one that takes longer than
+    `seconds` is timed once, after a warm-up.
+    contexts: by name, what makes a context manager; each round of that name runs in a new one.
+    """
+    contexts = contexts or {}
+    timings = _time_rounds(calls, device, seconds, rounds, contexts)
+    if device.type == "cuda":
+        clock = GpuClock(device)
+        for name, timing in timings.items():
+            with contexts.get(name, nullcontext)():
+                graph, host = graph_time(calls[name], clock), host_time(calls[name][0])
+            timings[name] = replace(timing, graph=graph, host=host)
+    return timings
 
 
-def _on_gpu(call: Callable[[], object], seconds: float) -> list[float]:
-    from triton.testing import do_bench
-
-    return [
-        ms / 1e3 for ms in do_bench(call, warmup=100, rep=int(seconds * 1e3), return_mode="all")
-    ]
+def time_call(call: Call, device: torch.device, seconds: float = 0.5) -> Timing:
+    """Times one call for about `seconds`, without a CUDA graph and the launch overhead."""
+    return _time_rounds({"": [call]}, device, seconds, ROUNDS, {})[""]
 
 
-def _on_cpu(call: Callable[[], object], seconds: float) -> list[float]:
-    from torch.utils.benchmark import Timer
+def _time_rounds(
+    calls: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    seconds: float,
+    rounds: int,
+    contexts: Mapping[str, Context],
+) -> dict[str, Timing]:
+    clock: Clock = GpuClock(device) if device.type == "cuda" else cpu_clock
+    turns: dict[str, Turns] = {}
+    for name, variants in calls.items():
+        with contexts.get(name, nullcontext)():
+            turns[name] = Turns.plan(variants, clock, seconds, rounds)
+    for i in range(rounds):
+        for name, each in turns.items():
+            if i >= each.rounds:
+                continue
+            with contexts.get(name, nullcontext)():
+                each.samples.append(clock([*itertools.islice(each.order, each.repeats)]))
+    return {
+        name: Timing(tuple(each.samples), each.repeats * len(each.samples))
+        for name, each in turns.items()
+    }
 
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    first = timer.timeit(1).median
-    if first > seconds:
-        return [first]
-    return timer.blocked_autorange(min_run_time=seconds).times
+
+Clock = Callable[[Sequence[Call]], float]  # microseconds per call of calls that run in turn
+
+
+@dataclass
+class Turns:
+    """How often one call is timed: `repeats` calls in each of `rounds` rounds."""
+
+    order: Iterator[Call]
+    rounds: int
+    repeats: int
+    samples: list[float] = field(default_factory=list)
+
+    @classmethod
+    def plan(cls, variants: Sequence[Call], clock: Clock, seconds: float, rounds: int) -> Turns:
+        """Measures how long a call takes."""
+        wall, first = _wall(clock, variants[:1])
+        if wall > seconds:  # the first call may have compiled a kernel or waited for other work
+            wall, first = _wall(clock, variants[:1])
+        if wall > seconds:
+            return cls(iter(()), 0, 1, [first])
+        order, repeats = itertools.cycle(variants), 1
+        target = max(seconds / rounds, SHORTEST_ROUND)
+        wall = _wall(clock, [*itertools.islice(order, repeats)])[0]
+        while wall < target / 2 and repeats < MOST_REPEATS:
+            repeats = min(math.ceil(repeats * max(2, 0.9 * target / wall)), MOST_REPEATS)
+            wall = _wall(clock, [*itertools.islice(order, repeats)])[0]
+        return cls(order, min(rounds, max(FEW_ROUNDS, math.ceil(seconds / wall))), repeats)
+
+
+def _wall(clock: Clock, calls: Sequence[Call]) -> tuple[float, float]:
+    """Wall seconds of timing `calls`, and the microseconds per call that the clock gives."""
+    start = time.perf_counter()
+    microseconds = clock(calls)
+    return time.perf_counter() - start, microseconds
+
+
+def cpu_clock(calls: Sequence[Call]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return 1e6 * (time.perf_counter() - start) / len(calls)
+
+
+class GpuClock:
+    """Times calls with CUDA events; overwrites the L2 cache before each."""
+
+    def __init__(self, device: torch.device) -> None:
+        L2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        size = max(FLUSHED_BYTES, 4 * L2_bytes)
+        self.buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
+
+    def __call__(self, calls: Sequence[Call]) -> float:
+        events = []
+        for call in calls:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # Zeroing takes about 60 us on an H200: the host launches the call in the meantime.
+            self.buffer.zero_()
+            start.record()
+            call()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return 1e3 * statistics.mean(start.elapsed_time(end) for start, end in events)
+
+
+def host_time(call: Call) -> float:
+    """Microseconds until `call` returns while the GPU's queue is empty: the launch overhead.
+
+    A call that waits for the GPU includes that wait.
+    """
+    samples = []
+    for _ in range(HOST_CALLS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        samples.append(1e6 * (time.perf_counter() - start))
+    torch.cuda.synchronize()
+    return statistics.median(samples)
+
+
+def graph_time(variants: Sequence[Call], clock: Clock) -> float | None:
+    """Median microseconds of a CUDA graph of one call; None if the call cannot be captured."""
+    if waits_for_the_gpu(variants[0]):
+        return None
+    graphs = []
+    try:
+        for variant in variants[:GRAPHS]:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                variant()
+            graphs.append(graph)
+    except Exception:
+        torch.cuda.synchronize()
+        return None
+    replays = [graph.replay for graph in graphs]
+    clock(replays)  # the first replay uploads the graph
+    return statistics.median(clock(replays) for _ in range(FEW_ROUNDS * 3))
+
+
+def waits_for_the_gpu(call: Call) -> bool:
+    """Whether `call` synchronizes, which no capture allows, or fails.
+
+    A failed capture can leave the allocator with an open memory pool, so we find out before.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        call()
+        return False
+    except Exception:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

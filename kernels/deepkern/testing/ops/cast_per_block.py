@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..costs import each_tensor_once
+from ..providers import Provider, library
 from ..random_inputs import values
 from . import Sizes
-from .cast_per_token import block_scale
+from .cast_per_token import block_scale, transformer_engine
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -53,3 +54,15 @@ def baseline(x: Tensor, scale_format: str = "fp32") -> tuple[Tensor, Tensor]:
     scale = block_scale(blocks.abs().amax((-1, -3)), scale_format)
     q = (blocks / scale[..., :, None, :, None]).clamp(-448, 448).to(FP8)
     return q.flatten(-2).flatten(-3, -2)[..., :N, :K], scale
+
+
+def providers(x, scale_format, **rest) -> list[Provider]:
+    if not x.is_cuda or x.dim() != 2 or x.shape[1] % 128:
+        return []
+    columns = x.shape[1] // 128  # Transformer Engine pads them to a multiple of 4
+    return library(
+        "transformer_engine", "Transformer Engine's Float8BlockQuantizer, 128x128",
+        lambda module: transformer_engine(module, x, scale_format == "ue8m0", 2),
+        module="transformer_engine.pytorch",
+        outputs=lambda got: (got._rowwise_data.view(FP8), got._rowwise_scale_inv[:, :columns]),
+    )  # fmt: skip

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..costs import each_tensor_once
+from ..providers import Provider, library
 from ..random_inputs import values
 from . import Sizes
 
@@ -73,3 +77,35 @@ def block_scale(amax: Tensor, scale_format: str) -> Tensor:
 def with_layout(scale: Tensor, layout: str) -> Tensor:
     """The scales stored by row or by column."""
     return scale if layout == "row" else scale.mT.contiguous().mT
+
+
+def providers(x, scale_format, scale_layout, **rest) -> list[Provider]:
+    if not x.is_cuda or x.dim() != 2 or x.shape[1] % 128:
+        return []
+    power_of_2, column = scale_format == "ue8m0", scale_layout == "column"
+    found = library(
+        "vllm", "vLLM's per_token_group_quant_fp8",
+        lambda module: lambda: module.per_token_group_quant_fp8(
+            x, 128, use_ue8m0=power_of_2, column_major_scales=column
+        ),
+        module="vllm.model_executor.layers.quantization.utils.fp8_utils",
+    )  # fmt: skip
+    return found + library(
+        "transformer_engine", "Transformer Engine's Float8BlockQuantizer, 1x128",
+        lambda module: transformer_engine(module, x, power_of_2, 1),
+        module="transformer_engine.pytorch",
+        outputs=lambda got: (got._rowwise_data.view(FP8), got._rowwise_scale_inv.t()[: len(x)]),
+    )  # fmt: skip
+
+
+def transformer_engine(
+    module: ModuleType, x: Tensor, power_of_2: bool, dimensions: int
+) -> Callable[[], object]:
+    """A cast with one scale per 1x128 (`dimensions` 1) or 128x128 (2)."""
+    import transformer_engine_torch
+
+    quantizer = module.Float8BlockQuantizer(
+        transformer_engine_torch.DType.kFloat8E4M3, rowwise=True, columnwise=False,
+        amax_epsilon=0.0, force_pow_2_scales=power_of_2, block_scaling_dim=dimensions,
+    )  # fmt: skip
+    return lambda: quantizer(x)

@@ -37,7 +37,7 @@ SIZES = Sizes(
         {"T": 3, "topk": 2, "K": 0},
         {"T": 2, "topk": 0, "K": 16, "shared": torch.float32},
     ],
-    cpu=[{"T": 512, "topk": 8, "K": 7168, "none": 0.0}],
+    cpu=[{"T": 256, "topk": 8, "K": 7168, "none": 0.0}],
     gpu=[{"T": T, "topk": 8, "K": 7168, "none": 0.0} for T in V3_TOKENS]
     + [{"T": 4096, "topk": 8, "K": 7168, "none": 0.0, "shared": BF16}],
     inspect=[

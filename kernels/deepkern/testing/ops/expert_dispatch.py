@@ -50,7 +50,7 @@ SIZES = Sizes(
         {"T": 4, "E": 8, "topk": 2, "K": 0, "dtype": FP8},
         {"T": 4, "E": 8, "topk": 0, "K": 16},
     ],
-    cpu=[{"T": 512, "E": 256, "topk": 8, "K": 7168, "dtype": FP8, "none": 0.0}],
+    cpu=[{"T": 256, "E": 256, "topk": 8, "K": 7168, "dtype": FP8, "none": 0.0}],
     gpu=[
         {"T": T, "E": 256, "topk": 8, "K": 7168, "none": 0.0, "skewed": skewed, **cast}
         for T in V3_TOKENS

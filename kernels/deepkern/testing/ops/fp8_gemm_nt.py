@@ -12,12 +12,11 @@ from torch import Generator, Tensor
 from ... import reference
 from .. import gemms
 from ..costs import Cost, tensor_bytes
-from ..providers import Calls, prepared, with_deep_gemm
+from ..providers import Provider, library, prepared
 from ..random_inputs import values
 from . import Sizes
 
 BF16, F32 = torch.bfloat16, torch.float32
-SCALED_MM = "scaled_mm, blockwise"
 
 
 def inputs(
@@ -52,6 +51,7 @@ def _sizes_for_every_tile() -> list[dict]:
     ]
 
 
+VLLM = "vllm.model_executor.layers.quantization.utils.fp8_utils"
 SIZES = Sizes(
     small=[
         {"M": 65, "N": 130, "K": 300, "c": F32},
@@ -87,19 +87,40 @@ def _wide(out_dtype: torch.dtype) -> torch.dtype:
     return BF16 if out_dtype == F32 else out_dtype
 
 
-def others(a, a_scale, b, b_scale, out_dtype, c, **rest) -> Calls:
-    wide_a, wide_b = gemms.dequantize(a, a_scale, b, b_scale, _wide(out_dtype))
-    calls: Calls = {
-        "bf16 F.linear, all dequantized before": lambda: F.linear(wide_a, wide_b).to(out_dtype)
-    }
-    if a.device.type == "cpu":  # what people run there; it has no blockwise scaled_mm
-        a_32, b_32 = wide_a.float(), wide_b.float()
-        calls["fp32 F.linear, all dequantized before"] = lambda: F.linear(a_32, b_32)
-    else:
-        calls[SCALED_MM] = prepared(lambda: scaled_mm(a, a_scale, b, b_scale, out_dtype))
-    return calls | with_deep_gemm(
-        lambda library: deep_gemm(library, a, a_scale, b, b_scale, out_dtype, c)
-    )
+def providers(a, a_scale, b, b_scale, out_dtype, c, **rest) -> list[Provider]:
+    """c is added after the call, untimed, except by DeepGEMM."""
+    wide = _wide(out_dtype)
+
+    def linear(dtype: torch.dtype) -> Callable:
+        x, w = (operand.to(dtype) for operand in gemms.dequantize(a, a_scale, b, b_scale, wide))
+        return lambda: F.linear(x, w)
+
+    def outputs(out: Tensor) -> tuple[Tensor]:
+        return (out.to(out_dtype) if c is None else (out + c).to(out_dtype),)
+
+    bits = str(wide).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    found = [
+        Provider(f"linear_{bits}", f"F.linear in {bits}, operands dequantized before",
+                 prepared(lambda: linear(wide)), outputs)
+    ]  # fmt: skip
+    if a.device.type == "cpu":  # it has no blockwise scaled_mm
+        about = f"F.linear in fp32, operands dequantized to {bits} before"
+        return [*found, Provider("linear_fp32", about, prepared(lambda: linear(F32)), outputs)]
+    args = a, a_scale, b, b_scale, out_dtype
+    about = "F.scaled_mm with blockwise scales: cuBLASLt"
+    found.append(Provider("scaled_mm", about, prepared(lambda: scaled_mm(*args)), outputs))
+    found += library("deep_gemm", "DeepGEMM's fp8_gemm_nt, scales transposed before",
+                     lambda module: deep_gemm(module, *args, c))  # fmt: skip
+    if b_scale.shape[0] == -(-b.shape[0] // 128) and a.shape[1] % 128 == b.shape[0] % 128 == 0:
+        found += library(
+            "vllm", "vLLM's Triton block-scaled product", lambda module: vllm(module, *args),
+            module=VLLM, outputs=outputs,
+        )  # fmt: skip
+        found += library(
+            "flashinfer", "FlashInfer's gemm_fp8_nt_groupwise (Blackwell only)",
+            lambda module: flashinfer(module, *args), module="flashinfer.gemm", outputs=outputs,
+        )  # fmt: skip
+    return found
 
 
 def scaled_mm(a, a_scale, b, b_scale, out_dtype) -> Callable[[], Tensor]:
@@ -122,7 +143,18 @@ def column_major(scale: Tensor) -> Tensor:
     return scale.t().contiguous().t()
 
 
-def deep_gemm(library: ModuleType, a, a_scale, b, b_scale, out_dtype, c) -> Callable:
+def deep_gemm(module: ModuleType, a, a_scale, b, b_scale, out_dtype, c) -> Callable:
     d = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-    a_scale = library.get_mn_major_tma_aligned_tensor(a_scale)
-    return lambda: library.fp8_gemm_nt((a, a_scale), (b, b_scale), d, c=c) or d
+    a_scale = module.get_mn_major_tma_aligned_tensor(a_scale)
+    return lambda: module.fp8_gemm_nt((a, a_scale), (b, b_scale), d, c=c) or d
+
+
+def vllm(module: ModuleType, a, a_scale, b, b_scale, out_dtype) -> Callable:
+    product = module.w8a8_triton_block_scaled_mm
+    return lambda: product(a, b, a_scale, b_scale, [128, 128], out_dtype)
+
+
+def flashinfer(module: ModuleType, a, a_scale, b, b_scale, out_dtype) -> Callable:
+    return lambda: module.gemm_fp8_nt_groupwise(
+        a, b, a_scale, b_scale, scale_major_mode="K", out_dtype=out_dtype
+    )

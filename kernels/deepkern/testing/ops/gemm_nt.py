@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .. import gemms
 from ..costs import Cost, tensor_bytes
+from ..providers import Provider, library
 from ..random_inputs import values
 from . import Sizes
 
@@ -62,3 +66,19 @@ def cost(a: Tensor, b: Tensor, **rest) -> Cost:
 def baseline(a, b, out_dtype=None) -> Tensor:
     """F.linear."""
     return F.linear(a, b).to(out_dtype or a.dtype)
+
+
+def providers(a, b, out_dtype, **rest) -> list[Provider]:
+    if not a.is_cuda or a.dtype == F32:
+        return []
+    dtype = out_dtype or a.dtype
+    return [
+        *library("deep_gemm", "DeepGEMM's bf16_gemm_nt", lambda m: deep_gemm(m, a, b, dtype)),
+        *library("quack", "quack's gemm", lambda m: lambda: m.gemm(a, b.t(), out_dtype=dtype),
+                 module="quack.gemm_interface"),
+    ]  # fmt: skip
+
+
+def deep_gemm(module: ModuleType, a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Callable:
+    d = a.new_empty((len(a), len(b)), dtype=out_dtype)
+    return lambda: module.bf16_gemm_nt(a, b, d) or d

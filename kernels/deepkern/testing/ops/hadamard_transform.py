@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..costs import each_tensor_once
+from ..providers import Provider, library
 from . import Sizes
 
 BF16 = torch.bfloat16
@@ -48,3 +49,12 @@ def hadamard_matrix(N: int, device: torch.device) -> Tensor:
     while len(rows) < N:
         rows = torch.cat((torch.cat((rows, rows), 1), torch.cat((rows, -rows), 1)))
     return rows
+
+
+def providers(x, scale, **rest) -> list[Provider]:
+    if not x.is_cuda:
+        return []
+    return library(
+        "fast_hadamard_transform", "Dao-AILab's fast_hadamard_transform",
+        lambda module: lambda: module.hadamard_transform(x, scale),
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from ...reference.quant import to_e4m3
 from .. import gemms
 from ..costs import Cost, tensor_bytes
-from ..providers import Calls, prepared, with_deep_gemm
+from ..providers import Provider, library, prepared
 from ..random_inputs import values
 from . import Sizes, cast_back
 
@@ -82,7 +82,9 @@ def baseline(a, a_scale, b, b_scale, group_offsets, c=None) -> Tensor:
     return out if c is None else out + c
 
 
-def others(a, a_scale, b, b_scale, group_offsets, c, **rest) -> Calls:
+def providers(a, a_scale, b, b_scale, group_offsets, c, **rest) -> list[Provider]:
+    """c is added after the call, untimed; DeepGEMM adds to its output in each call."""
+
     def grouped_mm() -> Callable:
         ends = group_offsets[1:].contiguous()
         column = scale_columns(group_offsets)
@@ -91,9 +93,16 @@ def others(a, a_scale, b, b_scale, group_offsets, c, **rest) -> Calls:
         )
         return lambda: F.grouped_mm(x, y.t(), offs=ends)
 
-    return {f"{gemms.GROUPED_MM}, bf16 out": prepared(grouped_mm)} | with_deep_gemm(
-        lambda library: deep_gemm(library, a, a_scale, b, b_scale, group_offsets, c)
-    )
+    def outputs(out: Tensor) -> tuple[Tensor]:
+        return (out.float() if c is None else out.float() + c,)
+
+    args = a, a_scale, b, b_scale, group_offsets, c
+    about = f"{gemms.GROUPED_MM}, bf16 output"
+    return [
+        Provider("grouped_mm", about, prepared(grouped_mm), outputs),
+        *library("deep_gemm", "DeepGEMM's product, added to the output",
+                 lambda module: deep_gemm(module, *args)),
+    ]  # fmt: skip
 
 
 def scale_columns(group_offsets: Tensor) -> Tensor:
@@ -105,7 +114,7 @@ def scale_columns(group_offsets: Tensor) -> Tensor:
     return torch.cat(columns).to(group_offsets.device)
 
 
-def deep_gemm(library: ModuleType, a, a_scale, b, b_scale, group_offsets, c) -> Callable:
+def deep_gemm(module: ModuleType, a, a_scale, b, b_scale, group_offsets, c) -> Callable:
     """DeepGEMM takes the groups' matrices one after the other in memory and adds to `d`."""
     lengths = group_offsets.diff()
     ks, d = lengths.tolist(), a.new_zeros((len(lengths), len(a), len(b)), dtype=torch.float32)
@@ -116,4 +125,4 @@ def deep_gemm(library: ModuleType, a, a_scale, b, b_scale, group_offsets, c) -> 
          scale[:, : sum(-(-k // 128) for k in ks)])
         for q, scale in ((a, a_scale), (b, b_scale))
     ]  # fmt: skip
-    return lambda: library.k_grouped_fp8_gemm_nt_contiguous(*parts, d, ks, lengths, d) or d
+    return lambda: module.k_grouped_fp8_gemm_nt_contiguous(*parts, d, ks, lengths, d) or d

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from ... import reference
 from .. import gemms
 from ..costs import Cost, tensor_bytes
-from ..providers import Calls, prepared, with_deep_gemm
+from ..providers import Provider, library, prepared
 from ..random_inputs import values
 from . import Sizes, fp8_gemm_nt
 
@@ -71,36 +71,40 @@ def baseline(a, a_scale, b, b_scale, group_index, out_dtype=torch.bfloat16) -> T
     return out
 
 
-def others(a, a_scale, b, b_scale, group_index, out_dtype, **rest) -> Calls:
+def providers(a, a_scale, b, b_scale, group_index, out_dtype, **rest) -> list[Provider]:
     def grouped_mm() -> Callable:
         row, ends = gemms.sorted_rows(group_index, len(b))
         x, w = gemms.dequantize(a, a_scale, b, b_scale)
         x = x[row]
         return lambda: F.grouped_mm(x, w.mT, offs=ends)
 
-    return {gemms.GROUPED_MM: prepared(grouped_mm)} | with_deep_gemm(
-        lambda library: deep_gemm(library, a, a_scale, b, b_scale, group_index, out_dtype)
-    )
+    def outputs(rows: Tensor) -> tuple[Tensor]:
+        return (gemms.original_rows(rows, group_index, len(b)).to(out_dtype),)
+
+    def unpadded(d: Tensor) -> tuple[Tensor]:
+        return outputs(d[gemms.aligned_rows(group_index, len(b))[1]])
+
+    args = a, a_scale, b, b_scale, group_index, out_dtype
+    return [
+        Provider("grouped_mm", gemms.GROUPED_MM, prepared(grouped_mm), outputs),
+        *library("deep_gemm", "DeepGEMM's product, groups aligned to 128 rows before",
+                 lambda module: deep_gemm(module, *args), outputs=unpadded),
+    ]  # fmt: skip
 
 
-def deep_gemm(library: ModuleType, a, a_scale, b, b_scale, group_index, out_dtype) -> Callable:
+def deep_gemm(module: ModuleType, a, a_scale, b, b_scale, group_index, out_dtype) -> Callable:
     """DeepGEMM requires groups that start at multiples of 128 rows; we copy the rows before."""
-    row, ends = gemms.sorted_rows(group_index, len(b))
-    counts = ends.diff(prepend=ends.new_zeros(1))
-    starts = (-(-counts // 128) * 128).cumsum(0)
-    M = int(starts[-1])
-    group = group_index[row].long()
-    at = torch.arange(len(row), device=a.device) - (ends - counts)[group]
-    at = at + (starts - -(-counts // 128) * 128)[group]
-    x, x_scale = a.new_zeros((M, a.shape[1])), a_scale.new_ones((M, a_scale.shape[1]))
+    row, at, index = gemms.aligned_rows(group_index, len(b))
+    x, x_scale = (
+        a.new_zeros((len(index), a.shape[1])),
+        a_scale.new_ones((len(index), a_scale.shape[1])),
+    )
     x.view(torch.uint8)[at], x_scale[at] = a.view(torch.uint8)[row], a_scale[row]
-    index = group_index.new_full((M,), -1)
-    index[at] = group_index[row]
-    x_scale = library.get_mn_major_tma_aligned_tensor(x_scale)
-    d = a.new_empty((M, b.shape[1]), dtype=out_dtype)
+    x_scale = module.get_mn_major_tma_aligned_tensor(x_scale)
+    d = a.new_empty((len(index), b.shape[1]), dtype=out_dtype)
 
     def call() -> Tensor:
-        library.m_grouped_fp8_gemm_nt_contiguous((x, x_scale), (b, b_scale), d, index)
+        module.m_grouped_fp8_gemm_nt_contiguous((x, x_scale), (b, b_scale), d, index)
         return d
 
     return call

@@ -12,12 +12,11 @@ from torch import Generator, Tensor
 from ... import reference
 from .. import gemms
 from ..costs import Cost, tensor_bytes
-from ..providers import Calls, prepared, with_deep_gemm
+from ..providers import Provider, library, prepared
 from ..random_inputs import values
 from . import Sizes
 
 BF16, F32 = torch.bfloat16, torch.float32
-BMM = "bf16 torch.bmm, all rows, dequantized before"
 
 
 def inputs(
@@ -70,27 +69,41 @@ def baseline(a, a_scale, b, b_scale, masked_m, out_dtype=BF16, expected_m=None) 
     return torch.bmm(x, w.mT).masked_fill(unused[:, :, None], 0).to(out_dtype)
 
 
-def others(a, a_scale, b, b_scale, masked_m, out_dtype, expected_m, **rest) -> Calls:
+def providers(a, a_scale, b, b_scale, masked_m, out_dtype, expected_m, **rest) -> list[Provider]:
+    row_mask = torch.arange(a.shape[1], device=a.device) < masked_m[:, None]
+
     def bmm() -> Callable:
         x, w = gemms.dequantize(a, a_scale, b, b_scale)
         return lambda: torch.bmm(x, w.mT)
 
     def grouped_mm() -> Callable:
         x, w = gemms.dequantize(a, a_scale, b, b_scale)
-        row_mask = torch.arange(a.shape[1], device=a.device) < masked_m[:, None]
         x, ends = x[row_mask], masked_m.cumsum(0).int()
         return lambda: F.grouped_mm(x, w.mT, offs=ends)
 
-    calls = {BMM: prepared(bmm), gemms.GROUPED_MM: prepared(grouped_mm)}
-    args = (a, a_scale, b, b_scale, masked_m, out_dtype, expected_m)
-    return calls | with_deep_gemm(lambda library: deep_gemm(library, *args))
+    def masked(out: Tensor) -> tuple[Tensor]:
+        return (out.masked_fill(~row_mask[..., None], 0).to(out_dtype),)
+
+    def outputs(rows: Tensor) -> tuple[Tensor]:
+        out = rows.new_zeros(*a.shape[:2], b.shape[1])
+        out[row_mask] = rows
+        return (out.to(out_dtype),)
+
+    args = a, a_scale, b, b_scale, masked_m, out_dtype, expected_m
+    about = "torch.bmm in bf16 of all rows, operands dequantized before"
+    return [
+        Provider("bmm", about, prepared(bmm), masked),
+        Provider("grouped_mm", gemms.GROUPED_MM, prepared(grouped_mm), outputs),
+        *library("deep_gemm", "DeepGEMM's product, scales transposed before",
+                 lambda module: deep_gemm(module, *args), outputs=masked),
+    ]  # fmt: skip
 
 
 def deep_gemm(
-    library: ModuleType, a, a_scale, b, b_scale, masked_m, out_dtype, expected_m
+    module: ModuleType, a, a_scale, b, b_scale, masked_m, out_dtype, expected_m
 ) -> Callable:
     d = a.new_empty((*a.shape[:2], b.shape[1]), dtype=out_dtype)
-    x = a, library.get_mn_major_tma_aligned_tensor(a_scale)
+    x = a, module.get_mn_major_tma_aligned_tensor(a_scale)
     expected = a.shape[1] if expected_m is None else expected_m
-    product = library.m_grouped_fp8_gemm_nt_masked
+    product = module.m_grouped_fp8_gemm_nt_masked
     return lambda: product(x, (b, b_scale), d, masked_m, expected) or d

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .. import gemms
 from ..costs import Cost, tensor_bytes
+from ..providers import Provider, library, prepared
 from ..random_inputs import values
 from . import Sizes
 
@@ -65,3 +69,33 @@ def baseline(a, b, group_index, out_dtype=None) -> Tensor:
         row = (group_index == g).nonzero()[:, 0]
         out[row] = F.linear(a[row], b[g]).to(out.dtype)
     return out
+
+
+def providers(a, b, group_index, out_dtype, **rest) -> list[Provider]:
+    if a.dtype == F32:
+        return []
+
+    def grouped_mm() -> Callable:
+        row, ends = gemms.sorted_rows(group_index, len(b))
+        x = a[row]
+        return lambda: F.grouped_mm(x, b.mT, offs=ends)
+
+    def outputs(rows: Tensor) -> tuple[Tensor]:
+        return (gemms.original_rows(rows, group_index, len(b)).to(out_dtype or a.dtype),)
+
+    def unpadded(d: Tensor) -> tuple[Tensor]:
+        return outputs(d[gemms.aligned_rows(group_index, len(b))[1]])
+
+    about = "F.grouped_mm, rows without a group removed before"
+    return [
+        Provider("grouped_mm", about, prepared(grouped_mm), outputs),
+        *library("deep_gemm", "DeepGEMM's product, groups aligned to 128 rows before",
+                 lambda module: deep_gemm(module, a, b, group_index), outputs=unpadded),
+    ]  # fmt: skip
+
+
+def deep_gemm(module: ModuleType, a: Tensor, b: Tensor, group_index: Tensor) -> Callable:
+    row, at, index = gemms.aligned_rows(group_index, len(b))
+    x, d = a.new_zeros((len(index), a.shape[1])), a.new_empty((len(index), b.shape[1]))
+    x[at] = a[row]
+    return lambda: module.m_grouped_bf16_gemm_nt_contiguous(x, b, d, index) or d

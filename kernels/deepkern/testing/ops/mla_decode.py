@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from .. import vllm_cpu
 from ..caches import BF16, FP8, FP32, gather_pages, paged_cache
 from ..costs import Cost, row_bytes, tensor_bytes
-from ..providers import Calls, is_installed, prepared
+from ..providers import Provider, library, prepared
 from . import Sizes
 
 
@@ -121,45 +122,70 @@ def baseline(
     return out.view(B, Sq, H, v_head_dim), None
 
 
-def others(**arguments) -> Calls:
-    """Unabsorbed SDPA; on a GPU also FlexAttention, and FlashMLA and FlashInfer if installed."""
-    q, cache, block_table = (arguments[name] for name in ("q", "cache", "block_table"))
-    calls: Calls = {}
-    page = cache.shape[1]
-    unabsorbed_bytes = block_table.numel() * page * q.shape[2] * (192 + 128) * q.element_size()
-    if unabsorbed_bytes < 16 << 30:  # 80 KB a token at 128 heads
-        calls["naive variant: keys and values of every head ready, SDPA"] = prepared(
-            lambda: unabsorbed(**arguments)
-        )
+def providers(**arguments) -> list[Provider]:
+    q, cache = arguments["q"], arguments["cache"]
+    found = [
+        Provider("sdpa", f"SDPA in {short(q.dtype)}, the heads as rows, keys gathered before",
+                 prepared(lambda: gathered_sdpa(q.dtype, **arguments)), without_lse)
+    ]  # fmt: skip
+    published = q.dtype == cache.dtype == BF16 and q.shape[3] == 576 and q.shape[1] > 0
     if q.device.type != "cuda":
-        return calls
-    calls["FlexAttention, compiled, cache gathered before"] = prepared(lambda: flex(**arguments))
-    bf16 = q.dtype == cache.dtype == BF16 and page == 64 and q.shape[3] == 576
-    for module, prepare in (("flash_mla", flash_mla), ("flashinfer", flashinfer)):
-        if bf16 and is_installed(module):
-            calls[module] = prepared(functools.partial(prepare, **arguments))
-    return calls
+        if q.dtype != torch.float32:
+            about = "SDPA in fp32, the heads as rows, keys gathered before"
+            prepare = prepared(lambda: gathered_sdpa(torch.float32, **arguments))
+            found.append(Provider("sdpa_fp32", about, prepare, without_lse))
+        return found + (vllm_cpu.mla_decode(**arguments) if published else [])
+    about = "FlexAttention, compiled, keys gathered before"
+    found.append(
+        Provider("flex_attention", about, prepared(lambda: flex(**arguments)), flex_outputs)
+    )
+    if published and cache.shape[1] == 64:
+        found += library(
+            "flash_mla", "FlashMLA's flash_mla_with_kvcache",
+            lambda module: flash_mla(module, **arguments), outputs=flash_mla_outputs,
+        )  # fmt: skip
+        found += library(
+            "flashinfer", "FlashInfer's BatchMLAPagedAttentionWrapper",
+            lambda module: flashinfer(module, **arguments), module="flashinfer.mla",
+            outputs=lambda out: (out.view(*q.shape[:3], -1), None),
+        )  # fmt: skip
+    return found
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
+def gathered_sdpa(
+    dtype: torch.dtype, q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim,
+    **rest,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """[B, Sq, H, R]; with a mask only if the sequences need one."""
+    H, S = q.shape[2], int(cache_seqlens.max()) if len(q) else 0
+    keys = gather_pages(cache, block_table, v_head_dim, dtype)[:, :S]
+    limit = visible_tokens(q, cache_seqlens, causal)
+    mask = torch.arange(S, device=q.device) < limit[..., None]  # [B, Sq, S]
+    keys = keys.masked_fill(~mask.any(1)[..., None], 0)[:, None]
+    row_mask = None if mask.all() else mask.repeat_interleave(H, 1)[:, None]
+    query, shape = q.to(dtype).flatten(1, 2)[:, None], q.shape[:3]
+
+    def call() -> Tensor:
+        out = F.scaled_dot_product_attention(
+            query, keys, keys[..., :v_head_dim], row_mask, scale=softmax_scale
+        )
+        return out.view(*shape, v_head_dim)
+
+    return call
+
+
+def without_lse(out: Tensor) -> tuple[Tensor, None]:
+    return out, None
 
 
 def visible_tokens(q: Tensor, cache_seqlens: Tensor, causal: bool) -> Tensor:
     """How many tokens each query sees: [B, Sq]."""
     later = torch.arange(q.shape[1] - 1, -1, -1, device=q.device)
     return cache_seqlens[:, None] - (later if causal else torch.zeros_like(later))
-
-
-def unabsorbed(
-    q, cache, block_table, cache_seqlens, softmax_scale, causal, **rest
-) -> Callable[[], object]:
-    """SDPA over keys of 192 and values of 128 for every head, as V3 has them."""
-    B, Sq, H, _ = q.shape
-    S = block_table.shape[1] * cache.shape[1]
-    query, keys, values = (
-        torch.randn(B, H, length, width, dtype=q.dtype, device=q.device)
-        for length, width in ((Sq, 192), (S, 192), (S, 128))
-    )
-    limit = visible_tokens(q, cache_seqlens, causal)
-    mask = (torch.arange(S, device=q.device) < limit[..., None])[:, None]
-    return lambda: F.scaled_dot_product_attention(query, keys, values, mask, scale=softmax_scale)
 
 
 def flex(
@@ -181,29 +207,37 @@ def flex(
     )
 
 
-def flash_mla(
-    q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim, **rest
-) -> Callable[[], object]:
-    import flash_mla as library
+def flex_outputs(out: Tensor) -> tuple[Tensor, None]:
+    return out.transpose(1, 2), None
 
+
+def flash_mla(
+    module: ModuleType, q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim,
+    **rest,
+) -> Callable[[], object]:  # fmt: skip
     cache = cache.contiguous()
-    metadata = library.get_mla_metadata(cache_seqlens, q.shape[1] * q.shape[2], 1)
-    call = library.flash_mla_with_kvcache
+    metadata = module.get_mla_metadata(cache_seqlens, q.shape[1] * q.shape[2], 1)
+    call = module.flash_mla_with_kvcache
     return lambda: call(
         q, cache, block_table, cache_seqlens, v_head_dim, *metadata, softmax_scale, causal
     )
 
 
-def flashinfer(
-    q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim, **rest
-) -> Callable[[], object]:
-    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+def flash_mla_outputs(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """FlashMLA's lse of a query without keys is +inf."""
+    out, lse = result
+    return out, lse.masked_fill(lse == torch.inf, -torch.inf)
 
+
+def flashinfer(
+    module: ModuleType, q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim,
+    **rest,
+) -> Callable[[], object]:  # fmt: skip
     (B, Sq, H, W), page, R = q.shape, cache.shape[1], v_head_dim
     pages = (cache_seqlens + page - 1) // page
     position = torch.arange(block_table.shape[1], device=q.device)
     page_list = block_table[position < pages[:, None]]
-    wrapper = BatchMLAPagedAttentionWrapper(
+    wrapper = module.BatchMLAPagedAttentionWrapper(
         torch.empty(128 << 20, dtype=torch.int8, device=q.device)
     )
     wrapper.plan(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..costs import Cost, tensor_bytes
-from ..providers import Calls
+from ..providers import Provider, library, prepared
 from . import Sizes
 
 BF16 = torch.bfloat16
@@ -140,19 +143,45 @@ def causal_mask(q, k) -> Tensor:
     return torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)
 
 
-def others(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, **rest) -> Calls:
-    """FlashAttention-2, if it is installed and serves these tensors."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return {}
-    if q.dtype == torch.float32 or max(q.shape[2], v.shape[2]) > 256:
-        return {}
-    padded = F.pad(v, (0, q.shape[2] - v.shape[2]))  # it requires keys and values of one width
+def providers(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, **rest) -> list[Provider]:
+    args = q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal
+    found = []
+    if v.shape[2] < q.shape[2]:  # the flash kernel of PyTorch requires keys and values of one width
+        about = "SDPA, sequence by sequence, values padded before to the width of keys"
+        found.append(Provider("sdpa_padded", about, prepared(lambda: padded_sdpa(*args)), only_out))
+    if q.dtype == torch.float32 or max(q.shape[2], v.shape[2]) > 256 or not q.is_cuda:
+        return found
+    return found + library(
+        "flash_attn", "FlashAttention-2's flash_attn_varlen_func, values padded before",
+        lambda module: flash_attention(module, *args),
+        outputs=lambda out: only_out(out[..., : v.shape[2]]),
+    )  # fmt: skip
+
+
+def only_out(out: Tensor) -> tuple[Tensor, None]:
+    return out, None
+
+
+def padded_sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal) -> Callable:
+    padded = F.pad(v, (0, q.shape[2] - v.shape[2]))
+    pairs = sequences(q, k, cu_seqlens_q, cu_seqlens_k, causal)
+
+    def call() -> Tensor:
+        out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+        for rows, keys in pairs:
+            got = sdpa(q[rows], k[keys], padded[keys], softmax_scale, causal)
+            out[rows] = got[..., : v.shape[2]]
+        return out
+
+    return call
+
+
+def flash_attention(
+    module: ModuleType, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal
+) -> Callable:
+    padded = F.pad(v, (0, q.shape[2] - v.shape[2]))
     longest = [int(cu.diff().max()) for cu in (cu_seqlens_q, cu_seqlens_k)]
-    return {
-        "flash_attn_varlen_func, values padded": lambda: flash_attn_varlen_func(
-            q, k, padded, cu_seqlens_q, cu_seqlens_k, *longest,
-            softmax_scale=softmax_scale, causal=causal,
-        )
-    }  # fmt: skip
+    return lambda: module.flash_attn_varlen_func(
+        q, k, padded, cu_seqlens_q, cu_seqlens_k, *longest,
+        softmax_scale=softmax_scale, causal=causal,
+    )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 
 from ..costs import Cost, tensor_bytes
-from ..providers import Calls
+from ..providers import Provider, prepared
 from . import Sizes, mla_prefill
 from .mla_prefill import causal_mask, sdpa, sequences, visible_pairs
 
@@ -98,14 +100,26 @@ def lse_of(q, k, softmax_scale, causal) -> Tensor:
     return (scores.masked_fill(~causal_mask(q, k), -torch.inf) if causal else scores).logsumexp(-1)
 
 
-def others(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, **rest) -> Calls:
-    graphs = []
-    for rows, keys in sequences(q, k, cu_seqlens_q, cu_seqlens_k, causal):
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q[rows], k[keys], v[keys])]
-            graphs.append((sdpa(*leaves, softmax_scale, causal), leaves, grad_out[rows]))
-    return {
-        "SDPA's backward alone": lambda: [
-            torch.autograd.grad(*g, retain_graph=True) for g in graphs
-        ]
-    }
+def providers(
+    grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, grad_lse, **rest
+) -> list[Provider]:
+    if grad_lse is not None:
+        return []
+    pairs = sequences(q, k, cu_seqlens_q, cu_seqlens_k, causal)
+
+    def backward() -> Callable:
+        graphs = []
+        for rows, keys in pairs:
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in (q[rows], k[keys], v[keys])]
+                graphs.append((sdpa(*leaves, softmax_scale, causal), leaves, grad_out[rows]))
+        return lambda: [torch.autograd.grad(*g, retain_graph=True) for g in graphs]
+
+    def outputs(grads: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        whole = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        for (rows, keys), parts in zip(pairs, grads, strict=True):
+            for x, part, grad in zip(whole, (rows, keys, keys), parts, strict=True):
+                x[part] = grad
+        return tuple(whole)
+
+    return [Provider("sdpa", "SDPA's backward alone", prepared(backward), outputs)]

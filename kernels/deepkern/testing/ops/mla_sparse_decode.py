@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 from torch import Generator, Tensor
 
 from ..caches import BF16, FP8, FP32, paged_cache, unpack
 from ..costs import Cost, row_bytes, tensor_bytes
-from ..providers import Calls
+from ..providers import Provider, library
 from ..sparse_attention import OPTIONS, attend, count_tokens, flash_mla_serves, token_mask
 from . import Sizes
+from .mla_decode import flash_mla_outputs
 
 V32 = {"topk": 2048, "tokens": 32768}
 
@@ -100,17 +104,22 @@ def baseline(
     return out.view(*q.shape[:3], v_head_dim), None
 
 
-def others(q, cache, indices, softmax_scale, topk_length, attn_sink, v_head_dim, **rest) -> Calls:
-    if not flash_mla_serves(q, v_head_dim) or cache.dtype != torch.uint8:
-        return {}
-    import flash_mla
+def providers(**arguments) -> list[Provider]:
+    q, cache, R = (arguments[name] for name in ("q", "cache", "v_head_dim"))
+    if not flash_mla_serves(q, R) or cache.dtype != torch.uint8:
+        return []
+    return library(
+        "flash_mla", "FlashMLA's flash_mla_with_kvcache, FP8 cache, with indices",
+        lambda module: flash_mla(module, **arguments), outputs=flash_mla_outputs,
+    )  # fmt: skip
 
-    plan, _ = flash_mla.get_mla_metadata()
 
-    def call():
-        return flash_mla.flash_mla_with_kvcache(
-            q, cache, None, None, v_head_dim, plan, softmax_scale=softmax_scale,
-            is_fp8_kvcache=True, indices=indices, attn_sink=attn_sink, topk_length=topk_length,
-        )  # fmt: skip
-
-    return {"FlashMLA flash_mla_with_kvcache": call}
+def flash_mla(
+    module: ModuleType, q, cache, indices, softmax_scale, topk_length, attn_sink, v_head_dim, **rest
+) -> Callable[[], object]:
+    plan, _ = module.get_mla_metadata()
+    cache = cache.contiguous()
+    return lambda: module.flash_mla_with_kvcache(
+        q, cache, None, None, v_head_dim, plan, softmax_scale=softmax_scale,
+        is_fp8_kvcache=True, indices=indices, attn_sink=attn_sink, topk_length=topk_length,
+    )  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 from torch import Generator, Tensor
 
 from ..costs import Cost, row_bytes, tensor_bytes
-from ..providers import Calls
+from ..providers import Provider, library
 from ..sparse_attention import OPTIONS, attend, count_tokens, flash_mla_serves, token_mask
 from . import Sizes
 
@@ -90,13 +93,20 @@ def baseline(
     return out, None, None
 
 
-def others(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length, **rest) -> Calls:
-    if not flash_mla_serves(q, v_head_dim) or q.dtype != BF16:
-        return {}
-    import flash_mla
+def providers(**arguments) -> list[Provider]:
+    """Only the output of FlashMLA is compared: releases differ in the base of its logarithms."""
+    q = arguments["q"]
+    if not flash_mla_serves(q, arguments["v_head_dim"]) or q.dtype != BF16:
+        return []
+    return library(
+        "flash_mla", "FlashMLA's flash_mla_sparse_fwd",
+        lambda module: flash_mla(module, **arguments),
+        outputs=lambda result: (result[0], None, None),
+    )  # fmt: skip
 
-    return {
-        "FlashMLA flash_mla_sparse_fwd": lambda: flash_mla.flash_mla_sparse_fwd(
-            q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length
-        )
-    }
+
+def flash_mla(
+    module: ModuleType, q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length, **rest
+) -> Callable[[], object]:
+    args = q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length
+    return lambda: module.flash_mla_sparse_fwd(*args)

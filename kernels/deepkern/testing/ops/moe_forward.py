@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..costs import Cost, tensor_bytes
-from ..providers import Calls, is_installed
+from ..providers import FP8_TOLERANCE, Provider, library, prepared
 from ..random_inputs import small_integers
 from ..routing import V3_LAYER, V3_TOKENS, expert_weights, indices, valid_experts, zipf_indices
 from . import Sizes, cast_back, expert_combine, expert_dispatch, swiglu_cast
@@ -93,22 +97,28 @@ def grouped_linear(a, a_scale, b, b_scale, group_index, dtype: torch.dtype) -> T
     return out
 
 
-def others(**arguments) -> Calls:
+def providers(**arguments) -> list[Provider]:
     """Other libraries need bf16, V3's grid of 128 and one scale per 128x128."""
     x, w13, w13_scale = (arguments[name] for name in ("x", "w13", "w13_scale"))
     E, rows, K = w13.shape
     grid = K % 128 == 0 and rows % 256 == 0 and w13_scale.shape[1] * 128 == rows
     if x.dtype != torch.bfloat16 or not grid:
-        return {}
-    calls = _grouped_mm(**arguments)
-    for package, provider in (("vllm", _vllm), ("deep_gemm", _deep_gemm)):
-        if is_installed(package):
-            calls |= provider(**arguments)
-    return calls
+        return []
+    about = "F.grouped_mm in bf16, weights dequantized before, no cast to FP8"
+    prepare = prepared(lambda: _grouped_mm(**arguments))
+    found = [Provider("grouped_mm", about, prepare, tolerance=FP8_TOLERANCE)]
+    if not x.is_cuda:
+        return found
+    return [
+        *found,
+        *library("vllm", "vLLM's fused_experts", lambda module: _vllm(module, **arguments),
+                 module="vllm.model_executor.layers.fused_moe", tolerance=FP8_TOLERANCE),
+        *library("deep_gemm", "DeepGEMM's products in deepkern's layer",
+                 lambda module: _deep_gemm(module, **arguments), tolerance=FP8_TOLERANCE),
+    ]  # fmt: skip
 
 
-def _grouped_mm(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale) -> dict:
-    """torch's grouped product in bf16."""
+def _grouped_mm(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale) -> Callable[[], Tensor]:
     wide13, wide2 = (cast_back.baseline(w, s, (128, 128), x.dtype)
                      for w, s in ((w13, w13_scale), (w2, w2_scale)))  # fmt: skip
 
@@ -119,33 +129,28 @@ def _grouped_mm(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale) -> dict
         y = F.grouped_mm(F.silu(gate) * up, wide2.mT, offs=offsets)
         return expert_combine.baseline(y, topk_weights, handle)
 
-    return {"bf16 F.grouped_mm, weights dequantized before": layer}
+    return layer
 
 
-def _vllm(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale) -> dict:
-    from vllm.model_executor.layers.fused_moe import fused_experts
-    from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
-
-    config = fp8_w8a8_moe_quant_config(
+def _vllm(
+    module: ModuleType, x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale
+) -> Callable[[], Tensor]:
+    config = importlib.import_module(f"{module.__name__}.config").fp8_w8a8_moe_quant_config(
         w1_scale=w13_scale, w2_scale=w2_scale, block_shape=[128, 128]
     )
     idx = topk_idx.int()
-    return {
-        "vLLM fused_experts": lambda: fused_experts(
-            x, w13, w2, topk_weights, idx, quant_config=config
-        )
-    }
+    return lambda: module.fused_experts(x, w13, w2, topk_weights, idx, quant_config=config)
 
 
-def _deep_gemm(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale) -> dict:
-    """DeepGEMM's products and deepkern's other steps; experts start at multiples of 128 rows."""
-    import deep_gemm
-
+def _deep_gemm(
+    module: ModuleType, x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale
+) -> Callable[[], Tensor]:
+    """Experts start at multiples of 128 rows."""
     import deepkern
 
     def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, index: Tensor) -> Tensor:
         out = torch.empty(len(a), b.shape[1], dtype=x.dtype, device=x.device)
-        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((a, a_scale), (b, b_scale), out, index)
+        module.m_grouped_fp8_gemm_nt_contiguous((a, a_scale), (b, b_scale), out, index)
         return out
 
     def layer() -> Tensor:
@@ -156,4 +161,4 @@ def _deep_gemm(x, topk_weights, topk_idx, w13, w13_scale, w2, w2_scale) -> dict:
         y = multiply(*h, w2, w2_scale, index)
         return deepkern.expert_combine(y, topk_weights, handle)
 
-    return {"DeepGEMM's products in deepkern's layer": layer}
+    return layer

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..costs import Cost, tensor_bytes
+from ..providers import Provider, library
 from . import Sizes
 
 
@@ -74,3 +75,10 @@ def weighted_scores(q: Tensor, kv: Tensor, weights: Tensor) -> Tensor:
     fast = torch.bfloat16 if q.is_cuda else torch.float32
     products = torch.einsum("shd,nd->shn", q.to(fast), kv.to(fast))
     return torch.einsum("shn,sh->sn", products.relu().float(), weights)
+
+
+def providers(q, kv, kv_scale, weights, starts, ends, **rest) -> list[Provider]:
+    args = q, (kv, kv_scale), weights, starts, ends
+    return library(
+        "deep_gemm", "DeepGEMM's fp8_mqa_logits", lambda m: lambda: m.fp8_mqa_logits(*args)
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Generator, Tensor
@@ -10,6 +12,7 @@ from torch import Generator, Tensor
 from ... import reference
 from ..caches import ABSENT, empty_indexer_cache, indexer_pages
 from ..costs import Cost, row_bytes, tensor_bytes
+from ..providers import Provider, library
 from . import Sizes
 from .mqa_logits import weighted_scores
 
@@ -72,9 +75,7 @@ FP8_PRODUCT = True
 def cost(q, cache, weights, context_lens, block_table, max_context_len, result, **rest) -> Cost:
     """Reads each token that a sequence's queries see once."""
     lengths = context_lens.clamp(0, block_table.shape[1] * cache.shape[1]).long()
-    if lengths.dim() == 1:
-        lengths = lengths[:, None] - torch.arange(q.shape[1], device=lengths.device).flip(0)
-    lengths = lengths.clamp(0, max_context_len)  # [B, next_n]
+    lengths = visible(q, lengths).clamp(0, max_context_len)
     tokens = int(lengths.amax(1).sum()) if lengths.numel() else 0
     moved = tokens * row_bytes(cache) + tensor_bytes(q, weights, context_lens, block_table, result)
     return Cost(moved, 2 * q.shape[2] * q.shape[3] * int(lengths.sum()), fp8=True)
@@ -86,9 +87,7 @@ def baseline(q, cache, weights, context_lens, block_table, max_context_len) -> T
     values, scales = indexer_pages(cache)
     in_table = (block_table >= 0) & (block_table < len(values))
     table = block_table.clamp(0, max(len(values) - 1, 0))
-    lengths = context_lens
-    if lengths.dim() == 1:
-        lengths = lengths[:, None] - next_n + 1 + torch.arange(next_n, device=q.device)
+    lengths = visible(q, context_lens)
     capacity = table.shape[1] * cache.shape[1]
     key = torch.arange(max_context_len, device=q.device)
     out = q.new_full((B, next_n, max_context_len), -math.inf, dtype=torch.float32)
@@ -100,3 +99,35 @@ def baseline(q, cache, weights, context_lens, block_table, max_context_len) -> T
         mask = (key[:n] < lengths[b][:, None]) & in_table[b].repeat_interleave(cache.shape[1])[:n]
         out[b, :, :n] = logits.masked_fill(~mask, -math.inf)
     return out.flatten(0, 1)
+
+
+def providers(**arguments) -> list[Provider]:
+    def outputs(logits: Tensor) -> tuple[Tensor]:
+        """Without what DeepGEMM leaves after the tokens of a query."""
+        lengths = visible(arguments["q"], arguments["context_lens"]).flatten()[:, None]
+        key = torch.arange(logits.shape[1], device=logits.device)
+        return (logits.masked_fill(key >= lengths, -math.inf),)
+
+    return library(
+        "deep_gemm", "DeepGEMM's fp8_paged_mqa_logits, logits not cleaned, schedule made before",
+        lambda module: deep_gemm(module, **arguments), outputs=outputs,
+    )  # fmt: skip
+
+
+def visible(q: Tensor, context_lens: Tensor) -> Tensor:
+    """How many tokens each query sees: [B, next_n]."""
+    if context_lens.dim() == 2:
+        return context_lens
+    later = torch.arange(q.shape[1] - 1, -1, -1, device=context_lens.device)
+    return context_lens[:, None] - later
+
+
+def deep_gemm(
+    module: ModuleType, q, cache, weights, context_lens, block_table, max_context_len, **rest
+) -> Callable[[], Tensor]:
+    cache, page = cache.contiguous(), cache.shape[1]
+    table = block_table.masked_fill(block_table >= len(cache), 0)
+    plan = module.get_paged_mqa_logits_metadata(context_lens, page, module.get_num_sms())
+    return lambda: module.fp8_paged_mqa_logits(
+        q, cache, weights, context_lens, table, plan, max_context_len
+    )

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..costs import each_tensor_once
+from ..providers import Provider, library
 from ..random_inputs import values
 from . import Sizes, swiglu_cast
 
@@ -35,3 +36,16 @@ cost = each_tensor_once
 def baseline(gate_up) -> Tensor:
     """F.silu, multiply, cast."""
     return swiglu_cast.swiglu(gate_up, None, None).to(gate_up.dtype)
+
+
+def providers(gate_up, **rest) -> list[Provider]:
+    if not gate_up.is_cuda:
+        return []
+    gate, up = (half.contiguous() for half in gate_up.chunk(2, -1))
+    return [
+        *library("flashinfer", "FlashInfer's silu_and_mul",
+                 lambda module: lambda: module.silu_and_mul(gate_up)),
+        *library("liger", "Liger's SiLU and multiply, halves separated before",
+                 lambda module: lambda: module.LigerSiLUMulFunction.apply(gate, up),
+                 module="liger_kernel.ops.swiglu"),
+    ]  # fmt: skip

@@ -1,0 +1,153 @@
+"""`python -m bench op`: checks ops, then times them and other implementations of the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+
+from deepkern.testing import providers
+
+from . import ceilings, checks, machine, report, results, shapes, summary, timings
+from .command_line import bar, screen
+from .timings import Request, Row
+
+JOBS_PER_PROCESS = 20  # a process takes a few seconds to start
+
+
+def check_ops(
+    console: Console, ops: Sequence[str], backends: Collection[str] | None = None
+) -> list[checks.Check]:
+    """Checks every op at its small sizes on every backend of this machine, or on `backends`."""
+    jobs = [(op, name) for op, name in checks.plan([*ops]) if backends is None or name in backends]
+    checked: list[checks.Check] = []
+    with bar(console, "checking", len(jobs)) as step:
+        for (op, backend), found in zip(jobs, _check_all(jobs), strict=True):
+            step(f"{op} on {backend}")
+            checked += found
+    return checked
+
+
+def _check_all(jobs: Sequence[tuple[str, str]]) -> Iterator[list[checks.Check]]:
+    """The checks of each job, in order; many jobs on a CPU run in a process per core."""
+    processes = min(os.cpu_count() or 1, len(jobs) // JOBS_PER_PROCESS)
+    if processes < 2 or machine.device().type == "cuda":
+        yield from map(_check_job, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
+        yield from pool.map(_check_job, jobs)
+
+
+def _check_job(job: tuple[str, str]) -> list[checks.Check]:
+    return list(checks.check(*job, machine.device()))
+
+
+def time_rows(
+    console: Console,
+    jobs: Sequence[tuple[str, dict]],
+    checked: Sequence[checks.Check],
+    request: Request,
+) -> list[Row]:
+    """Times the rows of `jobs`, without backends that failed a check; says which do not fit."""
+    failed = {(check.op, check.backend) for check in checked if check.ok is False}
+    rows = []
+    with bar(console, "timing", len(jobs)) as step:
+        for op, size in jobs:
+            step(f"{op} {checks.text(size)}")
+            try:
+                row = timings.time_op(op, size, request, {name for o, name in failed if o == op})
+            except shapes.TooLarge as reason:
+                console.print(f"skipped: {op} {checks.text(size)}: {reason}", style="yellow")
+                continue
+            except Exception as error:
+                rows.append(timings.failed_row(op, size, request, error))
+                continue
+            if row:
+                rows.append(row)
+            else:
+                console.print(f"skipped: {op} {checks.text(size)}: no backend", style="yellow")
+    return rows
+
+
+def plan(
+    console: Console, names: Sequence[str], wanted: Sequence[str], device: torch.device
+) -> dict[str, list[tuple[str, dict]]]:
+    """The rows to time once each, by the name of their set; says which ops have none."""
+    jobs: dict[str, list[tuple[str, dict]]] = {}
+    planned: list[tuple[str, dict]] = []
+    for name in wanted:
+        for op in names:
+            try:
+                label, sizes = shapes.of(op, name, device)
+            except shapes.NoShapes as reason:
+                console.print(str(reason), style="yellow")
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+            else:
+                new = [(op, size) for size in sizes if (op, size) not in planned]
+                jobs.setdefault(label, []).extend(new)
+                planned += new
+    return jobs
+
+
+def run(
+    names: Sequence[str],
+    shape_sets: Sequence[str] = ("default",),
+    backends: Sequence[str] | None = None,
+    against: Sequence[str] | None = None,
+    seconds: float = 0.3,
+    keep: bool = False,
+    folder: Path = results.FOLDER,
+    console: Console | None = None,
+) -> int:
+    """Checks and times ops, prints a table for each, and writes the results.
+
+    Args:
+        names: ops.
+        shape_sets: names of sets of shapes, or sizes such as "M=64,N=7168,K=2048" (bench.shapes).
+        backends: those of deepkern to time; by default all kernels that serve the device.
+        against: providers; by default all that are installed. Ratios are to the first one.
+        seconds: for each provider and size.
+
+    Returns 1 if a result of deepkern is wrong, else 0. A provider that differs has no time.
+    """
+    for name in against or ():
+        if name not in providers.NAMES:
+            raise typer.BadParameter(
+                f"no provider {name!r}; there are {', '.join(providers.NAMES)}"
+            )
+    console, start, device = console or screen(), time.monotonic(), machine.device()
+    about = machine.describe()
+    console.print(summary.machine(about))
+    jobs = plan(console, names, shape_sets, device)
+    rates = ceilings.measure(device, seconds)
+    console.print(report.ceilings(rates))
+    checked = check_ops(console, list({op: 1 for row in jobs.values() for op, _ in row}), backends)
+    rows = []
+    for label, given in jobs.items():
+        request = Request(
+            device, rates, label, seconds, tuple(backends) if backends else None,
+            tuple(against) if against else None, compile=True,
+        )  # fmt: skip
+        rows += time_rows(console, given, checked, request)
+    console.print(report.checked(checked), report.timed(rows, against[0] if against else "eager"))
+    about |= {"ceilings": rates.record(), "clocks": machine.clocks()}
+    records = [{"kind": "machine", **about}, *(check.record() for check in checked)]
+    records += [speed.record() for row in rows for speed in row]
+    wrong = summary.failures(records)
+    elapsed = round(time.monotonic() - start, 1)
+    records.append({"kind": "verdict", "disagreements": len(wrong), "seconds": elapsed})
+    summary.verdict(console, records)
+    file = results.path(about, keep, folder)
+    results.write(records, file)
+    console.print(f"{elapsed:.0f} s; written: {file}", soft_wrap=True, highlight=False)
+    return 1 if wrong else 0

