@@ -109,10 +109,12 @@ def ops(found: Run) -> str:
     lines: dict[str, list[list[str]]] = {family: [] for family in TITLES}
     for op, (size, row) in sorted(first.items()):
         lines[family_of(op)].append([f"`{op}`", size, *op_cells(row, time, found.file.name)])
-    header = ("op", "size", "backend", "µs", "rate", "of the roof", "eager / ours")
+    header = ("op", "size", "backend", "µs", "rate", "of the roof", "eager / ours",
+              "fastest other / ours")  # fmt: skip
     about = paragraph(
         f"µs: the {time} of all rounds. `eager`, the op in plain PyTorch, was timed in turn with "
-        "it; (once): it takes so long that it was timed once."
+        "it, and so were torch's fused functions where there are any; (once): it takes so long that "
+        "it was timed once."
     )
     tables = [f"**{TITLES[family]}**\n\n{markdown(header, rows, 3)}"
               for family, rows in lines.items() if rows]  # fmt: skip
@@ -127,7 +129,7 @@ def op_cells(row: compare.Row, time: str, name: str) -> list[str]:
             raise Unfit(f"{name}: {record['op']} {record['size']}: {record['note']}")
     timed = [record for record in ours if record["samples"]]
     if not timed:
-        return ["", "", "", "", ours[0]["note"] if ours else ""]
+        return ["", "", "", "", "", ours[0]["note"] if ours else ""]
     best = min(timed, key=lambda record: record[time])
     bound = best["limit"] or ("compute" if best["flops"] else "memory")
     rate = products(best["tflops"]) if bound == "compute" else f"{number(best['gb_per_s'])} GB/s"
@@ -136,7 +138,17 @@ def op_cells(row: compare.Row, time: str, name: str) -> list[str]:
     ratio = f"{number(eager[time] / best[time])}x" if eager["samples"] else ""
     ratio += " (once)" if len(eager["samples"]) == 1 else ""
     backend = best["provider"].removeprefix("deepkern ")
-    return [backend, number(best[time]), rate, roof, ratio]
+    return [backend, number(best[time]), rate, roof, ratio, fastest_other(row, best, time)]
+
+
+def fastest_other(row: compare.Row, best: dict, time: str) -> str:
+    """Such as "1.7x, linear_bf16": the fastest provider that is neither deepkern nor eager."""
+    others = [r for name, r in row.items() if r["samples"] and name != "eager"
+              and not name.startswith("deepkern ")]  # fmt: skip
+    if not others:
+        return ""
+    other = min(others, key=lambda record: record[time])
+    return f"{number(other[time] / best[time])}x, `{other['provider']}`"
 
 
 def products(tflops: float) -> str:

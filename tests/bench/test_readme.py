@@ -50,7 +50,8 @@ def test_ops(tmp_path):
     more = {"op": "cast_per_token", "size": "M=4", "limit": "memory", "roof_share": None}
     file = page(
         tmp_path, "ops",
-        SPEED, {**EAGER, "least": 25.0}, {**SPEED, "provider": "deepkern torch", "least": 90.0},
+        SPEED, {**EAGER, "least": 25.0}, {**EAGER, "provider": "linear_bf16", "least": 17.0},
+        {**EAGER, "provider": "linear_fp32", "least": 18.0}, {**SPEED, "provider": "deepkern torch", "least": 90.0},
         {**SPEED, "op": "gemm_nt", "limit": "compute", "tflops": 0.0168},
         {**SPEED, "size": "M=9999"},
         {**speed("deepkern cpu", [1234.5]), **more}, {**speed("eager", [5.0]), **more},
@@ -59,10 +60,13 @@ def test_ops(tmp_path):
     assert run(tmp_path, True)[0] == 1, "the table is empty"
     assert run(tmp_path, False)[0] == 0
     text = file.read_text()
-    assert "| `fp8_gemm_nt` | M=64 | cpu | 10 | 0.1 GB/s | 50 %, memory | 2.5x |" in text
-    assert "| `cast_per_token` | M=4 | cpu | 1,234 | 0.1 GB/s |  | 0.00405x (once) |" in text
-    assert "| `gemm_nt` | M=64 | cpu | 10 | 16.8 GFLOPS | 50 %, compute |  |" in text
-    assert "| `mla_decode` | M=64 |  |  |  |  | too large |" in text and "9999" not in text
+    assert (
+        "| `fp8_gemm_nt` | M=64 | cpu | 10 | 0.1 GB/s | 50 %, memory | 2.5x | 1.7x, `linear_bf16` |"
+        in text
+    )
+    assert "| `cast_per_token` | M=4 | cpu | 1,234 | 0.1 GB/s |  | 0.00405x (once) |  |" in text
+    assert "| `gemm_nt` | M=64 | cpu | 10 | 16.8 GFLOPS | 50 %, compute |  |  |" in text
+    assert "| `mla_decode` | M=64 |  |  |  |  |  | too large |" in text and "9999" not in text
     assert text.index("**Casts**") < text.index("**Matrix products**")
     assert text.index("**Matrix products**") < text.index("**Latent attention**")
     assert text.startswith("Before\n") and text.endswith("<!-- end -->\n\nAfter\n")

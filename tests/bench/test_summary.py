@@ -49,6 +49,9 @@ def test_ratios_are_of_rows_that_both_have():
         speed("swiglu", "eager", 25.0),
         speed("cast_back", "deepkern cpu", 10.0),
         speed("cast_back", "eager", 5.0),
+        speed("fp8_gemm_nt", "deepkern cpu", 10.0),
+        speed("fp8_gemm_nt", "eager", 100.0),
+        speed("fp8_gemm_nt", "linear_bf16", 17.0),
         speed("gemm_nt", "deepkern cpu", 10.0),  # its baseline failed
         speed("gemm_nt", "eager", None, ok=False),
         speed("mla_decode", "deepkern cpu", None, ok=False),
@@ -57,11 +60,12 @@ def test_ratios_are_of_rows_that_both_have():
     assert summary.ratios(speeds) == {
         ("swiglu", "M=1", "deepkern cpu"): 2.5,
         ("cast_back", "M=1", "deepkern cpu"): 0.5,
+        ("fp8_gemm_nt", "M=1", "deepkern cpu"): 1.7,
     }
     row = line(summary.speed(speeds), "quant")
     for text in ("0.5x", "1.5x", "2.5x", "cast_back M=1", "swiglu M=1"):
         assert text in row
-    assert "matmul" not in shown(summary.speed(speeds))
+    assert "attention" not in shown(summary.speed(speeds))
 
 
 def test_every_failure_is_listed():
