@@ -113,8 +113,8 @@ def ops(found: Run) -> str:
               "fastest other / ours")  # fmt: skip
     about = paragraph(
         f"µs: the {time} of all rounds. `eager`, the op in plain PyTorch, was timed in turn with "
-        "it, and so were torch's fused functions where there are any; (once): it takes so long that "
-        "it was timed once."
+        "it, and so were torch's fused functions where there are any; (once): it takes so long "
+        "that it was timed once."
     )
     tables = [f"**{TITLES[family]}**\n\n{markdown(header, rows, 3)}"
               for family, rows in lines.items() if rows]  # fmt: skip
