@@ -51,7 +51,8 @@ def test_ops(tmp_path):
     file = page(
         tmp_path, "ops",
         SPEED, {**EAGER, "least": 25.0}, {**EAGER, "provider": "linear_bf16", "least": 17.0},
-        {**EAGER, "provider": "linear_fp32", "least": 18.0}, {**SPEED, "provider": "deepkern torch", "least": 90.0},
+        {**EAGER, "provider": "linear_fp32", "least": 18.0},
+        {**SPEED, "provider": "deepkern torch", "least": 90.0},
         {**SPEED, "op": "gemm_nt", "limit": "compute", "tflops": 0.0168},
         {**SPEED, "size": "M=9999"},
         {**speed("deepkern cpu", [1234.5]), **more}, {**speed("eager", [5.0]), **more},
