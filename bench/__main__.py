@@ -44,13 +44,17 @@ def run(
     keep: bool = KEEP,
     seconds: Annotated[float, Option(help="time each call for about this long")] = 0.2,
     folder: Path = FOLDER,
+    backend: Annotated[list[str] | None, Option(help="check these only, repeatable")] = None,
     speed: Annotated[bool, Option(help="time the ops")] = True,
     model: Annotated[bool, Option(help="run the model")] = True,
 ) -> None:
     """Checks and times every op, runs the model, writes the report: the default, `make run`."""
     from . import job
 
-    raise typer.Exit(job.run(speed=speed, model=model, seconds=seconds, keep=keep, folder=folder))
+    raise typer.Exit(
+        job.run(backends=backend, speed=speed, model=model, seconds=seconds, keep=keep,
+                folder=folder)
+    )  # fmt: skip
 
 
 @app.command()
@@ -58,7 +62,9 @@ def op(
     names: list[str] = NAMES,
     shapes: Annotated[
         list[str] | None,
-        Option(help="a named set or a size such as M=64,N=7168,K=2048, repeatable"),
+        Option(
+            help="default, small, deepseek-v3, deepgemm, flashmla or M=64,N=7168,K=2048; repeatable"
+        ),
     ] = None,
     backend: Annotated[
         list[str] | None, Option(help="cuda, triton, cpu or torch, repeatable")
@@ -218,7 +224,7 @@ def report(
     results: Annotated[
         list[Path] | None,
         typer.Argument(exists=True, dir_okay=False,
-                       help="result files; the newest of each device by default"),
+                       help="result files; the newest committed of each device by default"),
     ] = None,
     out: Annotated[Path, Option(help="the HTML file")] = Path("build/report.html"),
     readme: Annotated[bool, Option(help="rewrite the README's tables instead")] = False,

@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from deepkern.testing.costs import Cost
 from deepkern.testing.timing import Timing, time_calls
 
+from . import machine
+
 SECONDS = 0.3  # of each measurement
 ROUNDS = 200  # short ones: the least counts on a CPU
 GPU_SIZE, CPU_SIZE = 8192, 512  # M = N = K; other work seldom delays a call of 2 ms
+LOAD = 600  # products, about a second on an H200
 
 
 class Roof(NamedTuple):
@@ -60,6 +63,18 @@ def measure(device: torch.device, seconds: float = SECONDS) -> Ceilings:
             continue
         rates[name] = 2 * size**3 / _best(product, device, seconds) / 1e6
     return Ceilings(bandwidth(device, seconds), rates)
+
+
+def clocks_under_load(device: torch.device) -> dict | None:
+    """The GPU's clocks, and why they are throttled, while it multiplies; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    product = products(device, GPU_SIZE)["bf16"]
+    for _ in range(LOAD):
+        product()
+    found = machine.clocks()
+    torch.cuda.synchronize()
+    return found
 
 
 def bandwidth(device: torch.device, seconds: float = SECONDS) -> float:

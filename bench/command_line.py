@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 NAMES = typer.Argument(None, help="ops; all by default")
 KEEP = typer.Option(False, help="name the results so that git does not ignore a CPU's")
-SECONDS = typer.Option(0.3, help="time each call for about this long")
+SECONDS = typer.Option(0.3, min=1e-4, help="time each call for about this long")
 FOLDER = typer.Option(Path(__file__).parent / "results", help="folder for the results")
 
 

@@ -305,11 +305,13 @@ def _refused(console: Console, reason: str) -> int:
 
 
 def _close(console: Console, changes: list[Change], threshold: float) -> int:
+    if not changes:
+        return _refused(console, "nothing is timed in both")
     counts = Counter(change.verdict for change in changes)
     parts = ", ".join(f"{counts[v]} {v}" for v in STYLES if counts[v])
     failed = bool(counts[SLOWER] or counts[WRONG])
     console.print(
-        f"{parts or 'nothing is timed in both'}; threshold {threshold:.0%}, chance reports a call "
+        f"{parts}; threshold {threshold:.0%}, chance reports a call "
         f"in at most {ALPHA:.0%} of comparisons",
         style="bold red" if failed else "yellow" if counts[UNCLEAR] else "bold green",
         highlight=False,

@@ -1,9 +1,10 @@
 """`python -m bench gpu`: everything to run on a GPU machine, in stages; one command, resumable.
 
-The machine needs torch, Triton and pytest, and no network. Each stage is one process. A stage that
+The machine needs no network; `REQUIRED` lists the packages. Each stage is one process. A stage that
 ended with exit code 0 is not repeated by the next call, unless the commit, the GPU or the versions
 have changed. With `--minutes`, no stage is started that has less than a third of its limit left;
-the next call goes on there. Stages that give the most information come first.
+the next call goes on there. Stages that give the most information come first. A copy of the tree
+without git is told its commit: `DEEPKERN_COMMIT=$(git rev-parse --short=12 HEAD)`.
 
 All output goes to one folder, build/gpu by default: `stages.json` (the machine, and the exit code,
 seconds and last line of each stage), one log per stage, the results of the benchmarks as JSON lines
@@ -26,14 +27,23 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from . import machine
+import deepkern
+
+from . import machine, shapes, tune
 from .command_line import screen
-from .families import FAMILIES, ops_of
+from .families import FAMILIES
 from .machine import ROOT
 from .results import write_text
 
 FOLDER = ROOT / "build" / "gpu"
 LIMIT = 590  # seconds of a stage
+REQUIRED = ("torch", "triton", "numpy", "pytest", "hypothesis", "rich", "typer", "jinja2",
+            "matplotlib", "safetensors", "tokenizers", "pybind11", "setuptools")  # fmt: skip
+MODEL_TESTS = (
+    "tests/model/test_deepseek.py", "tests/model/test_graph.py", "tests/bench/test_facts.py",
+    "tests/bench/test_providers.py", "tests/bench/test_timing.py", "tests/bench/test_tune.py",
+)  # fmt: skip
+HOPPER = (*tune.OPS, "mla_decode", "mla_prefill", "mla_prefill_backward")  # with a CUDA kernel
 IDENTITY = ("commit", "gpu", "torch", "triton", "python")  # a change of these starts all over
 
 
@@ -46,44 +56,45 @@ class Stage(NamedTuple):
 
 
 def stages(out: Path) -> list[Stage]:
-    """All stages, in the order in which they run."""
+    """All stages, in the order in which they run. A fault of an op ends its stage only."""
     python = sys.executable
     bench = [python, "-m", "bench"]
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # compiling is slow
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "-m", "gpu"]
     folder = ["--folder", str(out)]
-    tests = [Stage(f"tests {family}", [*pytest, f"tests/{family}"], 400) for family in FAMILIES]
-    speeds = [
-        Stage(f"speed {family}", [*bench, "op", *ops_of(family), *folder], 400)
-        for family in FAMILIES
-    ]
-    published = [
-        Stage(f"speed {name}", [*bench, "op", "--shapes", name, *folder], 400)
-        for name in ("deepgemm", "flashmla")
-    ]
+    check = [*bench, "run", "--no-speed", "--no-model", "--backend"]
+    hopper = ["--backend", "cuda", "--against", "eager", *folder]
     return [
         Stage("build", [python, "setup.py", "--quiet", "build_ext", "--inplace", "--force"]),
-        Stage("checks", [*bench, "run", "--no-speed", "--no-model", *folder], 300),
-        Stage("tests hopper", [python, "-m", "bench.verify"], 400),
-        *speeds,
-        *published,
-        *tests,
-        Stage("tests model", [*pytest, "tests/model", "tests/bench"], 300),
+        Stage("checks triton", [*check, "triton", *folder], 300),
+        Stage("tests hopper", [python, "-m", "bench.verify", *folder], 400),
+        *(Stage(f"tests {name}", [*pytest, f"tests/{name}"], 400) for name in FAMILIES),
+        Stage("tests model", [*pytest, *MODEL_TESTS], 200),
+        *(Stage(f"speed {op}", [*bench, "op", op, "--backend", "triton", *folder], 200)
+          for op in sorted(deepkern.OPS)),
+        *(Stage(f"speed {op} cuda", [*bench, "op", op, *hopper], 200) for op in HOPPER),
+        *(Stage(f"speed {op} {name}", [*bench, "op", op, "--shapes", name, *folder], 200)
+          for name in ("deepgemm", "flashmla") for op in sorted(shapes.SETS[name])),
         Stage("model", [*bench, "model", *folder], 200),
-        Stage("tune", [*bench, "tune", *folder]),
+        *(Stage(f"tune {op}", [*bench, "tune", op, "--folder", str(out / "configs")])
+          for op in tune.OPS),
         Stage("accumulation", [python, "-m", "bench.studies.accumulation", *folder], 200),
         Stage("launch", [python, "-m", "bench.studies.launch", *folder], 200),
-    ]
+    ]  # fmt: skip
 
 
-def run_stage(command: Sequence[str], log: Path, limit: float) -> dict:
-    """Runs a command with its output in `log`; kills it after `limit` seconds. Its record."""
+def run_stage(command: Sequence[str], log: Path, limit: float, commit: str | None = None) -> dict:
+    """Runs a command with its output in `log`; kills it after `limit` seconds. Its record.
+
+    `commit` is the one that its results name: a stage before may have written into the tree.
+    """
     start, paths = time.monotonic(), [str(ROOT / "kernels"), str(ROOT)]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     with log.open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1",
+                 **({"DEEPKERN_COMMIT": commit} if commit else {})},
         )  # fmt: skip
         try:
             code: int | str = process.wait(limit)
@@ -91,6 +102,9 @@ def run_stage(command: Sequence[str], log: Path, limit: float) -> dict:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code = f"killed after {limit:.0f} s"
+        except BaseException:  # such as Ctrl-C: the GPU must be free for the next call
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     lines = log.read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.strip()), "")
     return {"exit": code, "seconds": round(time.monotonic() - start), "last": last[:200]}
@@ -132,9 +146,12 @@ def run(
             text = f"{stage.name} (at most {stage.limit} s): {shlex.join(stage.command)}"
             console.print(text, markup=False, soft_wrap=True, highlight=False)
         return 0
-    if machine.device().type != "cuda":
-        console.print("gpu: needs a GPU, and there is none here; nothing was run")
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if machine.device().type != "cuda" or missing:
+        what = f"the packages {', '.join(missing)}" if missing else "a GPU, and there is none here"
+        console.print(f"gpu: needs {what}; nothing was run", markup=False)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage is killed, too
     return run_stages(chosen, out, machine.describe(), minutes, console, again=bool(names))
 
 
@@ -157,14 +174,16 @@ def run_stages(
         if progress.done(stage.name) and not again:
             console.print(f"{stage.name:18} done before", markup=False)
             continue
+        before = progress.records.get(stage.name, {}).get("exit")
         remaining = end - time.monotonic()
         if remaining < stage.limit / 3:
             left.append(stage.name)
             continue
         log = out / f"{stage.name.replace(' ', '-')}.log"
-        record = run_stage(stage.command, log, min(stage.limit, remaining))
+        record = run_stage(stage.command, log, min(stage.limit, remaining), about["commit"])
         progress.add(stage.name, record)
-        console.print(f"{stage.name:18} exit {record['exit']}, {record['seconds']} s: "
+        again_text = "" if before is None else f" (before: {before})"
+        console.print(f"{stage.name:18} exit {record['exit']}{again_text}, {record['seconds']} s: "
                       f"{record['last']}", markup=False, soft_wrap=True)  # fmt: skip
     if left:
         console.print(f"no time left for: {', '.join(left)}; run the command again", markup=False)

@@ -28,6 +28,7 @@ def run_model(console: Console, path: Path) -> list[dict]:
 
 def run(
     ops: list[str] | None = None,
+    backends: list[str] | None = None,
     speed: bool = True,
     model: bool = True,
     seconds: float = 0.3,
@@ -37,21 +38,24 @@ def run(
     page: Path = report.OUT,
     console: Console | None = None,
 ) -> int:
-    """Checks and times `ops` (all by default), runs the model; 1 if any check fails, else 0."""
+    """Checks and times `ops` (all by default), runs the model; 1 if any check fails, else 0.
+
+    backends: those to check; all of this machine by default.
+    """
     console, start = console or screen(), time.monotonic()
     ops = sorted(deepkern.OPS) if ops is None else ops
     about = machine.describe()
     console.print(summary.machine(about))
-    checked, rows = check_ops(console, ops), []
+    checked, rows = check_ops(console, ops, backends), []
     records = [c.record() for c in checked]
     if ops:
         console.print(summary.agreement(records))
     if ops and speed:
         device = machine.device()
-        rates = ceilings.measure(device, seconds)
+        rates = ceilings.measure(device)
         request = timings.Request(device, rates, seconds=seconds)
-        rows = time_rows(console, timings.plan(ops, device), checked, request)
-        about |= {"ceilings": rates.record(), "clocks": machine.clocks()}
+        rows = list(time_rows(console, timings.plan(ops, device), checked, request))
+        about |= {"ceilings": rates.record(), "clocks": ceilings.clocks_under_load(device)}
         speeds = [speed.record() for row in rows for speed in row]
         console.print(summary.speed(speeds))
         records += speeds

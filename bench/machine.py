@@ -148,7 +148,9 @@ def _nvidia_smi(*fields: str) -> list[str] | None:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with + if files differ from it."""
+    """The commit of this checkout, with + if files differ from it; DEEPKERN_COMMIT overrides it."""
+    if given := os.environ.get("DEEPKERN_COMMIT"):
+        return given
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]

@@ -13,13 +13,15 @@ import torch
 import typer
 from rich.console import Console
 
+from deepkern.runtime.backends import BACKENDS
 from deepkern.testing import providers
 
 from . import ceilings, checks, machine, report, results, shapes, summary, timings
 from .command_line import bar, screen
 from .timings import Request, Row
 
-JOBS_PER_PROCESS = 20  # a process takes a few seconds to start
+JOBS_PER_PROCESS = 10  # a process takes a few seconds to start
+MOST_PROCESSES = 8  # each has memory of the GPU
 
 
 def check_ops(
@@ -36,9 +38,9 @@ def check_ops(
 
 
 def _check_all(jobs: Sequence[tuple[str, str]]) -> Iterator[list[checks.Check]]:
-    """The checks of each job, in order; many jobs on a CPU run in a process per core."""
-    processes = min(os.cpu_count() or 1, len(jobs) // JOBS_PER_PROCESS)
-    if processes < 2 or machine.device().type == "cuda":
+    """The checks of each job, in order; many jobs run in a process per core."""
+    processes = min(os.cpu_count() or 1, MOST_PROCESSES, len(jobs) // JOBS_PER_PROCESS)
+    if processes < 2:
         yield from map(_check_job, jobs)
         return
     context = multiprocessing.get_context("spawn")
@@ -56,26 +58,25 @@ def time_rows(
     jobs: Sequence[tuple[str, dict]],
     checked: Sequence[checks.Check],
     request: Request,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Times the rows of `jobs`, without backends that failed a check; says which do not fit."""
     failed = {(check.op, check.backend) for check in checked if check.ok is False}
-    rows = []
     with bar(console, "timing", len(jobs)) as step:
         for op, size in jobs:
-            step(f"{op} {checks.text(size)}")
             try:
                 row = timings.time_op(op, size, request, {name for o, name in failed if o == op})
             except shapes.TooLarge as reason:
                 console.print(f"skipped: {op} {checks.text(size)}: {reason}", style="yellow")
                 continue
+            except torch.AcceleratorError:  # nothing runs on this GPU any more in this process
+                raise
             except Exception as error:
-                rows.append(timings.failed_row(op, size, request, error))
-                continue
+                row = [*timings.failed_row(op, size, request, error)]
+            step(f"{op} {checks.text(size)}")
             if row:
-                rows.append(row)
+                yield row
             else:
                 console.print(f"skipped: {op} {checks.text(size)}: no backend", style="yellow")
-    return rows
 
 
 def plan(
@@ -118,36 +119,49 @@ def run(
         against: providers; by default all that are installed. Ratios are to the first one.
         seconds: for each provider and size.
 
-    Returns 1 if a result of deepkern is wrong, else 0. A provider that differs has no time.
+    Returns 1 if a result of deepkern is wrong, 2 if there was nothing to do, else 0. A provider
+    that differs has no time.
     """
-    for name in against or ():
-        if name not in providers.NAMES:
-            raise typer.BadParameter(
-                f"no provider {name!r}; there are {', '.join(providers.NAMES)}"
-            )
+    for kind, given, known in (("provider", against, providers.NAMES),
+                               ("backend", backends, BACKENDS)):  # fmt: skip
+        for name in given or ():
+            if name not in known:
+                raise typer.BadParameter(f"no {kind} {name!r}; there are {', '.join(known)}")
     console, start, device = console or screen(), time.monotonic(), machine.device()
     about = machine.describe()
+    file = results.path(about, keep, folder)
     console.print(summary.machine(about))
     jobs = plan(console, names, shape_sets, device)
-    rates = ceilings.measure(device, seconds)
+    rates = ceilings.measure(device)
     console.print(report.ceilings(rates))
     checked = check_ops(console, list({op: 1 for row in jobs.values() for op, _ in row}), backends)
-    rows = []
+    rows: list[Row] = []
+
+    def save(rows: Sequence[Row], *last: dict) -> list[dict]:
+        """Writes what there is: a run that is killed keeps its rows."""
+        head = {"kind": "machine", **about, "ceilings": rates.record()}
+        found = [check.record() for check in checked]
+        found += [speed.record() for row in rows for speed in row]
+        results.write([head, *found, *last], file)
+        return found
+
     for label, given in jobs.items():
         request = Request(
             device, rates, label, seconds, tuple(backends) if backends else None,
-            tuple(against) if against else None, compile=True,
+            tuple(against) if against else None,
         )  # fmt: skip
-        rows += time_rows(console, given, checked, request)
+        for row in time_rows(console, given, checked, request):
+            rows.append(row)
+            save(rows)
     console.print(report.checked(checked), report.timed(rows, against[0] if against else "eager"))
-    about |= {"ceilings": rates.record(), "clocks": machine.clocks()}
-    records = [{"kind": "machine", **about}, *(check.record() for check in checked)]
-    records += [speed.record() for row in rows for speed in row]
+    if not rows and not checked:
+        console.print("nothing was checked or timed", style="red")
+        return 2
+    about["clocks"] = ceilings.clocks_under_load(device)
+    records = save(rows)
     wrong = summary.failures(records)
     elapsed = round(time.monotonic() - start, 1)
-    records.append({"kind": "verdict", "disagreements": len(wrong), "seconds": elapsed})
+    save(rows, {"kind": "verdict", "disagreements": len(wrong), "seconds": elapsed})
     summary.verdict(console, records)
-    file = results.path(about, keep, folder)
-    results.write(records, file)
     console.print(f"{elapsed:.0f} s; written: {file}", soft_wrap=True, highlight=False)
     return 1 if wrong else 0

@@ -101,13 +101,10 @@ def provenance(found: Run, name: str) -> str:
 
 
 def ops(found: Run) -> str:
-    """One row per op, its first size in the result, with the fastest backend; by family."""
+    """One row per op and size, with the fastest backend; by family."""
     time = "median" if found.machine["gpu"] else "least"
-    first: dict[str, tuple[str, compare.Row]] = {}
-    for (op, size), row in compare.rows(found).items():
-        first.setdefault(op, (size, row))
     lines: dict[str, list[list[str]]] = {family: [] for family in TITLES}
-    for op, (size, row) in sorted(first.items()):
+    for (op, size), row in compare.rows(found).items():
         lines[family_of(op)].append([f"`{op}`", size, *op_cells(row, time, found.file.name)])
     header = ("op", "size", "backend", "µs", "rate", "of the roof", "eager / ours",
               "fastest other / ours")  # fmt: skip

@@ -78,6 +78,11 @@ class Run:
         return gpu["name"] if gpu else f"{self.machine['cpu']}, {self.machine['cores']} cores"
 
 
+def time_of(speed: dict) -> float | None:
+    """Microseconds of a "speed" record that count: the median on a GPU, the least on a CPU."""
+    return speed["least"] if speed.get("host") is None else speed["median"]
+
+
 class Runs(list[Run]):
     """Results, the newest last; `skipped` has the names of the files of another schema."""
 

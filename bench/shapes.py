@@ -67,8 +67,15 @@ def parse_size(op: str, words: list[str]) -> dict:
         if not found or (name not in names and len(names) == len(parameters) - 1):
             raise ValueError(f"{word!r}: expected NAME=VALUE with a NAME of {', '.join(names)}")
         value = _value(text)
+        if isinstance(value, int) and not isinstance(value, bool) and value < 0:
+            raise ValueError(f"{word!r}: expected a size of at least 0")
         wants_tuple = name in names and "tuple" in str(parameters[name].annotation)
         size[name] = (value,) if wants_tuple and not isinstance(value, tuple) else value
+    missing = [name for name in names if parameters[name].default is inspect.Parameter.empty
+               and parameters[name].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+               and name not in size]  # fmt: skip
+    if missing:
+        raise ValueError(f"{op} needs {', '.join(f'{name}=' for name in missing)} as well")
     return size
 
 
@@ -79,7 +86,10 @@ def _value(text: str):
         return tuple(_value(part) for part in text.split(",") if part)
     if isinstance(getattr(torch, text, None), torch.dtype):
         return getattr(torch, text)
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ValueError(f"expected a number, a dtype or True or False, got {text!r}") from None
 
 
 def own(sizes: Sizes, name: str, device: torch.device) -> list[dict]:

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from . import results
 from .families import FAMILIES, family_of
 
 Records = list[dict]
@@ -71,16 +72,17 @@ def _agreement_cell(checks: Records) -> str:
 
 
 def ratios(speeds: Records) -> dict[tuple[str, str, str], float]:
-    """(op, size, provider) of deepkern -> the least time of the fastest other one over its own."""
+    """(op, size, provider) of deepkern -> the time of the fastest other provider over its own."""
     others: dict[tuple[str, str], float] = {}
     for s in speeds:
-        if s["least"] and not is_ours(s):
+        time = results.time_of(s)
+        if time and not is_ours(s):
             row = s["op"], s["size"]
-            others[row] = min(s["least"], others.get(row, s["least"]))
+            others[row] = min(time, others.get(row, time))
     return {
-        (s["op"], s["size"], s["provider"]): others[s["op"], s["size"]] / s["least"]
+        (s["op"], s["size"], s["provider"]): others[s["op"], s["size"]] / time
         for s in speeds
-        if s["least"] and is_ours(s) and (s["op"], s["size"]) in others
+        if (time := results.time_of(s)) and is_ours(s) and (s["op"], s["size"]) in others
     }
 
 
@@ -93,8 +95,8 @@ def speed(speeds: Records) -> Table:
     found = ratios(speeds)
     backends = sorted({provider.removeprefix("deepkern ") for _, _, provider in found})
     view = Table(
-        title="How fast? The time of PyTorch, in the fastest way that was timed, over that of "
-        f"deepkern ({', '.join(backends)}); above 1, deepkern is faster",
+        title="How fast? The time of the fastest other provider (PyTorch, or a library) over that "
+        f"of deepkern ({', '.join(backends)}); above 1, deepkern is faster",
         title_justify="left",
     )
     view.add_column("family")

@@ -33,10 +33,11 @@ from . import checks, rotation, shapes
 from .ceilings import Ceilings, time_of
 
 OURS = "deepkern"  # a backend's provider is called "deepkern cpu"
-REFERENCE, EAGER = "reference", "eager"
+REFERENCE, EAGER, COMPILE = "reference", "eager", "compile"
 # FLOPs and bytes up to which a device computes the reference in float64, in some seconds.
 REFERENCE_FLOPS = {"cpu": 1e10, "cuda": 2e12}
 REFERENCE_BYTES = {"cpu": 1 << 29, "cuda": 4 << 30}
+FEWEST = 3  # copies of a slow call's inputs
 LONGEST_CALL = 5.0  # seconds that a call may take at the ceilings of the device
 IN_MEMORY = 4  # bytes of a row's providers over those of its inputs
 
@@ -123,8 +124,8 @@ class Request:
     shapes: str = "default"
     seconds: float = 0.3  # for each provider
     backends: tuple[str, ...] | None = None  # by default `timed_backends`
-    providers: tuple[str, ...] | None = None  # their names; None: all, with `compile` or without
-    compile: bool = False  # whether to run "compile" as well, whose first call takes seconds
+    # Their names; None: all but "compile", whose first call takes up to minutes.
+    providers: tuple[str, ...] | None = None
 
 
 def time_op(op: str, size: dict, request: Request, failed: Collection[str] = ()) -> Row:
@@ -232,7 +233,7 @@ def theirs(op: str, args: tuple, label: Speed, request: Request) -> list[Entry]:
     """The requested providers; a name that the op does not have here is an entry that failed."""
     names = request.providers
     found = providers.of(op, args, names)
-    if names is None and not request.compile:
+    if names is None:
         found = [provider for provider in found if provider.name != "compile"]
     entries = [Entry(label_of(label, p.name, about=p.about), p) for p in found]
     for name in names or ():
@@ -281,11 +282,13 @@ def compute(op: str, args: tuple, entry: Entry) -> None:
     """The outputs of one provider: what it writes in place it writes to copies."""
     provider = entry.provider
     try:
-        with entry.context():
+        with entry.context(), compare.poison():
             if entry.backend is not None:
                 entry.outputs = checks.outputs(getattr(deepkern, op), args)
             elif provider.name == EAGER:
                 entry.outputs = checks.outputs(facts(op).baseline, args)
+            elif provider.name == COMPILE:
+                entry.outputs = checks.outputs(providers.compiled_baseline(op), args)
             else:
                 entry.outputs = provider.outputs(provider.call())
     except Exception as error:
@@ -318,6 +321,8 @@ def compare_entry(op: str, args: tuple, entry: Entry, against: str, want: tuple)
         bound = provider.tolerance
         result = checks.compare_plain(op, args, got, want, bound, against)
     ok, error, note = result
+    if ok and (row := checks.worst_row(got, want)) > checks.ROW_TOLERANCE:
+        ok, note = False, f"a row differs by {row:.2g} from {against} > {checks.ROW_TOLERANCE:g}"
     note = "" if ok else f"not timed: {note}"
     entry.speed = replace(
         entry.speed, ok=bool(ok), error=error, tolerance=bound, against=against, note=note
@@ -357,23 +362,32 @@ def measure(op: str, args: tuple, entries: list[Entry], request: Request) -> Non
 
 
 def warmed_up(entry: Entry, calls: list, seconds: float) -> list:
-    """The calls that `seconds` suffice for, each of which was made once.
+    """The calls that `seconds` suffice for, at least FEWEST, each of which was made once.
 
-    A slow call needs no other copies of its inputs: it moves more bytes than a cache holds, and
-    the copies take as long to prepare. None if a call fails; then the entry fails.
+    More copies of the inputs of a slow call would not be used, and take as long to prepare as the
+    call. Returns [] if a call fails; then the entry fails.
     """
     try:
         with entry.context():
             calls[0]()  # prepares
+            wait()
             start = time.perf_counter()
             calls[0]()
-            count = int(seconds / (time.perf_counter() - start))
+            wait()
+            count = max(FEWEST, int(seconds / (time.perf_counter() - start)))
             for call in calls[1:count]:
                 call()
+            wait()
     except Exception as error:
         entry.raised(error)
         return []
-    return calls[: max(1, count)]
+    return calls[:count]
+
+
+def wait() -> None:
+    """Until a GPU has done its work: an error of the work is then raised here."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def variant_calls(

@@ -14,13 +14,14 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
 import deepkern
 from deepkern.runtime import native, verified
 
 from . import machine, results
-from .command_line import screen
+from .command_line import FOLDER, screen
 
 COUNTS = ("tests", "failures", "errors", "skipped")
 
@@ -41,11 +42,14 @@ def pytest_counts() -> dict[str, int]:
 def run(
     run_tests: Callable[[], dict[str, int]] = pytest_counts,
     folder: Path = results.FOLDER,
-    file: Path = verified.FILE,
+    file: Path | None = None,
     console: Console | None = None,
 ) -> int:
-    """The command. Exit code 2 without a Hopper GPU or its kernels, 1 if a test did not pass."""
+    """The command. The record goes to `file`: into `folder`, if that is not bench/results.
+
+    Exit code 2 without a Hopper GPU or its kernels, 1 if a test did not pass."""
     console = console or screen()
+    file = file or (verified.FILE if folder == results.FOLDER else folder / verified.FILE.name)
     about = machine.describe()
     gpu = about["gpu"]
     if gpu is None or gpu["target"] != "sm_90" or verified.compiled_sources() is None:
@@ -73,5 +77,10 @@ def run(
     return 0
 
 
+def main(folder: Path = FOLDER) -> None:
+    """Runs the GPU tests of the Hopper kernels; if all pass, `auto` uses these kernels."""
+    raise typer.Exit(run(folder=folder))
+
+
 if __name__ == "__main__":
-    sys.exit(run())
+    typer.run(main)

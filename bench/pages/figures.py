@@ -68,9 +68,10 @@ def verdict(rows: Sequence[Row]) -> str:
     rivals = [row for row in rows if row.ours() and row.others()]
     behind = sum((row.time(row.others()[0]) or 0) < (row.time(row.ours()[0]) or 0)
                  for row in rivals)  # fmt: skip
+    faster = f"at {behind} of {len(rivals)}" if rivals else "nowhere: there was none"
     return (
         f"{times(mean(ratios))} {_over(len(ratios))}; slower than eager at {slower}, than the "
-        f"fastest other provider at {behind} of {len(rivals)}"
+        f"fastest other provider {faster}"
     )
 
 

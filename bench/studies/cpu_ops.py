@@ -95,7 +95,7 @@ def run(
 ) -> int:
     """Measures, prints, and writes the results; 1 if deepkern's result is wrong."""
     console, about, device = console or screen(), machine.describe(), torch.device("cpu")
-    rates = ceilings.measure(device, seconds)
+    rates = ceilings.measure(device)
     request, measured = Request(device, rates, seconds=seconds), []
     with torch.inference_mode(), bar(console, "measuring", len(PRODUCTS) * len(ROWS)) as step:
         for speeds in rows(request):

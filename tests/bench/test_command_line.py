@@ -71,8 +71,8 @@ def test_dry_run_prints_stages_and_runs_none(tmp_path):
     assert stages == [stage.name for stage in gpu.stages(tmp_path)]
     assert "setup.py" in done.output and f"(at most {gpu.LIMIT} s)" in done.output
     assert not (tmp_path / "out").exists()
-    one = CliRunner().invoke(app, [*words, "--stage", "tune"])
-    assert len(one.output.splitlines()) == 1 and one.output.startswith("tune (at most")
+    one = CliRunner().invoke(app, [*words, "--stage", "launch"])
+    assert len(one.output.splitlines()) == 1 and one.output.startswith("launch (at most")
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_a_wrong_result_is_a_regression(tmp_path):
     broken = [failed("deepkern cpu", "diff 0.1 > 2e-05"), EAGER]
     code, text = two_files(tmp_path, row(), broken)
     assert code == 1 and "diff 0.1 > 2e-05" in text and "1 wrong;" in text
-    assert two_files(tmp_path, broken, broken)[0] == 0
+    assert two_files(tmp_path, broken, broken)[0] == 2, "nothing is timed in both"
     wrong = {**CHECK, "ok": False, "note": "NaN at [3]"}
     code, text = two_files(tmp_path, [CHECK], [wrong])
     assert code == 1 and "NaN at [3]" in text and "check on cpu" in text
@@ -132,7 +132,7 @@ def test_rows_that_vanished_are_listed(tmp_path):
     other = {**SPEED, "op": "gemm_nt"}
     without_time = {**SPEED, "samples": [], "least": None, "median": None, "note": "too large"}
     code, text = two_files(tmp_path, [*row(), other, CHECK], [without_time, EAGER, CHECK])
-    assert code == 0
+    assert code == 2 and "nothing is timed in both" in text
     assert "not in NEW: gemm_nt M=64 deepkern cpu" in text
     assert "not in NEW: fp8_gemm_nt M=64 deepkern cpu has no time: too large" in text
     many = [{**CHECK, "size": f"M={i}"} for i in range(30)]

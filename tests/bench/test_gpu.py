@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -13,17 +14,21 @@ from rich.console import Console
 import deepkern
 from bench import families, gpu, machine
 from bench.gpu import Stage
+from deepkern.runtime import native
 
 
 def test_stages_name_existing_files_and_all_ops(tmp_path):
     known = {stage.name: stage for stage in gpu.stages(tmp_path)}
     assert len(known) == len(gpu.stages(tmp_path))
-    ops = []
     for family in families.FAMILIES:
-        folder = known[f"tests {family}"].command[-1]
-        assert (machine.ROOT / folder).is_dir()
-        ops += [word for word in known[f"speed {family}"].command if word in deepkern.OPS]
-    assert sorted(ops) == sorted(deepkern.OPS)
+        assert (machine.ROOT / known[f"tests {family}"].command[-1]).is_dir()
+    assert all((machine.ROOT / file).is_file() for file in gpu.MODEL_TESTS)
+    ops = [
+        name.split()[1] for name in known if name.startswith("speed ") and len(name.split()) == 2
+    ]
+    assert ops == sorted(deepkern.OPS)
+    assert {f"speed {op} cuda" for op in gpu.HOPPER} <= known.keys()
+    assert all(native.native_op(op, "cuda") for op in gpu.HOPPER) or native.missing_reason()
     for stage in known.values():
         assert 0 < stage.limit <= 590
         assert stage.command[0] == sys.executable
@@ -85,3 +90,29 @@ def test_a_stage_that_hangs_is_killed(tmp_path):
     record = gpu.run_stage(python(code), tmp_path / "log", limit=2)
     assert record["exit"] == "killed after 2 s" and record["seconds"] < 30
     assert record["last"] == "waiting"
+
+
+def test_results_of_a_stage_name_the_commit_of_the_start(tmp_path):
+    """A stage may write files into the tree, after which git calls it changed."""
+    code = "from bench import machine; print(machine.describe()['commit'])"
+    about = {**machine.describe(), "commit": "0123456789ab"}
+    _, tree, _ = run([Stage("speed", python(code))], tmp_path, about)
+    assert tree["stages"]["speed"]["last"] == "0123456789ab"
+
+
+def test_an_interrupt_ends_the_stage(tmp_path, monkeypatch):
+    file = tmp_path / "alive"
+    code = f"import time, pathlib\nwhile True: pathlib.Path({str(file)!r}).touch(); time.sleep(0.1)"
+
+    def interrupted(process, limit=None):
+        while not file.exists():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_stage(python(code), tmp_path / "log", limit=60)
+    time.sleep(0.5)
+    file.unlink()
+    time.sleep(0.5)
+    assert not file.exists(), "the stage goes on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -29,7 +30,7 @@ RATES = Ceilings(10.0, {"fp32": 0.1, "bf16": 0.05})
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Fixed ceilings and few checks: these tests are not about speed."""
-    monkeypatch.setattr(ceilings, "measure", lambda device, seconds: RATES)
+    monkeypatch.setattr(ceilings, "measure", lambda device: RATES)
     sizes = ops.sizes(OP)
     tiny = ops.Sizes(small=sizes.small[:1], cpu=[{"M": 8, "K": 128}], gpu=[{"M": 8, "K": 128}])
     monkeypatch.setattr(ops.facts(OP), "SIZES", tiny)
@@ -92,6 +93,30 @@ def test_a_wrong_kernel_has_no_time_and_fails(monkeypatch, tmp_path):
     assert speeds(records)["eager"]["samples"]
 
 
+def test_one_wrong_row_of_many_is_found(monkeypatch, tmp_path):
+    """Its diff over all values, 1e-5, is below the tolerance."""
+    rows, want = 4096, torch.randn(4096, 64)
+    got = want.clone()
+    got[-1] = got[-1] * 0.7
+    ok, error, _ = checks.compare_plain(OP, (), (got,), (want,))
+    assert ok and error < checks.PLAIN_TOLERANCE
+    assert checks.worst_row((got,), (want,)) > checks.ROW_TOLERANCE
+    assert checks.worst_row((want.bfloat16().float(),), (want,)) < checks.ROW_TOLERANCE / 100
+    launch = deepkern.OPS[OP].launcher("torch")
+
+    def wrong(x, *rest):
+        q, scale = launch(x, *rest)
+        if len(x) == rows:
+            scale[-1] *= 0.7
+        return q, scale
+
+    monkeypatch.setitem(deepkern.OPS[OP].launchers, "torch", wrong)
+    monkeypatch.setattr(timings, "REFERENCE_BYTES", {"cpu": 0})
+    code, records, _ = run(tmp_path, f"M={rows},K=128", backends=["torch"])
+    ours = speeds(records)["deepkern torch"]
+    assert code == 1 and "a row differs" in ours["note"] and ours["samples"] == []
+
+
 def test_a_wrong_provider_has_no_time_and_does_not_fail(monkeypatch, tmp_path):
     def providers(x, **rest):
         return [Provider("quack", "", lambda: deepkern.reference.cast_per_token(x * 2))]
@@ -135,9 +160,11 @@ def test_calls_that_take_too_long_are_skipped(monkeypatch, tmp_path):
 
 
 def test_an_op_without_shapes_says_so(tmp_path):
-    code, records, text = run(tmp_path, "flashmla")
-    assert code == 0 and not speeds(records)
-    assert "cast_per_token has no shapes 'flashmla'" in text
+    output = io.StringIO()
+    console = Console(file=output, width=200)
+    assert op.run([OP], ["flashmla"], folder=tmp_path, console=console) == 2
+    assert "cast_per_token has no shapes 'flashmla'" in output.getvalue()
+    assert not list(tmp_path.iterdir()), "no result"
 
 
 @pytest.mark.parametrize("wanted", ["deepseek", "M=x", "H=3", "M=4 K"])
@@ -163,8 +190,17 @@ def test_large_sizes_are_compared_with_eager(monkeypatch):
     )
 
 
-def test_a_size_that_fails_is_an_error(tmp_path):
-    code, records, text = run(tmp_path, "M=-1,K=3")
+def test_a_size_that_fails_is_an_error(tmp_path, monkeypatch):
+    made = ops.facts(OP).inputs
+
+    @functools.wraps(made)
+    def inputs(generator, **size) -> tuple:
+        if size["M"] == 7:
+            raise RuntimeError("no inputs")
+        return made(generator, **size)
+
+    monkeypatch.setattr(ops.facts(OP), "inputs", inputs)
+    code, records, text = run(tmp_path, "M=7,K=3")
     assert code == 1 and "RuntimeError" in speeds(records)["deepkern"]["note"]
     assert "1 disagreements" in text
 

@@ -46,7 +46,7 @@ def test_readme_equals_its_results():
 
 
 def test_ops(tmp_path):
-    """One row per op, the fastest backend at the first size; by family, with provenance."""
+    """One row per op and size, the fastest backend; by family, with provenance."""
     more = {"op": "cast_per_token", "size": "M=4", "limit": "memory", "roof_share": None}
     file = page(
         tmp_path, "ops",
@@ -67,7 +67,8 @@ def test_ops(tmp_path):
     )
     assert "| `cast_per_token` | M=4 | cpu | 1,234 | 0.1 GB/s |  | 0.00405x (once) |  |" in text
     assert "| `gemm_nt` | M=64 | cpu | 10 | 16.8 GFLOPS | 50 %, compute |  |  |" in text
-    assert "| `mla_decode` | M=64 |  |  |  |  |  | too large |" in text and "9999" not in text
+    assert "| `mla_decode` | M=64 |  |  |  |  |  | too large |" in text
+    assert "| `fp8_gemm_nt` | M=9999 | cpu | 10 |" in text
     assert text.index("**Casts**") < text.index("**Matrix products**")
     assert text.index("**Matrix products**") < text.index("**Latent attention**")
     assert text.startswith("Before\n") and text.endswith("<!-- end -->\n\nAfter\n")

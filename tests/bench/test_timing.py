@@ -77,10 +77,10 @@ def test_a_call_longer_than_the_budget_is_timed_once():
 
 
 class FakeGpu:
-    """A GPU's clock: each call takes some microseconds, a call after no flush takes 1."""
+    """The clocks of a host and a GPU, in microseconds; a kernel after no flush takes 1."""
 
     def __init__(self, monkeypatch) -> None:
-        self.now, self.flushed, self.waits, self.captured = 0.0, False, 0, 0
+        self.host, self.device, self.flushed, self.waits = 0.0, 0.0, False, 0
         gpu = self
 
         class Event:
@@ -88,7 +88,7 @@ class FakeGpu:
                 assert enable_timing
 
             def record(self) -> None:
-                self.at = gpu.now
+                self.at = gpu.run(0.0)
 
             def elapsed_time(self, end) -> float:
                 assert gpu.waits, "an event was read before the GPU was done"
@@ -96,20 +96,33 @@ class FakeGpu:
 
         class Buffer:
             def zero_(self) -> None:
-                gpu.now, gpu.flushed = gpu.now + 60.0, True
+                gpu.run(60.0)
+                gpu.flushed = True
 
         def wait() -> None:
-            self.waits += 1
+            self.waits, self.host = self.waits + 1, max(self.host, self.device)
+
+        def now() -> float:
+            self.host += 0.01
+            return self.host / 1e6
 
         properties = type("Properties", (), {"L2_cache_size": 50 << 20})
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.run(cycles / 2e3))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(timing.torch, "empty", lambda *args, **rest: Buffer())
+        monkeypatch.setattr(timing.time, "perf_counter", now)
 
-    def kernel(self, microseconds: float):
+    def run(self, microseconds: float, launch: float = 1.0) -> float:
+        """The host launches, then the GPU runs when it is free; returns when it ends."""
+        self.host += launch
+        self.device = max(self.device, self.host) + microseconds
+        return self.device
+
+    def kernel(self, microseconds: float, launch: float = 4.0):
         def call() -> None:
-            self.now += microseconds if self.flushed else 1.0
+            self.run(microseconds if self.flushed else 1.0, launch)
             self.flushed = False
 
         return call
@@ -123,6 +136,14 @@ def test_events_time_the_call_and_not_the_flush(monkeypatch):
     )  # fmt: skip
     assert got["a"].samples == pytest.approx([10.0] * 6)
     assert got["b"].median == pytest.approx(30.0, rel=0.05), "both variants count"
+
+
+@pytest.mark.parametrize("launch", [50.0, 400.0, 2000.0])
+def test_slow_launches_are_not_timed(launch, monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    calls = {"a": [gpu.kernel(10.0, launch)]}
+    got = timing._time_rounds(calls, torch.device("cuda"), 0.05, 4, {})["a"]
+    assert got.samples == pytest.approx([10.0] * 4, abs=1.1)  # an event is launched in 1
 
 
 def test_times_of_a_gpu(monkeypatch):

@@ -74,7 +74,7 @@ def eager(op: str, args: tuple) -> Provider:
 
 def compiled(op: str, args: tuple) -> Provider:
     """torch.compile of the op's `baseline`; compiles in the first call."""
-    call = prepared(lambda: functools.partial(_compiled(op), *args))  # imports slowly
+    call = prepared(lambda: functools.partial(compiled_baseline(op), *args))  # imports slowly
     return Provider("compile", "torch.compile of eager", call, _outputs(args))
 
 
@@ -83,7 +83,7 @@ def _about(op: str) -> str:
 
 
 @functools.cache
-def _compiled(op: str) -> Callable:
+def compiled_baseline(op: str) -> Callable:
     # One compilation per size: after the limit, 8 by default, the code would run uncompiled.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_SIZES)

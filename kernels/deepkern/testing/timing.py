@@ -28,6 +28,8 @@ SHORTEST_ROUND = 1e-4  # seconds; the clock's resolution and cost are below 1e-7
 MOST_REPEATS = 1000  # of a round
 ROUNDS, FEW_ROUNDS = 31, 3
 FLUSHED_BYTES = 256 << 20  # overwritten before a call on a GPU, or four times its L2 cache
+SPIN_RATE = 2e9  # clocks per second of the fastest GPU
+LONGEST_SPIN = 5e-3  # seconds; a call that waits for the GPU takes as long as the GPU
 HOST_CALLS = 9  # that measure the launch overhead
 GRAPHS = 4  # variants that are captured
 
@@ -157,7 +159,10 @@ def cpu_clock(calls: Sequence[Call]) -> float:
 
 
 class GpuClock:
-    """Times calls with CUDA events; overwrites the L2 cache before each."""
+    """Times calls with CUDA events; overwrites the L2 cache before each.
+
+    The GPU then spins until the host has launched the call, so that launches are not in the time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         L2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -165,17 +170,27 @@ class GpuClock:
         self.buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
 
     def __call__(self, calls: Sequence[Call]) -> float:
-        events = []
+        events, cycles = [], spin_cycles(calls[0])
         for call in calls:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Zeroing takes about 60 us on an H200: the host launches the call in the meantime.
             self.buffer.zero_()
+            torch.cuda._sleep(cycles)
             start.record()
             call()
             end.record()
             events.append((start, end))
         torch.cuda.synchronize()
         return 1e3 * statistics.mean(start.elapsed_time(end) for start, end in events)
+
+
+def spin_cycles(call: Call) -> int:
+    """GPU clocks of twice the time that the host takes to launch `call`."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    launch = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return int(min(2 * launch, LONGEST_SPIN) * SPIN_RATE)
 
 
 def host_time(call: Call) -> float:

@@ -98,11 +98,12 @@ def providers(a, a_scale, b, b_scale, group_offsets, c, **rest) -> list[Provider
 
     args = a, a_scale, b, b_scale, group_offsets, c
     about = f"{gemms.GROUPED_MM}, bf16 output"
-    return [
-        Provider("grouped_mm", about, prepared(grouped_mm), outputs),
-        *library("deep_gemm", "DeepGEMM's product, added to the output",
-                 lambda module: deep_gemm(module, *args)),
-    ]  # fmt: skip
+    found = library("deep_gemm", "DeepGEMM's product, added to the output",
+                    lambda module: deep_gemm(module, *args))  # fmt: skip
+    # On a GPU grouped_mm asserts that every group's K is a multiple of 8.
+    if a.is_cuda and (group_offsets % 8).any():
+        return found
+    return [Provider("grouped_mm", about, prepared(grouped_mm), outputs), *found]
 
 
 def scale_columns(group_offsets: Tensor) -> Tensor:
