@@ -332,9 +332,11 @@ class Config:
             expected = "'dense' and 'sparse' as first_k_dense_replace and moe_layer_freq say"
             _require(list(given) == kinds, "mlp_layer_types", given, expected)
         if (given := self.extra.get("layer_types")) is not None:
-            kind = "indexed_attention" if self.is_sparse else "full_attention"
-            ok = list(given) == [kind] * self.num_hidden_layers
-            _require(ok, "layer_types", given, f"{kind!r} for every layer")
+            # transformers 5.17 writes the second name for V3.2, 5.23 the first.
+            sparse = ("indexed_attention", "deepseek_sparse_attention")
+            names = sparse if self.is_sparse else ("full_attention",)
+            ok = any(list(given) == [name] * self.num_hidden_layers for name in names)
+            _require(ok, "layer_types", given, f"{_one_of(names)} for every layer")
         known = _FIXED.keys() | _UNUSED | {"mlp_layer_types", "layer_types"}
         for key, value in self.extra.items():
             off = value is None or value is False or value in ([], {})

@@ -235,6 +235,17 @@ def test_only_v32_is_sparse():
     assert (config.index_n_heads, config.index_head_dim, config.index_topk) == (64, 128, 2048)
 
 
+@pytest.mark.parametrize("name", ["indexed_attention", "deepseek_sparse_attention"])
+def test_sparse_attention_has_two_names(name):
+    raw = Config.preset("deepseek-v3.2").to_dict()
+    layers = {"layer_types": [name] * raw["num_hidden_layers"]}
+    assert Config.from_dict({**raw, **layers}).is_sparse
+    with pytest.raises(ValueError, match="'indexed_attention' or 'deepseek_sparse_attention'"):
+        Config.from_dict({**raw, "layer_types": [name]})
+    with pytest.raises(ValueError, match="layer_types"):
+        Config.from_dict({**Config.preset("deepseek-v3").to_dict(), "layer_types": [name] * 61})
+
+
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_stored_dtype_has_two_spellings(name):
     assert Config.from_dict({name: "float16"}).stored_dtype == "float16"
