@@ -52,6 +52,13 @@ class Ceilings:
         return Roof(compute, "compute") if compute > memory else Roof(memory, "memory")
 
 
+def best(a: Ceilings, b: Ceilings) -> Ceilings:
+    """The larger one of each rate: other work can only lower a measured ceiling."""
+    rates = {name: max(rate, b.matmul_tflops.get(name, 0.0))
+             for name, rate in a.matmul_tflops.items()}  # fmt: skip
+    return Ceilings(max(a.copy_gb_per_s, b.copy_gb_per_s), rates)
+
+
 def measure(device: torch.device, seconds: float = SECONDS) -> Ceilings:
     """Times each rate for about `seconds`."""
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE

@@ -12,7 +12,7 @@ import deepkern
 from . import ceilings, machine, plot, results, summary, timings
 from .command_line import bar, screen
 from .models import checkpoint
-from .op import check_ops, time_rows
+from .op import check_ops, time_rows, with_best_roof
 from .pages import report
 
 
@@ -54,7 +54,9 @@ def run(
         device = machine.device()
         rates = ceilings.measure(device)
         request = timings.Request(device, rates, seconds=seconds)
-        rows = list(time_rows(console, timings.plan(ops, device), checked, request))
+        rows, rates = with_best_roof(
+            list(time_rows(console, timings.plan(ops, device), checked, request)), rates
+        )
         about |= {"ceilings": rates.record(), "clocks": ceilings.clocks_under_load(device)}
         speeds = [speed.record() for row in rows for speed in row]
         console.print(summary.speed(speeds))

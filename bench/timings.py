@@ -206,22 +206,27 @@ class Entry:
 
 
 def finished(speed: Speed, timing: Timing | None, work: Cost, request: Request) -> Speed:
-    """`speed` with its row's cost and, if it was timed, the share of the roof."""
-    roof = request.ceilings.roof(work, request.device)
-    speed = replace(
-        speed, bytes=work.bytes, flops=work.flops, fp8=work.fp8,
-        roof_us=roof.microseconds, limit=roof.limit,
-    )  # fmt: skip
-    if timing is None:
+    """`speed` with its row's cost and, if it was timed, its times and the share of the roof."""
+    speed = replace(speed, bytes=work.bytes, flops=work.flops, fp8=work.fp8)
+    if timing is not None:
+        elapsed = time_of(timing, request.device)
+        speed = replace(
+            speed, samples=timing.samples, least=timing.least, median=timing.median,
+            spread=timing.spread, calls=timing.calls, graph=timing.graph, host=timing.host,
+            gb_per_s=work.bytes / elapsed / 1e3,
+            tflops=work.flops / elapsed / 1e6 if work.flops else None,
+        )  # fmt: skip
+    return with_roof(speed, request.ceilings, request.device)
+
+
+def with_roof(speed: Speed, rates: Ceilings, device: torch.device) -> Speed:
+    """The speed with its share of the roof that follows from `rates`."""
+    if speed.bytes is None:
         return speed
-    elapsed = time_of(timing, request.device)
-    return replace(
-        speed, samples=timing.samples, least=timing.least, median=timing.median,
-        spread=timing.spread, calls=timing.calls, graph=timing.graph, host=timing.host,
-        gb_per_s=work.bytes / elapsed / 1e3,
-        tflops=work.flops / elapsed / 1e6 if work.flops else None,
-        roof_share=roof.microseconds / elapsed,
-    )  # fmt: skip
+    roof = rates.roof(Cost(speed.bytes, speed.flops or 0, speed.fp8), device)
+    elapsed = speed.microseconds
+    share = roof.microseconds / elapsed if elapsed else None
+    return replace(speed, roof_us=roof.microseconds, limit=roof.limit, roof_share=share)
 
 
 def ours(op: str, args: tuple, backend: str) -> Provider:
