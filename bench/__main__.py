@@ -42,7 +42,7 @@ Folder = Annotated[Path, Option(help="folder for the results")]
 @app.command()
 def run(
     keep: bool = KEEP,
-    seconds: Annotated[float, Option(help="time each call for about this long")] = 0.2,
+    seconds: Annotated[float, Option(min=1e-4, help="time each call for about this long")] = 0.15,
     folder: Path = FOLDER,
     backend: Annotated[list[str] | None, Option(help="check these only, repeatable")] = None,
     speed: Annotated[bool, Option(help="time the ops")] = True,

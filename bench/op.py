@@ -160,15 +160,12 @@ def run(
         for row in time_rows(console, given, checked, request):
             rows.append(row)
             save(rows)
-    rows, rates = with_best_roof(rows, rates)
-    console.print(
-        report.ceilings(rates),
-        report.checked(checked),
-        report.timed(rows, against[0] if against else "eager"),
-    )
     if not rows and not checked:
         console.print("nothing was checked or timed", style="red")
         return 2
+    rows, rates = with_best_roof(rows, rates)
+    tables = report.checked(checked), report.timed(rows, against[0] if against else "eager")
+    console.print(report.ceilings(rates), *tables)
     about["clocks"] = ceilings.clocks_under_load(device)
     records = save(rows)
     wrong = summary.failures(records)

@@ -111,8 +111,8 @@ def ops(found: Run) -> str:
     about = paragraph(
         f"µs: the {time} of all rounds. `eager`, the op in plain PyTorch, was timed in turn with "
         "it, and so were torch's fused functions where there are any; (once): it takes so long "
-        "that it was timed once. A share of the roof above 100 %: other work slowed the measurement "
-        "of the ceiling."
+        "that it was timed once. A share of the roof above 100 %: other work slowed the ceiling's "
+        "measurement."
     )
     tables = [f"**{TITLES[family]}**\n\n{markdown(header, rows, 3)}"
               for family, rows in lines.items() if rows]  # fmt: skip
