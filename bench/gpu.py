@@ -4,7 +4,7 @@ The machine needs no network; `REQUIRED` lists the packages. Each stage is one p
 ended with exit code 0 is not repeated by the next call, unless the commit, the GPU or the versions
 have changed. With `--minutes`, no stage is started that has less than a third of its limit left;
 the next call goes on there. Stages that give the most information come first. A copy of the tree
-without git is told its commit: `DEEPKERN_COMMIT=$(git rev-parse --short=12 HEAD)`.
+without git receives its commit: `DEEPKERN_COMMIT=$(git rev-parse --short=12 HEAD)`.
 
 All output goes to one folder, build/gpu by default: `stages.json` (the machine, and the exit code,
 seconds and last line of each stage), one log per stage, the results of the benchmarks as JSON lines
