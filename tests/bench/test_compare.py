@@ -264,6 +264,7 @@ def test_absolute_times_would_not_do(rng):
 # The real thing: an op of this machine, whatever else runs on it.
 
 OP, SIZE = "cast_per_token", {"M": 128, "K": 1024}
+BLOCKS, TRIES = 8, 4
 
 
 @pytest.fixture
@@ -279,33 +280,32 @@ def arguments() -> tuple:
     return deepkern.OPS[OP].positional(facts(OP).inputs(torch.Generator().manual_seed(0), **SIZE))
 
 
-def timed_rounds(repeats: int) -> dict[str, list[float]]:
-    """The op and eager, timed in turn in about 31 * `repeats` rounds: microseconds.
+def timed_rounds(count: int) -> dict[str, list[float]]:
+    """The op and eager, timed in turn in `count` rounds or some more: microseconds.
 
     Rounds of 0.2 ms are mostly free of stalls.
     """
     args, op, baseline = arguments(), getattr(deepkern, OP), facts(OP).baseline
     providers = {"deepkern cpu": [lambda: op(*args)], "eager": [lambda: baseline(*args)]}
     rounds: dict[str, list[float]] = {name: [] for name in providers}
-    while len(rounds["eager"]) < 31 * repeats:
+    while len(rounds["eager"]) < count:
         timings = time_calls(providers, torch.device("cpu"), seconds=0.006, rounds=31)
-        count = min(len(timing.samples) for timing in timings.values())
+        shared = min(len(timing.samples) for timing in timings.values())
         for name, timing in timings.items():
-            rounds[name] += timing.samples[:count]
+            rounds[name] += timing.samples[:shared]
     return rounds
 
 
-def measured(repeats: int) -> list[dict]:
-    """Records of 31 samples, each the median of about `repeats` rounds; none if it is wrong."""
+def records(rounds: dict[str, list[float]]) -> list[dict]:
+    """Records of 31 samples, each the median of successive rounds; none if the op is wrong."""
     args = arguments()
     got, want = getattr(deepkern, OP)(*args), facts(OP).baseline(*args)
     ok, error, note = checks.compare_plain(OP, args, got, want)
     if ok is False:
         return [failed("deepkern cpu", note, op=OP, size=checks.text(SIZE), error=error)]
-    medians = {name: map(np.median, np.array_split(rounds, 31))
-               for name, rounds in timed_rounds(repeats).items()}  # fmt: skip
     return [
-        speed(name, samples, op=OP, size=checks.text(SIZE)) for name, samples in medians.items()
+        speed(name, map(np.median, np.array_split(times, 31)), op=OP, size=checks.text(SIZE))
+        for name, times in rounds.items()
     ]
 
 
@@ -321,9 +321,9 @@ def slowed(launch, turns: int):
     return slow
 
 
-def settled(compare_once, tries: int) -> tuple[int, str]:
-    """Compares up to `tries` times, with twice the rounds each time, until the verdict is clear."""
-    for attempt in range(tries):
+def settled(compare_once) -> tuple[int, str]:
+    """Compares up to TRIES times, with twice the rounds each time, until the verdict is clear."""
+    for attempt in range(TRIES):
         code, text = compare_once(8 << attempt)
         if "1 unclear;" not in text:
             break
@@ -345,18 +345,22 @@ def test_a_planted_slowdown_is_found(one_thread, monkeypatch, tmp_path):
 
     plant(0)
     turn = min(timeit.repeat("for _ in range(1000): pass", number=1, repeat=100)) * 1e3  # us
-    added = round(0.3 * min(timed_rounds(16)["deepkern cpu"]) / turn)
+    added = round(0.3 * min(timed_rounds(500)["deepkern cpu"]) / turn)
 
     def pair(turns: int, repeats: int) -> tuple[int, str]:
-        plant(0)
-        old = measured(repeats)
-        plant(turns)
-        return two_files(tmp_path, old, measured(repeats))
+        """OLD and NEW in alternating blocks: the load of a block differs as that of a run does."""
+        rounds: list[dict[str, list[float]]] = [{}, {}]
+        for block in range(BLOCKS):
+            for which in (0, 1) if block % 2 else (1, 0):
+                plant(turns if which else 0)
+                for name, times in timed_rounds(31 * repeats // BLOCKS).items():
+                    rounds[which].setdefault(name, []).extend(times)
+        return two_files(tmp_path, *map(records, rounds))
 
     equal, slower = [], []
     for _ in range(10):
-        equal.append(settled(functools.partial(pair, 0), 2))
-        slower.append(settled(functools.partial(pair, added), 5))
+        equal.append(settled(functools.partial(pair, 0)))
+        slower.append(settled(functools.partial(pair, added)))
     print(*(text for _, text in [*equal, *slower]))
     assert [code for code, _ in equal] == [0] * 10
     assert not any("1 faster;" in text for _, text in equal)
@@ -365,13 +369,19 @@ def test_a_planted_slowdown_is_found(one_thread, monkeypatch, tmp_path):
 
 def test_a_planted_wrong_kernel_is_found(one_thread, monkeypatch, tmp_path):
     """It is not timed, and the checks of the job at small sizes find it, too."""
-    old = [*measured(1), *(c.record() for c in checks.check(OP, "cpu", torch.device("cpu")))]
+    old = [
+        *records(timed_rounds(31)),
+        *(c.record() for c in checks.check(OP, "cpu", torch.device("cpu"))),
+    ]
     op = deepkern.OPS[OP]
     launch = op.launcher("cpu")
     monkeypatch.setitem(
         op.launchers, "cpu", lambda *args: (launch(*args)[0], launch(*args)[1] * 1.02)
     )
-    new = [*measured(1), *(c.record() for c in checks.check(OP, "cpu", torch.device("cpu")))]
+    new = [
+        *records(timed_rounds(31)),
+        *(c.record() for c in checks.check(OP, "cpu", torch.device("cpu"))),
+    ]
     code, text = two_files(tmp_path, old, new)
     assert code == 1 and "│ deepkern cpu │" in text
     assert text.count("check on cpu") >= 3, text
