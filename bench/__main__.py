@@ -36,7 +36,6 @@ Target = Annotated[
 ]
 Html = Annotated[Path | None, Option(help="write the report to this HTML file")]
 Json = Annotated[Path | None, Option(help="write the report to this JSON file")]
-Folder = Annotated[Path, Option(help="folder for the results")]
 
 
 @app.command()

@@ -45,7 +45,7 @@ from .summary import number
 
 THRESHOLD = 0.05
 ALPHA = 0.01
-OURS, ANCHOR = "deepkern ", "eager"
+ANCHOR = "eager"
 DRIFT_SHARE = 0.25
 MOST_DRIFT = math.log(1.5)
 # A rate of the model is one value per run: drift of a CPU up to 2x, of a GPU's clocks 10 %.
@@ -90,7 +90,7 @@ def rows(run: Run) -> dict[tuple[str, str], Row]:
 def calls(run: Run) -> dict[tuple[str, str, str], Row]:
     """(op, size, provider) of each call of deepkern -> its row."""
     return {(*key, provider): row for key, row in rows(run).items() for provider in row
-            if provider.startswith(OURS)}  # fmt: skip
+            if results.is_ours(provider)}  # fmt: skip
 
 
 def checks(run: Run) -> dict[tuple[str, str, str], dict]:
@@ -168,7 +168,7 @@ def on_cpu(
 def choose_anchor(before: Row, after: Row, needed: int) -> str | None:
     """`eager` if it has enough rounds in both runs, else what has the most; None without any."""
     rounds = {name: min(len(row[name]["samples"]) for row in (before, after))
-              for name in before if name in after and not name.startswith(OURS)}  # fmt: skip
+              for name in before if name in after and not results.is_ours(name)}  # fmt: skip
     if rounds.get(ANCHOR, 0) >= needed:
         return ANCHOR
     name = max(rounds, key=lambda name: (rounds[name], name == ANCHOR), default=None)

@@ -26,7 +26,6 @@ from deepkern.testing.costs import Cost
 from . import limits, predictions, results
 from .gpus import Gpu
 from .op_calls import Call
-from .timings import OURS
 
 MEASURED, PREDICTED, ASSUMED = "measured", "predicted", "assumed"
 # Share of the peak rate that the best published kernel of each kind attains on an H100, H800 or
@@ -94,7 +93,7 @@ def measured_samples(gpu: Gpu, folder: Path = results.FOLDER) -> dict[str, list[
 
 def is_timed(record: dict) -> bool:
     """Whether this is a time of one of deepkern's backends, in the present schema."""
-    return record.get("provider", "").split()[:1] == [OURS] and bool(record["samples"])
+    return results.is_ours(record.get("provider", "")) and bool(record["samples"])
 
 
 def is_this_gpu(record: dict, gpu: Gpu) -> bool:

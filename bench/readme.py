@@ -121,7 +121,7 @@ def ops(found: Run) -> str:
 
 def op_cells(row: compare.Row, time: str, name: str) -> list[str]:
     """Backend, time, rate, share of the roof and ratio; only the reason if nothing was timed."""
-    ours = [record for name, record in row.items() if name.startswith("deepkern ")]
+    ours = [record for name, record in row.items() if results.is_ours(name)]
     for record in ours:
         if record["ok"] is False:
             raise Unfit(f"{name}: {record['op']} {record['size']}: {record['note']}")
@@ -142,7 +142,7 @@ def op_cells(row: compare.Row, time: str, name: str) -> list[str]:
 def fastest_other(row: compare.Row, best: dict, time: str) -> str:
     """Such as "1.7x, linear_bf16": the fastest provider that is neither deepkern nor eager."""
     others = [r for name, r in row.items() if r["samples"] and name != "eager"
-              and not name.startswith("deepkern ")]  # fmt: skip
+              and not results.is_ours(name)]  # fmt: skip
     if not others:
         return ""
     other = min(others, key=lambda record: record[time])

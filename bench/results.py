@@ -78,6 +78,11 @@ class Run:
         return gpu["name"] if gpu else f"{self.machine['cpu']}, {self.machine['cores']} cores"
 
 
+def is_ours(provider: str) -> bool:
+    """Whether a provider is a backend of deepkern, such as "deepkern cpu"."""
+    return provider.split()[:1] == ["deepkern"]
+
+
 def time_of(speed: dict) -> float | None:
     """Microseconds of a "speed" record that count: the median on a GPU, the least on a CPU."""
     return speed["least"] if speed.get("host") is None else speed["median"]

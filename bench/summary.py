@@ -76,18 +76,16 @@ def ratios(speeds: Records) -> dict[tuple[str, str, str], float]:
     others: dict[tuple[str, str], float] = {}
     for s in speeds:
         time = results.time_of(s)
-        if time and not is_ours(s):
+        if time and not results.is_ours(s["provider"]):
             row = s["op"], s["size"]
             others[row] = min(time, others.get(row, time))
     return {
         (s["op"], s["size"], s["provider"]): others[s["op"], s["size"]] / time
         for s in speeds
-        if (time := results.time_of(s)) and is_ours(s) and (s["op"], s["size"]) in others
+        if (time := results.time_of(s))
+        and results.is_ours(s["provider"])
+        and (s["op"], s["size"]) in others
     }
-
-
-def is_ours(speed: dict) -> bool:
-    return speed["provider"].startswith("deepkern")
 
 
 def speed(speeds: Records) -> Table:
@@ -174,7 +172,7 @@ def failures(records: Iterable[dict]) -> list[str]:
     return [
         " ".join(str(r[key]) for key in keys if r.get(key))
         for r in records
-        if r.get("ok") is False and (r["kind"] != "speed" or is_ours(r))
+        if r.get("ok") is False and (r["kind"] != "speed" or results.is_ours(r["provider"]))
     ]
 
 

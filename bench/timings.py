@@ -29,7 +29,7 @@ from deepkern.testing.ops import cost, facts
 from deepkern.testing.providers import Provider
 from deepkern.testing.timing import Timing, time_calls
 
-from . import checks, rotation, shapes
+from . import checks, results, rotation, shapes
 from .ceilings import Ceilings, time_of
 
 OURS = "deepkern"  # a backend's provider is called "deepkern cpu"
@@ -74,7 +74,7 @@ class Speed:
 
     @property
     def ours(self) -> bool:
-        return self.provider.split()[0] == OURS
+        return results.is_ours(self.provider)
 
     @property
     def backend(self) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..results import is_ours
+
 # Multiples of a power of ten at which a logarithmic axis has ticks, the densest first.
 _STEPS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,))
 ROW = 22  # height of a row of a strip
@@ -31,7 +33,7 @@ _SHAPES = ("diamond", "square", "triangle", "wedge", "beam")
 
 def styles(providers: Sequence[str]) -> dict[str, Style]:
     """A style per provider: filled circles for deepkern, hollow shapes for others."""
-    ours = [name for name in providers if name.startswith("deepkern")]
+    ours = [name for name in providers if is_ours(name)]
     others = [name for name in providers if name not in ours]
     free = range(len(_FIXED), _COLOURS)  # for the names without a colour of their own
     named = [name for name in providers if name not in _FIXED]

@@ -39,7 +39,7 @@ class Part:
 
     @property
     def ours(self) -> list[str]:
-        return [name for name in self.providers if name.startswith("deepkern")]
+        return [name for name in self.providers if results.is_ours(name)]
 
     @property
     def summaries(self) -> list[plots.Strip]:

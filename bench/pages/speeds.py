@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..families import FAMILIES, family_of
-from ..results import Run
+from ..results import Run, is_ours
 from .devices import Device
 
 EAGER = "eager"
@@ -68,17 +68,13 @@ class Row:
         return self._timed(False)
 
     def _timed(self, ours: bool) -> list[dict]:
-        found = [r for r in self.records if is_ours(r) is ours and self.time(r)]
+        found = [r for r in self.records if is_ours(r["provider"]) is ours and self.time(r)]
         return sorted(found, key=lambda r: self.time(r) or 0.0)
 
     def best_ratio(self) -> float | None:
         """The ratio of deepkern's fastest provider."""
         ours = self.ours()
         return self.ratio(ours[0]) if ours else None
-
-
-def is_ours(record: dict) -> bool:
-    return record["provider"].startswith("deepkern")
 
 
 def rows(device: Device) -> list[Row]:
@@ -102,7 +98,7 @@ def providers(rows: Iterable[Row]) -> list[str]:
     """The timed providers: deepkern's, then eager and compile, then the others."""
 
     def rank(name: str) -> tuple:
-        return not name.startswith("deepkern"), name != EAGER, name != "compile", name
+        return not is_ours(name), name != EAGER, name != "compile", name
 
     timed = {r["provider"] for row in rows for r in row.records if row.time(r)}
     return sorted(timed, key=rank)

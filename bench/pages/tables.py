@@ -11,12 +11,13 @@ from .. import limits, predictions
 from ..checks import text
 from ..families import family_of
 from ..figures import SIZES
+from ..results import is_ours
 from ..summary import number
 from . import figures
 from .cells import Cell, Column, Line, Table, count, options, share, times
 from .devices import Device
 from .plots import Style
-from .speeds import Row, dimensions, flops_unit, is_ours, short
+from .speeds import Row, dimensions, flops_unit, short
 
 # Speed.
 
@@ -60,7 +61,7 @@ def _speed(row: Row, r: dict, gpu: bool, commit: bool) -> list[Cell]:
     reason = "; ".join(part for part in (r["note"], r["about"]) if part)
     cells = [
         Cell(row.op, kind="op"), Cell(short(row.size), kind="size"),
-        Cell(r["provider"], kind="provider ours" if is_ours(r) else "provider"),
+        Cell(r["provider"], kind="provider ours" if is_ours(r["provider"]) else "provider"),
         count(r["least"]), count(r["median"]),
         _spread(r),
         count(r["gb_per_s"]), count(row.rate(r)), share(r["roof_share"]), Cell(r["limit"] or ""),
@@ -89,7 +90,7 @@ def samples(values: Sequence[float], width: int = 60) -> str:
 
 def disagrees(record: dict) -> bool:
     """Whether a check failed; another provider's failure is not one of deepkern."""
-    return record["ok"] is False and (record["kind"] != "speed" or is_ours(record))
+    return record["ok"] is False and (record["kind"] != "speed" or is_ours(record["provider"]))
 
 
 def failures(device: Device) -> list[tuple[str, str]]:
