@@ -5,13 +5,13 @@
 // rows: a block of a strip of B is widened and transposed into a panel in the L1 cache; the lanes
 // are columns and a tile of 6 rows x 2 vectors stays in registers.
 //
-// Limit: few rows, reading B and widening it, about 0.7 instructions per code. Many rows, the FMA
+// Limit: few rows, reading B and widening it, about 0.5 instructions per code. Many rows, the FMA
 // units.
 //
-// Both kernels add in one order, so the bits of a row do not depend on the number of rows: the 128
-// products of a block are added into LANES partial sums, those of k % LANES, in the order of K. The
-// partial sums are added pairwise. One fused multiply-add by a_scale * b_scale adds the block's sum
-// to those of the earlier blocks.
+// Both kernels add in one order, so the bits of a row do not depend on the number of rows. LANES
+// consecutive words of four codes are a group of K, and lane i adds the products of word i of each
+// group, in the order of K. The sums of the lanes are added pairwise. One fused multiply-add by
+// a_scale * b_scale adds the block's sum to those of the earlier blocks.
 #ifndef DEEPKERN_ISA
 #include <algorithm>
 #include <array>
@@ -43,49 +43,52 @@ namespace {
 constexpr int64_t MAX_FEW_ROWS = 12;  // from there on, widening into a panel is faster
 constexpr int PANEL_COLUMNS = 2 * LANES;
 
-// Two vectors of floats.
-struct Pair {
-  Floats first, second;
-};
-
-// The factor by which widen_raw() is too small; A is widened with its square.
+// Codes are widened to multiples of their value that are cheap: powers of two, which no sum of
+// products of two e4m3 values over a block overflows or rounds.
+constexpr float A_FACTOR = 0x1p60f;        // a widened value of A / its value
+constexpr float CODE_FACTOR = 0x1p-120f;   // a value of code_as_float() / the code's value
 #if defined(DEEPKERN_AVX2) || defined(DEEPKERN_AVX512)
-constexpr float RAW = 256.0f;
+constexpr float PANEL_FACTOR = 0x1p-8f;  // a value of a panel / the code's value
 #else
-constexpr float RAW = 1.0f;
+constexpr float PANEL_FACTOR = 1.0f;
 #endif
 
-#if defined(DEEPKERN_AVX2) || defined(DEEPKERN_AVX512)
-// 16 codes as 16 fp16 values, times 2^-8. See widen_e4m3() in simd.h.
-DEEPKERN_INLINE __m256i halves_of_codes(__m128i codes) {
-  __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
-  half = _mm256_and_si256(half, _mm256_set1_epi16(static_cast<int16_t>(0xBFFF)));
-  const __m256i carry = _mm256_add_epi16(half, _mm256_set1_epi16(0x80));
-  return _mm256_or_si256(half, _mm256_and_si256(carry, _mm256_set1_epi16(0x4000)));
-}
-#endif
-
-// 2 * LANES codes as floats, divided by RAW.
-DEEPKERN_INLINE Pair widen_raw(const uint8_t* codes) {
-#if defined(DEEPKERN_AVX2)
-  const __m256i half = halves_of_codes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  return {(Floats)_mm256_cvtph_ps(_mm256_castsi256_si128(half)),
-          (Floats)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
-#elif defined(DEEPKERN_AVX512)
-  const auto* code = reinterpret_cast<const __m128i*>(codes);
-  return {(Floats)_mm512_cvtph_ps(halves_of_codes(_mm_loadu_si128(code))),
-          (Floats)_mm512_cvtph_ps(halves_of_codes(_mm_loadu_si128(code + 1)))};
-#else
-  return {widen_e4m3(codes), widen_e4m3(codes + LANES)};
-#endif
+// Byte i of four codes in each lane, i = 0 being the lowest, as a float32 with the code's exponent:
+// exactly the value times CODE_FACTOR, where a subnormal code is a subnormal float. NaN is 480.
+DEEPKERN_INLINE Floats code_as_float(Ints codes, int i) {
+  return floats_of((i == 3 ? codes >> 4 : codes << (24 - 8 * i) >> 4) & (int32_t)0x87F00000);
 }
 
+// The same with NaN as NaN.
+DEEPKERN_INLINE Floats code_or_nan_as_float(Ints codes, int i) {
+  const Ints bits = bits_of(code_as_float(codes, i));
+  return floats_of((bits & 0x07F00000) == 0x07F00000 ? bits | 0x7FC00000 : bits);
+}
+
+// 4 * LANES codes.
+typedef uint8_t Codes __attribute__((vector_size(4 * LANES)));
+
+DEEPKERN_INLINE bool any(Codes mask) {
+#if defined(DEEPKERN_AVX512)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(DEEPKERN_AVX2)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  uint64_t words[2];
+  store_vector(words, mask);
+  return (words[0] | words[1]) != 0;
+#endif
+}
+
+// 128 values of A in the order in which the kernels use them: of each group of K the first codes of
+// all words, then the second ones, and so on.
 void widen(const uint8_t* codes, void* operands) {
   auto* out = static_cast<float*>(operands);
-  for (int k = 0; k < kBlock; k += 2 * LANES) {
-    const Pair p = widen_raw(codes + k);
-    store_vector(out + k, p.first * (RAW * RAW));
-    store_vector(out + k + LANES, p.second * (RAW * RAW));
+  for (int k = 0; k < kBlock; k += 4 * LANES) {
+    const Ints words = load_vector<Ints>(codes + k);
+    for (int i = 0; i < 4; ++i) {
+      store_vector(out + k + i * LANES, widen_e4m3((words >> 8 * i) & 0xFF) * A_FACTOR);
+    }
   }
 }
 
@@ -110,10 +113,11 @@ DEEPKERN_INLINE Floats tile_scale(const float* a_scale, const float* b_scale) {
 #endif
 }
 
-// One block of K of a tile of ROWS rows of A and LANES / ROWS rows of B.
-template <int ROWS>
+// One block of K of a tile of ROWS rows of A and LANES / ROWS rows of B, times A_FACTOR *
+// CODE_FACTOR. NaN in B counts only if WITH_NAN; `largest` is the largest magnitude of a code of B.
+template <int ROWS, bool WITH_NAN>
 DEEPKERN_INLINE Floats multiply_codes(const float* a, const uint8_t* const* b, int64_t k,
-                                      int64_t prefetch) {
+                                      int64_t prefetch, Codes& largest) {
   constexpr int COLUMNS = LANES / ROWS;
   Floats sum[LANES];
 #pragma GCC unroll 16
@@ -124,23 +128,38 @@ DEEPKERN_INLINE Floats multiply_codes(const float* a, const uint8_t* const* b, i
     __builtin_prefetch(b[n] + k + prefetch + 64);
   }
 #pragma GCC unroll 1
-  for (int i = 0; i < kBlock; i += 2 * LANES) {
+  for (int group = 0; group < kBlock; group += 4 * LANES) {
 #pragma GCC unroll 16
     for (int n = 0; n < COLUMNS; ++n) {
-      const Pair p = widen_raw(b[n] + k + i);
-      const float* row = a + i;
+      const Ints codes = load_vector<Ints>(b[n] + k + group);
+      const Codes magnitude = (Codes)(codes & 0x7F7F7F7F);
+      largest = largest > magnitude ? largest : magnitude;
+      const float* row = a + group;
       // For GCC these are other addresses. Otherwise it loads all rows before the first column,
       // for which there are too few registers.
       if (ROWS > 1) asm volatile("" : "+r"(row));
 #pragma GCC unroll 4
-      for (int m = 0; m < ROWS; ++m) {
-        Floats& s = sum[m * COLUMNS + n];
-        s = fma(load_vector<Floats>(row + m * kBlock), p.first, s);
-        s = fma(load_vector<Floats>(row + m * kBlock + LANES), p.second, s);
+      for (int i = 0; i < 4; ++i) {
+        const Floats value = WITH_NAN ? code_or_nan_as_float(codes, i) : code_as_float(codes, i);
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; ++m) {
+          Floats& s = sum[m * COLUMNS + n];
+          s = fma(load_vector<Floats>(row + m * kBlock + i * LANES), value, s);
+        }
       }
     }
   }
   return sums_of_lanes(sum);
+}
+
+// The same for the values of A and B; NaN in B makes it slower.
+template <int ROWS>
+DEEPKERN_INLINE Floats multiply_block(const float* a, const uint8_t* const* b, int64_t k,
+                                      int64_t prefetch) {
+  Codes largest{};
+  Floats sum = multiply_codes<ROWS, false>(a, b, k, prefetch, largest);
+  if (any((Codes)(largest == 0x7F))) sum = multiply_codes<ROWS, true>(a, b, k, 0, largest);
+  return sum * (1 / (A_FACTOR * CODE_FACTOR));
 }
 
 // Where the columns of a tile continue after `columns` columns: bytes from a code in this chunk of
@@ -172,7 +191,7 @@ void multiply_few_rows(const Strip& s) {
         const bool partial = k + kBlock > s.K;
         const uint8_t* const* b = partial ? padded.copy(s.b + n, COLUMNS, k, s.K) : s.b + n;
         for (int64_t m = 0; m < s.rows; m += ROWS) {
-          const Floats block = multiply_codes<ROWS>(a + (j * s.rows + m) * kBlock, b,
+          const Floats block = multiply_block<ROWS>(a + (j * s.rows + m) * kBlock, b,
                                                     partial ? 0 : k, m == 0 ? prefetch : 0);
           const Floats scale =
               tile_scale<ROWS>(s.a_scale + j * s.rows + m, s.b_scale + j * STRIP_COLUMNS + n);
@@ -192,6 +211,14 @@ DEEPKERN_INLINE float* panel_at(float* panel, int64_t k, int64_t n) {
 }
 
 #if defined(DEEPKERN_AVX2) || defined(DEEPKERN_AVX512)
+// 16 codes as 16 fp16 values, times PANEL_FACTOR. See widen_e4m3() in simd.h.
+DEEPKERN_INLINE __m256i halves_of_codes(__m128i codes) {
+  __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+  half = _mm256_and_si256(half, _mm256_set1_epi16(static_cast<int16_t>(0xBFFF)));
+  const __m256i carry = _mm256_add_epi16(half, _mm256_set1_epi16(0x80));
+  return _mm256_or_si256(half, _mm256_and_si256(carry, _mm256_set1_epi16(0x4000)));
+}
+
 // Interleaves the low or the high halves of x[i] and x[i + 8], in each 128-bit lane.
 DEEPKERN_INLINE void interleave_bytes(const __m256i (&x)[16], __m256i (&y)[16]) {
 #pragma GCC unroll 8
@@ -231,7 +258,7 @@ DEEPKERN_INLINE void widen_16(const uint8_t* const* b, int64_t k, int64_t row, f
 #endif
 
 // Widens a block of K of a strip to panel [STRIP_COLUMNS / PANEL_COLUMNS][128][PANEL_COLUMNS],
-// divided by RAW.
+// times PANEL_FACTOR.
 void widen_panel(const uint8_t* const* b, int64_t k, float* panel) {
 #if defined(DEEPKERN_AVX2) || defined(DEEPKERN_AVX512)
   for (int64_t i = 0; i < kBlock; i += 16) widen_16(b, k + i, i, panel);
@@ -257,12 +284,12 @@ void multiply_panel(const float* a, const float* panel, const float* a_scale, co
     for (int m = 0; m < ROWS; ++m) sum[m][0] = sum[m][1] = Floats{};
 #pragma GCC unroll 16
     for (int j = 0; j < kBlock / LANES; ++j) {
-      const int k = i + j * LANES;
+      const int k = j / 4 * (4 * LANES) + 4 * i + j % 4;  // code j % 4 of word i of a group
       const Floats b0 = load_vector<Floats>(panel + k * PANEL_COLUMNS);
       const Floats b1 = load_vector<Floats>(panel + k * PANEL_COLUMNS + LANES);
 #pragma GCC unroll 6
       for (int m = 0; m < ROWS; ++m) {
-        const Floats row = broadcast(a[m * kBlock + k]);
+        const Floats row = broadcast(a[m * kBlock + j * LANES + i]);
         sum[m][0] = fma(row, b0, sum[m][0]);
         sum[m][1] = fma(row, b1, sum[m][1]);
       }
@@ -292,7 +319,8 @@ void multiply_panel(const float* a, const float* panel, const float* a_scale, co
     for (int v = 0; v < 2; ++v) {
       float* out = sums + m * STRIP_COLUMNS + v * LANES;
       const Floats scale = broadcast(a_scale[m]) * load_vector<Floats>(b_scale + v * LANES);
-      store_vector(out, fma(sum[m][v], scale, load_vector<Floats>(out)));
+      const Floats block = sum[m][v] * (1 / (A_FACTOR * PANEL_FACTOR));
+      store_vector(out, fma(block, scale, load_vector<Floats>(out)));
     }
   }
 }

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "fp8_gemm_nt.h"
+#include "subnormals.h"
 
 #if defined(__x86_64__)
 #include <emmintrin.h>
@@ -114,6 +115,7 @@ class ProductRows {
   }
 
   void multiply(int64_t first_strip, int64_t last_strip) const {
+    const KeepSubnormals keep;  // the kernel widens subnormal codes to subnormal floats
     const Fp8Matrix& b = product_->gemm.b;
     const int64_t K = product_->gemm.K, pitch = blocks() * kBlock;
     const bool transposed = product_->b_k_stride != 1;

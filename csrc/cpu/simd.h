@@ -223,6 +223,18 @@ DEEPKERN_INLINE void store_first_floats(void* x, int64_t i, Floats value, int64_
 
 // e4m3 codes as floats, exactly: all 256 codes, with subnormals and NaN.
 
+// Each lane has a code in [0, 255].
+DEEPKERN_INLINE Floats widen_e4m3(Ints code) {
+  // The bits of a magnitude at the place of a float32, plus 120 in the exponent. A subnormal has no
+  // leading one: add the smallest normal, 2^-6, as the leading one and subtract it again.
+  const Ints magnitude = (code & 0x7F) << 20;
+  const Floats normal = floats_of(magnitude + (120 << 23));
+  const Floats subnormal = floats_of(magnitude + (121 << 23)) - 0x1p-6f;
+  Ints bits = bits_of((code & 0x78) == 0 ? subnormal : normal);
+  bits = (code & 0x7F) == 0x7F ? Ints{} + 0x7FC00000 : bits;
+  return floats_of(bits | (code & 0x80) << 24);
+}
+
 DEEPKERN_INLINE Floats widen_e4m3(const uint8_t* codes) {
 #if defined(DEEPKERN_AVX512) || defined(DEEPKERN_AVX2)
   // The bits of a code at the place of a float16 are the value times 2^-8. Sign extension fills the
@@ -234,15 +246,7 @@ DEEPKERN_INLINE Floats widen_e4m3(const uint8_t* codes) {
   half |= (half + (int16_t)0x80) & (int16_t)0x4000;
   return halves_to_floats((Halves)half) * 256.0f;
 #else
-  // The bits of a magnitude at the place of a float32, plus 120 in the exponent. A subnormal has no
-  // leading one: add the smallest normal, 2^-6, as the leading one and subtract it again.
-  const Ints code = __builtin_convertvector(load_vector<Bytes>(codes), Ints);
-  const Ints magnitude = (code & 0x7F) << 20;
-  const Floats normal = floats_of(magnitude + (120 << 23));
-  const Floats subnormal = floats_of(magnitude + (121 << 23)) - 0x1p-6f;
-  Ints bits = bits_of((code & 0x78) == 0 ? subnormal : normal);
-  bits = (code & 0x7F) == 0x7F ? Ints{} + 0x7FC00000 : bits;
-  return floats_of(bits | (code & 0x80) << 24);
+  return widen_e4m3(__builtin_convertvector(load_vector<Bytes>(codes), Ints));
 #endif
 }
 

@@ -95,6 +95,21 @@ def test_every_product_of_two_codes(isa, M):
         compare.assert_bitwise(got, want[m : m + M] + 0.0)
 
 
+@pytest.mark.parametrize("M", [1, 2, 4, 256])
+def test_subnormal_codes_are_never_flushed(isa, M):
+    """Also where PyTorch flushes subnormal floats, and it still flushes them afterwards."""
+    every = codes(torch.arange(256))[:, None]
+    one = torch.ones(256, 1)
+    want = gemm(every[:M], one[:M], every, one)
+    torch.set_flush_denormal(True)
+    try:
+        got = gemm(every[:M], one[:M], every, one)
+        assert torch.tensor([1e-40]).mul(1.0).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+    compare.assert_bitwise(got, want)
+
+
 def test_every_position_in_a_block(isa, generator):
     """A is the identity, so D is B transposed."""
     b = codes(torch.randint(0, 127, (40, 300), generator=generator))
