@@ -5,7 +5,7 @@
 // rows: a block of a strip of B is widened and transposed into a panel in the L1 cache; the lanes
 // are columns and a tile of 6 rows x 2 vectors stays in registers.
 //
-// Limit: few rows, reading B and widening it, about 0.5 instructions per code. Many rows, the FMA
+// Limit: few rows, reading B and widening it, about 0.6 instructions per code. Many rows, the FMA
 // units.
 //
 // Both kernels add in one order, so the bits of a row do not depend on the number of rows. LANES
@@ -46,22 +46,30 @@ constexpr int PANEL_COLUMNS = 2 * LANES;
 // Codes are widened to multiples of their value that are cheap: powers of two, which no sum of
 // products of two e4m3 values over a block overflows or rounds.
 constexpr float A_FACTOR = 0x1p60f;        // a widened value of A / its value
-constexpr float CODE_FACTOR = 0x1p-120f;   // a value of code_as_float() / the code's value
+constexpr float CODE_FACTOR = 0x1p-120f;   // a value of codes_as_floats() / the code's value
 #if defined(DEEPKERN_AVX2) || defined(DEEPKERN_AVX512)
 constexpr float PANEL_FACTOR = 0x1p-8f;  // a value of a panel / the code's value
 #else
 constexpr float PANEL_FACTOR = 1.0f;
 #endif
 
-// Byte i of four codes in each lane, i = 0 being the lowest, as a float32 with the code's exponent:
-// exactly the value times CODE_FACTOR, where a subnormal code is a subnormal float. NaN is 480.
-DEEPKERN_INLINE Floats code_as_float(Ints codes, int i) {
-  return floats_of((i == 3 ? codes >> 4 : codes << (24 - 8 * i) >> 4) & (int32_t)0x87F00000);
+// The codes of each word, the lowest byte first, as float32 values with the code's exponent: exactly
+// the value times CODE_FACTOR, where a subnormal code is a subnormal float. NaN is 480.
+DEEPKERN_INLINE void codes_as_floats(Ints codes, Floats (&value)[4]) {
+  // The sign and the magnitude of a code are 4 bits apart in a float32, so its upper byte starts
+  // with copies of the sign.
+  typedef int16_t Words __attribute__((vector_size(4 * LANES)));
+  constexpr auto MASK = static_cast<int32_t>(0x87F00000);
+  const Ints odd = (Ints)((Words)codes >> 4), even = (Ints)((Words)codes << 8 >> 4);
+  value[0] = floats_of(even << 16 & MASK);
+  value[1] = floats_of(odd << 16 & MASK);
+  value[2] = floats_of(even & MASK);
+  value[3] = floats_of(odd & MASK);
 }
 
-// The same with NaN as NaN.
-DEEPKERN_INLINE Floats code_or_nan_as_float(Ints codes, int i) {
-  const Ints bits = bits_of(code_as_float(codes, i));
+// A value of codes_as_floats() with NaN as NaN.
+DEEPKERN_INLINE Floats with_nan(Floats value) {
+  const Ints bits = bits_of(value);
   return floats_of((bits & 0x07F00000) == 0x07F00000 ? bits | 0x7FC00000 : bits);
 }
 
@@ -137,14 +145,16 @@ DEEPKERN_INLINE Floats multiply_codes(const float* a, const uint8_t* const* b, i
       const float* row = a + group;
       // For GCC these are other addresses. Otherwise it loads all rows before the first column,
       // for which there are too few registers.
-      if (ROWS > 1) asm volatile("" : "+r"(row));
+      asm volatile("" : "+r"(row));
+      Floats value[4];
+      codes_as_floats(codes, value);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Floats value = WITH_NAN ? code_or_nan_as_float(codes, i) : code_as_float(codes, i);
+        const Floats x = WITH_NAN ? with_nan(value[i]) : value[i];
 #pragma GCC unroll 4
         for (int m = 0; m < ROWS; ++m) {
           Floats& s = sum[m * COLUMNS + n];
-          s = fma(load_vector<Floats>(row + m * kBlock + i * LANES), value, s);
+          s = fma(load_vector<Floats>(row + m * kBlock + i * LANES), x, s);
         }
       }
     }
@@ -162,10 +172,10 @@ DEEPKERN_INLINE Floats multiply_block(const float* a, const uint8_t* const* b, i
   return sum * (1 / (A_FACTOR * CODE_FACTOR));
 }
 
-// Where the columns of a tile continue after `columns` columns: bytes from a code in this chunk of
-// K to the code to prefetch. The address may be outside B.
-DEEPKERN_INLINE int64_t prefetch_distance(const Strip& s, int64_t n, int64_t columns, int64_t chunk,
-                                          int64_t chunk_size) {
+// Bytes from the codes of a tile in this chunk of K to those of the tile that is read next. The
+// address may be outside B.
+DEEPKERN_INLINE int64_t next_tile(const Strip& s, int64_t n, int64_t columns, int64_t chunk,
+                                  int64_t chunk_size) {
   if (n + columns < STRIP_COLUMNS) return columns * s.b_row_stride;
   if (chunk + chunk_size < s.K) {
     return (columns - STRIP_COLUMNS) * s.b_row_stride + chunk_size;
@@ -178,16 +188,17 @@ DEEPKERN_INLINE int64_t prefetch_distance(const Strip& s, int64_t n, int64_t col
 template <int ROWS>
 void multiply_few_rows(const Strip& s) {
   constexpr int COLUMNS = LANES / ROWS;
-  constexpr int64_t CHUNK = 16 / ROWS * kBlock, AHEAD = 16;
+  constexpr int64_t CHUNK = 16 / ROWS * kBlock, AHEAD = 512;
   const auto* a = static_cast<const float*>(s.a);
   PaddedBlock padded;
   std::fill(s.sums, s.sums + s.rows * STRIP_COLUMNS, 0.0f);
   for (int64_t chunk = 0; chunk < s.K; chunk += CHUNK) {
     const int64_t end = std::min(chunk + CHUNK, s.K);
     for (int64_t n = 0; n < STRIP_COLUMNS; n += COLUMNS) {
-      const int64_t prefetch = prefetch_distance(s, n, AHEAD, chunk, CHUNK);
+      const int64_t next = next_tile(s, n, COLUMNS, chunk, CHUNK) - (end - chunk);
       for (int64_t k = chunk; k < end; k += kBlock) {
         const int64_t j = k / kBlock;
+        const int64_t prefetch = AHEAD + (k + AHEAD < end ? 0 : next);
         const bool partial = k + kBlock > s.K;
         const uint8_t* const* b = partial ? padded.copy(s.b + n, COLUMNS, k, s.K) : s.b + n;
         for (int64_t m = 0; m < s.rows; m += ROWS) {
