@@ -121,19 +121,25 @@ DEEPKERN_INLINE Floats tile_scale(const float* a_scale, const float* b_scale) {
 #endif
 }
 
+// Blocks to prefetch, 128 bytes each. The addresses may be outside B.
+struct Prefetch {
+  const uint8_t* block;
+  int64_t stride;  // bytes
+};
+
 // One block of K of a tile of ROWS rows of A and LANES / ROWS rows of B, times A_FACTOR *
 // CODE_FACTOR. NaN in B counts only if WITH_NAN; `largest` is the largest magnitude of a code of B.
 template <int ROWS, bool WITH_NAN>
 DEEPKERN_INLINE Floats multiply_codes(const float* a, const uint8_t* const* b, int64_t k,
-                                      int64_t prefetch, Codes& largest) {
+                                      Prefetch prefetch, Codes& largest) {
   constexpr int COLUMNS = LANES / ROWS;
   Floats sum[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) sum[i] = Floats{};
 #pragma GCC unroll 16
   for (int n = 0; n < COLUMNS; ++n) {
-    __builtin_prefetch(b[n] + k + prefetch);
-    __builtin_prefetch(b[n] + k + prefetch + 64);
+    __builtin_prefetch(prefetch.block + n * prefetch.stride);
+    __builtin_prefetch(prefetch.block + n * prefetch.stride + 64);
   }
 #pragma GCC unroll 1
   for (int group = 0; group < kBlock; group += 4 * LANES) {
@@ -165,22 +171,38 @@ DEEPKERN_INLINE Floats multiply_codes(const float* a, const uint8_t* const* b, i
 // The same for the values of A and B; NaN in B makes it slower.
 template <int ROWS>
 DEEPKERN_INLINE Floats multiply_block(const float* a, const uint8_t* const* b, int64_t k,
-                                      int64_t prefetch) {
+                                      Prefetch prefetch) {
   Codes largest{};
   Floats sum = multiply_codes<ROWS, false>(a, b, k, prefetch, largest);
-  if (any((Codes)(largest == 0x7F))) sum = multiply_codes<ROWS, true>(a, b, k, 0, largest);
+  if (any((Codes)(largest == 0x7F))) sum = multiply_codes<ROWS, true>(a, b, k, prefetch, largest);
   return sum * (1 / (A_FACTOR * CODE_FACTOR));
 }
 
-// Bytes from the codes of a tile in this chunk of K to those of the tile that is read next. The
-// address may be outside B.
-DEEPKERN_INLINE int64_t next_tile(const Strip& s, int64_t n, int64_t columns, int64_t chunk,
-                                  int64_t chunk_size) {
-  if (n + columns < STRIP_COLUMNS) return columns * s.b_row_stride;
-  if (chunk + chunk_size < s.K) {
-    return (columns - STRIP_COLUMNS) * s.b_row_stride + chunk_size;
+// A block of K of COLUMNS columns of B, in a chunk of K. The blocks of a chunk of all columns of a
+// tile are multiplied before the next tile.
+struct Position {
+  int64_t n, k, chunk, end;
+};
+
+// What a block prefetches. The CPU recognizes long rows that are read side by side, so the distance
+// is short. Several short rows are on one page of memory; reading them side by side follows no
+// pattern that the CPU recognizes, so the next tile is prefetched in the order of memory. A tile of
+// 4 rows has so many multiplications that the order does not matter.
+template <int COLUMNS, int64_t CHUNK>
+DEEPKERN_INLINE Prefetch choose_prefetch(const Strip& s, Position at) {
+  constexpr int64_t SHORT_ROW = 2048, AHEAD = 512;
+  // Bytes from the chunk of this tile to that of the next one, in the next strip at last.
+  int64_t next = COLUMNS * s.b_row_stride;
+  if (at.n + COLUMNS == STRIP_COLUMNS) {
+    next += at.chunk + CHUNK < s.K ? CHUNK - STRIP_COLUMNS * s.b_row_stride : -at.chunk;
   }
-  return columns * s.b_row_stride - chunk;  // the next strip
+  if (COLUMNS < LANES / 2 || s.b_row_stride > SHORT_ROW) {
+    const int64_t ahead = at.k + AHEAD < at.end ? 0 : next - (at.end - at.chunk);
+    return {s.b[at.n] + at.k + AHEAD + ahead, s.b_row_stride};
+  }
+  const int64_t blocks = blocks_of_k(at.end - at.chunk);
+  const int64_t i = (at.k - at.chunk) / kBlock * COLUMNS;  // in the next tile
+  return {s.b[at.n + i / blocks] + at.chunk + next + i % blocks * kBlock, kBlock};
 }
 
 // A chunk of A, 8 KB, stays in the L1 cache. A column of B is read a chunk at a time:
@@ -188,22 +210,21 @@ DEEPKERN_INLINE int64_t next_tile(const Strip& s, int64_t n, int64_t columns, in
 template <int ROWS>
 void multiply_few_rows(const Strip& s) {
   constexpr int COLUMNS = LANES / ROWS;
-  constexpr int64_t CHUNK = 16 / ROWS * kBlock, AHEAD = 512;
+  constexpr int64_t CHUNK = 16 / ROWS * kBlock;
   const auto* a = static_cast<const float*>(s.a);
   PaddedBlock padded;
   std::fill(s.sums, s.sums + s.rows * STRIP_COLUMNS, 0.0f);
   for (int64_t chunk = 0; chunk < s.K; chunk += CHUNK) {
     const int64_t end = std::min(chunk + CHUNK, s.K);
     for (int64_t n = 0; n < STRIP_COLUMNS; n += COLUMNS) {
-      const int64_t next = next_tile(s, n, COLUMNS, chunk, CHUNK) - (end - chunk);
       for (int64_t k = chunk; k < end; k += kBlock) {
         const int64_t j = k / kBlock;
-        const int64_t prefetch = AHEAD + (k + AHEAD < end ? 0 : next);
         const bool partial = k + kBlock > s.K;
         const uint8_t* const* b = partial ? padded.copy(s.b + n, COLUMNS, k, s.K) : s.b + n;
+        const Prefetch prefetch = choose_prefetch<COLUMNS, CHUNK>(s, {n, k, chunk, end});
         for (int64_t m = 0; m < s.rows; m += ROWS) {
           const Floats block = multiply_block<ROWS>(a + (j * s.rows + m) * kBlock, b,
-                                                    partial ? 0 : k, m == 0 ? prefetch : 0);
+                                                    partial ? 0 : k, prefetch);
           const Floats scale =
               tile_scale<ROWS>(s.a_scale + j * s.rows + m, s.b_scale + j * STRIP_COLUMNS + n);
           float* sums = s.sums + m * STRIP_COLUMNS + n * ROWS;
