@@ -53,8 +53,9 @@ constexpr float PANEL_FACTOR = 0x1p-8f;  // a value of a panel / the code's valu
 constexpr float PANEL_FACTOR = 1.0f;
 #endif
 
-// The codes of each word, the lowest byte first, as float32 values with the code's exponent: exactly
-// the value times CODE_FACTOR, where a subnormal code is a subnormal float. NaN is 480.
+// The codes of each word, the lowest byte first, as float32 values with the code's exponent. They
+// are exactly the codes' values times CODE_FACTOR; a subnormal code is a subnormal float. NaN is
+// 480.
 DEEPKERN_INLINE void codes_as_floats(Ints codes, Floats (&value)[4]) {
   // The sign and the magnitude of a code are 4 bits apart in a float32, so its upper byte starts
   // with copies of the sign.

@@ -34,6 +34,7 @@ constexpr int64_t MAX_ROWS = 192;     // a block of as many rows of A has 400 KB
 constexpr int64_t PACK_COLUMNS = 32;  // columns of B that are widened at once
 constexpr int64_t TRANSPOSE_K = 32;   // values of K that are transposed at once
 constexpr int64_t MOST_LANES = 16;
+constexpr int64_t SHORT_ROW = 4096;  // bytes
 
 // Columns [first, end) of D for the rows [first_row, end_row) of a batch.
 struct RealTask {
@@ -178,10 +179,11 @@ struct Sums {
   int64_t stride;
 };
 
-// sums[r, c] += Σ_k a[r, k] · b[c, k] for ROWS x COLUMNS values and one block of K.
+// sums[r, c] += Σ_k a[r, k] · b[c, k] for ROWS x COLUMNS values and one block of K. With one row,
+// reading B is the limit: as many bytes as it reads are prefetched at `next`, unless that is null.
 template <int ROWS, int COLUMNS, Real type>
 void dot_tile(const float* a, int64_t pitch, const void* const* b, int64_t k_first, int64_t count,
-              Sums sums) {
+              const char* next, Sums sums) {
   constexpr int VALUES = ROWS * COLUMNS, PADDED = (VALUES + LANES - 1) / LANES * LANES;
   Floats sum[PADDED];
 #pragma GCC unroll 32
@@ -199,6 +201,11 @@ void dot_tile(const float* a, int64_t pitch, const void* const* b, int64_t k_fir
   };
   int64_t k = 0;
   for (; k + LANES <= count; k += LANES) {
+    if (ROWS == 1 && next != nullptr) {
+      constexpr int64_t BYTES = LANES * COLUMNS * size_of(type);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(next + k / LANES * BYTES + i);
+    }
     step(k, [&](const void* row) { return load_floats<type>(row, k_first + k); });
   }
   if (k < count) {
@@ -216,12 +223,12 @@ void dot_tile(const float* a, int64_t pitch, const void* const* b, int64_t k_fir
 // The same for any number of rows and 8 columns.
 template <Real type>
 void dot_strip(const float* a, int64_t pitch, int64_t rows, const void* const* b, int64_t k_first,
-               int64_t count, Sums sums) {
+               int64_t count, const char* next, Sums sums) {
   int64_t row = 0;
   const auto tile = [&](auto height) {
     constexpr int ROWS = height.value, COLUMNS = ROWS == 1 ? 8 : 4;
     for (int c = 0; c < 8; c += COLUMNS) {
-      dot_tile<ROWS, COLUMNS, type>(a + row * pitch, pitch, b + c, k_first, count,
+      dot_tile<ROWS, COLUMNS, type>(a + row * pitch, pitch, b + c, k_first, count, next,
                                     {sums.data + row * sums.stride + c, sums.stride});
     }
     row += ROWS;
@@ -241,9 +248,15 @@ void multiply_along_k(const RealTask& t, Sums sums) {
       const int64_t n = std::min(t.first + column + c, g.N - 1);
       b[c] = element(t.b, type, n * g.b.row_stride);
     }
+    // The CPU recognizes no pattern where several short rows of B are on one page, so the next 8
+    // columns are prefetched in the order of memory.
+    const int64_t row_bytes = g.b.row_stride * size_of(type);
+    const char* next = static_cast<const char*>(b[0]) + 8 * row_bytes;
     for (int64_t k = 0; k < g.K; k += K_BLOCK) {
       dot_strip<type>(t.a_block(k / K_BLOCK), t.a.stride, t.rows(), b, k,
-                      std::min(K_BLOCK, g.K - k), {sums.data + column, sums.stride});
+                      std::min(K_BLOCK, g.K - k), row_bytes <= SHORT_ROW ? next : nullptr,
+                      {sums.data + column, sums.stride});
+      next += 8 * K_BLOCK * size_of(type);
     }
   }
 }
@@ -373,7 +386,7 @@ void multiply_packed(const RealTask& t, int64_t first, int64_t columns, Sums sum
       const void* strip[8];
       for (int64_t c = 0; c < 8; ++c) strip[c] = packed.row(std::min(column + c, columns - 1));
       dot_strip<Real::fp32>(t.a_block(k / K_BLOCK), t.a.stride, t.rows(), strip, 0,
-                            whole_vectors(count), {sums.data + column, sums.stride});
+                            whole_vectors(count), nullptr, {sums.data + column, sums.stride});
     }
   }
 }
