@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from rich.console import Console
 
 from bench import machine
 from bench.models import comparison, gguf_export
 from bench.models.comparison import Provider
 from bench.models.process import ProviderError, ProviderProcess
+from bench.studies import engine
 from model.checkpoint import Checkpoint, write_checkpoint
 from model.config import Config
 
@@ -231,3 +233,28 @@ def test_safetensors_without_torch(weights):
     assert set(stored.entries) == set(checkpoint.stored)
     for name in ("model.norm.weight", "lm_head.weight"):
         np.testing.assert_array_equal(stored.read(name), checkpoint.read(name)[0].float().numpy())
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+def test_the_engines_throughput(weights, tmp_path, monkeypatch, wrong):
+    """Exit code 1 if a larger batch changes the tokens of a request."""
+    if wrong:
+        throughput = engine.throughput
+
+        def changed(model, prompts):
+            rate, tokens, share = throughput(model, prompts)
+            return rate, [[t + (len(prompts) == 32) for t in row] for row in tokens], share
+
+        monkeypatch.setattr(engine, "throughput", changed)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(typer.Exit) as end:
+            engine.main(weights / "tiny" / "fp8", "fp8", 1, False, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert end.value.exit_code == int(wrong)
+    (file,) = tmp_path.glob("*-engine-tiny.jsonl")
+    rates = [json.loads(line) for line in file.read_text().splitlines()][1:]
+    assert [r["requests"] for r in rates] == [1, 8, 32]
+    assert [r["same"] for r in rates] == [True, True, not wrong]
+    assert all(r["gain"] == r["rate"] / rates[0]["rate"] and r["rate"] > 0 for r in rates)
