@@ -187,8 +187,8 @@ struct Position {
 
 // What a block prefetches. The CPU recognizes long rows that are read side by side, so the distance
 // is short. Several short rows are on one page of memory; reading them side by side follows no
-// pattern that the CPU recognizes, so the next tile is prefetched in the order of memory. A tile of
-// 4 rows has so many multiplications that the order does not matter.
+// pattern that the CPU recognizes, so the next tile is prefetched in the order of memory. For a tile
+// of 4 rows multiplications are the limit, and the distance is short, too.
 template <int COLUMNS, int64_t CHUNK>
 DEEPKERN_INLINE Prefetch choose_prefetch(const Strip& s, Position at) {
   constexpr int64_t SHORT_ROW = 2048, AHEAD = 512;
