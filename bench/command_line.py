@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,8 +29,19 @@ def known_ops(names: list[str] | None) -> list[str]:
 
 
 def screen() -> Console:
-    """The console for tables; 170 columns wide if the output is a file or a pipe."""
-    return Console(width=None if Console().is_terminal else 170)
+    """The console for tables: as wide as the terminal or COLUMNS, else 170 columns."""
+    known = Console().is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    return Console(width=None if known else 170)
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """This process, and those that it starts, ignore Ctrl-C; for the block, they for good."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class Speed:
     error: float | None = None
     tolerance: float | None = None
     against: str = ""  # what the result was compared with: "reference" or a provider
-    note: str = ""  # why it has no time
+    note: str = ""  # why it has no time, or on a GPU no CUDA graph
     samples: tuple[float, ...] = ()
     least: float | None = None
     median: float | None = None
@@ -213,6 +213,7 @@ def finished(speed: Speed, timing: Timing | None, work: Cost, request: Request) 
         speed = replace(
             speed, samples=timing.samples, least=timing.least, median=timing.median,
             spread=timing.spread, calls=timing.calls, graph=timing.graph, host=timing.host,
+            note=f"no CUDA graph: {timing.no_graph}" if timing.no_graph else speed.note,
             gb_per_s=work.bytes / elapsed / 1e3,
             tflops=work.flops / elapsed / 1e6 if work.flops else None,
         )  # fmt: skip

@@ -40,7 +40,8 @@ class Timing:
 
     samples: tuple[float, ...]  # one per round
     calls: int  # timed in all rounds together
-    graph: float | None = None  # median in a replayed CUDA graph; None where a capture fails
+    graph: float | None = None  # median in a replayed CUDA graph
+    no_graph: str = ""  # why there is none
     host: float | None = None  # median until the call returns to the host; GPU only
 
     @property
@@ -81,8 +82,9 @@ def time_calls(
         clock = GpuClock(device)
         for name, timing in timings.items():
             with contexts.get(name, nullcontext)():
-                graph, host = graph_time(calls[name], clock), host_time(calls[name][0])
-            timings[name] = replace(timing, graph=graph, host=host)
+                graph, no_graph = graph_time(calls[name], clock)
+                host = host_time(calls[name][0])
+            timings[name] = replace(timing, graph=graph, no_graph=no_graph, host=host)
     return timings
 
 
@@ -208,36 +210,68 @@ def host_time(call: Call) -> float:
     return statistics.median(samples)
 
 
-def graph_time(variants: Sequence[Call], clock: Clock) -> float | None:
-    """Median microseconds of a CUDA graph of one call; None if the call cannot be captured."""
-    if waits_for_the_gpu(variants[0]):
-        return None
-    graphs = []
+def graph_time(variants: Sequence[Call], clock: Clock) -> tuple[float | None, str]:
+    """Median microseconds of a CUDA graph of one call, or None and why there is none."""
+    reason = why_not_captured(variants[0])
+    if reason:
+        return None, reason
     try:
-        for variant in variants[:GRAPHS]:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                variant()
-            graphs.append(graph)
-    except Exception:
-        torch.cuda.synchronize()
-        return None
+        graphs = [captured(variant) for variant in variants[:GRAPHS]]
+    except Exception as error:
+        torch.cuda.synchronize()  # raises if nothing runs on the GPU any more
+        return None, one_line(error)
     replays = [graph.replay for graph in graphs]
     clock(replays)  # the first replay uploads the graph
-    return statistics.median(clock(replays) for _ in range(FEW_ROUNDS * 3))
+    return statistics.median(clock(replays) for _ in range(FEW_ROUNDS * 3)), ""
 
 
-def waits_for_the_gpu(call: Call) -> bool:
-    """Whether `call` synchronizes, which no capture allows, or fails.
-
-    A failed capture can leave the allocator with an open memory pool, so we find out before.
-    """
+def why_not_captured(call: Call) -> str:
+    """That `call` synchronizes, which no capture allows, or fails; empty if it does neither."""
     mode = torch.cuda.get_sync_debug_mode()
     try:
         torch.cuda.set_sync_debug_mode("error")
         call()
-        return False
-    except Exception:
-        return True
+        return ""
+    except Exception as error:
+        return one_line(error)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+
+
+def captured(call: Call) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call, with a memory pool of its own.
+
+    Raises what fails, and leaves stream and allocator as they were. `torch.cuda.graph` does not: if
+    the end of the capture raises, its stream stays the current one, and the allocator goes on
+    recording to the pool (CUDAGraph::capture_end of torch 2.11 to 2.13).
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin(pool)
+            try:
+                call()
+            finally:
+                graph.capture_end()
+    except Exception:
+        end_recording(pool)
+        raise
+    return graph
+
+
+def end_recording(pool: tuple[int, int]) -> None:
+    """Ends the allocator's recording to the pool of a failed capture, and releases the pool."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # the end of the capture did it, and the graph releases its pool
+        return
+    torch._C._cuda_releasePool(device, pool)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of the first error of a chain."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
