@@ -118,6 +118,7 @@ def page(
         "report.html",
         parts=shown,
         skipped=skipped,
+        one_op=len(ops) == 1,
         bounds=tables.bounds(counts, seen),
         predicted=tables.predicted(predicted, seen),
         measured=sorted({target for target, _ in seen}),
