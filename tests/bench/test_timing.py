@@ -69,6 +69,19 @@ def test_a_slow_call_has_few_rounds():
     assert len(got["slow"].samples) == 3 < len(got["fast"].samples)
 
 
+def test_a_stall_while_rounds_are_planned_costs_none(monkeypatch):
+    """The first calls take 20 ms each, all later ones 0.2 ms."""
+    now, calls = [0.0], []
+
+    def call() -> None:
+        calls.append(1)
+        now[0] += 0.02 if len(calls) in (2, 3, 4) else 2e-4
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    got = time_calls({"x": [call]}, CPU, seconds=0.03)["x"]
+    assert len(got.samples) == 31 and got.median < 1000
+
+
 def test_a_call_longer_than_the_budget_is_timed_once():
     log: list[str] = []
     calls = [recorded(log, name, 0.02) for name in "pq"]
