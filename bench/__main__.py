@@ -43,14 +43,15 @@ def interpret_without_gpu() -> None:
 
 
 class ListsProviders(TyperCommand):
-    """Its help ends with the providers, one per line."""
+    """Its help ends with the providers, one per line; an epilog would have a blank one between."""
 
     def format_help(self, ctx, formatter):
         from deepkern.testing.providers import NAMES
 
-        lines = (f"{name}: {about}" for name, about in NAMES.items())
-        self.epilog = "\n\n".join(["Providers, where they are installed and serve the op:", *lines])
-        return super().format_help(ctx, formatter)
+        super().format_help(ctx, formatter)
+        typer.echo("Providers, where they are installed and serve the op:")
+        for name, about in NAMES.items():
+            typer.echo(f"  {name:23}  {about}")
 
 
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False,

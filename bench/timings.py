@@ -371,16 +371,16 @@ def warmed_up(entry: Entry, calls: list, seconds: float) -> list:
     """The calls that `seconds` suffice for, at least FEWEST, each of which was made once.
 
     More copies of the inputs of a slow call would not be used, and take as long to prepare as the
-    call. Returns [] if a call fails; then the entry fails.
+    call; one that takes longer than `seconds` is timed once. The check has prepared the first call.
+    Returns [] if a call fails; then the entry fails.
     """
     try:
         with entry.context():
-            calls[0]()  # prepares
-            wait()
             start = time.perf_counter()
             calls[0]()
             wait()
-            count = max(FEWEST, int(seconds / (time.perf_counter() - start)))
+            elapsed = time.perf_counter() - start
+            count = 1 if elapsed > 2 * seconds else max(FEWEST, int(seconds / elapsed))
             for call in calls[1:count]:
                 call()
             wait()

@@ -62,7 +62,8 @@ def test_run_is_the_default(monkeypatch):
 def test_the_help_of_op_lists_the_providers():
     lines = CliRunner().invoke(app, ["op", "--help"]).output.splitlines()
     for name, about in providers.NAMES.items():
-        assert sum(f"{name}: {about}" in line for line in lines) == 1, name
+        assert sum(line.split(maxsplit=1) == [name, about] for line in lines) == 1, name
+    assert max(map(len, lines[-len(providers.NAMES) :])) <= 80
 
 
 def interrupted(words: list[str]) -> list[str]:

@@ -250,6 +250,20 @@ def test_every_op_has_shapes_of_the_model():
     assert set(shapes.SETS["deepseek-v3"]) == set(deepkern.OPS)
 
 
+@pytest.mark.parametrize(("call", "made"), [(0.005, 8), (0.02, 5), (0.15, 3), (0.3, 1)])
+def test_copies_that_are_not_timed_are_not_warmed_up(call, made, monkeypatch):
+    """8 copies; at 0.1 s for each provider a call of 0.3 s is timed once, of the first copy."""
+    now = [0.0]
+
+    def slow() -> None:
+        now[0] += call
+
+    monkeypatch.setattr(timings.time, "perf_counter", lambda: now[0])
+    entry = timings.Entry(timings.Speed(OP, SIZE, "given", "eager"), Provider("eager", "", slow))
+    calls = timings.warmed_up(entry, [slow] * 8, 0.1)
+    assert len(calls) == made and now[0] == pytest.approx(made * call)
+
+
 def test_sizes_as_words():
     text = "lengths=8192,4096,H=16 causal=False,cache_dtype=uint8"
     assert shapes.parse_size("mla_decode", shapes.words(text)) == {

@@ -33,7 +33,7 @@ MOST_SIZES = 256  # of an op in one process, for code that torch compiles
 # Every name that an op may give a provider, and what it is.
 NAMES = {
     "eager": "the op in plain PyTorch, step by step",
-    "compile": "torch.compile of eager; compiles for up to minutes, so only if it is named",
+    "compile": "torch.compile of eager; takes minutes: only if named",
     "linear_bf16": "F.linear in bf16, operands dequantized before",
     "linear_fp16": "F.linear in fp16, operands dequantized before",
     "linear_fp32": "F.linear in fp32, operands dequantized before (CPU)",
