@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import typer
@@ -36,12 +37,13 @@ def screen() -> Console:
 
 @contextlib.contextmanager
 def without_interrupts() -> Iterator[None]:
-    """This process, and those that it starts, ignore Ctrl-C; for the block, they for good."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C waits for the end of the block; processes that start in it never receive it."""
+    resource_tracker.ensure_running()  # multiprocessing's, which unblocks the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

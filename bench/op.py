@@ -48,9 +48,13 @@ def _check_all(jobs: Sequence[tuple[str, str]]) -> Iterator[list[checks.Check]]:
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // processes)
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
-        with without_interrupts():  # the processes inherit this: Ctrl-C ends them through the pool
-            found = pool.map(_check_job, jobs)
-        yield from found
+        try:
+            with without_interrupts():  # Ctrl-C ends the processes through the pool
+                found = pool.map(_check_job, jobs)
+            yield from found
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _check_job(job: tuple[str, str]) -> list[checks.Check]:

@@ -52,7 +52,7 @@ NAMES = {
     "liger": "Liger Kernel",
     "quack": "quack",
     "transformer_engine": "Transformer Engine",
-    "vllm": "vLLM; on a CPU its mla_decode, in a process of its own",
+    "vllm": "vLLM; on a CPU in a process of its own",
 }
 
 
