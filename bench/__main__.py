@@ -7,27 +7,54 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
+from . import results
 from .command_line import FOLDER, KEEP, NAMES, SECONDS, known_ops, screen
 
-# Without a GPU the Triton kernels are interpreted. deepkern reads this when it imports Triton.
-if sys.argv[1:2] not in (["inspect"], ["profile"]) and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-
-class RunByDefault(TyperGroup):
-    """`python -m bench --keep` is `python -m bench run --keep`."""
+class Commands(TyperGroup):
+    """`python -m bench --keep` is `python -m bench run --keep`; Ctrl-C ends each verb alike."""
 
     def parse_args(self, ctx, args):
         if not args or (args[0].startswith("-") and args[0] not in ("--help", "-h")):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx):
+        try:
+            interpret_without_gpu()
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            kept = "; ".join(f"{file}{what}" for file, what in results.WRITTEN.items())
+            typer.echo(
+                f"interrupted; {f'kept {kept}' if kept else 'nothing was written'}", err=True
+            )
+            raise typer.Exit(130) from None
 
-app = typer.Typer(cls=RunByDefault, add_completion=False, pretty_exceptions_enable=False,
+
+def interpret_without_gpu() -> None:
+    """Without a GPU the Triton kernels are interpreted. deepkern reads this when imported."""
+    import torch  # takes seconds: not at the top, so that Ctrl-C ends that, too
+
+    if sys.argv[1:2] not in (["inspect"], ["profile"]) and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+class ListsProviders(TyperCommand):
+    """Its help ends with the providers, one per line; an epilog would have a blank one between."""
+
+    def format_help(self, ctx, formatter):
+        from deepkern.testing.providers import NAMES
+
+        super().format_help(ctx, formatter)
+        typer.echo("Providers, where they are installed and serve the op:")
+        for name, about in NAMES.items():
+            typer.echo(f"  {name:23}  {about}")
+
+
+app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False,
                   help="Checks, times and explains the ops and the model.")  # fmt: skip
 
 Option = typer.Option
@@ -56,7 +83,7 @@ def run(
     )  # fmt: skip
 
 
-@app.command()
+@app.command(cls=ListsProviders)
 def op(
     names: list[str] = NAMES,
     shapes: Annotated[
@@ -70,7 +97,7 @@ def op(
     ] = None,
     against: Annotated[
         list[str] | None,
-        Option(help="a provider such as eager or deep_gemm, repeatable; all by default"),
+        Option(help="a provider of the list below, repeatable; all but compile by default"),
     ] = None,
     seconds: float = SECONDS,
     keep: bool = KEEP,
@@ -207,12 +234,16 @@ def tune(
 
 @app.command()
 def compare(
-    old: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a result file")],
-    new: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a later result file")],
+    old: Annotated[Path, typer.Argument(exists=True, help="a result, or a folder of several runs")],
+    new: Annotated[Path, typer.Argument(exists=True, help="a later result, or a folder")],
     threshold: Annotated[float, Option(help="a smaller change is none")] = 0.05,
     across_devices: Annotated[bool, Option(help="compare results of two devices")] = False,
 ) -> None:
-    """Compares two results; exit code 1 if an op or the model became slower or wrong."""
+    """Compares results; exit code 1 if an op or the model became slower or wrong.
+
+    On a busy machine alternate several runs of the two checkouts, each into a folder of its own
+    (`python -m bench op cast_per_token --folder DIR`), and compare the folders.
+    """
     from . import compare as comparison
 
     raise typer.Exit(comparison.run(old, new, threshold, across_devices))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import typer
@@ -27,8 +30,20 @@ def known_ops(names: list[str] | None) -> list[str]:
 
 
 def screen() -> Console:
-    """The console for tables; 170 columns wide if the output is a file or a pipe."""
-    return Console(width=None if Console().is_terminal else 170)
+    """The console for tables: as wide as the terminal or COLUMNS, else 170 columns."""
+    known = Console().is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    return Console(width=None if known else 170)
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; processes that start in it never receive it."""
+    resource_tracker.ensure_running()  # multiprocessing's, which unblocks the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

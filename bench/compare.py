@@ -1,51 +1,58 @@
-"""`python -m bench compare OLD NEW`: what became slower, faster or wrong between two runs.
+"""`python -m bench compare OLD NEW`: what became slower, faster or wrong between two sides.
+
+A side is one run, or a folder of runs that alternated with those of the other side.
 
 **On a CPU** absolute times of two runs do not compare: a shared machine stalls for 8 ms at a time
 and drifts by up to 2x within an hour. The call and the other providers of its row were timed in
 turn. So we compare the ratio of its time to that of an anchor in the same round: to `eager`, or to
 the provider with the most rounds where `eager` takes too long for enough of them. The interval of
-the ratios' shift is `bench.noise.shift`. A call is slower if
+the ratios' shift is `bench.noise.shift`: of the samples of all runs of a side, wider by what runs
+of one side differ from each other. A call is slower if
 
 - the whole interval of the shift of these ratios is above the threshold, and
-- the ratio of the least times grew by more than the threshold, too. The least times have no stalls
-  in them; the median does not depend on a single round.
+- the ratio of the least times of all runs grew by more than the threshold, too. The least times
+  have no stalls in them; the median does not depend on a single round.
 
 The anchor corrects drift to first order only: load that slows it by 20 % can slow the call by 25 %.
 So the interval is wider by DRIFT_SHARE of the anchor's own change, and there is no verdict if the
 anchor changed by more than MOST_DRIFT. Both values come from pairs of runs of unchanged calls next
 to 3 to 10 busy processes on two cores. Without the two rules up to 24 % of the pairs of a call were
-reported, with them at most 1.5 %, and none for most calls (docs/measuring.md).
+reported, with them at most 1.5 %, and none for most calls (docs/measuring.md). Load that changes
+between the runs and slows the call and its anchor differently shows in alternating runs alone.
 
 **On a GPU** CUDA events and steady clocks make absolute times comparable: the same test, on the
-samples themselves. If a run notes throttled clocks, the report says so.
+samples themselves. The time of a call that the tensor cores limit follows the SM clock. If all runs
+noted their clock under load, its anchor is the clock's period; the two rules above apply, too.
+Calls that memory limits are compared as measured. If a run notes throttled clocks, the report says
+so. Unmeasured on hardware.
 
 **False alarms.** ALPHA bounds the probability that any call is reported without cause: each of the
-m calls is tested at ALPHA / m (Bonferroni). The bound is for noise within a run. The threshold and
-the two rules above are for noise between runs: a call that did not change is reported only if noise
-exceeds the threshold.
+m calls is tested at ALPHA / m (Bonferroni). With one run a side the bound is for noise within the
+run; the threshold and the two rules are for noise between runs. With several it is for both.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from . import results
-from .noise import Shift, rounds_needed, shift
-from .results import Run
+from . import results, sides
+from .listing import Listing
+from .noise import Shift, between_runs, rounds_needed, shift
+from .sides import Key, Row, Side
 from .summary import number
 
 THRESHOLD = 0.05
 ALPHA = 0.01
-ANCHOR = "eager"
+EAGER, CLOCK = "eager", "SM clock"
 DRIFT_SHARE = 0.25
 MOST_DRIFT = math.log(1.5)
 # A rate of the model is one value per run: drift of a CPU up to 2x, of a GPU's clocks 10 %.
@@ -55,9 +62,22 @@ LISTED = 10
 
 WRONG, SLOWER, UNCLEAR, SAME, FASTER = "wrong", "slower", "unclear", "same", "faster"
 STYLES = {WRONG: "bold red", SLOWER: "red", UNCLEAR: "yellow", SAME: "dim", FASTER: "green"}
-VERSIONS = ("torch", "triton", "python")
 
-Row = dict[str, dict]  # the records of an (op, size), by provider
+Rows = Sequence[Row]  # one per run of a side
+
+
+class Anchor(NamedTuple):
+    """What a change is relative to; `old` and `new` in µs, or in MHz for CLOCK."""
+
+    name: str
+    old: float
+    new: float
+
+    @property
+    def drift(self) -> float:
+        """The logarithm of its time's growth."""
+        change = math.log(self.new / self.old)
+        return -change if self.name == CLOCK else change
 
 
 @dataclass(frozen=True)
@@ -72,107 +92,94 @@ class Change:
     old: float | None = None  # microseconds; tokens/s of the model
     new: float | None = None
     shift: Shift | None = None
-    anchor: str = ""
+    anchor: Anchor | None = None
 
     @property
     def order(self) -> tuple:
         """Wrong ones first, then by change, the slowest first."""
         return self.verdict != WRONG, -(self.shift.estimate if self.shift else 0.0), self.op
 
-
-def rows(run: Run) -> dict[tuple[str, str], Row]:
-    found: dict[tuple[str, str], Row] = {}
-    for record in run.of("speed"):
-        found.setdefault((record["op"], record["size"]), {})[record["provider"]] = record
-    return found
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.op, self.size, self.provider)))
 
 
-def calls(run: Run) -> dict[tuple[str, str, str], Row]:
-    """(op, size, provider) of each call of deepkern -> its row."""
-    return {(*key, provider): row for key, row in rows(run).items() for provider in row
-            if results.is_ours(provider)}  # fmt: skip
-
-
-def checks(run: Run) -> dict[tuple[str, str, str], dict]:
-    """(op, size, provider) -> everything that has been compared with a reference."""
-    found = {(r["op"], r["size"], f"check on {r['backend']}"): r for r in run.of("check")}
-    found |= {key: row[key[2]] for key, row in calls(run).items()}
-    return found | {("model", r["name"], ""): r for r in run.of("model") if r["unit"] != "text"}
-
-
-def incomparable(old: Run, new: Run) -> str | None:
-    """Why times of the two runs do not compare; None if they do."""
-    facts: dict[str, tuple] = {"device": (old.device, new.device)}
-    if not old.machine["gpu"]:
-        for key in ("threads", "isa"):
-            facts[key] = old.machine.get(key), new.machine.get(key)
-    different = [f"{key} {a} and {b}" for key, (a, b) in facts.items() if a != b]
-    return "; ".join(different) or None
-
-
-def wrong(old: Run, new: Run) -> Iterator[Change]:
+def wrong(old: Side, new: Side) -> Iterator[Change]:
     """What agreed in OLD and does not agree in NEW."""
-    before = checks(old)
-    for key, record in checks(new).items():
+    before = sides.checks(old)
+    for key, record in sides.checks(new).items():
         if record["ok"] is False and key in before and before[key]["ok"] is not False:
             yield Change(*key, WRONG, record["note"])
 
 
-def timed(old: Run, new: Run, threshold: float) -> list[Change]:
-    """The verdicts on the speed of all calls that both runs have timed."""
-    before, after = calls(old), calls(new)
-    common = [key for key, row in after.items() if row[key[2]]["samples"]
-              and key in before and before[key][key[2]]["samples"]]  # fmt: skip
+def timed(old: Side, new: Side, threshold: float) -> list[Change]:
+    """The verdicts on the speed of all calls that both sides have timed."""
+    before, after = sides.timed(old), sides.timed(new)
+    common = [key for key in after if key in before]
     alpha, limit = ALPHA / max(len(common), 1), math.log1p(threshold)
     change = on_gpu if new.machine["gpu"] else on_cpu
     return [change(key, before[key], after[key], alpha, limit) for key in common]
 
 
-def on_gpu(
-    key: tuple[str, str, str], before: Row, after: Row, alpha: float, limit: float
-) -> Change:
-    """The change of the absolute times."""
-    records = before[key[2]], after[key[2]]
-    x, y = (np.log(record["samples"]) for record in records)
+def of(rows: Rows, provider: str) -> list[dict]:
+    """The records of a provider in each run."""
+    return [row.records[provider] for row in rows]
+
+
+def on_gpu(key: Key, before: Rows, after: Rows, alpha: float, limit: float) -> Change:
+    """The change of the absolute times, or of the clocks that a call takes."""
+    records = of(before, key[2]), of(after, key[2])
+    anchor = sm_clock(key, before, after)
+    x, y = ([np.log(row.records[key[2]]["samples"]) + (math.log(row.mhz) if anchor else 0.0)
+             for row in rows] for rows in (before, after))  # fmt: skip
+    least = float(min(map(np.min, y)) - min(map(np.min, x)))
+    old, new = (statistics.median([us for r in side for us in r["samples"]]) for side in records)
     moved = shift(x, y, alpha)
-    verdict = judge(moved, y.min() - x.min(), limit)
-    note = advice(records, moved, alpha, limit) if verdict == UNCLEAR else ""
-    old, new = (record["median"] for record in records)
-    return Change(*key, verdict, note, old, new, moved)
+    change = Change(*key, UNCLEAR, "", old, new, moved, anchor)
+    return concluded(change, least, records, alpha, limit)
 
 
-def on_cpu(
-    key: tuple[str, str, str], before: Row, after: Row, alpha: float, limit: float
-) -> Change:
+def sm_clock(key: Key, before: Rows, after: Rows) -> Anchor | None:
+    """The mean SM clocks, if all runs noted them and the tensor cores limit the call."""
+    clocks = [[row.mhz for row in rows if row.mhz] for rows in (before, after)]
+    if after[0].records[key[2]]["limit"] != "compute":
+        return None
+    if [len(side) for side in clocks] != [len(before), len(after)]:
+        return None
+    return Anchor(CLOCK, *map(statistics.fmean, clocks))
+
+
+def on_cpu(key: Key, before: Rows, after: Rows, alpha: float, limit: float) -> Change:
     """The change of the times relative to the anchor's in the same round."""
-    records = before[key[2]], after[key[2]]
-    old, new = (record["least"] for record in records)
+    records = of(before, key[2]), of(after, key[2])
+    old, new = (least_of(side) for side in records)
     name = choose_anchor(before, after, rounds_needed(alpha))
     if name is None:
-        return Change(*key, UNCLEAR, "no other provider is timed in both runs", old, new)
-    anchors = before[name], after[name]
-    x, y = (ratios(record, anchor) for record, anchor in zip(records, anchors, strict=True))
-    drift = math.log(anchors[1]["least"] / anchors[0]["least"])
-    least = math.log(new / old) - drift
-    moved = shift(x, y, alpha).widened(DRIFT_SHARE * abs(drift))
-    verdict = UNCLEAR if abs(drift) > MOST_DRIFT else judge(moved, least, limit)
-    note = ""
-    if abs(drift) > MOST_DRIFT:
-        factor = math.exp(abs(drift))
-        note = f"{name} changed by {factor:.1f}x: run both again, one after the other"
-    elif verdict == UNCLEAR:
-        note = advice((*records, *anchors), moved, alpha, limit)
-    return Change(*key, verdict, note, old, new, moved, name)
+        return Change(*key, UNCLEAR, "no other provider is timed in all runs", old, new)
+    anchors = of(before, name), of(after, name)
+    anchor = Anchor(name, *map(least_of, anchors))
+    x, y = (list(map(ratios, *pair)) for pair in zip(records, anchors, strict=True))
+    change = Change(*key, UNCLEAR, "", old, new, shift(x, y, alpha), anchor)
+    least = math.log(new / old) - anchor.drift
+    return concluded(change, least, (*records, *anchors), alpha, limit)
 
 
-def choose_anchor(before: Row, after: Row, needed: int) -> str | None:
-    """`eager` if it has enough rounds in both runs, else what has the most; None without any."""
-    rounds = {name: min(len(row[name]["samples"]) for row in (before, after))
-              for name in before if name in after and not results.is_ours(name)}  # fmt: skip
-    if rounds.get(ANCHOR, 0) >= needed:
-        return ANCHOR
-    name = max(rounds, key=lambda name: (rounds[name], name == ANCHOR), default=None)
-    return name if name and rounds[name] else None
+def least_of(records: Iterable[dict]) -> float:
+    return min(record["least"] for record in records)
+
+
+def choose_anchor(before: Rows, after: Rows, needed: int) -> str | None:
+    """`eager` if it has enough rounds on both sides, else what has the most; None without any."""
+
+    def rounds(name: str) -> int:
+        return min(sum(len(r["samples"]) for r in of(rows, name)) for rows in (before, after))
+
+    names = set.intersection(*({n for n, r in row.records.items() if r["samples"]}
+                               for row in (*before, *after)))  # fmt: skip
+    names = {name for name in names if not results.is_ours(name)}
+    if EAGER in names and rounds(EAGER) >= needed:
+        return EAGER
+    return max(names, key=lambda name: (rounds(name), name == EAGER, name), default=None)
 
 
 def ratios(record: dict, anchor: dict) -> np.ndarray:
@@ -181,15 +188,38 @@ def ratios(record: dict, anchor: dict) -> np.ndarray:
     return np.array([math.log(own / other) for own, other in pairs])
 
 
-def advice(records: Iterable[dict], moved: Shift, alpha: float, limit: float) -> str:
-    """What would help to tell whether a call changed; `records` have its times and the anchor's."""
-    rounds, needed = min(len(r["samples"]) for r in records), rounds_needed(alpha)
+def concluded(
+    change: Change, least: float, records: Sequence[list[dict]], alpha: float, limit: float
+) -> Change:
+    """`change` with its verdict, the interval that it follows from, and a note if it is unclear.
+
+    least: the logarithm of the growth of the least time, relative to the anchor. records: those of
+    a provider in each run of a side, for both sides, the call's and its anchor's.
+    """
+    drift = change.anchor.drift if change.anchor else 0.0
+    moved = change.shift.widened(DRIFT_SHARE * abs(drift))
+    verdict, note = judge(moved, least, limit), ""
+    if abs(drift) > MOST_DRIFT:
+        verdict = UNCLEAR
+        note = (
+            f"{change.anchor.name} changed by {math.exp(abs(drift)):.1f}x: run both again, in turn"
+        )
+    elif verdict == UNCLEAR:
+        note = advice(records, moved, alpha, limit)
+    return replace(change, verdict=verdict, note=note, shift=moved)
+
+
+def advice(records: Sequence[list[dict]], moved: Shift, alpha: float, limit: float) -> str:
+    """What would help to tell whether a call changed."""
+    needed = rounds_needed(alpha)
+    rounds = min(sum(len(r["samples"]) for r in runs) for runs in records)
     if rounds < needed:
-        seconds = math.ceil(SECONDS_OF_CALLS * max(r["median"] for r in records) / 1e6)
+        slowest = max(r["median"] for runs in records for r in runs)
+        seconds = math.ceil(SECONDS_OF_CALLS * slowest / 1e6)
         return f"{rounds} rounds, {needed} are needed: --seconds {seconds}"
     if moved.low > limit or moved.high < -limit:
         return "least and median disagree: run again"
-    return "too noisy: an idle machine helps, on a CPU OMP_NUM_THREADS=1 and --seconds 0.01, too"
+    return "too noisy: more alternating runs a side help, on a CPU OMP_NUM_THREADS=1, too"
 
 
 def judge(moved: Shift, least: float, limit: float) -> str:
@@ -203,57 +233,34 @@ def judge(moved: Shift, least: float, limit: float) -> str:
     return UNCLEAR
 
 
-def rates(old: Run, new: Run, threshold: float) -> Iterator[Change]:
+def rates(old: Side, new: Side, threshold: float) -> Iterator[Change]:
     """The verdicts on the model's tokens per second: one value per run, so only large changes."""
     noise = MODEL_NOISE["gpu" if new.machine["gpu"] else "cpu"]
-    before = {r["name"]: r["value"] for r in old.of("model") if r["unit"] == "tokens/s"}
-    for record in new.of("model"):
-        if record["name"] in before and record["unit"] == "tokens/s":
-            times = before[record["name"]], record["value"]
-            least = math.log(times[0] / times[1])
-            moved = Shift(least, least, least).widened(noise)
+    before, after = sides.rates(old), sides.rates(new)
+    for name in after:
+        if name in before:
+            x, y = ([[-math.log(rate)] for rate in side[name]] for side in (before, after))
+            least = min(y)[0] - min(x)[0]
+            middle = statistics.median(v for (v,) in y) - statistics.median(v for (v,) in x)
+            moved = Shift(middle, middle, middle).widened(max(noise, between_runs(x, y, ALPHA)))
             verdict = judge(moved, least, math.log1p(threshold))
-            note = "tokens/s; one value per run" if verdict == UNCLEAR else "tokens/s"
-            yield Change("model", record["name"], "", verdict, note, *times, moved)
+            note = "tokens/s, one value per run"
+            yield Change("model", name, "", verdict, note, max(before[name]), max(after[name]),
+                         moved)  # fmt: skip
 
 
-def vanished(old: Run, new: Run) -> list[str]:
-    """What OLD has checked or timed and NEW has not, with the reason if it is known."""
-    after, lost = checks(new), []
-    for key, record in checks(old).items():
-        name = " ".join(filter(None, key))
-        if key not in after:
-            lost.append(name)
-        elif record.get("samples") and not after[key]["samples"] and after[key]["ok"] is not False:
-            lost.append(f"{name} has no time: {after[key]['note']}")
-    return lost
-
-
-def warnings(old: Run, new: Run) -> Iterator[str]:
-    """Facts of the two machines that may explain a change."""
-    for key in VERSIONS:
-        if old.machine[key] != new.machine[key]:
-            yield f"{key} {old.machine[key]} and {new.machine[key]}: {ANCHOR} may have changed, too"
-    for word, run in (("OLD", old), ("NEW", new)):
-        reasons = (run.machine.get("clocks") or {}).get("throttled")
-        if reasons:
-            yield f"{word}: the GPU's clocks were throttled ({', '.join(reasons)})"
-
-
-def table(changes: Iterable[Change], gpu: bool) -> Table:
-    """The slowest change first."""
-    view = Table(title="Change of the time", title_justify="left")
-    for name in ("op", "size", "provider"):
-        view.add_column(name)
+def table(changes: Iterable[Change], gpu: bool) -> Listing:
+    """The slowest change first. The change is that of the times over the anchor's."""
     time = "median" if gpu else "least"
-    for name in (f"old {time}", f"new {time}", "change"):
-        view.add_column(name, justify="right")
-    for name in ("relative to", "verdict", "note"):
-        view.add_column(name)
+    view = Listing(f"Change of the {time} time in µs, relative to the anchor's")
+    view.add_columns("verdict", "change")
+    view.add_columns("old", "new", numeric=True)
+    view.add_columns("anchor")
+    view.add_columns("its old", "its new", numeric=True)
     for c in sorted(changes, key=lambda change: change.order):
-        times = map(number, (c.old, c.new))
-        view.add_row(c.op, c.size, c.provider, *times, percent(c.shift), c.anchor,
-                     f"[{STYLES[c.verdict]}]{c.verdict}", escape(c.note))  # fmt: skip
+        name, *its = c.anchor or ("", None, None)
+        cells = percent(c.shift), number(c.old), number(c.new), name, *map(number, its)
+        view.add_row(f"[{STYLES[c.verdict]}]{c.verdict}", *cells, heading=c.name, note=c.note)
     return view
 
 
@@ -278,25 +285,26 @@ def run(
 
     console = console or screen()
     try:
-        before, after = results.load(old), results.load(new)
-    except (OSError, results.Invalid, results.OldSchema) as error:
+        before, after = sides.load("OLD", old), sides.load("NEW", new)
+    except (OSError, results.Invalid, results.OldSchema, sides.Unfit) as error:
         return _refused(console, str(error))
-    reason = incomparable(before, after)
+    reason = sides.incomparable(before, after)
     if reason and not across_devices:
         return _refused(console, f"{reason}; --across-devices compares them anyway")
-    if not checks(before).keys() & checks(after).keys():
+    if not sides.checks(before).keys() & sides.checks(after).keys():
         return _refused(console, "the runs have no row in common")
     changes = [*wrong(before, after), *timed(before, after, threshold),
                *rates(before, after, threshold)]  # fmt: skip
-    for word, r in (("OLD", before), ("NEW", after)):
-        console.print(f"{word}  {r.file}: {r.device}, commit {r.machine['commit']}", markup=False)
-    for line in warnings(before, after):
-        console.print(line, style="yellow", markup=False)
-    console.print(table(changes, bool(after.machine["gpu"])))
-    lost = vanished(before, after)
+    for side in (before, after):
+        console.print(side.title, markup=False, highlight=False, soft_wrap=True)
+    for line in sides.warnings(before, after):
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+    if changes:
+        console.print(table(changes, bool(after.machine["gpu"])))
+    lost = sides.vanished(before, after)
     for line in [*lost[:LISTED], *([f"{len(lost) - LISTED} more"] if len(lost) > LISTED else [])]:
-        console.print(f"not in NEW: {line}", style="yellow", markup=False)
-    return _close(console, changes, threshold)
+        console.print(f"not in NEW: {line}", style="yellow", markup=False, soft_wrap=True)
+    return _close(console, changes, threshold, [len(side.runs) for side in (before, after)])
 
 
 def _refused(console: Console, reason: str) -> int:
@@ -304,16 +312,17 @@ def _refused(console: Console, reason: str) -> int:
     return 2
 
 
-def _close(console: Console, changes: list[Change], threshold: float) -> int:
+def _close(console: Console, changes: list[Change], threshold: float, runs: list[int]) -> int:
     if not changes:
         return _refused(console, "nothing is timed in both")
     counts = Counter(change.verdict for change in changes)
     parts = ", ".join(f"{counts[v]} {v}" for v in STYLES if counts[v])
     failed = bool(counts[SLOWER] or counts[WRONG])
+    a_side = f"{runs[0]} a side" if runs[0] == runs[1] else f"{runs[0]} old, {runs[1]} new"
     console.print(
-        f"{parts}; threshold {threshold:.0%}, chance reports a call "
-        f"in at most {ALPHA:.0%} of comparisons",
+        f"{parts}; {'runs' if max(runs) > 1 else 'run'}: {a_side}; threshold {threshold:.0%}, "
+        f"chance reports a call in at most {ALPHA:.0%} of comparisons",
         style="bold red" if failed else "yellow" if counts[UNCLEAR] else "bold green",
-        highlight=False,
-    )
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     return int(failed)

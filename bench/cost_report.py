@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import typer
-from rich.table import Table
 
 from model.config import Config
 from model.presets import PRESETS
@@ -21,6 +20,7 @@ from . import cost, results
 from .command_line import screen
 from .cost import Assumptions, Layout, Serving, Training
 from .gpus import GPUS, H100, Gpu, named
+from .listing import Listing
 from .op_times import OpTimes
 from .results import write_text
 
@@ -218,35 +218,28 @@ def arithmetic(gpu: Gpu, layout: Layout) -> str:
     return "FP8" if gpu.fp8_tensor_cores else "FP8 weights, bf16 products"
 
 
-def show(found: Report) -> list[Table]:
-    training = Table(title=f"Training {found.preset}: a trillion tokens", title_justify="left")
-    for name in (
-        "GPU",
-        "K GPU-hours",
-        "K dollars",
-        "layout",
-        "arithmetic",
-        "least GPUs",
-        "op times",
-    ):
-        training.add_column(name, justify="right" if name.startswith("K ") else "left")
-    serving = Table(title=f"Serving {found.preset}", title_justify="left")
-    for name in ("GPU", "step", "tokens/s/GPU", "$ per M tokens", "batch", "layout", "arithmetic",
-                 "overlap", "limit", "op times"):  # fmt: skip
-        serving.add_column(name)
+def show(found: Report) -> list[Listing]:
+    training = Listing(f"Training {found.preset}: a trillion tokens")
+    training.add_columns("GPU")
+    training.add_columns("K GPU-hours", "K dollars", "least GPUs", numeric=True)
+    training.add_columns("layout", "arithmetic", "op times")
+    serving = Listing(f"Serving {found.preset}")
+    serving.add_columns("GPU", "step")
+    serving.add_columns("tokens/s/GPU", "$ per M tokens", "batch", numeric=True)
+    serving.add_columns("layout", "arithmetic", "overlap", "limit", "op times")
     for r in found.rows:
         if t := r.training:
             least = str(r.least_training.gpus) if r.least_training else "-"
             training.add_row(r.gpu.name, f"{t.hours_per_trillion / 1e3:,.0f}",
-                             f"{t.dollars_per_trillion / 1e3:,.0f}",
+                             f"{t.dollars_per_trillion / 1e3:,.0f}", least,
                              f"PP{t.layout.pp} x EP{t.layout.ep}, {t.layout.recompute} recompute",
-                             arithmetic(r.gpu, t.layout), least, t.compute.provenance)  # fmt: skip
+                             arithmetic(r.gpu, t.layout), t.compute.provenance)  # fmt: skip
         else:
             reason = "not counted: indexer" if found.config.is_sparse else "does not fit"
-            training.add_row(r.gpu.name, reason)
+            training.add_row(r.gpu.name, *[""] * 6, note=reason)
         for kind, s in (("prefill", r.prefill), ("decode", r.decode)):
             if s is None:
-                serving.add_row(r.gpu.name, kind, "does not fit")
+                serving.add_row(r.gpu.name, kind, *[""] * 8, note="does not fit")
                 continue
             serving.add_row(r.gpu.name, kind, f"{s.tokens_per_second:,.0f}",
                             f"{s.dollars_per_million:.3f}", f"{s.tokens:,}",

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import triton
 import typer
-from rich.table import Table
 
 from . import limits, profile, profile_table, shapes
 from .budgets import PINNED
 from .command_line import bar, screen
+from .listing import Listing
 from .pages import profile as profile_page
 from .profile import Profile
 from .results import write_text
@@ -162,20 +162,18 @@ def run(ops: list[str], targets: list[str], check: bool, fresh: bool) -> int:
     return 1 if any(wrong.values()) else 0
 
 
-def table(figures: dict[tuple[str, str], dict]) -> Table:
-    view = Table(title="What the ops execute", title_justify="left", header_style="bold")
-    for name in ("op", "target"):
-        view.add_column(name)
-    for name in ("instructions", "sectors", "conflicts", "tensor FLOP / useful", "bytes / least",
-                 "bound", "predicted"):  # fmt: skip
-        view.add_column(name, justify="right")
-    view.add_column("binding limit")
+def table(figures: dict[tuple[str, str], dict]) -> Listing:
+    view = Listing("What the ops execute: tensor FLOP over the useful ones, bytes over the least")
+    view.add_columns("target")
+    view.add_columns("instructions", "sectors", "conflicts", "FLOP", "bytes", "bound", "predicted",
+                     numeric=True)  # fmt: skip
+    view.add_columns("binding limit")
     for (op, target), f in figures.items():
         useful = f["useful_flops"]
         tensor = f"{f['flops'] / useful:.2f}" if useful else ""
-        view.add_row(op, target, *(f"{f[n]:,}" for n in COUNTS[:3]), tensor,
+        view.add_row(target, *(f"{f[n]:,}" for n in COUNTS[:3]), tensor,
                      f"{f['bytes_per_least']:.2f}", f"{f['bound']:.1%}", f"{f['predicted']:.1%}",
-                     limits.NAMES[f["binding"]] if f["binding"] else "")  # fmt: skip
+                     limits.NAMES[f["binding"]] if f["binding"] else "", heading=op)  # fmt: skip
     return view
 
 

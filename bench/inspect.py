@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from . import budgets
 from .command_line import bar, screen
+from .listing import Listing
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,11 +53,11 @@ class Worker:
         command = [sys.executable, "-m", "bench.compiling"]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdin=pipe, stdout=pipe,
-                                stderr=subprocess.DEVNULL)  # fmt: skip
+                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
 
     def close(self) -> None:
         if self.process is not None:
-            self.process.stdin.close()
+            self.process.kill()
             self.process.wait()
 
 
@@ -78,44 +79,39 @@ def compile_all(
     records = {}
     with ThreadPoolExecutor(processes, initializer=start_worker) as pool:
         running = {pool.submit(lambda job: thread.worker.inspect(*job), job): job for job in jobs}
-        for future in as_completed(running):
-            records[running[future]] = future.result()
-            done(*running[future])
-    for worker in workers:
-        worker.close()
+        try:
+            for future in as_completed(running):
+                records[running[future]] = future.result()
+                done(*running[future])
+        finally:  # after Ctrl-C, too: then jobs are left, and processes compile
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.close()
     return [record for job in jobs for record in records[job]]
 
 
-def table(records: list[dict]) -> Table:
+def table(records: list[dict]) -> Listing:
     """One row for every kernel, tile config and target that compiles."""
-    view = Table(title="Kernels as compiled", title_justify="left", header_style="bold")
-    for name in ("kernel", "tile config", "target"):
-        view.add_column(name, overflow="fold")
-    for name in ("regs", "spill B", "shared KiB", "blocks/SM"):
-        view.add_column(name, justify="right")
-    for name in ("matrix instructions", "TMA", "async"):
-        view.add_column(name, overflow="fold")
-    previous = None
+    view = Listing("Kernels as compiled: op, kernel, tile config")
+    view.add_columns("target")
+    view.add_columns("regs", "spill B", "shared KiB", "blocks/SM", "TMA", "async", numeric=True)
+    view.add_columns("matrix instructions")
     compiled = [r for r in budgets.worst(records).values() if "error" not in r]
     for record in sorted(compiled, key=lambda r: (r["op"], r["kernel"], r["config"])):
-        label = (f"{record['op']}\n  {record['kernel']}", record["config"])
-        first = label != previous
-        if first and previous is not None:
-            view.add_section()
-        previous = label
-        view.add_row(*(label if first else ("", "")), record["target"], *_cells(record))
+        heading = f"{record['op']} {record['kernel']} {record['config']}"
+        view.add_row(record["target"], *_cells(record), heading=heading)
     return view
 
 
 def _cells(record: dict) -> list[str]:
-    matrix = " ".join(f"{name} {n}" for name, n in record["matrix"].items())
+    matrix = escape(" ".join(f"{name} {n}" for name, n in record["matrix"].items()))
     if record["dots"] and not matrix:
         matrix = "[red]none"
     spill = f"[red]{record['spill_bytes']}" if record["spill_bytes"] else "0"
     shared = f"{record['shared'] / 1024:.1f}"
     blocks = f"{record['blocks']} ({record['limit']})"
     tma, copies = (str(record[name] or "") for name in ("tma", "async_copy"))
-    return [str(record["registers"]), spill, shared, blocks, matrix, tma, copies]
+    return [str(record["registers"]), spill, shared, blocks, tma, copies, matrix]
 
 
 def problem_lines(problems: dict[tuple, list[str]]) -> list[str]:

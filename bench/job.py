@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +11,7 @@ import deepkern
 from . import ceilings, machine, plot, results, summary, timings
 from .command_line import bar, screen
 from .models import checkpoint
-from .op import check_ops, time_rows, with_best_roof
+from .op import begin, check_ops, time_all
 from .pages import report
 
 
@@ -42,36 +41,23 @@ def run(
 
     backends: those to check; all of this machine by default.
     """
-    console, start = console or screen(), time.monotonic()
+    console, device = console or screen(), machine.device()
     ops = sorted(deepkern.OPS) if ops is None else ops
-    about = machine.describe()
-    console.print(summary.machine(about))
-    checked, rows = check_ops(console, ops, backends), []
-    records = [c.record() for c in checked]
+    record = begin(console, keep, folder)
     if ops:
-        console.print(summary.agreement(records))
+        record.checked = check_ops(console, ops, backends)
+        console.print(summary.agreement(record.found()))
+        record.save()
     if ops and speed:
-        device = machine.device()
-        rates = ceilings.measure(device)
-        request = timings.Request(device, rates, seconds=seconds)
-        rows, rates = with_best_roof(
-            list(time_rows(console, timings.plan(ops, device), checked, request)), rates
-        )
-        about |= {"ceilings": rates.record(), "clocks": ceilings.clocks_under_load(device)}
-        speeds = [speed.record() for row in rows for speed in row]
-        console.print(summary.speed(speeds))
-        records += speeds
+        request = timings.Request(device, ceilings.measure(device), seconds=seconds)
+        time_all(console, {"default": timings.plan(ops, device)}, request, record)
+        console.print(summary.speed(summary.of_kind(record.found(), "speed")))
+        record.save()
     if model:
-        records += run_model(console, weights)
-        console.print(summary.model(summary.of_kind(records, "model")))
-    wrong = summary.failures(records)
-    elapsed = round(time.monotonic() - start, 1)
-    summary.verdict(console, records)
-    file = results.path(about, keep, folder)
-    verdict = {"kind": "verdict", "disagreements": len(wrong), "seconds": elapsed}
-    results.write([{"kind": "machine", **about}, *records, verdict], file)
-    console.print(f"{elapsed:.0f} s; results: {file}", soft_wrap=True, highlight=False)
-    if rows:
-        plot.draw(about, checked, rows, file.with_suffix(".png"))
-    report.run([file], page, console)
-    return 1 if wrong else 0
+        record.model = run_model(console, weights)
+        console.print(summary.model(record.model))
+    code = record.finish(console)
+    if record.rows:
+        plot.draw(record.about, record.checked, record.rows, record.file.with_suffix(".png"))
+    report.run([record.file], page, console)
+    return code

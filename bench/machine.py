@@ -43,7 +43,7 @@ def describe() -> dict:
         "memory_gib": _memory_gib(),
         "gpu": _gpu(),
         "driver": _driver(),
-        "clocks": clocks(),
+        "clocks": None,  # bench.ceilings, under load
         "ceilings": None,  # bench.ceilings, in runs that measure them
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from deepkern.testing import providers
 
 from . import ceilings, checks, machine, report, results, shapes, summary, timings
 from .ceilings import Ceilings
-from .command_line import bar, screen
+from .command_line import bar, screen, without_interrupts
 from .timings import Request, Row
 
 JOBS_PER_PROCESS = 10  # a process takes a few seconds to start
@@ -47,7 +48,13 @@ def _check_all(jobs: Sequence[tuple[str, str]]) -> Iterator[list[checks.Check]]:
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // processes)
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
-        yield from pool.map(_check_job, jobs)
+        try:
+            with without_interrupts():  # Ctrl-C ends the processes through the pool
+                found = pool.map(_check_job, jobs)
+            yield from found
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _check_job(job: tuple[str, str]) -> list[checks.Check]:
@@ -108,6 +115,63 @@ def plan(
     return jobs
 
 
+@dataclass
+class Record:
+    """What a run has found so far; `save` writes all of it, so that a run that ends keeps it."""
+
+    about: dict
+    file: Path
+    checked: list[checks.Check] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    model: list[dict] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+
+    def found(self) -> list[dict]:
+        speeds = [speed for row in self.rows for speed in row]
+        return [*(x.record() for x in (*self.checked, *speeds)), *self.model]
+
+    def save(self, *last: dict) -> None:
+        results.write([{"kind": "machine", **self.about}, *self.found(), *last], self.file)
+
+    def finish(self, console: Console) -> int:
+        """Says what is wrong and where the results are: 1 if anything is wrong, else 0."""
+        found, seconds = self.found(), round(time.monotonic() - self.start, 1)
+        wrong = summary.failures(found)
+        self.save({"kind": "verdict", "disagreements": len(wrong), "seconds": seconds})
+        summary.verdict(console, found)
+        console.print(f"{seconds:.0f} s; results: {self.file}", soft_wrap=True, highlight=False)
+        return 1 if wrong else 0
+
+
+def begin(console: Console, keep: bool, folder: Path) -> Record:
+    """A record of this machine, which it prints."""
+    about = machine.describe()
+    console.print(summary.machine(about))
+    return Record(about, results.path(about, keep, folder))
+
+
+def time_all(
+    console: Console, jobs: dict[str, list[tuple[str, dict]]], request: Request, record: Record
+) -> Ceilings:
+    """Times the rows of `jobs`, by set of shapes, and keeps each; the ceilings of all rows."""
+    record.about["ceilings"] = request.ceilings.record()
+    for label, given in jobs.items():
+        for row in time_rows(console, given, record.checked, replace(request, shapes=label)):
+            record.rows.append(row)
+            record.save()
+    record.rows, rates = with_best_roof(record.rows, request.ceilings)
+    clocks = ceilings.clocks_under_load(request.device)
+    record.about |= {"ceilings": rates.record(), "clocks": clocks}
+    return rates
+
+
+def known(kind: str, names: Sequence[str] | None, all_names: Collection[str]) -> None:
+    """Raises typer.BadParameter for a name that is not one of `all_names`."""
+    for name in names or ():
+        if name not in all_names:
+            raise typer.BadParameter(f"no {kind} {name!r}; there are {', '.join(all_names)}")
+
+
 def run(
     names: Sequence[str],
     shape_sets: Sequence[str] = ("default",),
@@ -130,47 +194,19 @@ def run(
     Returns 1 if a result of deepkern is wrong, 2 if there was nothing to do, else 0. A provider
     that differs has no time.
     """
-    for kind, given, known in (("provider", against, providers.NAMES),
-                               ("backend", backends, BACKENDS)):  # fmt: skip
-        for name in given or ():
-            if name not in known:
-                raise typer.BadParameter(f"no {kind} {name!r}; there are {', '.join(known)}")
-    console, start, device = console or screen(), time.monotonic(), machine.device()
-    about = machine.describe()
-    file = results.path(about, keep, folder)
-    console.print(summary.machine(about))
+    known("provider", against, providers.NAMES)
+    known("backend", backends, BACKENDS)
+    console, device = console or screen(), machine.device()
+    record = begin(console, keep, folder)
     jobs = plan(console, names, shape_sets, device)
     rates = ceilings.measure(device)
-    checked = check_ops(console, list({op: 1 for row in jobs.values() for op, _ in row}), backends)
-    rows: list[Row] = []
-
-    def save(rows: Sequence[Row], *last: dict) -> list[dict]:
-        """Writes what there is: a run that is killed keeps its rows."""
-        head = {"kind": "machine", **about, "ceilings": rates.record()}
-        found = [check.record() for check in checked]
-        found += [speed.record() for row in rows for speed in row]
-        results.write([head, *found, *last], file)
-        return found
-
-    for label, given in jobs.items():
-        request = Request(
-            device, rates, label, seconds, tuple(backends) if backends else None,
-            tuple(against) if against else None,
-        )  # fmt: skip
-        for row in time_rows(console, given, checked, request):
-            rows.append(row)
-            save(rows)
-    if not rows and not checked:
+    ops = list({op: 1 for row in jobs.values() for op, _ in row})
+    record.checked = check_ops(console, ops, backends)
+    chosen = (tuple(words) if words else None for words in (backends, against))
+    rates = time_all(console, jobs, Request(device, rates, "", seconds, *chosen), record)
+    if not record.rows and not record.checked:
         console.print("nothing was checked or timed", style="red")
         return 2
-    rows, rates = with_best_roof(rows, rates)
-    tables = report.checked(checked), report.timed(rows, against[0] if against else "eager")
+    tables = report.checked(record.checked), report.timed(record.rows, (against or ["eager"])[0])
     console.print(report.ceilings(rates), *tables)
-    about["clocks"] = ceilings.clocks_under_load(device)
-    records = save(rows)
-    wrong = summary.failures(records)
-    elapsed = round(time.monotonic() - start, 1)
-    save(rows, {"kind": "verdict", "disagreements": len(wrong), "seconds": elapsed})
-    summary.verdict(console, records)
-    console.print(f"{elapsed:.0f} s; written: {file}", soft_wrap=True, highlight=False)
-    return 1 if wrong else 0
+    return record.finish(console)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from deepkern.runtime.profile import Launch
 
 from . import limits, profile
+from .listing import Listing
 from .profile import Profile
+
+BAR = 24  # characters of the longest limit
 
 
 def show(console: Console, report: Profile, most: int = 10) -> None:
@@ -46,37 +48,35 @@ def headline(report: Profile, index: int) -> str:
     )
 
 
-def limit_table(times: dict[str, float]) -> Table:
-    view = Table(header_style="bold")
-    view.add_column("limit")
-    view.add_column("at least", justify="right")
-    view.add_column("")
+def limit_table(times: dict[str, float]) -> Listing:
+    view = Listing()
+    view.add_columns("limit")
+    view.add_columns("at least", numeric=True)
+    view.add_columns("")
     longest = max(times.values(), default=0) or 1
     for name, seconds in sorted(times.items(), key=lambda x: -x[1]):
         kind = "" if name in limits.CERTAIN else " (estimate)"
-        bar = "█" * round(40 * seconds / longest)
+        bar = "█" * round(BAR * seconds / longest)
         view.add_row(limits.NAMES[name] + kind, microseconds(seconds), bar)
     return view
 
 
-def access_table(launch: Launch, most: int) -> Table:
-    view = Table(title="Global memory", title_justify="left", header_style="bold")
-    view.add_column("access")
-    view.add_column("source")
-    for name in ("executed", "bytes", "sectors", "of each sector used"):
-        view.add_column(name, justify="right")
+def access_table(launch: Launch, most: int) -> Listing:
+    view = Listing("Global memory")
+    view.add_columns("access", "source")
+    view.add_columns("executed", "bytes", "sectors", "used of each", numeric=True)
     for x in profile.accesses(launch)[:most]:
         numbers = (x.executed, x.bytes, x.sectors)
-        view.add_row(x.opcode, x.location, *map(amount, numbers), f"{x.used:.0%}")
+        view.add_row(escape(x.opcode), escape(x.location), *map(amount, numbers), f"{x.used:.0%}")
     return view
 
 
-def line_table(launch: Launch, most: int) -> Table:
-    view = Table(title="Source lines", title_justify="left", header_style="bold")
-    view.add_column("line")
-    for name in ("instructions", "sectors", "shared passes", "conflicts", "tensor FLOP"):
-        view.add_column(name, justify="right")
-    view.add_column("source", overflow="ellipsis", no_wrap=True)
+def line_table(launch: Launch, most: int) -> Listing:
+    view = Listing("Source lines")
+    view.add_columns("line")
+    view.add_columns("instructions", "sectors", "shared passes", "conflicts", "tensor FLOP",
+                     numeric=True)  # fmt: skip
+    view.add_columns("source")
     for x in profile.lines(launch)[:most]:
         conflicts = x.wavefronts - x.least_wavefronts
         numbers = (x.issued, x.sectors, x.wavefronts, conflicts, x.flops)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import compare, machine, results
+from . import machine, results, sides
 from .command_line import screen
 from .families import family_of
 from .results import Run
@@ -104,8 +104,10 @@ def ops(found: Run) -> str:
     """One row per op and size, with the fastest backend; by family."""
     time = "median" if found.machine["gpu"] else "least"
     lines: dict[str, list[list[str]]] = {family: [] for family in TITLES}
-    for (op, size), row in compare.rows(found).items():
-        lines[family_of(op)].append([f"`{op}`", size, *op_cells(row, time, found.file.name)])
+    for (op, size), row in sides.rows(found).items():
+        lines[family_of(op)].append(
+            [f"`{op}`", size, *op_cells(row.records, time, found.file.name)]
+        )
     header = ("op", "size", "backend", "µs", "rate", "of the roof", "eager / ours",
               "fastest other / ours")  # fmt: skip
     about = paragraph(
@@ -119,7 +121,7 @@ def ops(found: Run) -> str:
     return "\n\n".join([about, *tables])
 
 
-def op_cells(row: compare.Row, time: str, name: str) -> list[str]:
+def op_cells(row: dict[str, dict], time: str, name: str) -> list[str]:
     """Backend, time, rate, share of the roof and ratio; only the reason if nothing was timed."""
     ours = [record for name, record in row.items() if results.is_ours(name)]
     for record in ours:
@@ -139,7 +141,7 @@ def op_cells(row: compare.Row, time: str, name: str) -> list[str]:
     return [backend, number(best[time]), rate, roof, ratio, fastest_other(row, best, time)]
 
 
-def fastest_other(row: compare.Row, best: dict, time: str) -> str:
+def fastest_other(row: dict[str, dict], best: dict, time: str) -> str:
     """Such as "1.7x, linear_bf16": the fastest provider that is neither deepkern nor eager."""
     others = [r for name, r in row.items() if r["samples"] and name != "eager"
               and not results.is_ours(name)]  # fmt: skip

@@ -6,27 +6,27 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from .ceilings import Ceilings
 from .checks import Check
+from .listing import Listing
 from .summary import BACKENDS, number
 from .timings import Row, Speed
 
 RATIO = "ratio above 1: faster than"
 
 
-def checked(checks: Iterable[Check]) -> Table:
+def checked(checks: Iterable[Check]) -> Listing:
     """One row per op, one column per backend: the largest error over all sizes, or the failures."""
     cells: dict[str, dict[str, list[Check]]] = {}
     for check in checks:
         cells.setdefault(check.op, {}).setdefault(check.backend, []).append(check)
     names = [name for name in BACKENDS if any(name in row for row in cells.values())]
-    view = Table(title="Checks: largest error / bound", title_justify="left")
-    view.add_column("op")
-    for name in names:
-        view.add_column(f"{name}, to {'plain PyTorch' if name == 'torch' else 'the reference'}")
+    view = Listing("Checks: largest error / bound")
+    view.add_columns(
+        "op", *(f"{n}, to {'plain PyTorch' if n == 'torch' else 'the reference'}" for n in names)
+    )
     for op, row in cells.items():
         view.add_row(op, *(_cell(row.get(name, [])) for name in names))
     return view
@@ -62,41 +62,41 @@ def timed(rows: Iterable[Row], reference: str = "eager") -> Group:
     by_op: dict[str, list[Row]] = {}
     for row in rows:
         by_op.setdefault(row[0].op, []).append(row)
-    return Group(*(_timed_op(op, of_op, reference) for op, of_op in by_op.items()))
+    views = (_timed_op(op, of_op, reference) for op, of_op in by_op.items())
+    return Group(*(part for view in views for part in view))
 
 
-def _timed_op(op: str, rows: Sequence[Row], reference: str) -> Table:
-    view = Table(title=f"{op} ({RATIO} {reference})", title_justify="left")
-    view.add_column("provider", no_wrap=True)
+def _timed_op(op: str, rows: Sequence[Row], reference: str) -> tuple[Listing, Text]:
+    """The table of an op, and what its providers do."""
     on_gpu = any(speed.host is not None for row in rows for speed in row)
     columns = ("graph", "host", "GB/s", "TFLOPS") if on_gpu else ("GB/s", "GFLOPS")
-    for name in ("least µs", "median", "±", *columns, "of roof", "ratio"):
-        view.add_column(name, justify="right", no_wrap=True)
-    view.add_column("error", no_wrap=True)
-    view.add_column("")
+    view = Listing(f"{op} ({RATIO} {reference})")
+    view.add_columns("provider")
+    view.add_columns("least µs", "median", "±", *columns, "of roof", "ratio", "error", numeric=True)
+    about: dict[str, None] = {}
     for row in rows:
-        first = next(speed for speed in row)
-        view.add_row(f"[bold]{escape(first.size)}", end_section=False)
         base = next((s.microseconds for s in row if s.provider == reference), None)
-        for speed in row:
-            view.add_row(*_cells(speed, base, on_gpu), end_section=speed is row[-1])
-    return view
+        limit = next((f" (limit: {s.limit})" for s in row if s.limit), "")
+        for s in row:
+            style = "dim" if s.samples else "red" if s.ours else "yellow"
+            view.add_row(*_cells(s, base, on_gpu), heading=f"{s.size}{limit}", note=s.note,
+                         style=style)  # fmt: skip
+            if s.about:
+                about[f"{s.provider}: {s.about}"] = None
+    return view, Text("\n".join(about), style="dim")
 
 
 def _cells(s: Speed, base: float | None, on_gpu: bool) -> list[str]:
     """One provider's line; `base` is the time that its own is compared with."""
-    name, note = f"  {s.provider}", escape(s.about or s.note)
+    error = "" if s.error is None else f"{s.error:.0e}"
     if s.microseconds is None or s.median is None or s.spread is None:
-        blank = [""] * (9 if on_gpu else 7)
-        return [name, *blank, "" if s.error is None else f"{s.error:.0e}",
-                f"[{'red' if s.ours else 'yellow'}]{escape(s.note)}"]  # fmt: skip
+        return [escape(s.provider), *[""] * (9 if on_gpu else 7), error]
     ratio = base / s.microseconds if base else None
     colour = "green" if ratio and ratio >= 1 else "yellow"
     return [
-        name, number(s.least), number(s.median), f"{s.spread:.0%}",
+        escape(s.provider), number(s.least), number(s.median), f"{s.spread:.0%}",
         *((number(s.graph), number(s.host)) if on_gpu else ()),
         number(s.gb_per_s), number(s.tflops and s.tflops * (1 if on_gpu else 1e3)),
-        f"{s.roof_share:.0%} {s.limit}" if s.roof_share else "",
-        f"[{colour}]{ratio:.2f}" if ratio and s.ours else f"{ratio:.2f}" if ratio else "",
-        "" if s.error is None else f"{s.error:.0e}", note,
+        f"{s.roof_share:.0%}" if s.roof_share else "",
+        f"[{colour}]{ratio:.2f}" if ratio and s.ours else f"{ratio:.2f}" if ratio else "", error,
     ]  # fmt: skip

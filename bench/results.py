@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "results"
+WRITTEN: dict[Path, str] = {}  # by this process, with what is in it
 SCHEMA = 2
 
 _Number = (int, float)
@@ -201,17 +202,33 @@ def _check_rows(file: Path, records: list[dict]) -> None:
 
 
 def path(machine: dict, keep: bool, folder: Path = FOLDER) -> Path:
-    """`2026-11-23T12-52-39-cpu.jsonl`; git ignores a CPU's results unless `keep` is set."""
+    """`2026-11-23T12-52-39-cpu.jsonl`; git ignores a CPU's results unless `keep` is set.
+
+    Not the name of a file that exists: a run may take less than a second.
+    """
     when = machine["time"].replace(":", "-").removesuffix("+00-00")
     gpu = machine["gpu"]
     device = re.sub(r"\W+", "-", gpu["name"]).strip("-").lower() if gpu else "cpu"
-    return folder / f"{when}-{device}{'-kept' if keep and not gpu else ''}.jsonl"
+    kept = "-kept" if keep and not gpu else ""
+    file, number = folder / f"{when}-{device}{kept}.jsonl", 1
+    while file.exists():
+        number += 1
+        file = folder / f"{when}.{number}-{device}{kept}.jsonl"
+    return file
 
 
 def write(records: list[dict], file: Path) -> None:
     """Writes one line per record, all or nothing."""
     lines = (json.dumps(_finite(record), allow_nan=False) for record in records)
     write_text("".join(f"{line}\n" for line in lines), file)
+    WRITTEN[file] = f": {contents(records)}"
+
+
+def contents(records: list[dict]) -> str:
+    """Such as "828 checks, 66 rows"."""
+    checks = sum(r.get("kind") == "check" for r in records)
+    rows = {(r.get("op"), r.get("size")) for r in records if r.get("kind") == "speed"}
+    return f"{checks} checks, {len(rows)} rows"
 
 
 def write_text(text: str, file: Path) -> None:
@@ -221,6 +238,7 @@ def write_text(text: str, file: Path) -> None:
     try:
         fresh.write_text(text, encoding="utf-8")
         os.replace(fresh, file)
+        WRITTEN[file] = ""
     finally:
         fresh.unlink(missing_ok=True)
 

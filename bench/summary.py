@@ -9,12 +9,13 @@ import statistics
 from collections.abc import Iterable
 
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from . import results
 from .families import FAMILIES, family_of
+from .listing import Listing
 
 Records = list[dict]
 BACKENDS = {
@@ -42,16 +43,14 @@ def machine(about: dict) -> Panel:
         *(f"{name:9} {status}{interpreted if name == 'triton' else ''}"
           for name, status in about["backends"].items()),
     ]  # fmt: skip
-    return Panel(Text("\n".join(lines)), title="This machine", title_align="left")
+    return Panel(Text("\n".join(lines)), title="This machine", title_align="left", expand=False)
 
 
-def agreement(checks: Records) -> Table:
+def agreement(checks: Records) -> Listing:
     """One row per family, one column per backend: how many ops agree with the float64 reference."""
     names = [name for name in BACKENDS if any(c["backend"] == name for c in checks)]
-    view = Table(title="Do the results agree with the float64 reference?", title_justify="left")
-    view.add_column("family")
-    for name in names:
-        view.add_column(BACKENDS[name])
+    view = Listing("Do the results agree with the float64 reference?")
+    view.add_columns("family", *(BACKENDS[name] for name in names))
     for family in FAMILIES:
         of_family = [c for c in checks if family_of(c["op"]) == family]
         if of_family:
@@ -88,20 +87,17 @@ def ratios(speeds: Records) -> dict[tuple[str, str, str], float]:
     }
 
 
-def speed(speeds: Records) -> Table:
+def speed(speeds: Records) -> Listing:
     """One row per family: how many times as fast as the fastest other one on this machine."""
     found = ratios(speeds)
     backends = sorted({provider.removeprefix("deepkern ") for _, _, provider in found})
-    view = Table(
-        title="How fast? The time of the fastest other provider (PyTorch, or a library) over that "
-        f"of deepkern ({', '.join(backends)}); above 1, deepkern is faster",
-        title_justify="left",
+    view = Listing(
+        "How fast? The time of the fastest other provider (PyTorch, or a library) over that of "
+        f"deepkern ({', '.join(backends)}); above 1, deepkern is faster"
     )
-    view.add_column("family")
-    for name in ("rows", "slowest", "median", "fastest"):
-        view.add_column(name, justify="right")
-    for name in ("slowest at", "fastest at"):
-        view.add_column(name)
+    view.add_columns("family")
+    view.add_columns("rows", "slowest", "median", "fastest", numeric=True)
+    view.add_columns("slowest at", "fastest at")
     for family in FAMILIES:
         rows = {key: ratio for key, ratio in found.items() if family_of(key[0]) == family}
         if rows:
@@ -119,27 +115,26 @@ def _ratio(value: float) -> str:
 def model(records: Records) -> Group:
     """What the model continues, whether its figures agree, and its speed next to transformers."""
     texts = [
-        Panel(Text(r["value"]), title=r["name"], title_align="left")
+        Panel(Text(r["value"]), title=r["name"], title_align="left", expand=False)
         for r in records
         if r["unit"] == "text"
     ]
     return Group(*texts, _model_checks(records), _model_speed(records))
 
 
-def _model_checks(records: Records) -> Table:
+def _model_checks(records: Records) -> Listing:
     """The figures that have a bound, with it."""
-    view = Table(title="Is the model right?", title_justify="left")
-    for name in ("", "value", "bound"):
-        view.add_column(name)
+    view = Listing("Is the model right?")
+    view.add_columns("figure", "value", "bound")
     for r in records:
         if r["ok"] is not None:
             style = "green" if r["ok"] else "red"
             value = f"{r['value']:.5g} {r['unit']}".strip()
-            view.add_row(r["name"], Text(value, style=style), r["note"])
+            view.add_row(escape(r["name"]), f"[{style}]{value}", escape(r["note"]))
     return view
 
 
-def _model_speed(records: Records) -> Table:
+def _model_speed(records: Records) -> Listing:
     """Tokens a second of the engine and of transformers, one column per number of requests."""
     rows: dict[str, dict[int, float]] = {}
     for r in records:
@@ -147,13 +142,11 @@ def _model_speed(records: Records) -> Table:
         if found and r["unit"] == "tokens/s":
             rows.setdefault(program, {})[int(batch)] = r["value"]
     batches = sorted({batch for rates in rows.values() for batch in rates})
-    view = Table(
-        title="How fast is the model? Tokens a second of all requests together, by their number",
-        title_justify="left",
+    view = Listing(
+        "How fast is the model? Tokens a second of all requests together, by their number"
     )
-    view.add_column("")
-    for batch in batches:
-        view.add_column(str(batch), justify="right")
+    view.add_columns("requests")
+    view.add_columns(*map(str, batches), numeric=True)
     for program, rates in rows.items():
         view.add_row(program, *(number(rates.get(batch)) for batch in batches))
     return view

@@ -55,7 +55,7 @@ class Speed:
     error: float | None = None
     tolerance: float | None = None
     against: str = ""  # what the result was compared with: "reference" or a provider
-    note: str = ""  # why it has no time
+    note: str = ""  # why it has no time, or on a GPU no CUDA graph
     samples: tuple[float, ...] = ()
     least: float | None = None
     median: float | None = None
@@ -213,6 +213,7 @@ def finished(speed: Speed, timing: Timing | None, work: Cost, request: Request) 
         speed = replace(
             speed, samples=timing.samples, least=timing.least, median=timing.median,
             spread=timing.spread, calls=timing.calls, graph=timing.graph, host=timing.host,
+            note=f"no CUDA graph: {timing.no_graph}" if timing.no_graph else speed.note,
             gb_per_s=work.bytes / elapsed / 1e3,
             tflops=work.flops / elapsed / 1e6 if work.flops else None,
         )  # fmt: skip
@@ -370,16 +371,16 @@ def warmed_up(entry: Entry, calls: list, seconds: float) -> list:
     """The calls that `seconds` suffice for, at least FEWEST, each of which was made once.
 
     More copies of the inputs of a slow call would not be used, and take as long to prepare as the
-    call. Returns [] if a call fails; then the entry fails.
+    call; one that takes longer than `seconds` is timed once. The check has prepared the first call.
+    Returns [] if a call fails; then the entry fails.
     """
     try:
         with entry.context():
-            calls[0]()  # prepares
-            wait()
             start = time.perf_counter()
             calls[0]()
             wait()
-            count = max(FEWEST, int(seconds / (time.perf_counter() - start)))
+            elapsed = time.perf_counter() - start
+            count = 1 if elapsed > 2 * seconds else max(FEWEST, int(seconds / elapsed))
             for call in calls[1:count]:
                 call()
             wait()

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import deepkern
 from deepkern.runtime import arch, tiles, tuned
@@ -26,6 +25,7 @@ from deepkern.testing.timing import time_call
 
 from . import checks, machine
 from .command_line import bar, screen
+from .listing import Listing
 from .results import write_text
 
 OPS = (
@@ -98,16 +98,16 @@ def time_tiles(op: str, size: dict, device: torch.device, time: Time) -> Timed:
     return timed
 
 
-def table(timed: Sequence[Timed]) -> Table:
-    view = Table(title="Tiles (ratio: the model's time over the best)", title_justify="left")
-    for name in ("op", "size", "the model's", "µs", "best", "µs", "ratio", "failed"):
-        view.add_column(name, justify="right" if name in ("µs", "ratio") else "left")
+def table(timed: Sequence[Timed]) -> Listing:
+    view = Listing("Tiles (ratio: the model's time over the best)")
+    for name in ("the model's", "µs", "best", "µs", "ratio"):
+        view.add_columns(name, numeric=name in ("µs", "ratio"))
     for t in timed:
         names = [_name(tile) for tile in (t.model, t.best)]
         failed = "; ".join(f"{_name(tile)}: {why}" for tile, why in t.failed.items())
         times = [f"{t.times[tile]:.1f}" for tile in (t.model, t.best)]
-        view.add_row(t.op, checks.text(t.size), names[0], times[0], names[1], times[1],
-                     f"{t.gain:.2f}", failed)  # fmt: skip
+        view.add_row(names[0], times[0], names[1], times[1], f"{t.gain:.2f}",
+                     heading=f"{t.op} {checks.text(t.size)}", note=failed)  # fmt: skip
     return view
 
 
@@ -158,18 +158,19 @@ def run(
         console.print("tune: needs a GPU, and there is none here; nothing was timed or written")
         return 2
     about, jobs, timed, wrong = machine.describe(), list(plan(ops, sizes)), [], []
+    file = folder / f"{arch.of(device).name}.json"
     with bar(console, "tuning", len(jobs)) as step:
         for op, size in jobs:
             step(f"{op} {checks.text(size)}")
             try:
                 time = lambda call: time_call(call, device, seconds).median  # noqa: E731
                 timed.append(time_tiles(op, size, device, time))
+                write(timed, measured_on(about), file)  # a run that ends keeps its tiles
             except Exception as error:
                 wrong.append(f"{op} {checks.text(size)}: {type(error).__name__}: {error}"[:300])
     console.print(table(timed))
     for line in wrong:
         console.print(line, style="red", markup=False, soft_wrap=True)
-    file = folder / f"{arch.of(device).name}.json"
     lines = write(timed, measured_on(about), file)
     console.print(f"{file}: {lines} tiles that are not the model's", soft_wrap=True)
     return 1 if wrong else 0

@@ -29,10 +29,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import deepkern
+from deepkern.testing.child import Child, ChildError
 from model.checkpoint import (
     Checkpoint,
     dequantize_blocks,
@@ -46,8 +46,8 @@ from model.tensors import is_quantized
 
 from .. import machine, results
 from ..command_line import bar, screen
+from ..listing import Listing
 from . import checkpoint
-from .process import ProviderError, ProviderProcess
 
 # DeepSeek-V3's head sizes in a model that fits into the memory of a small machine.  The weights
 # that one token reads, 60 to 110 MB in FP8, are more than the last-level cache of most CPUs.
@@ -270,7 +270,7 @@ def compare(logits: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
 
 
 def check(
-    provider: Provider, process: ProviderProcess, tokens: list[list[int]], reference: np.ndarray
+    provider: Provider, process: Child, tokens: list[list[int]], reference: np.ndarray
 ) -> None:
     """Loads the provider and compares its logits; a failure is its `reason`."""
     file = process.log.with_suffix(".npy")
@@ -286,7 +286,7 @@ def check(
         )
 
 
-Running = dict[str, tuple[Provider, ProviderProcess]]
+Running = dict[str, tuple[Provider, Child]]
 
 
 @contextlib.contextmanager
@@ -300,11 +300,11 @@ def start(
         for i, provider in enumerate(providers):
             if not provider.reason:
                 log = folder / f"{i}.log"
-                process = ProviderProcess(provider.command, environment(threads), machine.ROOT, log)
+                process = Child(provider.command, log, env=environment(threads), cwd=machine.ROOT)
                 stack.enter_context(process)
                 try:
                     check(provider, process, tokens, reference)
-                except ProviderError as error:
+                except ChildError as error:
                     provider.reason = str(error)
                 if provider.reason:
                     process.close()
@@ -328,7 +328,7 @@ def time_in_turn(
             provider, process = running[label]
             try:
                 answer = process.request(do="time", tokens=tokens, new=new)
-            except ProviderError as error:
+            except ChildError as error:
                 provider.reason = f"batch {len(tokens)}: {error}"
                 del running[label], times[label]
                 continue
@@ -363,14 +363,12 @@ def add_ratios(rows: list[dict]) -> None:
                 r[part]["ratio"] = base[r["batch"]][part]["least"] / r[part]["least"]
 
 
-def table(rows: list[dict], providers: list[Provider], title: str) -> Table:
+def table(rows: list[dict], providers: list[Provider], title: str) -> Listing:
     by_name = {(p.name, p.dtype): p for p in providers}
-    view = Table(title=title, title_justify="left")
-    for column in ("provider", "weights"):
-        view.add_column(column)
-    for column in ("logit error", "same token", "batch", "prefill tok/s", "median", "ratio",
-                   "decode tok/s", "median", "ratio"):  # fmt: skip
-        view.add_column(column, justify="right")
+    view = Listing(title)
+    view.add_columns("provider", "weights")
+    view.add_columns("logit error", "same token", "batch", "prefill tok/s", "median", "ratio",
+                     "decode tok/s", "median", "ratio", numeric=True)  # fmt: skip
     for r in rows:
         p, parts = by_name[r["provider"], r["dtype"]], []
         for part in (r["prefill"], r["decode"]):

@@ -1,8 +1,8 @@
-"""A language model in a process of its own: the protocol of `bench.models.comparison`, both ends.
+"""A language model in a process of its own: the process's end of `bench.models.comparison`.
 
-The parent writes one JSON object per line to the process's stdin, the process answers with one line
-on stdout.  It needs NumPy and the standard library only, because the interpreter of llama.cpp has
-no PyTorch.
+The parent, a `deepkern.testing.child.Child`, writes one JSON object per line to stdin, the process
+answers with one line on stdout.  It needs NumPy and the standard library only, because the
+interpreter of llama.cpp has no PyTorch.
 
     {"do": "load"}                                          -> what the provider says about itself
     {"do": "logits", "tokens": [[..]], "split": n, "file": path}  -> {}; writes fp32 [S, vocab]
@@ -14,17 +14,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-
-LIMIT = 1800.0  # seconds of one answer, compiling included
 
 
 class LanguageModel(Protocol):
@@ -90,52 +85,3 @@ def respond(model: LanguageModel, request: dict[str, Any]) -> dict[str, Any]:
         np.save(request["file"], cached_logits(model, tokens, request["split"]))
         return {}
     return time_generation(model, tokens, request["new"])
-
-
-class ProviderError(Exception):
-    """A provider that cannot run; the message is the reason."""
-
-
-class ProviderProcess:
-    """The parent's end.  `close` ends the process; so does leaving a `with` block."""
-
-    def __init__(self, command: list[str], env: dict[str, str], cwd: Path, log: Path) -> None:
-        self.log = log
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                command, env=env, cwd=cwd, text=True, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=errors,
-            )  # fmt: skip
-
-    def request(self, **request: Any) -> dict[str, Any]:
-        """One answer.  Raises ProviderError on an error, a crash, or after LIMIT seconds."""
-        assert self.process.stdin and self.process.stdout
-        timer = threading.Timer(LIMIT, self.process.kill)
-        timer.start()
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
-        answer = json.loads(line) if line else {"error": self._death()}
-        if "error" in answer:
-            raise ProviderError(answer["error"])
-        return answer
-
-    def _death(self) -> str:
-        code = self.process.wait()
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f"exit code {code}: {lines[-1] if lines else 'no message'}"
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def __enter__(self) -> ProviderProcess:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.console import Console
+
+import deepkern
 
 from .. import budgets, figures, machine, predictions, results
 from ..results import Run
@@ -95,18 +97,32 @@ def parts(runs: Sequence[Run]) -> list[Part]:
     return [Part(f"d{i}", device, rows, styles) for i, (device, rows) in enumerate(found)]
 
 
-def page(runs: Sequence[Run], skipped: Sequence[str] = ()) -> str:
-    """The HTML of a report of `runs`; `skipped` are names of files of another schema."""
+def ops_of(runs: Sequence[Run]) -> set[str]:
+    """The ops that `runs` have checked or timed."""
+    return {r["op"] for run in runs for kind in ("check", "speed") for r in run.of(kind)}
+
+
+def page(
+    runs: Sequence[Run], skipped: Sequence[str] = (), ops: Collection[str] = tuple(deepkern.OPS)
+) -> str:
+    """The HTML of a report of `runs`, with the predictions and the inspection of `ops`.
+
+    `skipped` are names of files of another schema.
+    """
     shown = parts(runs)
+    budget, counts = ({key: x for key, x in found.items() if key[0] in ops}
+                      for found in (budgets.load(), figures.load()))  # fmt: skip
+    predicted = [r for r in predictions.load() if r["op"] in ops]
     seen = tables.measured([p.device for p in shown], {p.device.name: p.rows for p in shown})
     return render(
         "report.html",
         parts=shown,
         skipped=skipped,
-        bounds=tables.bounds(figures.load(), seen),
-        predicted=tables.predicted(predictions.load(), seen),
+        one_op=len(ops) == 1,
+        bounds=tables.bounds(counts, seen),
+        predicted=tables.predicted(predicted, seen),
         measured=sorted({target for target, _ in seen}),
-        inspected=tables.inspected(budgets.load()),
+        inspected=tables.inspected(budget),
         triton=budgets.PINNED,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -127,13 +143,14 @@ def load(files: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def run(files: Sequence[Path], out: Path, console: Console) -> int:
-    """Writes the report of `files`, the committed results by default. Returns 0.
+    """Writes the report of `files`, the committed results and all ops by default. Returns 0.
 
     Raises `results.Invalid` if a file is not a result.
     """
     runs, skipped = load(files)
     if skipped:
         console.print(f"skipped, of another schema: {', '.join(skipped)}", soft_wrap=True)
-    results.write_text(page(runs, skipped), out)
+    ops = ops_of(runs) if files else tuple(deepkern.OPS)
+    results.write_text(page(runs, skipped, ops), out)
     console.print(str(out), soft_wrap=True, highlight=False, markup=False)
     return 0

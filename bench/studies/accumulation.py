@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import deepkern
@@ -33,6 +32,7 @@ from deepkern.testing.compare import TOLERANCE, diff
 
 from .. import machine, results
 from ..command_line import FOLDER, KEEP, bar, screen
+from ..listing import Listing
 
 ROWS = 64  # of both operands
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -119,15 +119,13 @@ def dequantised(q: Tensor, scale: Tensor) -> Tensor:
     return q.double() * scale.double().repeat_interleave(128, 1)
 
 
-def table(records: list[Error], values: str) -> Table:
+def table(records: list[Error], values: str) -> Listing:
     bounds = ", ".join(
         f"{TOLERANCE[t]:.0e} for {str(t)[6:]}" for t in (torch.float32, torch.bfloat16)
     )
-    view = Table(title=f"{values} values: diff / largest error over rms (allowed: diff {bounds})",
-                 title_justify="left")  # fmt: skip
-    view.add_column("scales, sum")
-    for K in LENGTHS:
-        view.add_column(f"K = {K}", justify="right")
+    view = Listing(f"{values} values: diff / largest error over rms (allowed: diff {bounds})")
+    view.add_columns("scales, sum")
+    view.add_columns(*(f"K = {K}" for K in LENGTHS), numeric=True)
     rows: dict[str, list[str]] = {}
     for e in records:
         if e.values == values:

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .. import machine, results
 from ..command_line import FOLDER, KEEP, bar, screen
+from ..listing import Listing
 from ..models.generation import BATCHES, PROMPT_BYTES, throughput
 
 CHECKPOINT = typer.Argument(..., metavar="FOLDER", help="a checkpoint", exists=True)
@@ -52,11 +52,11 @@ def measure(checkpoint: Path, dtype: str, console: Console) -> list[dict]:
     return records
 
 
-def table(records: list[dict], title: str) -> Table:
-    view = Table(title=title, title_justify="left")
-    for name in ("requests", "tokens/s", "to one request", "scheduling and sampling"):
-        view.add_column(name, justify="right")
-    view.add_column("same tokens")
+def table(records: list[dict], title: str) -> Listing:
+    view = Listing(title)
+    view.add_columns("requests", "tokens/s", "to one request", "scheduling and sampling",
+                     numeric=True)  # fmt: skip
+    view.add_columns("same tokens")
     for r in records:
         view.add_row(f"{r['requests']}", f"{r['rate']:,.1f}", f"{r['gain']:.1f}x",
                      f"{r['host_share']:.1%}", "yes" if r["same"] else "no")  # fmt: skip

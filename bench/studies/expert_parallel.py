@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import deepkern
 from deepkern.testing import ranks
 
 from .. import machine, results
 from ..command_line import FOLDER, KEEP, bar, screen
+from ..listing import Listing
 
 WORLDS = (2, 4, 8)
 TOKENS = (32, 512)  # on each rank: decoding, and a chunk of a prompt
@@ -112,16 +112,15 @@ def everything(worlds, tokens, repeat: int) -> Iterator[Exchanged]:
                 yield exchanged(world, T, way, repeat)
 
 
-def table(measured: list[Exchanged]) -> Table:
-    out = Table(title="All-to-all over gloo, one machine", title_justify="left")
+def table(measured: list[Exchanged]) -> Listing:
+    out = Listing("All-to-all over gloo, one machine")
     for name in ("ranks", "tokens a rank", "way", "dispatch MB", "combine MB", "between halves MB",
                  "dispatch ms", "combine ms"):  # fmt: skip
-        out.add_column(name, justify="left" if name == "way" else "right")
+        out.add_columns(name, numeric=name != "way")
     for e in measured:
         sizes = (e.dispatch_bytes, e.combine_bytes, e.across_bytes)
         out.add_row(str(e.ranks), str(e.tokens), e.way, *(f"{s / 1e6:.2f}" for s in sizes),
-                    f"{e.dispatch_ms:.1f}", f"{e.combine_ms:.1f}",
-                    end_section=e.way == WAYS[-1])  # fmt: skip
+                    f"{e.dispatch_ms:.1f}", f"{e.combine_ms:.1f}")  # fmt: skip
     return out
 
 

@@ -22,7 +22,6 @@ if __name__ == "__main__":  # interpreted kernels are not launched; read when Tr
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch.utils.benchmark import Timer
 
 import deepkern
@@ -31,6 +30,7 @@ from deepkern.testing.ops import facts, inputs
 
 from .. import compiling, emulator, machine, results
 from ..command_line import FOLDER, KEEP, SECONDS, bar, known_ops, screen
+from ..listing import Listing
 
 # What one layer of a decoding step calls.
 OPS = ("rmsnorm_cast", "cast_per_token", "fp8_gemm_nt", "mla_cache_append", "mla_decode",
@@ -97,11 +97,11 @@ def inputs_of(name: str) -> dict:
     return SIZES.get(name) or facts(name).SIZES.small[0]
 
 
-def table(rows: list[dict]) -> Table:
-    view = Table(title="host time of a call, µs, without the driver")
+def table(rows: list[dict]) -> Listing:
+    view = Listing("Host time of a call, µs, without the driver")
     columns = ("triton", "cuda, in C++", "cuda", "cpu, in C++", "cpu")
-    for column in ("op", *columns):
-        view.add_column(column, justify="left" if column == "op" else "right")
+    view.add_columns("op")
+    view.add_columns(*columns, numeric=True)
     for row in rows:
         view.add_row(row["op"], *(f"{row[c]:.1f}" if c in row else "" for c in columns))
     return view

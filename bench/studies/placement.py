@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import deepkern
 
 from .. import machine, results
+from ..command_line import screen
+from ..listing import Listing
 
 # num_replicas, num_groups, num_nodes, num_gpus: DeepSeek-V3's prefill, and two of its decode.
 CASES = [(288, 8, 4, 32), (320, 8, 8, 64), (288, 8, 18, 144)]
@@ -116,12 +117,12 @@ def random_loads(cluster: tuple[int, ...], loads: int, experts: int) -> dict:
     return {"cluster": cluster, "loads": loads, **counts, "ratio": ratio.tolist()}
 
 
-def table(cases: list[dict], loads: list[dict]) -> Table:
-    view = Table(title="Expert placement compared with EPLB", title_justify="left")
-    view.add_column("replicas / GPUs / nodes")
-    for name in ("ms", "EPLB ms", "ratio", "CPU ms", "EPLB CPU ms", "ratio", "fullest/mean", "EPLB",
-                 "bound", "better, equal, worse", "slots moved", "unplanned"):  # fmt: skip
-        view.add_column(name, justify="right")
+def table(cases: list[dict], loads: list[dict]) -> Listing:
+    view = Listing("Expert placement compared with EPLB")
+    view.add_columns("replicas / GPUs / nodes")
+    view.add_columns("ms", "EPLB ms", "ratio", "CPU ms", "EPLB CPU ms", "ratio", "fullest/mean",
+                     "EPLB", "bound", "better, equal, worse", "slots moved", "unplanned",
+                     numeric=True)  # fmt: skip
     for case, random in zip(cases, loads, strict=True):
         ours, eplb = (case[name]["seconds"] for name in ("deepkern", "eplb"))
         times = []
@@ -195,7 +196,7 @@ def run(
     record = {"kind": "placement", "machine": machine.describe(), "shapes": list(SHAPES)}
     record["cases"] = [compare(c, layers, experts, repeats) for c in cases]
     record["random_loads"] = [random_loads(c, loads, experts) for c in cases]
-    console = console or Console(width=170)
+    console = console or screen()
     console.print(table(record["cases"], record["random_loads"]))
     when = record["machine"]["time"].replace(":", "-").removesuffix("+00-00")
     file = folder / f"{when}-cpu-placement.json"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import gpu, job
+from bench import ceilings, compare, cost_report, gpu, job, results, timings
 from bench.__main__ import app
 from bench.machine import ROOT
+from bench.pages import report
+from deepkern.testing import providers
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -52,6 +57,74 @@ def test_run_is_the_default(monkeypatch):
         assert CliRunner().invoke(app, words).exit_code == 0
     assert calls[0] == calls[1] and calls[2] == calls[3]
     assert calls[2]["keep"] is True and calls[2]["seconds"] == 0.1
+
+
+def test_the_help_of_op_lists_the_providers():
+    lines = CliRunner().invoke(app, ["op", "--help"]).output.splitlines()
+    for name, about in providers.NAMES.items():
+        assert sum(line.split(maxsplit=1) == [name, about] for line in lines) == 1, name
+    assert max(map(len, lines[-len(providers.NAMES) :])) <= 80
+
+
+def interrupted(words: list[str]) -> list[str]:
+    """What a command that Ctrl-C ends prints on stderr."""
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 130 and "Traceback" not in done.output
+    return done.stderr.splitlines()
+
+
+def test_ctrl_c_says_what_was_kept(monkeypatch, tmp_path):
+    """In the second row of two; their file has the first."""
+    monkeypatch.setattr(results, "WRITTEN", {})
+    monkeypatch.setattr(ceilings, "measure", lambda device: ceilings.Ceilings(10.0, {"fp32": 0.1}))
+    time_op = timings.time_op
+
+    def stop(op, size, *rest):
+        if size["M"] == 8:
+            raise KeyboardInterrupt
+        return time_op(op, size, *rest)
+
+    monkeypatch.setattr(timings, "time_op", stop)
+    words = ["op", "cast_per_token", "--seconds", "0.001", "--against", "eager",
+             "--backend", "torch", "--folder", str(tmp_path)]  # fmt: skip
+    lines = interrupted([*words, "--shapes", "M=4,K=256", "--shapes", "M=8,K=256"])
+    (file,) = tmp_path.iterdir()
+    checked = len(results.load(file).of("check"))
+    assert lines == [f"interrupted; kept {file}: {checked} checks, 1 rows"]
+    assert {r["size"] for r in results.load(file).of("speed")} == {"M=4 K=256"}
+
+
+@pytest.mark.parametrize("words", [["run"], ["report"], ["cost"], ["compare", ".", "."]])
+def test_ctrl_c_ends_every_verb(words, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "WRITTEN", {})
+    for module, name in ((job, "run"), (report, "run"), (cost_report, "run"), (compare, "run")):
+        monkeypatch.setattr(module, name, stop)
+    assert interrupted(words) == ["interrupted; nothing was written"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """It reaches the processes that check, too: no traceback of theirs, and all end."""
+    command = [sys.executable, "-m", "bench", "--no-model", "--folder", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": f"{ROOT}/kernels:{ROOT}"},
+    )  # fmt: skip
+    while not (line := process.stdout.readline()).startswith("╰"):
+        assert line, "the command ended"
+    time.sleep(1)  # the processes start
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines() == ["interrupted; nothing was written"], errors
+    end = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < end:  # multiprocessing's own processes end after the command
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 @without_gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import timeit
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 from rich.console import Console
 
 import deepkern
-from bench import checks, compare, results
+from bench import ceilings, compare, op, results
+from bench.ceilings import Ceilings
+from bench.sides import Side
 from deepkern.testing.ops import facts
 from deepkern.testing.timing import time_calls
 from tests.bench.result_files import (
@@ -89,9 +90,9 @@ def test_the_anchor_has_enough_rounds(tmp_path):
     code, text = two_files(tmp_path, [row()[0], slow, *others], [row(1.3)[0], slow, *others])
     assert code == 1 and "linear_bf16" in text and "compile" not in text
     text = two_files(tmp_path, [*row(), *others], [*row(), *others])[1]
-    assert "│ eager " in text and "linear_bf16" not in text
+    assert "  eager " in text and "linear_bf16" not in text
     text = two_files(tmp_path, [*row(), *others], [row()[0], slow, others[0]])[1]
-    assert "│ compile " in text
+    assert "  compile " in text
 
 
 def test_few_rounds_are_unclear(tmp_path):
@@ -102,7 +103,7 @@ def test_few_rounds_are_unclear(tmp_path):
     code, text = two_files(tmp_path, slow, slow)
     assert code == 0 and "3 rounds, 5 are needed: --seconds 6" in text
     code, text = two_files(tmp_path, row()[:1], row()[:1])
-    assert code == 0 and "no other provider is timed in both runs" in text
+    assert code == 0 and "no other provider is timed in all runs" in text
 
 
 def test_a_wrong_result_is_a_regression(tmp_path):
@@ -180,9 +181,142 @@ def test_the_slowest_change_is_first(tmp_path):
     new += [{**failed("deepkern cpu", "wrong"), "op": "d"}]
     old += [{**SPEED, "op": "d"}]
     text = two_files(tmp_path, old, new)[1]
-    lines = [next(i for i, line in enumerate(text.splitlines()) if f"{op} " in line[:4])
+    lines = [next(i for i, line in enumerate(text.splitlines()) if line.startswith(f"{op} "))
              for op in "dcba"]  # fmt: skip
     assert lines == sorted(lines)
+
+
+# Several runs a side.
+
+
+def folder_of(folder: Path, *runs: list[dict], **machine) -> Path:
+    """A folder with a result of each run; minutes apart."""
+    folder.mkdir(exist_ok=True)
+    for i, found in enumerate(runs):
+        about = {**MACHINE, "time": f"2026-11-30T09:{i:02}:00+00:00", **machine}
+        written(folder / f"{i}.jsonl", *found, machine=about)
+    return folder
+
+
+def test_a_side_of_several_runs(tmp_path):
+    """Their samples count together, and the least time of all."""
+    old = folder_of(tmp_path / "old", *[row(drift=d) for d in (1.0, 1.1, 1.05)])
+    new = folder_of(tmp_path / "new", *[row(1.3, d) for d in (1.0, 1.1, 1.2)])
+    code, text = compared(old, new)
+    assert code == 1 and "1 slower; runs: 3 a side;" in text, text
+    assert "3 runs, AMD EPYC, 2 cores, commit 0123456789ab\n" in text and "alternate" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("slower"))
+    assert line.split()[-5:] == ["100", "130", "eager", "299", "299"], line
+    code, text = compared(old, tmp_path / "new" / "0.jsonl")
+    assert code == 1 and "runs: 3 old, 1 new;" in text
+
+
+def test_runs_that_differ_as_much_as_the_sides_do(tmp_path):
+    """One run of NEW is slower: a side of one run calls that slower, three runs do not."""
+    old = folder_of(tmp_path / "old", row(), row(), row())
+    new = folder_of(tmp_path / "new", row(1.3), row(), row())
+    assert compared(old / "0.jsonl", new / "0.jsonl")[0] == 1
+    code, text = compared(old, new)
+    assert code == 0 and "1 unclear;" in text and "more alternating runs" in text
+
+
+def test_a_call_that_is_wrong_in_one_run_is_wrong(tmp_path):
+    old = folder_of(tmp_path / "old", row(), row())
+    new = folder_of(tmp_path / "new", row(), [failed("deepkern cpu", "diff 0.1"), EAGER])
+    code, text = compared(old, new)
+    assert code == 1 and "1 wrong" in text and "diff 0.1" in text
+
+
+def test_rates_of_several_runs(tmp_path):
+    """The fastest of each side; wider than the drift of one run where the runs differ by more."""
+    old = folder_of(tmp_path / "old", *([rate("decode", v)] for v in (300.0, 290.0)))
+    new = folder_of(tmp_path / "new", *([rate("decode", v)] for v in (100.0, 97.0)))
+    code, text = compared(old, new)
+    assert code == 1 and "300" in text and "100" in text
+    new = folder_of(tmp_path / "new", *([rate("decode", v)] for v in (100.0, 30.0)))
+    assert compared(old, new)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"commit": "ffff"}, "commit 0123456789ab and ffff"),
+        ({"commit": "0123456789ab+"}, "commit 0123456789ab and 0123456789ab+"),
+        ({"threads": 1}, "threads 2 and 1"),
+        ({"isa": ["avx512f"]}, "isa"),
+        ({"cores": 4}, "device AMD EPYC, 2 cores and AMD EPYC, 4 cores"),
+    ],
+)
+def test_runs_of_one_side_are_alike(change, reason, tmp_path):
+    """The message names the two files."""
+    old = folder_of(tmp_path / "old", row(), row())
+    written(old / "2.jsonl", *row(), machine={**MACHINE, **change})
+    for sides in ((old, old / "0.jsonl"), (old / "0.jsonl", old)):
+        code, text = compared(*sides, across_devices=True)
+        assert code == 2 and reason in text and "0.jsonl and 2.jsonl" in text
+    (tmp_path / "empty").mkdir()
+    code, text = compared(old / "0.jsonl", tmp_path / "empty")
+    assert code == 2 and "no results (*.jsonl)" in text
+
+
+def test_dirty_runs_and_runs_in_blocks_are_named(tmp_path):
+    dirty = folder_of(tmp_path / "dirty", row(), row(), commit="0123456789ab+")
+    later = folder_of(tmp_path / "later", row(), row(), time="2026-12-01T09:00:00+00:00")
+    text = compared(dirty, later)[1]
+    assert "commit 0123456789ab with changed files (dirty)" in text
+    assert "OLD is dirty: nothing shows that its runs are of the same code" in text
+    assert "older than those of the other: alternate them" in text
+    text = compared(dirty / "0.jsonl", later / "0.jsonl")[1]
+    assert "dirty" in text and "nothing shows" not in text and "alternate" not in text
+
+
+# A GPU's clock.
+
+
+def at_clock(mhz: int | None, us: float, limit: str = "compute") -> tuple[dict, list[dict]]:
+    clocks = {"sm_mhz": mhz, "memory_mhz": 3200, "throttled": []} if mhz else None
+    return {**GPU, "clocks": clocks}, [
+        speed("deepkern cuda", np.array(STEADY) * us / 100, limit=limit)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "limit", "verdict"),
+    [
+        ((1980, 100), (1760, 112.5), "compute", "same"),  # the clock explains it
+        ((1980, 100), (1760, 112.5), "memory", "slower"),
+        ((1980, 100), (None, 112.5), "compute", "slower"),
+        ((1980, 100), (1760, 135), "compute", "slower"),
+        ((1980, 100), (1100, 180), "compute", "unclear"),  # past MOST_DRIFT
+    ],
+)
+def test_times_relative_to_the_clock(old, new, limit, verdict, tmp_path):
+    files = [written(tmp_path / f"{name}.jsonl", *found, machine=about)
+             for name, (about, found) in (("old", at_clock(*old, limit)),
+                                          ("new", at_clock(*new, limit)))]  # fmt: skip
+    text = compared(*files)[1]
+    assert f"1 {verdict};" in text, text
+    noted = limit == "compute" and new[0] is not None
+    assert ("SM clock" in text) is noted and ("1,980" in text) is noted
+
+
+# The table.
+
+
+def test_a_narrow_table_cuts_nothing(tmp_path):
+    """At 80 columns, and at 40 with more lines; no line is padded."""
+    size = "lengths=(16384,)*64 H=128 cache_dtype=uint8 page=64 causal=False Sq=2"
+    old, new = ([{**r, "size": size, "op": "m_grouped_fp8_gemm_nt_contiguous"} for r in found]
+                for found in (row(1234.5), row(1604.8)))  # fmt: skip
+    files = [written(tmp_path / f"{i}.jsonl", *found) for i, found in enumerate((old, new))]
+    for width in (80, 40):
+        output = io.StringIO()
+        compare.run(*files, console=Console(file=output, width=width))
+        table = output.getvalue().split("Change of the")[1].split("1 slower")[0].splitlines()
+        assert all(len(line) <= width and line == line.rstrip() for line in table), table
+        words = " ".join(table).split()
+        for text in (*size.split(), "+30", "123,450", "160,480", "eager", "299"):
+            assert text in words, (text, table)
 
 
 # Noise. Each model gives the factors by which the rounds of two calls are slower: [rounds, 2].
@@ -209,6 +343,14 @@ def heavy_tails(rng: np.random.Generator, rounds: int) -> np.ndarray:
     return 1 + 0.05 * rng.pareto(1.0, (rounds, 2))
 
 
+def load(rng: np.random.Generator, rounds: int) -> np.ndarray:
+    """Other work slows the call and its anchor for the whole run, each by a factor of its own.
+
+    Their ratio differs by 12 % (standard deviation) between two runs, which no round shows.
+    """
+    return steady(rng, rounds) * np.exp(rng.normal(0.1, 0.06, 2))
+
+
 NOISE = [steady, stalls, drift, heavy_tails]
 
 
@@ -218,15 +360,22 @@ def noisy(rng: np.random.Generator, model, factor: float = 1.0, op: str = "a") -
             speed("eager", 300 * factors[:, 1], op=op)]  # fmt: skip
 
 
-def verdicts(old: list[dict], new: list[dict]) -> list[str]:
-    runs = (results.Run(Path("run.jsonl"), MACHINE, records) for records in (old, new))
-    return [change.verdict for change in compare.timed(*runs, compare.THRESHOLD)]
+def side(*runs: list[dict]) -> Side:
+    return Side("", Path(), [results.Run(Path("run.jsonl"), MACHINE, found) for found in runs])
 
 
-def alarms(rng: np.random.Generator, model, factor: float, repeats: int = 200) -> float:
+def verdicts(old: Side, new: Side) -> list[str]:
+    return [change.verdict for change in compare.timed(old, new, compare.THRESHOLD)]
+
+
+def alarms(
+    rng: np.random.Generator, model, factor: float, repeats: int = 200, runs: int = 1
+) -> float:
     """How often a call that takes `factor` times as long is called slower, or by chance faster."""
-    pairs = ((noisy(rng, model), noisy(rng, model, factor)) for _ in range(repeats))
-    found = [v for old, new in pairs for v in verdicts(old, new)]
+    found = []
+    for _ in range(repeats):
+        sides = (side(*(noisy(rng, model, f) for _ in range(runs))) for f in (1.0, factor))
+        found += verdicts(*sides)
     return sum(v in (compare.SLOWER, compare.FASTER) for v in found) / repeats
 
 
@@ -246,10 +395,20 @@ def test_false_alarms_over_many_rows(rng):
     """40 rows, whose noise differs: few comparisons have an alarm in any row."""
     wrong = 0
     for _ in range(40):
-        runs = [[r for i in range(40) for r in noisy(rng, NOISE[i % 4], 1.0, f"op{i}")]
-                for _ in range(2)]  # fmt: skip
-        wrong += bool({compare.SLOWER, compare.FASTER} & {*verdicts(*runs)})
+        sides = (side([r for i in range(40) for r in noisy(rng, NOISE[i % 4], 1.0, f"op{i}")])
+                 for _ in range(2))  # fmt: skip
+        wrong += bool({compare.SLOWER, compare.FASTER} & {*verdicts(*sides)})
     assert wrong <= 3
+
+
+def test_load_that_changes_between_runs(rng):
+    """One run a side reports equal calls; several alternating ones do not, and find slower ones."""
+    assert alarms(rng, load, 1.0) > 0.1
+    for runs in (3, 5):
+        assert alarms(rng, load, 1.0, runs=runs) <= 0.02
+    assert alarms(rng, load, 1.5, runs=3) >= 0.4
+    assert alarms(rng, load, 1.5, runs=5) >= 0.9
+    assert alarms(rng, load, 1.3, runs=5) >= 0.4
 
 
 def test_absolute_times_would_not_do(rng):
@@ -263,8 +422,8 @@ def test_absolute_times_would_not_do(rng):
 
 # The real thing: an op of this machine, whatever else runs on it.
 
-OP, SIZE = "cast_per_token", {"M": 128, "K": 1024}
-BLOCKS, TRIES = 8, 4
+OP, SIZE = "cast_per_token", {"M": 32, "K": 1024}
+RUNS, TRIES = 16, 2
 
 
 @pytest.fixture
@@ -276,37 +435,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def arguments() -> tuple:
-    return deepkern.OPS[OP].positional(facts(OP).inputs(torch.Generator().manual_seed(0), **SIZE))
-
-
-def timed_rounds(count: int) -> dict[str, list[float]]:
-    """The op and eager, timed in turn in `count` rounds or some more: microseconds.
-
-    Rounds of 0.2 ms are mostly free of stalls.
-    """
-    args, op, baseline = arguments(), getattr(deepkern, OP), facts(OP).baseline
-    providers = {"deepkern cpu": [lambda: op(*args)], "eager": [lambda: baseline(*args)]}
-    rounds: dict[str, list[float]] = {name: [] for name in providers}
-    while len(rounds["eager"]) < count:
-        timings = time_calls(providers, torch.device("cpu"), seconds=0.006, rounds=31)
-        shared = min(len(timing.samples) for timing in timings.values())
-        for name, timing in timings.items():
-            rounds[name] += timing.samples[:shared]
-    return rounds
-
-
-def records(rounds: dict[str, list[float]]) -> list[dict]:
-    """Records of 31 samples, each the median of successive rounds; none if the op is wrong."""
-    args = arguments()
-    got, want = getattr(deepkern, OP)(*args), facts(OP).baseline(*args)
-    ok, error, note = checks.compare_plain(OP, args, got, want)
-    if ok is False:
-        return [failed("deepkern cpu", note, op=OP, size=checks.text(SIZE), error=error)]
-    return [
-        speed(name, map(np.median, np.array_split(times, 31)), op=OP, size=checks.text(SIZE))
-        for name, times in rounds.items()
-    ]
+def timed() -> list[dict]:
+    """A run without checks: rounds of 0.4 ms, which are mostly free of stalls."""
+    generator = torch.Generator().manual_seed(0)
+    args = deepkern.OPS[OP].positional(facts(OP).inputs(generator, **SIZE))
+    call, baseline = getattr(deepkern, OP), facts(OP).baseline
+    providers = {"deepkern cpu": [lambda: call(*args)], "eager": [lambda: baseline(*args)]}
+    found = time_calls(providers, torch.device("cpu"), seconds=0.0124)
+    return [speed(name, timing.samples, op=OP) for name, timing in found.items()]
 
 
 def slowed(launch, turns: int):
@@ -321,67 +457,54 @@ def slowed(launch, turns: int):
     return slow
 
 
-def settled(compare_once) -> tuple[int, str]:
-    """Compares up to TRIES times, with twice the rounds each time, until the verdict is clear."""
-    for attempt in range(TRIES):
-        code, text = compare_once(8 << attempt)
-        if "1 unclear;" not in text:
-            break
-    return code, text
-
-
 @pytest.mark.proof
 def test_a_planted_slowdown_is_found(one_thread, monkeypatch, tmp_path):
-    """Ten pairs with a call that takes 1.3 times as long, and ten of equal calls.
+    """Ten pairs of folders with a call that takes 1.3 times as long, and ten of equal calls.
 
-    The launcher of both calls is a wrapper: an op of the backend `cpu` has a shorter path to its
-    own.
+    The runs of a pair alternate; if the comparison is unclear, twice as many are added. The
+    launcher of both calls is a wrapper: an op of the backend `cpu` has a shorter path to its own.
     """
-    op = deepkern.OPS[OP]
-    launch = op.launcher("cpu")
+    launch = deepkern.OPS[OP].launcher("cpu")
 
     def plant(turns: int) -> None:
-        monkeypatch.setitem(op.launchers, "cpu", slowed(launch, turns))
+        monkeypatch.setitem(deepkern.OPS[OP].launchers, "cpu", slowed(launch, turns))
 
     plant(0)
     turn = min(timeit.repeat("for _ in range(1000): pass", number=1, repeat=100)) * 1e3  # us
-    added = round(0.3 * min(timed_rounds(500)["deepkern cpu"]) / turn)
+    added = round(0.3 * min(timed()[0]["least"] for _ in range(5)) / turn)
 
-    def pair(turns: int, repeats: int) -> tuple[int, str]:
-        """OLD and NEW in alternating blocks: the load of a block differs as that of a run does."""
-        rounds: list[dict[str, list[float]]] = [{}, {}]
-        for block in range(BLOCKS):
-            for which in (0, 1) if block % 2 else (1, 0):
-                plant(turns if which else 0)
-                for name, times in timed_rounds(31 * repeats // BLOCKS).items():
-                    rounds[which].setdefault(name, []).extend(times)
-        return two_files(tmp_path, *map(records, rounds))
+    def pair(name: str, turns: int) -> tuple[int, str]:
+        folders, count = [tmp_path / f"{name}-{word}" for word in ("old", "new")], 0
+        for attempt in range(TRIES):
+            for _ in range(RUNS << attempt):
+                for new in (0, 1) if count % 2 else (1, 0):
+                    plant(turns if new else 0)
+                    written(folders[new] / f"{count:02}.jsonl", *timed())
+                count += 1
+            code, text = compared(*folders)
+            if "1 unclear;" not in text:
+                break
+        return code, text
 
-    equal, slower = [], []
-    for _ in range(10):
-        equal.append(settled(functools.partial(pair, 0)))
-        slower.append(settled(functools.partial(pair, added)))
+    equal, slower = ([pair(f"{turns}-{i}", turns) for i in range(10)] for turns in (0, added))
     print(*(text for _, text in [*equal, *slower]))
     assert [code for code, _ in equal] == [0] * 10
     assert not any("1 faster;" in text for _, text in equal)
     assert [code for code, _ in slower] == [1] * 10
 
 
-def test_a_planted_wrong_kernel_is_found(one_thread, monkeypatch, tmp_path):
-    """It is not timed, and the checks of the job at small sizes find it, too."""
-    old = [
-        *records(timed_rounds(31)),
-        *(c.record() for c in checks.check(OP, "cpu", torch.device("cpu"))),
-    ]
-    op = deepkern.OPS[OP]
-    launch = op.launcher("cpu")
-    monkeypatch.setitem(
-        op.launchers, "cpu", lambda *args: (launch(*args)[0], launch(*args)[1] * 1.02)
-    )
-    new = [
-        *records(timed_rounds(31)),
-        *(c.record() for c in checks.check(OP, "cpu", torch.device("cpu"))),
-    ]
-    code, text = two_files(tmp_path, old, new)
-    assert code == 1 and "│ deepkern cpu │" in text
+def test_a_planted_wrong_kernel_is_found(one_thread, plant_wrong_scales, monkeypatch, tmp_path):
+    """By `bench op`: it is not timed, and the checks at small sizes find it, too."""
+    monkeypatch.setattr(ceilings, "measure", lambda device: Ceilings(10.0, {"fp32": 0.1}))
+    monkeypatch.setenv("DEEPKERN_COMMIT", "0123456789ab")
+
+    def run(folder: Path) -> Path:
+        console = Console(file=io.StringIO())
+        op.run([OP], ["M=32,K=1024"], ["cpu"], ["eager"], 0.01, folder=folder, console=console)
+        return folder
+
+    old = run(tmp_path / "old")
+    plant_wrong_scales("cpu")
+    code, text = compared(old, run(tmp_path / "new"))
+    assert code == 1 and f"{OP} M=32 K=1024 deepkern cpu" in text
     assert text.count("check on cpu") >= 3, text

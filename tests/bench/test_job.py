@@ -41,18 +41,6 @@ def of_kind(records: list[dict], kind: str) -> list[dict]:
     return [record for record in records if record["kind"] == kind]
 
 
-def break_launcher(monkeypatch, backend: str) -> None:
-    """One backend returns scales that are 2 % too large."""
-    op = deepkern.OPS[OP]
-    launch = op.launcher(backend)
-
-    def wrong(*args):
-        q, scale = launch(*args)
-        return q, scale * 1.02
-
-    monkeypatch.setitem(op.launchers, backend, wrong)
-
-
 def test_everything_right(small_sizes, tmp_path):
     code, records, text = run(tmp_path)
     assert code == 0
@@ -85,10 +73,10 @@ def test_plot_and_report_are_written(small_sizes, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "cpu"])
-def test_a_wrong_backend_is_reported(backend, small_sizes, monkeypatch, tmp_path):
+def test_a_wrong_backend_is_reported(backend, small_sizes, plant_wrong_scales, tmp_path):
     if not machine.served(deepkern.OPS[OP], backend):
         pytest.skip(f"{backend} cannot serve here")
-    break_launcher(monkeypatch, backend)
+    plant_wrong_scales(backend)
     code, records, text = run(tmp_path)
     assert code == 1
     assert "disagreements" in text and f"{OP} {backend}" in text
@@ -114,16 +102,9 @@ def test_a_launcher_that_raises_is_reported(small_sizes, monkeypatch, tmp_path):
     assert all(c["backend"] == "triton" and "no such kernel" in c["note"] for c in failed)
 
 
-def test_an_error_at_a_timed_size_only(small_sizes, monkeypatch, tmp_path):
-    op = deepkern.OPS[OP]
+def test_an_error_at_a_timed_size_only(small_sizes, plant_wrong_scales, tmp_path):
     (backend,) = timings.timed_backends(OP, machine.device())[:1]
-    launch = op.launcher(backend)
-
-    def wrong(x, *rest):
-        q, scale = launch(x, *rest)
-        return q, scale * (1.02 if x.shape == (4, 256) else 1)
-
-    monkeypatch.setitem(op.launchers, backend, wrong)
+    plant_wrong_scales(backend, lambda x: x.shape == (4, 256))
     code, records, _ = run(tmp_path)
     assert code == 1
     assert all(c["ok"] for c in of_kind(records, "check"))
@@ -167,5 +148,7 @@ def test_names_of_result_files(tmp_path):
     facts = {"time": "2026-11-23T12:52:39+00:00", "gpu": None}
     assert results.path(facts, False, tmp_path).name == "2026-11-23T12-52-39-cpu.jsonl"
     assert results.path(facts, True, tmp_path).name == "2026-11-23T12-52-39-cpu-kept.jsonl"
+    (tmp_path / "2026-11-23T12-52-39-cpu.jsonl").touch()
+    assert results.path(facts, False, tmp_path).name == "2026-11-23T12-52-39.2-cpu.jsonl"
     facts["gpu"] = {"name": "NVIDIA H200"}
     assert results.path(facts, False, tmp_path).name == "2026-11-23T12-52-39-nvidia-h200.jsonl"

@@ -16,8 +16,8 @@ from rich.console import Console
 from bench import machine
 from bench.models import comparison, gguf_export
 from bench.models.comparison import Provider
-from bench.models.process import ProviderError, ProviderProcess
 from bench.studies import engine
+from deepkern.testing.child import Child, ChildError
 from model.checkpoint import Checkpoint, write_checkpoint
 from model.config import Config
 
@@ -135,9 +135,9 @@ def test_deepkern_must_run(weights, tmp_path):
 def test_errors_cross_the_process(weights, tmp_path):
     provider = torch_provider("deepkern", "fp32", weights / "tiny" / "bf16")
     env = comparison.environment(threads=1)
-    with ProviderProcess(provider.command, env, machine.ROOT, tmp_path / "log") as process:
+    with Child(provider.command, tmp_path / "log", env=env, cwd=machine.ROOT) as process:
         assert process.request(do="load")["threads"] == 1
-        with pytest.raises(ProviderError, match="IndexError"):
+        with pytest.raises(ChildError, match="IndexError"):
             process.request(do="time", tokens=[[10**6]], new=1)
         assert len(process.request(do="time", tokens=[[1, 2]], new=3)["steps"]) == 3
 

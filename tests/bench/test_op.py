@@ -74,17 +74,10 @@ def test_records_and_table(tmp_path):
     assert "M=4 K=256" in text and "amax, divide and cast, op by op" in text
 
 
-def test_a_wrong_kernel_has_no_time_and_fails(monkeypatch, tmp_path):
+def test_a_wrong_kernel_has_no_time_and_fails(plant_wrong_scales, tmp_path):
     """It differs at the timed size only, so that the checks of small sizes pass."""
-    op_facts = deepkern.OPS[OP]
     (backend,) = timings.timed_backends(OP, machine.device())[:1]
-    launch = op_facts.launcher(backend)
-
-    def wrong(x, *rest):
-        q, scale = launch(x, *rest)
-        return q, scale * (1.02 if x.shape == (4, 256) else 1)
-
-    monkeypatch.setitem(op_facts.launchers, backend, wrong)
+    plant_wrong_scales(backend, lambda x: x.shape == (4, 256))
     code, records, text = run(tmp_path, SIZE)
     ours = speeds(records)[f"deepkern {backend}"]
     assert code == 1 and records[-1]["disagreements"] == 1
@@ -130,15 +123,9 @@ def test_a_wrong_provider_has_no_time_and_does_not_fail(monkeypatch, tmp_path):
     assert all(r["samples"] for name, r in speeds(records).items() if name != "quack")
 
 
-def test_a_backend_that_failed_a_check_is_not_timed(monkeypatch, tmp_path):
-    launch = deepkern.OPS[OP].launcher("torch")
+def test_a_backend_that_failed_a_check_is_not_timed(plant_wrong_scales, tmp_path):
     small = ops.sizes(OP).small[0]["M"]
-
-    def wrong(x, *rest):
-        q, scale = launch(x, *rest)
-        return q, scale * (1.02 if len(x) == small else 1)
-
-    monkeypatch.setitem(deepkern.OPS[OP].launchers, "torch", wrong)
+    plant_wrong_scales("torch", lambda x: len(x) == small)
     code, records, _ = run(tmp_path, SIZE, backends=["torch"])
     assert code == 1 and {r["backend"] for r in records if r["kind"] == "check"} == {"torch"}
     assert speeds(records)["deepkern torch"]["note"] == "not timed: its check failed"
@@ -213,23 +200,16 @@ def test_table_of_a_gpu():
     )  # fmt: skip
     eager = replace(ours, provider="eager", least=10.0, median=12.0, host=9.5, graph=None)
     failed = timings.Speed(OP, ours.size, "given", "deep_gemm", ok=False, note="ImportError: x")
+    eager = replace(eager, note="no CUDA graph: RuntimeError: item()")
     output = io.StringIO()
     Console(file=output, width=200).print(report.timed([[ours, eager, failed]]))
-    lines = {line.split()[1]: line for line in output.getvalue().splitlines() if "  " in line}
-    cells = [cell.strip() for cell in output.getvalue().split("deepkern cuda")[1].split("│")]
-    assert cells[1:11] == [
-        "5",
-        "6",
-        "10%",
-        "4.5",
-        "3.25",
-        "1,200",
-        "",
-        "50% memory",
-        "2.00",
-        "0e+00",
-    ]
-    assert "9.5" in lines["eager"] and "ImportError: x" in lines["deep_gemm"]
+    text = output.getvalue()
+    assert "M=4 K=256 (limit: memory)\n" in text
+    assert text.split("deepkern cuda")[1].splitlines()[0].split() == [
+        "5", "6", "10%", "4.5", "3.25", "1,200", "50%", "2.00", "0e+00",
+    ]  # fmt: skip
+    assert "9.5" in text and "\n    no CUDA graph: RuntimeError: item()\n" in text
+    assert "deep_gemm\n    ImportError: x\n" in text
     assert (ours.microseconds, eager.microseconds, failed.microseconds) == (6.0, 12.0, None)
 
 
@@ -268,6 +248,20 @@ def test_named_shapes_are_arguments_of_inputs(name):
 
 def test_every_op_has_shapes_of_the_model():
     assert set(shapes.SETS["deepseek-v3"]) == set(deepkern.OPS)
+
+
+@pytest.mark.parametrize(("call", "made"), [(0.005, 8), (0.02, 5), (0.15, 3), (0.3, 1)])
+def test_copies_that_are_not_timed_are_not_warmed_up(call, made, monkeypatch):
+    """8 copies; at 0.1 s for each provider a call of 0.3 s is timed once, of the first copy."""
+    now = [0.0]
+
+    def slow() -> None:
+        now[0] += call
+
+    monkeypatch.setattr(timings.time, "perf_counter", lambda: now[0])
+    entry = timings.Entry(timings.Speed(OP, SIZE, "given", "eager"), Provider("eager", "", slow))
+    calls = timings.warmed_up(entry, [slow] * 8, 0.1)
+    assert len(calls) == made and now[0] == pytest.approx(made * call)
 
 
 def test_sizes_as_words():

@@ -311,6 +311,52 @@ def test_nothing_overlaps_or_scrolls_sideways(open_page, width):
     assert page.evaluate(OVERLAPS) == []
 
 
+CUT = """() => {
+  const found = [];
+  for (const box of document.querySelectorAll(".scroll")) {
+    const { overflowX } = getComputedStyle(box);
+    if (box.scrollWidth > box.clientWidth && overflowX !== "auto") found.push(overflowX);
+    const right = box.parentElement.getBoundingClientRect().right;
+    if (box.getBoundingClientRect().right > right + 1) found.push("a box wider than its place");
+    for (const cell of box.querySelectorAll("th, td")) {
+      if (cell.scrollWidth > cell.clientWidth + 1) found.push(cell.textContent.trim());
+    }
+    box.scrollLeft = 1e6;
+    const last = box.querySelector("tr").lastElementChild.getBoundingClientRect();
+    if (last.right > box.getBoundingClientRect().right + 1) found.push("the last column");
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("width", [380, 1024, 1280])
+def test_wide_tables_scroll_in_their_box(open_page, width):
+    """No cell is cut, and the last column of each table can be scrolled to."""
+    page = open_page(width)
+    wide = page.evaluate("""() => [...document.querySelectorAll(".scroll")]
+        .filter((e) => e.scrollWidth > e.clientWidth).length""")
+    assert wide, "the page has a table that is too wide"
+    assert page.evaluate(CUT) == []
+
+
+def test_a_result_of_one_op_starts_with_its_rows(chromium, tmp_path):
+    """Predictions and inspection are of that op, and come later."""
+    found = run(CPU, ops=["cast_per_token"])
+    out = tmp_path / "report.html"
+    out.write_text(report.page([found], ops=report.ops_of([found])), encoding="utf-8")
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(out.as_uri())
+    tables = page.locator("main .table")
+    assert tables.first.get_attribute("id") == "speed-d0"
+    assert tables.first.bounding_box()["y"] < 900, "on the first screen"
+    for i in range(tables.count()):
+        names = [text.strip() for text in tables.nth(i).locator("th").all_inner_texts()]
+        if "op" in names:
+            assert set(column(tables.nth(i), "op")) <= {"cast_per_token"}
+    assert column(page.locator("#predictions"), "op") and column(page.locator("#bounds"), "op")
+    page.close()
+
+
 def test_print(open_page):
     page = open_page()
     page.emulate_media(media="print")

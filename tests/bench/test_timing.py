@@ -69,6 +69,19 @@ def test_a_slow_call_has_few_rounds():
     assert len(got["slow"].samples) == 3 < len(got["fast"].samples)
 
 
+def test_a_stall_while_rounds_are_planned_costs_none(monkeypatch):
+    """The first calls take 20 ms each, all later ones 0.2 ms."""
+    now, calls = [0.0], []
+
+    def call() -> None:
+        calls.append(1)
+        now[0] += 0.02 if len(calls) in (2, 3, 4) else 2e-4
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    got = time_calls({"x": [call]}, CPU, seconds=0.03)["x"]
+    assert len(got.samples) == 31 and got.median < 1000
+
+
 def test_a_call_longer_than_the_budget_is_timed_once():
     log: list[str] = []
     calls = [recorded(log, name, 0.02) for name in "pq"]
@@ -159,13 +172,12 @@ def test_times_of_a_gpu(monkeypatch):
         assert inside == [True]
         gpu.kernel(10.0)()
 
-    monkeypatch.setattr(timing, "waits_for_the_gpu", lambda call: call())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("G", (), {"replay": gpu.kernel(8.0)}))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(timing, "why_not_captured", lambda call: call() or "")
+    FakeGraphs(monkeypatch, gpu.kernel(8.0))
     calls = {"a": [call] * 6}
     got = time_calls(calls, torch.device("cuda"), 0.001, 4, {"a": context})["a"]
     assert got.median == pytest.approx(10.0) and got.graph == pytest.approx(8.0)
-    assert got.host is not None and 0 < got.host < 1000 and inside == []
+    assert got.host is not None and 0 < got.host < 1000 and inside == [] and got.no_graph == ""
 
 
 def test_a_call_that_waits_is_not_captured(monkeypatch):
@@ -174,10 +186,98 @@ def test_a_call_that_waits_is_not_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
 
     def waits() -> None:
-        raise RuntimeError("called a synchronizing CUDA operation")
+        raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
-    assert timing.graph_time([waits], timing.cpu_clock) is None
+    got = timing.graph_time([waits], timing.cpu_clock)
+    assert got == (None, "RuntimeError: called a synchronizing CUDA operation")
     assert modes == ["error", 0], "the mode is restored"
+
+
+class FakeGraphs:
+    """CUDA graphs, streams and the allocator's pools, as torch 2.11 to 2.13 have them.
+
+    An end of a capture in which a call failed raises, and leaves the allocator recording.
+    """
+
+    def __init__(self, monkeypatch, replay) -> None:
+        fake = self
+        self.streams, self.recording, self.released, self.invalid = ["default"], [], [], False
+
+        class Graph:
+            def capture_begin(self, pool) -> None:
+                assert fake.streams[-1] == "side" and not fake.recording
+                fake.recording.append(pool)
+                fake.invalid, self.pool = False, pool
+
+            def capture_end(self) -> None:
+                if fake.invalid:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                fake.recording.remove(self.pool)
+
+        Graph.replay = staticmethod(replay)
+
+        @contextlib.contextmanager
+        def stream(entered):
+            self.streams.append(entered)
+            try:
+                yield
+            finally:
+                self.streams.pop()
+
+        def end(device, pool) -> None:
+            if pool not in self.recording:
+                raise RuntimeError("not currently recording to mempool_id")
+            self.recording.remove(pool)
+
+        pools = itertools.count(1)
+        for name, value in (
+            ("CUDAGraph", Graph), ("stream", stream), ("Stream", lambda: "side"),
+            ("graph_pool_handle", lambda: (0, next(pools))), ("current_device", lambda: 0),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda d, p: self.released.append(p))
+
+
+def test_a_failed_capture_leaves_stream_and_allocator(monkeypatch):
+    """The reason is the call's error; the next call is captured."""
+    graphs = FakeGraphs(monkeypatch, lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "why_not_captured", lambda call: "")
+
+    def fails() -> None:
+        graphs.invalid = True
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    got = timing.graph_time([fails], timing.cpu_clock)
+    assert got == (
+        None, "RuntimeError: CUDA error: operation not permitted when stream is capturing",
+    )  # fmt: skip
+    assert graphs.streams == ["default"] and graphs.recording == []
+    assert graphs.released == [(0, 1)]
+
+    def fails_in_python() -> None:  # the capture itself is valid and ends
+        raise TypeError("no such kernel")
+
+    assert timing.graph_time([fails_in_python], timing.cpu_clock)[1] == "TypeError: no such kernel"
+    assert graphs.recording == [] and graphs.released == [(0, 1)], "the graph releases its own"
+    time, reason = timing.graph_time([lambda: None] * 5, timing.cpu_clock)
+    assert time is not None and reason == "" and graphs.streams == ["default"]
+
+
+def test_a_gpu_that_is_lost_is_an_error(monkeypatch):
+    """Nothing else can be timed in this process."""
+    FakeGraphs(monkeypatch, lambda: None)
+    monkeypatch.setattr(timing, "why_not_captured", lambda call: "")
+    waits = iter([None])
+
+    def synchronize() -> None:
+        if next(waits, "lost") == "lost":
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(torch.AcceleratorError):
+        timing.graph_time([lambda: 1 / 0], timing.cpu_clock)
 
 
 @pytest.mark.gpu
@@ -199,6 +299,25 @@ def test_a_failed_capture_leaves_no_error(device, wait):
         return x.sum().item() if wait == "item" else torch.cuda.synchronize()
 
     got = time_calls({"x": [call]}, device, seconds=0.01)["x"]
-    assert got.graph is None and got.median > 0
+    assert got.graph is None and got.no_graph and got.median > 0
     assert time_calls({"y": [lambda: x * 2]}, device, seconds=0.01)["y"].graph is not None
     assert torch.rand(10, device=device).sum().item() > 0
+
+
+@pytest.mark.gpu
+def test_a_call_that_fails_in_the_capture_only(device, monkeypatch):
+    """The allocator and the current stream are as before; the next call is captured."""
+    monkeypatch.setattr(timing, "why_not_captured", lambda call: "")
+    before, x = torch.cuda.current_stream(), torch.ones(1000, device=device)
+
+    def call() -> None:
+        x.sum()
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+
+    got = time_calls({"x": [call]}, device, seconds=0.01)["x"]
+    assert got.graph is None and "captur" in got.no_graph and got.median > 0
+    assert torch.cuda.current_stream() == before
+    torch.cuda.empty_cache()
+    got = time_calls({"y": [lambda: x * 2]}, device, seconds=0.01)["y"]
+    assert got.graph is not None and got.no_graph == ""

@@ -29,14 +29,31 @@ BF16_TOLERANCE = 2e-5  # operands or results to 16 bits; up to 8e-6 was measured
 FP8_TOLERANCE = 1e-3  # intermediate results to FP8, or not to FP8 where the op does: about 3e-4
 
 
-MOST_SIZES = 256  # of an op in one process, for "compile"
-# Every name that an op may give a provider.
-NAMES = (
-    "eager", "compile", "linear_bf16", "linear_fp16", "linear_fp32", "scaled_mm", "grouped_mm",
-    "bmm", "sdpa", "sdpa_fp32", "sdpa_padded", "flex_attention", "deep_gemm",
-    "fast_hadamard_transform", "flash_attn", "flash_mla", "flashinfer", "liger", "quack",
-    "transformer_engine", "vllm",
-)  # fmt: skip
+MOST_SIZES = 256  # of an op in one process, for code that torch compiles
+# Every name that an op may give a provider, and what it is.
+NAMES = {
+    "eager": "the op in plain PyTorch, step by step",
+    "compile": "torch.compile of eager; takes minutes: only if named",
+    "linear_bf16": "F.linear in bf16, operands dequantized before",
+    "linear_fp16": "F.linear in fp16, operands dequantized before",
+    "linear_fp32": "F.linear in fp32, operands dequantized before (CPU)",
+    "scaled_mm": "F.scaled_mm with blockwise scales: cuBLASLt (GPU)",
+    "grouped_mm": "F.grouped_mm in bf16, operands dequantized before",
+    "bmm": "torch.bmm in bf16, operands dequantized before",
+    "sdpa": "F.scaled_dot_product_attention, keys gathered before",
+    "sdpa_fp32": "the same in fp32 (CPU)",
+    "sdpa_padded": "the same, sequences padded to the longest",
+    "flex_attention": "torch's FlexAttention, compiled (GPU)",
+    "deep_gemm": "DeepGEMM",
+    "fast_hadamard_transform": "Dao's fast_hadamard_transform",
+    "flash_attn": "FlashAttention",
+    "flash_mla": "FlashMLA",
+    "flashinfer": "FlashInfer",
+    "liger": "Liger Kernel",
+    "quack": "quack",
+    "transformer_engine": "Transformer Engine",
+    "vllm": "vLLM; on a CPU in a process of its own",
+}
 
 
 @dataclass(frozen=True)
@@ -84,10 +101,17 @@ def _about(op: str) -> str:
 
 @functools.cache
 def compiled_baseline(op: str) -> Callable:
-    # One compilation per size: after the limit, 8 by default, the code would run uncompiled.
+    allow_recompilations()
+    return torch.compile(ops.facts(op).baseline, dynamic=False)
+
+
+def allow_recompilations() -> None:
+    """One compilation per size: after the limit, 8 by default, code would run uncompiled.
+
+    With fullgraph=True torch raises `FailOnRecompileLimitHit` there.
+    """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_SIZES)
-    return torch.compile(ops.facts(op).baseline, dynamic=False)
 
 
 def _outputs(args: tuple) -> Callable[[object], tuple]:

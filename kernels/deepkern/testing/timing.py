@@ -40,7 +40,8 @@ class Timing:
 
     samples: tuple[float, ...]  # one per round
     calls: int  # timed in all rounds together
-    graph: float | None = None  # median in a replayed CUDA graph; None where a capture fails
+    graph: float | None = None  # median in a replayed CUDA graph
+    no_graph: str = ""  # why there is none
     host: float | None = None  # median until the call returns to the host; GPU only
 
     @property
@@ -81,8 +82,9 @@ def time_calls(
         clock = GpuClock(device)
         for name, timing in timings.items():
             with contexts.get(name, nullcontext)():
-                graph, host = graph_time(calls[name], clock), host_time(calls[name][0])
-            timings[name] = replace(timing, graph=graph, host=host)
+                graph, no_graph = graph_time(calls[name], clock)
+                host = host_time(calls[name][0])
+            timings[name] = replace(timing, graph=graph, no_graph=no_graph, host=host)
     return timings
 
 
@@ -103,12 +105,12 @@ def _time_rounds(
     for name, variants in calls.items():
         with contexts.get(name, nullcontext)():
             turns[name] = Turns.plan(variants, clock, seconds, rounds)
-    for i in range(rounds):
+    for _ in range(rounds):
         for name, each in turns.items():
-            if i >= each.rounds:
+            if each.is_done(seconds):
                 continue
             with contexts.get(name, nullcontext)():
-                each.samples.append(clock([*itertools.islice(each.order, each.repeats)]))
+                each.time_round(clock)
     return {
         name: Timing(tuple(each.samples), each.repeats * len(each.samples))
         for name, each in turns.items()
@@ -120,11 +122,12 @@ Clock = Callable[[Sequence[Call]], float]  # microseconds per call of calls that
 
 @dataclass
 class Turns:
-    """How often one call is timed: `repeats` calls in each of `rounds` rounds."""
+    """How often one call is timed: `repeats` calls in each of at most `rounds` rounds."""
 
     order: Iterator[Call]
     rounds: int
     repeats: int
+    wall: float  # seconds of the fastest round
     samples: list[float] = field(default_factory=list)
 
     @classmethod
@@ -134,14 +137,27 @@ class Turns:
         if wall > seconds:  # the first call may have compiled a kernel or waited for other work
             wall, first = _wall(clock, variants[:1])
         if wall > seconds:
-            return cls(iter(()), 0, 1, [first])
+            return cls(iter(()), 0, 1, wall, [first])
         order, repeats = itertools.cycle(variants), 1
         target = max(seconds / rounds, SHORTEST_ROUND)
         wall = _wall(clock, [*itertools.islice(order, repeats)])[0]
         while wall < target / 2 and repeats < MOST_REPEATS:
             repeats = min(math.ceil(repeats * max(2, 0.9 * target / wall)), MOST_REPEATS)
             wall = _wall(clock, [*itertools.islice(order, repeats)])[0]
-        return cls(order, min(rounds, max(FEW_ROUNDS, math.ceil(seconds / wall))), repeats)
+        return cls(order, rounds, repeats, wall)
+
+    def is_done(self, seconds: float) -> bool:
+        """Whether the rounds were as many as fit into `seconds` where nothing stalls them.
+
+        On a busy machine a stall of the first rounds would leave 3 of 31.
+        """
+        wanted = max(FEW_ROUNDS, math.ceil(seconds / self.wall))
+        return len(self.samples) >= min(self.rounds, wanted)
+
+    def time_round(self, clock: Clock) -> None:
+        wall, sample = _wall(clock, [*itertools.islice(self.order, self.repeats)])
+        self.samples.append(sample)
+        self.wall = min(self.wall, wall)
 
 
 def _wall(clock: Clock, calls: Sequence[Call]) -> tuple[float, float]:
@@ -208,36 +224,68 @@ def host_time(call: Call) -> float:
     return statistics.median(samples)
 
 
-def graph_time(variants: Sequence[Call], clock: Clock) -> float | None:
-    """Median microseconds of a CUDA graph of one call; None if the call cannot be captured."""
-    if waits_for_the_gpu(variants[0]):
-        return None
-    graphs = []
+def graph_time(variants: Sequence[Call], clock: Clock) -> tuple[float | None, str]:
+    """Median microseconds of a CUDA graph of one call, or None and why there is none."""
+    reason = why_not_captured(variants[0])
+    if reason:
+        return None, reason
     try:
-        for variant in variants[:GRAPHS]:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                variant()
-            graphs.append(graph)
-    except Exception:
-        torch.cuda.synchronize()
-        return None
+        graphs = [captured(variant) for variant in variants[:GRAPHS]]
+    except Exception as error:
+        torch.cuda.synchronize()  # raises if nothing runs on the GPU any more
+        return None, one_line(error)
     replays = [graph.replay for graph in graphs]
     clock(replays)  # the first replay uploads the graph
-    return statistics.median(clock(replays) for _ in range(FEW_ROUNDS * 3))
+    return statistics.median(clock(replays) for _ in range(FEW_ROUNDS * 3)), ""
 
 
-def waits_for_the_gpu(call: Call) -> bool:
-    """Whether `call` synchronizes, which no capture allows, or fails.
-
-    A failed capture can leave the allocator with an open memory pool, so we find out before.
-    """
+def why_not_captured(call: Call) -> str:
+    """That `call` synchronizes, which no capture allows, or fails; empty if it does neither."""
     mode = torch.cuda.get_sync_debug_mode()
     try:
         torch.cuda.set_sync_debug_mode("error")
         call()
-        return False
-    except Exception:
-        return True
+        return ""
+    except Exception as error:
+        return one_line(error)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+
+
+def captured(call: Call) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call, with a memory pool of its own.
+
+    Raises what fails, and leaves stream and allocator as they were. `torch.cuda.graph` does not: if
+    the end of the capture raises, its stream stays the current one, and the allocator goes on
+    recording to the pool (CUDAGraph::capture_end of torch 2.11 to 2.13).
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin(pool)
+            try:
+                call()
+            finally:
+                graph.capture_end()
+    except Exception:
+        end_recording(pool)
+        raise
+    return graph
+
+
+def end_recording(pool: tuple[int, int]) -> None:
+    """Ends the allocator's recording to the pool of a failed capture, and releases the pool."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # the end of the capture did it, and the graph releases its pool
+        return
+    torch._C._cuda_releasePool(device, pool)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of the first error of a chain."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

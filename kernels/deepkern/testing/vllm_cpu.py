@@ -17,10 +17,8 @@ import importlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,50 +77,25 @@ class Process:
     """The parent's end; the process ends with this object."""
 
     def __init__(self, file: Path, inputs: dict[str, Tensor], softmax_scale: float) -> None:
+        from .child import Child  # not at the top: this file is a script, too
+
         self.folder = tempfile.TemporaryDirectory()
-        given, self.result, self.log = (
+        given, self.result, log = (
             Path(self.folder.name) / name for name in ("inputs.pt", "out.pt", "log")
         )
         torch.save(inputs, given)
         words = [sys.executable, __file__, str(file), str(given), str(self.result)]
-        self.process = subprocess.Popen(
-            [*words, str(softmax_scale), str(torch.get_num_threads())], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"),
-        )  # fmt: skip
-        weakref.finalize(self, end, self.process)
-
-    def request(self, **request) -> dict:
-        """One answer. Raises RuntimeError with the process's reason."""
-        assert self.process.stdin and self.process.stdout
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self.process.wait()
-            last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-            line = json.dumps({"error": f"vLLM's process ended: {''.join(last)}"})
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
+        self.child = Child([*words, str(softmax_scale), str(torch.get_num_threads())], log)
 
     def output(self) -> Tensor:
-        self.request(do="call")
+        self.child.request(do="call")
         return torch.load(self.result)
 
     def time(self, seconds: float, copies: int):
         from .timing import Timing
 
-        answer = self.request(do="time", seconds=seconds, copies=copies)
+        answer = self.child.request(do="time", seconds=seconds, copies=copies)
         return Timing(tuple(answer["samples"]), answer["calls"])
-
-
-def end(process: subprocess.Popen) -> None:
-    process.kill()
-    process.communicate()
 
 
 def serve(file: str, given: str, result: str, softmax_scale: str, threads: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 
@@ -120,7 +121,11 @@ def providers(a, a_scale, b, b_scale, out_dtype, c, **rest) -> list[Provider]:
             "flashinfer", "FlashInfer's gemm_fp8_nt_groupwise (Blackwell only)",
             lambda module: flashinfer(module, *args), module="flashinfer.gemm", outputs=outputs,
         )  # fmt: skip
-    return found
+    return found + library(
+        "transformer_engine", "Transformer Engine's general_gemm on Float8BlockwiseQTensors",
+        lambda module: transformer_engine(module, *args), module="transformer_engine.pytorch",
+        outputs=outputs,
+    )  # fmt: skip
 
 
 def scaled_mm(a, a_scale, b, b_scale, out_dtype) -> Callable[[], Tensor]:
@@ -137,6 +142,33 @@ def scaled_mm(a, a_scale, b, b_scale, out_dtype) -> Callable[[], Tensor]:
     return lambda: F.scaled_mm(
         a, b.t(), x_scale, per_row, y_scale, recipe, output_dtype=out_dtype
     )  # fmt: skip
+
+
+def transformer_engine(module: ModuleType, a, a_scale, b, b_scale, out_dtype) -> Callable:
+    """cuBLASLt through Transformer Engine, on the same bytes and scales (2.3 and later)."""
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    x, w = (transformer_engine_tensor(module, *pair) for pair in ((a, a_scale), (b, b_scale)))
+    # Later releases allocate the workspace themselves; 32 MiB is what theirs has on Hopper.
+    takes_workspace = "workspace" in inspect.signature(general_gemm).parameters
+    workspace = [a.new_empty(32 << 20, dtype=torch.uint8)] if takes_workspace else []
+    return lambda: general_gemm(w, x, *workspace, out_dtype=out_dtype)[0]
+
+
+def transformer_engine_tensor(module: ModuleType, q: Tensor, scale: Tensor):
+    """A Float8BlockwiseQTensor; it stores 1x128 scales transposed, and pads rows of scales to 4."""
+    import transformer_engine_torch
+
+    per_row = scale.shape[0] == q.shape[0]
+    quantizer = module.Float8BlockQuantizer(
+        transformer_engine_torch.DType.kFloat8E4M3, rowwise=True, columnwise=False,
+        block_scaling_dim=1 if per_row else 2,
+    )  # fmt: skip
+    out = quantizer.make_empty(q.shape, dtype=BF16, device=q.device)
+    out._rowwise_data.copy_(q.view(torch.uint8))
+    scale = scale.t() if per_row else scale
+    out._rowwise_scale_inv.zero_()[: scale.shape[0], : scale.shape[1]].copy_(scale)
+    return out
 
 
 def column_major(scale: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from .. import vllm_cpu
 from ..caches import BF16, FP8, FP32, gather_pages, paged_cache
 from ..costs import Cost, row_bytes, tensor_bytes
-from ..providers import Provider, library, prepared
+from ..providers import Provider, allow_recompilations, library, prepared
 from . import Sizes
 
 
@@ -191,16 +191,20 @@ def visible_tokens(q: Tensor, cache_seqlens: Tensor, causal: bool) -> Tensor:
 def flex(
     q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim, **rest
 ) -> Callable[[], object]:
-    """FlexAttention on the absorbed latents: all heads have one key."""
+    """FlexAttention on the absorbed latents: all heads have one key.
+
+    Where torch does not compile it, past its limit of recompilations too, the call raises.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    allow_recompilations()
     keys = gather_pages(cache, block_table, v_head_dim, q.dtype).nan_to_num()[:, None]
     limit = visible_tokens(q, cache_seqlens, causal)
     mask = create_block_mask(
         lambda b, h, query, key: key < limit[b, query],
         len(q), None, q.shape[1], keys.shape[2], device=q.device,
     )  # fmt: skip
-    compiled, query = torch.compile(flex_attention), q.transpose(1, 2)
+    compiled, query = torch.compile(flex_attention, fullgraph=True), q.transpose(1, 2)
     values = keys[..., :v_head_dim]
     return lambda: compiled(
         query, keys, values, block_mask=mask, scale=softmax_scale, enable_gqa=True
