@@ -153,7 +153,7 @@ def step_on(backend, model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([*losses.values()]).detach(), gradient
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_backends_give_the_same_step(toy, generator):
     """Triton's kernels in the interpreter and the native CPU ops, compared with the reference.
 
