@@ -85,7 +85,7 @@ def test_two_processes():
         assert np.array_equal(weight, second.weights[name])
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_four_processes():
     assert_as_one_process(4, [{"data": 2, "tensor": 2, "experts": 4}, {"data": 2, "context": 2}])
 
