@@ -16,6 +16,7 @@ from deepkern.testing import compare, ops
 from .conftest import TILES, Tile
 from .products import PRODUCTS
 
+pytestmark = pytest.mark.slow  # compiles the emulator
 OPS = {
     "dense": "fp8_gemm_nt",
     "contiguous": "m_grouped_fp8_gemm_nt_contiguous",

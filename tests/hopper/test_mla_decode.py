@@ -10,6 +10,7 @@ from bench.emulator import ORDERS
 from deepkern.testing import compare, ops
 from deepkern.testing.caches import ABSENT
 
+pytestmark = pytest.mark.slow  # compiles the emulator
 LENGTHS = (0, 1, 63, 64, 65, 130)
 CACHES = {"bf16": {}, "fp8": {"cache_dtype": torch.uint8}}
 # The ratio of this scale (csrc/sm90/mla_load.cuh) has the largest error in bf16: half an ulp.

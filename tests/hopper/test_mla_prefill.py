@@ -11,6 +11,7 @@ from deepkern.testing import compare
 
 from .prefill import PrefillFunction, operands, prefill_of
 
+pytestmark = pytest.mark.slow  # compiles the emulator
 causals = pytest.mark.parametrize("causal", [True, False], ids=["causal", "all keys"])
 
 

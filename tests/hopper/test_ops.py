@@ -19,6 +19,7 @@ from deepkern.testing import compare, ops
 
 from .products import PRODUCTS
 
+pytestmark = pytest.mark.slow  # compiles the emulator
 OPS = emulator.served()
 GROUPED = [name for name in OPS if "grouped" in name]
 FP8 = torch.float8_e4m3fn
