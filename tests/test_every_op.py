@@ -95,6 +95,7 @@ def test_reference_gives_the_same_bits_twice(name, generator):
 every_backend = pytest.mark.parametrize("backend", ["torch", "triton", "cpu"], indirect=True)
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, backend, generator, monkeypatch):
@@ -114,6 +115,7 @@ def test_opcheck(name, backend, generator, monkeypatch):
     torch.library.opcheck(getattr(torch.ops.deepkern, name).default, args, **checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 def test_compile_fullgraph(name, generator):
     """The public function and the op under it, each traced whole; then on every backend."""

@@ -318,6 +318,7 @@ def peak(call) -> int:
     return most
 
 
+@pytest.mark.slow
 def test_peak_memory_of_the_backward(generator, monkeypatch):
     """The workspace, fp32 sums and the gradients, for any number of queries."""
     if generator.device.type != "cpu":

@@ -629,6 +629,7 @@ with deepkern.backend("triton"): deepkern.cast_per_token(torch.randn(4, 256))
 """
 
 
+@pytest.mark.slow
 def test_interpreting_process_is_refused():
     """With the context manager, and with the environment variable."""
     done = run(INTERPRETING, DEEPKERN_COMPILED="sm_90", TRITON_INTERPRET="1")
@@ -649,6 +650,7 @@ with deepkern.compiled("sm_90"):
 """
 
 
+@pytest.mark.slow
 def test_another_libcuda_of_the_process_is_not_called(tmp_path):
     """A libcuda whose functions fail, loaded before and visible to all."""
     names = ["cuDeviceGet", "cuDeviceGetAttribute", "cuGetErrorString", "cuLaunchKernelEx",

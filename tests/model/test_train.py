@@ -61,6 +61,7 @@ def train():
     return run
 
 
+@pytest.mark.slow
 def test_run_writes_model_log_and_pictures(train, text, toy_config, tmp_path):
     out = tmp_path / "run"
     options = ("--data", text, "--config", toy_config, "--out", out, *SIZES)
@@ -93,6 +94,7 @@ def scores(folder: Path) -> list[float]:
     return [row["held_out"] for row in rows if "held_out" in row]
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_recipe_and_losses(train, text, toy_config, tmp_path, monkeypatch):
     """Stopped after step 4, the run goes on with the options that it was started with."""
     options = ("--data", text, "--config", toy_config, *SIZES, "--steps", 8)
@@ -227,6 +229,7 @@ def test_resumed_run_refuses_its_options_and_other_text(train, text, toy_config,
     assert code == 2 and "text: sha256 is" in output.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_files_of_the_run_are_not_trained_on(train, text, toy_config):
     """A run inside the folder of text reads the same text again when it is resumed."""
     options = ("--data", text, "--config", toy_config, "--out", text / "run", *SIZES)

@@ -378,6 +378,7 @@ def test_folder_without_text_is_named(tmp_path):
 # Runs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_precisions_have_close_losses(optimizer, make_config):
     curves = {}

@@ -184,6 +184,7 @@ def test_groups_are_independent(backend, generator):
     compare.assert_bitwise(after[1][1:3], before[1][1:3])
 
 
+@pytest.mark.slow
 def test_many_groups(backend, generator):
     """More groups than rows: most groups are empty and the others have one row."""
     x = values(generator, 40, 5)
