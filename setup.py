@@ -115,10 +115,15 @@ class BuildExt(build_ext):
         if toolkit:
             folder = Path(self.build_temp, "sm90")
             folder.mkdir(parents=True, exist_ok=True)
-            for source in sorted(Path("csrc", "sm90").glob("*.cu")):
-                target = folder / f"{source.stem}.o"
-                self.spawn(["nvcc", *NVCC_FLAGS, "-c", str(source), "-o", str(target)])
-                extension.extra_objects.append(str(target))
+            kernels = sorted(Path("csrc", "sm90").glob("*.cu"))
+            targets = [str(folder / f"{source.stem}.o") for source in kernels]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                commands = (
+                    ["nvcc", *NVCC_FLAGS, "-c", str(source), "-o", target]
+                    for source, target in zip(kernels, targets, strict=True)
+                )
+                list(pool.map(self.spawn, commands))
+            extension.extra_objects += targets
             extension.sources += sources("sm90")
             extension.define_macros.append(("DEEPKERN_SM90_SOURCES", f'"{hash_of_sm90()}"'))
             extension.library_dirs += [

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
+import random
 import shutil
 import subprocess
 import tempfile
@@ -50,8 +52,16 @@ def build(sources: dict[str, str], *flags: str) -> ctypes.CDLL:
     `flags` are compiler flags for the kernels. The emulator itself is compiled without them.
     """
     names = [name for name in sources if name.endswith(".cpp")]
-    parts = [compile_one(n, sources, *(() if of_machine(n) else flags)) for n in names]
-    return ctypes.CDLL(str(link(parts)))
+    return ctypes.CDLL(
+        str(link(compile_all({n: () if of_machine(n) else flags for n in names}, sources)))
+    )
+
+
+def compile_all(flags: dict[str, tuple[str, ...]], sources: dict[str, str]) -> list[Path]:
+    """The objects of the sources in `flags`. Two processes that build the same share the work."""
+    order = random.sample([*flags], len(flags))
+    parts = {name: compile_one(name, sources, *flags[name]) for name in order}
+    return [parts[name] for name in flags]
 
 
 def compile_one(name: str, sources: dict[str, str], *flags: str) -> Path:
@@ -84,12 +94,27 @@ def link(parts: list[Path], *flags: str) -> Path:
 
 
 def run(command: list[str], output: Path) -> None:
-    """Runs a compiler. Replaces `output` atomically, so other builds see no partial file."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    fresh = output.with_suffix(f".{os.getpid()}")
-    got = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, timeout=300)
-    assert got.returncode == 0, got.stderr[-3000:]
-    os.replace(fresh, output)
+    """Runs a compiler, unless `output` exists or another process builds it meanwhile.
+
+    Replaces `output` atomically, so other builds see no partial file.
+    """
+    with alone(output):
+        if output.exists():
+            return
+        fresh = output.with_suffix(f".{os.getpid()}")
+        command = [*command, "-o", str(fresh)]
+        got = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert got.returncode == 0, got.stderr[-3000:]
+        os.replace(fresh, output)
+
+
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Only one process at a time is in this block for `output`; the others wait."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{output}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache
@@ -103,9 +128,10 @@ def ops() -> ctypes.CDLL:
              "-DDEEPKERN_SM90_DEVICE=CPU", '-DDEEPKERN_SM90_SOURCES=""']  # fmt: skip
     names = [n for n in whole if n.endswith(".cu") or n == "sm90/ops.cpp"]
     names += [n for n in whole if n.startswith("emulator/cuda/") and n.endswith(".cpp")]
-    parts = [compile_one(n, whole, *flags) for n in names]
+    parts = compile_all(dict.fromkeys(names, tuple(flags)), whole)
     machine = sources()
-    parts += [compile_one(n, machine) for n in machine if of_machine(n) and n.endswith(".cpp")]
+    names = [n for n in machine if of_machine(n) and n.endswith(".cpp")]
+    parts += compile_all(dict.fromkeys(names, ()), machine)
     library = link(parts, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10")
     return load_ops(LIBRARY, library)
 

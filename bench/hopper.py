@@ -72,7 +72,6 @@ def compile_kernels(name: str, changed: dict[str, str], flags: tuple[str, ...]) 
             for path, text in texts.items():
                 Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, path).write_text(text)
-            BUILD.mkdir(parents=True, exist_ok=True)
             run([NVCC, *NVCC_FLAGS, *flags, "-c", str(Path(folder, name))], done)
     return done
 
@@ -85,7 +84,6 @@ def compile_host(source: Path, *flags: str) -> Path:
     headers.append((CSRC / "arguments.h").read_text())
     done = cached([cxx, *flags, torch.__version__, source.read_text(), *headers], ".o")
     if not done.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
         run([cxx, *HOST_FLAGS, *flags, f"-I{CSRC}", "-c", str(source)], done)
     return done
 

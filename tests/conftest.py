@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,6 +13,12 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Must be set before deepkern imports Triton: without a GPU its kernels run interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# The processes of pytest-xdist divide the cores. More threads than cores wait for each other.
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if PROCESSES > 1:
+    threads = max(1, (os.cpu_count() or 1) // PROCESSES)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that tests start
 # Error messages of commands on one line: their tests must not depend on the width of the terminal.
 os.environ["TERMINAL_WIDTH"] = "500"
 
@@ -84,9 +92,24 @@ CPU_BACKENDS = [
 
 
 @pytest.fixture(params=["torch", "triton", *CPU_BACKENDS])
-def backend(request, device, monkeypatch) -> str:
+def backend(request, device, monkeypatch) -> Iterator[str]:
     """Forces each backend in turn around the test."""
-    name, _, isa = request.param.partition("-")
+    with force_backend(request.param, device, monkeypatch) as name:
+        yield name
+
+
+@pytest.fixture(params=["triton", *CPU_BACKENDS])
+def kernel_backend(request, device, monkeypatch) -> Iterator[str]:
+    """`backend` for a test that only compares with the reference, which `torch` runs."""
+    with force_backend(request.param, device, monkeypatch) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def force_backend(
+    parameter: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    name, _, isa = parameter.partition("-")
     if name == "cpu":
         if device.type != "cpu":
             pytest.skip("the cpu backend takes CPU tensors")

@@ -72,7 +72,7 @@ def test_fp8_is_value_times_scale(backend, target, out_dtype, generator):
 
 @pytest.mark.parametrize("cache_dtype", REAL, ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("out_dtype", REAL, ids=["bf16", "fp16", "fp32"])
-def test_dtypes(backend, cache_dtype, out_dtype, generator):
+def test_dtypes(kernel_backend, cache_dtype, out_dtype, generator):
     matches(ops.inputs("mla_cache_gather", 
         generator, (5, 2), **SMALL, cache_dtype=cache_dtype, out_dtype=out_dtype
     ))  # fmt: skip

@@ -56,13 +56,13 @@ def test_matches_torch_softmax(backend, causal, generator):
 
 
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
-def test_any_number_of_heads(backend, H, generator):
+def test_any_number_of_heads(kernel_backend, H, generator):
     check(ops.inputs("mla_decode", generator, (70, 0, 20), H=H, page=64, **SMALL))
 
 
 @pytest.mark.parametrize("Sq", [1, 2, 4])
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
-def test_page_sizes_and_new_tokens(backend, page, Sq, generator):
+def test_page_sizes_and_new_tokens(kernel_backend, page, Sq, generator):
     check(ops.inputs("mla_decode", generator, (0, 20, 140), Sq=Sq, H=3, page=page, **SMALL))
 
 
@@ -71,17 +71,17 @@ def test_page_sizes_and_new_tokens(backend, page, Sq, generator):
     [{}, FP8, FP32, {**FP32, "cache_dtype": torch.bfloat16}],
     ids=["bf16", "fp8", "fp32", "fp32-q-bf16-cache"],
 )
-def test_v3_widths(backend, kind, generator):
+def test_v3_widths(kernel_backend, kind, generator):
     check(ops.inputs("mla_decode", generator, (33, 100), Sq=1, H=4, **kind))
 
 
 @pytest.mark.parametrize("length", [511, 512, 513, 1024, 1300])
-def test_split_boundaries(backend, length, generator):
+def test_split_boundaries(kernel_backend, length, generator):
     check(ops.inputs("mla_decode", generator, (length,), H=2, R=32, D=16, **FP32))
 
 
 @pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
-def test_empty_sequences_between_long_ones(backend, kind, generator):
+def test_empty_sequences_between_long_ones(kernel_backend, kind, generator):
     """FlashMLA's lengths: up to eight splits in one sequence, no token in the next."""
     lengths = (0, 4096, 0, 20, 140, 0)
     check(ops.inputs("mla_decode", generator, lengths, Sq=2, H=2, R=32, D=16, **kind))

@@ -82,13 +82,13 @@ def test_against_torch_attention(backend, Hk, Dqk, Dv, causal, generator):
 
 
 @pytest.mark.parametrize(("H", "Hk"), [(1, 1), (3, 3), (3, 1), (16, 16), (16, 1), (6, 2)])
-def test_heads(backend, H, Hk, generator):
+def test_heads(kernel_backend, H, Hk, generator):
     check(ops.inputs("mla_prefill", generator, (40, 0, 3), H=H, Hk=Hk, unused=1, **SMALL))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("widths", [(192, 128), (1, 130), (100, 1), (65, 3), (17, 0), (0, 16)])
-def test_widths(backend, widths, dtype, generator):
+def test_widths(kernel_backend, widths, dtype, generator):
     Dqk, Dv = widths  # with H = 8, narrow widths have enough values for a stable error
     scaled = ops.inputs("mla_prefill", generator, (100,), H=8, Dqk=max(Dqk, 1), Dv=Dv, dtype=dtype)
     q, k, *rest = scaled
@@ -135,14 +135,14 @@ def test_sequence_bits_independent_of_batch(backend, generator):
 @pytest.mark.parametrize("hostile", [-1, -INT32_MAX - 1, INT32_MAX, 25])
 @pytest.mark.parametrize("side", [3, 4])
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_hostile_boundaries(backend, hostile, side, at, generator):
+def test_hostile_boundaries(kernel_backend, hostile, side, at, generator):
     args = list(ops.inputs("mla_prefill", generator, (10, 0, 20), H=2, **SMALL, **FP32))
     args[side][at] = hostile
     check(tuple(args))
 
 
 @pytest.mark.parametrize("repeat", range(4))
-def test_random_boundaries(backend, repeat, generator):
+def test_random_boundaries(kernel_backend, repeat, generator):
     """No access outside the tensors, and every output is written."""
     q, k, v, _, _, *rest = ops.inputs(
         "mla_prefill", generator, (140,), (150,), H=1, **SMALL, **FP32
@@ -189,7 +189,7 @@ def test_error_at_most_twice_plain_pytorch(backend, dtype, generator):
     assert compare.diff(got, exact) <= 2 * compare.diff(rounded, exact) + 1e-6
 
 
-def test_large_scores(backend, generator):
+def test_large_scores(kernel_backend, generator):
     """Scores of hundreds: no overflow, and lse to fp32's precision."""
     q, k, v, *rest = ops.inputs("mla_prefill", generator, (80,), H=1, **SMALL, **FP32)
     check((q * 30, k * 30, v, *rest))

@@ -68,14 +68,14 @@ def test_matches_torch_softmax(backend, generator):
 
 
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
-def test_any_number_of_heads(backend, H, generator):
+def test_any_number_of_heads(kernel_backend, H, generator):
     check(ops.inputs("mla_sparse_decode", generator, H=H, lengths=True, sink=True, **SMALL))
 
 
 @pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("Sq", [1, 2, 4])
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
-def test_page_sizes_and_new_tokens(backend, page, Sq, kind, generator):
+def test_page_sizes_and_new_tokens(kernel_backend, page, Sq, kind, generator):
     check(
         ops.inputs(
             "mla_sparse_decode",
@@ -98,17 +98,17 @@ def test_page_sizes_and_new_tokens(backend, page, Sq, kind, generator):
     [{}, FP8, FP32, {**FP32, "cache_dtype": torch.bfloat16}],
     ids=["bf16", "fp8", "fp32", "fp32-q-bf16-cache"],
 )
-def test_v3_widths(backend, kind, generator):
+def test_v3_widths(kernel_backend, kind, generator):
     check(ops.inputs("mla_sparse_decode", generator, B=1, H=4, topk=100, **kind))
 
 
 @pytest.mark.parametrize("kind", [{}, FP8], ids=["bf16", "fp8"])
-def test_odd_widths(backend, kind, generator):
+def test_odd_widths(kernel_backend, kind, generator):
     check(ops.inputs("mla_sparse_decode", generator, H=2, topk=20, R=130, D=6, page=3, **kind))
 
 
 @pytest.mark.parametrize("topk", [0, 1, 255, 256, 257, 700])
-def test_split_boundaries(backend, topk, generator):
+def test_split_boundaries(kernel_backend, topk, generator):
     """A split has 256 indices at 2 heads. Lengths move the boundaries."""
     size = {"H": 2, "topk": topk, "R": 32, "D": 16, "page": 16, "sink": True, **FP32}
     q, cache, indices, scale, _, *rest = ops.inputs("mla_sparse_decode", generator, **size)

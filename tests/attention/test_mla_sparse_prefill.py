@@ -129,22 +129,22 @@ def test_matches_torch_softmax(backend, generator):
 
 
 @pytest.mark.parametrize("H", [1, 3, 9, 16, 63, 64, 126, 128])
-def test_any_number_of_heads(backend, H, generator):
+def test_any_number_of_heads(kernel_backend, H, generator):
     check(ops.inputs("mla_sparse_prefill", generator, H=H, **SMALL, **OPTIONS))
 
 
 @pytest.mark.parametrize("kind", [{}, {"dtype": torch.float16}, FP32], ids=["bf16", "fp16", "fp32"])
-def test_v3_widths(backend, kind, generator):
+def test_v3_widths(kernel_backend, kind, generator):
     check(ops.inputs("mla_sparse_prefill", generator, S=2, H=9, topk=70, **kind))
 
 
 @pytest.mark.parametrize(("R", "D"), [(130, 6), (1, 1), (16, 0), (0, 20)])
-def test_odd_widths(backend, R, D, generator):
+def test_odd_widths(kernel_backend, R, D, generator):
     check(ops.inputs("mla_sparse_prefill", generator, H=2, R=R, D=D, **FP32))
 
 
 @pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 600])
-def test_any_topk(backend, topk, generator):
+def test_any_topk(kernel_backend, topk, generator):
     size = {"S": 2, "H": 2, "topk": topk, "Skv": 300, **SMALL, **FP32}
     check(ops.inputs("mla_sparse_prefill", generator, **size, **OPTIONS))
 
@@ -318,6 +318,7 @@ def peak(call) -> int:
     return most
 
 
+@pytest.mark.slow
 def test_peak_memory_of_the_backward(generator, monkeypatch):
     """The workspace, fp32 sums and the gradients, for any number of queries."""
     if generator.device.type != "cpu":

@@ -57,17 +57,17 @@ def test_against_the_formula(backend, generator):
 
 @pytest.mark.parametrize("H", [1, 2, 9, 63, 128, 300])
 @pytest.mark.parametrize("D", [1, 72, 160])
-def test_heads_and_widths(backend, H, D, generator):
+def test_heads_and_widths(kernel_backend, H, D, generator):
     check(ops.inputs("mqa_logits", generator, 3, 40, H=H, D=D))
 
 
 @pytest.mark.parametrize("Skv", [1, 63, 64, 65, 2048, 2049, 2200])
-def test_edges_of_tiles_and_chunks(backend, Skv, generator):
+def test_edges_of_tiles_and_chunks(kernel_backend, Skv, generator):
     args = ops.inputs("mqa_logits", generator, 2, Skv, H=2, D=16)
     check((*args[:4], *ranges(args[0].device, (0, Skv), (Skv - 1, Skv))))
 
 
-def test_many_queries(backend, generator):
+def test_many_queries(kernel_backend, generator):
     check(ops.inputs("mqa_logits", generator, 139, 20, H=3, D=16, causal=False))
 
 
@@ -87,7 +87,7 @@ def test_hostile_ranges_are_clamped(backend, generator):
     assert (~got.isneginf()).sum(1).tolist() == [3, 10, 70, 0, 0, 0, 0, 0]
 
 
-def test_random_ranges(backend, generator):
+def test_random_ranges(kernel_backend, generator):
     """Values of every magnitude, under the memory-checking interpreter."""
     args = ops.inputs("mqa_logits", generator, 40, 130, H=2, D=16)
     device = args[0].device

@@ -47,18 +47,18 @@ def test_against_the_formula(backend, each, generator):
 
 @pytest.mark.parametrize("page", [1, 2, 16, 53, 64, 576])
 @pytest.mark.parametrize("next_n", [1, 2, 3])
-def test_pages_and_new_queries(backend, page, next_n, generator):
+def test_pages_and_new_queries(kernel_backend, page, next_n, generator):
     check(ops.inputs("paged_mqa_logits", generator, (0, 20, 140), next_n, H=3, D=32, page=page))
 
 
 @pytest.mark.parametrize("H", [1, 9, 64, 130])
 @pytest.mark.parametrize("D", [1, 128, 130])
-def test_heads_and_widths(backend, H, D, generator):
+def test_heads_and_widths(kernel_backend, H, D, generator):
     check(ops.inputs("paged_mqa_logits", generator, (70, 3), 2, H=H, D=D, page=16))
 
 
 @pytest.mark.parametrize("length", [511, 512, 513, 600])
-def test_edges_of_chunks(backend, length, generator):
+def test_edges_of_chunks(kernel_backend, length, generator):
     check(ops.inputs("paged_mqa_logits", generator, (length,), H=2, D=16, width=700))
 
 
@@ -102,7 +102,7 @@ def test_hostile_lengths_are_clamped(backend, each, generator):
     compare.assert_bitwise(got, want)
 
 
-def test_random_tables_and_lengths(backend, generator):
+def test_random_tables_and_lengths(kernel_backend, generator):
     """Values of every magnitude, under the memory-checking interpreter."""
     q, cache, weights, lengths, table, _ = ops.inputs(
         "paged_mqa_logits", generator, (40,) * 6, 2, H=2, D=16, page=8

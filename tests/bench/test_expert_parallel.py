@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -12,6 +13,7 @@ import deepkern
 from bench.studies import expert_parallel as study
 
 
+@pytest.mark.slow
 def test_bytes_of_a_small_run(tmp_path):
     console = Console(file=io.StringIO(), width=170)
     code = study.run(worlds=(2,), tokens=(6,), repeat=2, folder=tmp_path, console=console)

@@ -12,7 +12,7 @@ from bench import emulator
 from bench.machine import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_times_triton_and_cuda(tmp_path):
     """In a separate process, because this one's Triton interprets kernels."""
     command = [sys.executable, "-m", "bench.studies.launch", "cast_per_token", "fp8_gemm_nt"]

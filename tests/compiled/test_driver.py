@@ -581,6 +581,33 @@ def test_bad_settings_raise(arguments, message):
         pass
 
 
+# The environment variable, which each call of an op reads.
+
+
+def cast() -> str:
+    """Where the cast of a few values ran, after a comparison with the reference."""
+    x = torch.randn(4, 256)
+    with deepkern.backend("triton"):
+        where = deepkern.explain("cast_per_token", x).where
+        q, _ = deepkern.cast_per_token(x)
+    want = deepkern.reference.cast_per_token(x, "fp32")[0]
+    assert torch.equal(q.view(torch.uint8), want.view(torch.uint8))
+    return where
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("DEEPKERN_COMPILED", "sm_120")
+    assert cast() == "sm_120"
+
+
+def test_bad_environment(monkeypatch):
+    with pytest.raises(deepkern.BackendError, match="with deepkern.compiled"):
+        cast()
+    monkeypatch.setenv("DEEPKERN_COMPILED", "sm_70")
+    with pytest.raises(ValueError, match="DEEPKERN_COMPILED: expected one of"):
+        cast()
+
+
 # Other processes.
 
 
@@ -593,41 +620,21 @@ def run(script: str, **env: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_interpreting_process_is_refused():
-    script = "import deepkern\nwith deepkern.compiled('sm_90'): pass"
-    done = run(script, TRITON_INTERPRET="1")
-    assert done.returncode != 0 and "start Python without TRITON_INTERPRET" in done.stderr
-
-
-OP = """
+INTERPRETING = """
 import torch, deepkern
-x = torch.randn(4, 256)
-with deepkern.backend("triton"):
-    print(deepkern.explain("cast_per_token", x).where)
-    q, scale = deepkern.cast_per_token(x)
-want = deepkern.reference.cast_per_token(x, "fp32")[0]
-assert torch.equal(q.view(torch.uint8), want.view(torch.uint8))
+try:
+    with deepkern.compiled("sm_90"): pass
+except RuntimeError as error: print(error)
+with deepkern.backend("triton"): deepkern.cast_per_token(torch.randn(4, 256))
 """
 
 
-def test_environment_variable():
-    done = run(OP, DEEPKERN_COMPILED="sm_120")
-    assert done.returncode == 0, done.stderr
-    assert "sm_120" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("env", "message"),
-    [
-        ({"DEEPKERN_COMPILED": "sm_70"}, "DEEPKERN_COMPILED: expected one of"),
-        ({"DEEPKERN_COMPILED": "sm_90", "TRITON_INTERPRET": "1"}, "without TRITON_INTERPRET"),
-        ({}, "with deepkern.compiled"),
-    ],
-    ids=["target", "interpreting", "unset"],
-)
-def test_bad_environment(env, message):
-    done = run(OP, **env)
-    assert done.returncode != 0 and message in done.stderr
+@pytest.mark.slow
+def test_interpreting_process_is_refused():
+    """With the context manager, and with the environment variable."""
+    done = run(INTERPRETING, DEEPKERN_COMPILED="sm_90", TRITON_INTERPRET="1")
+    assert "start Python without TRITON_INTERPRET" in done.stdout
+    assert done.returncode != 0 and "without TRITON_INTERPRET" in done.stderr
 
 
 DECOY = """
@@ -643,6 +650,7 @@ with deepkern.compiled("sm_90"):
 """
 
 
+@pytest.mark.slow
 def test_another_libcuda_of_the_process_is_not_called(tmp_path):
     """A libcuda whose functions fail, loaded before and visible to all."""
     names = ["cuDeviceGet", "cuDeviceGetAttribute", "cuGetErrorString", "cuLaunchKernelEx",

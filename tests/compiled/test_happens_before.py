@@ -36,9 +36,11 @@ def run(*command: str | Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_rules(program):
     run(program, "rules")
 
 
+@pytest.mark.slow
 def test_random_programs_against_a_model(program, seed):
     assert run(program, "random", str(seed)).count("conflicts") == 3

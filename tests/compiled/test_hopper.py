@@ -15,7 +15,7 @@ import deepkern
 from bench import emulator, hopper
 from deepkern.testing import compare, ops
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 GEMMS = {
     "dense": "fp8_gemm_nt",
@@ -176,7 +176,6 @@ def random_call(kind: str, rng, generator) -> tuple[str, list | tuple, dict]:
     return GEMMS[kind], gemm_args(kind, generator, M, N, K, G, b_rows, dtype), how
 
 
-@pytest.mark.proof
 @pytest.mark.parametrize("kind", [*GEMMS, "mla_decode"])
 @pytest.mark.parametrize("part", range(2))
 def test_random_calls(kind, part, rng, generator):
@@ -235,7 +234,6 @@ def find_error(bug: str, generator) -> str:
     return ""
 
 
-@pytest.mark.proof
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug, generator):
     found = find_error(bug, generator)

@@ -156,7 +156,7 @@ def test_all_fp8_codes_and_scales(backend, generator):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
 @pytest.mark.parametrize("K", [1, 100, 3584, 7168])
-def test_hidden_sizes(backend, K, dtype, generator):
+def test_hidden_sizes(kernel_backend, K, dtype, generator):
     args = ops.inputs("expert_dispatch", generator, T=5, E=4, topk=3, K=K, dtype=dtype)
     want = reference.expert_dispatch(*args)
     compare.assert_matches("expert_dispatch", deepkern.expert_dispatch(*args), want)

@@ -29,7 +29,7 @@ NAMES = [n for module in (checks, failures) for n in vars(module) if n.startswit
         (2, "torch"),
         (3, "torch"),
         (4, "torch"),
-        pytest.param(8, "torch", marks=pytest.mark.slow),
+        pytest.param(8, "torch", marks=pytest.mark.proof),
     ],
     ids=["1_torch", "2_triton", "2_torch", "3_torch", "4_torch", "8_torch"],
 )

@@ -85,10 +85,10 @@ BOUND = 5e-6
     ("dtype", "size"),
     [
         (BF16, {}),
-        pytest.param(F16, {}, marks=pytest.mark.slow),
-        pytest.param(F32, {}, marks=pytest.mark.slow),
+        pytest.param(F16, {}, marks=pytest.mark.proof),
+        pytest.param(F32, {}, marks=pytest.mark.proof),
         (BF16, {"T": 9, "E": 5, "topk": 3, "K": 72, "I": 40}),
-        pytest.param(F32, {"T": 150, "E": 1, "topk": 1}, marks=pytest.mark.slow),
+        pytest.param(F32, {"T": 150, "E": 1, "topk": 1}, marks=pytest.mark.proof),
     ],
     ids=["bf16", "fp16", "fp32", "odd_sizes", "one_expert"],
 )
@@ -135,7 +135,7 @@ def test_same_bits_twice(backend, generator):
         compare.assert_bitwise(a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_no_gradient_for_unused_experts(backend, generator):
     x, weights, idx, w13, w2, grad = make(generator, E=6)
     idx = torch.where(idx > 2, 2**40, idx)
@@ -150,7 +150,7 @@ def test_empty(backend, T, topk, generator):
     assert all(not g.any() for g in got)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_gradient_of_w2_alone(backend, generator):
     x, weights, idx, w13, w2, grad = make(generator)
     want = run(x, weights, idx, w13, w2, grad)

@@ -114,18 +114,18 @@ def test_as_good_as_plain_pytorch(backend, generator):
 
 
 @pytest.mark.parametrize(("E", "topk"), [(1, 1), (7, 1), (5, 5), (3, 8), (20, 3)])
-def test_experts_and_slots(backend, E, topk, generator):
+def test_experts_and_slots(kernel_backend, E, topk, generator):
     assert_matches_reference(make(generator, E=E, topk=topk))
 
 
 @pytest.mark.parametrize("K", [1, 100, 3584, 7168])
-def test_hidden_sizes(backend, K, generator):
+def test_hidden_sizes(kernel_backend, K, generator):
     assert_matches_reference(make(generator, T=2, E=2, topk=2, K=K, I=16, none=0.0))
 
 
 @pytest.mark.parametrize("b_rows", [1, 128])
 @pytest.mark.parametrize("I", [1, 64, 72, 130])
-def test_scale_block_across_gate_and_up(backend, I, b_rows, generator):
+def test_scale_block_across_gate_and_up(kernel_backend, I, b_rows, generator):
     """With I = 72, one scale covers the last gates and the first ups."""
     assert_matches_reference(make(generator, T=3, E=2, I=I, b_rows=b_rows))
 
@@ -137,7 +137,7 @@ def test_few_tokens(backend, T, dtype, generator):
     assert got.shape == (T, SMALL["K"]) and got.dtype == dtype
 
 
-def test_all_to_one_expert(backend, generator):
+def test_all_to_one_expert(kernel_backend, generator):
     args = make(generator, T=70, E=3, topk=1, K=128, I=16)
     args[2].fill_(1)
     assert_matches_reference(args)

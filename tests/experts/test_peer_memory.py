@@ -114,7 +114,9 @@ def test_third_call_waits_for_the_first(generator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", list(ARCHS))
+@pytest.mark.parametrize(
+    "target", [t if t == "sm_90" else pytest.param(t, marks=pytest.mark.proof) for t in ARCHS]
+)
 def test_compiles(target):
     """No spills, 16-byte accesses, flags at system scope."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}"}

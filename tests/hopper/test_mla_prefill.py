@@ -11,6 +11,7 @@ from deepkern.testing import compare
 
 from .prefill import PrefillFunction, operands, prefill_of
 
+pytestmark = pytest.mark.slow  # compiles the emulator
 causals = pytest.mark.parametrize("causal", [True, False], ids=["causal", "all keys"])
 
 
@@ -52,11 +53,11 @@ def test_heads_and_their_order(prefill, H, Hk, heads_per_group, generator):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("seeds", [3, pytest.param(50, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("seeds", [2, pytest.param(50, marks=pytest.mark.proof)])
 def test_same_bits_for_any_schedule(prefill, order, seeds, generator):
     args = operands(generator, (300, 20), (450, 30), H=1)
     first = check(prefill, args, order=order)
-    for seed in range(1, seeds if order == "random" else 3):
+    for seed in range(1, seeds if order == "random" else min(seeds, 3)):
         assert_same(prefill(*args, order=order, seed=seed, blocks=1 + seed % 3), first, f"{seed}")
 
 

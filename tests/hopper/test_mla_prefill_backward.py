@@ -13,6 +13,7 @@ from deepkern.testing import compare
 
 from .prefill import backward_of, backward_operands
 
+pytestmark = pytest.mark.slow  # compiles the emulator
 GRADIENTS = ("grad_q", "grad_k", "grad_v")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -10,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.emulator import ROOT
+from bench import hopper
+from bench.emulator import ROOT, alone
 
 from .conftest import TILES, Tile
 
+pytestmark = pytest.mark.proof
 VARIANTS = ("dense", "contiguous", "masked", "k_grouped")  # deepkern::GemmVariant
 NVCC = shutil.which("nvcc")
 # Registers per thread at launch of kernels that raise them later. With fewer, setmaxnreg.inc would
@@ -37,20 +41,29 @@ def tile_of(name: str) -> Tile | None:
     return Tile(VARIANTS[int(variant)], *numbers, bool(int(swapped)), int(b_rows))
 
 
-def compile(name: str, folder: Path) -> tuple[Path, str]:
-    """The machine code of csrc/sm90/`name`.cu, and the output of ptxas."""
+def compile(name: str) -> tuple[Path, str]:
+    """The machine code of csrc/sm90/`name`.cu, and the output of ptxas; once for each content."""
     if NVCC is None:
         pytest.skip("no nvcc on PATH")
-    cubin = folder / f"{name}.cubin"
-    source = ROOT / "csrc" / "sm90" / f"{name}.cu"
     target = ("-gencode", "arch=compute_90a,code=sm_90a")
     flags = (*target, "-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "-cubin")
-    return cubin, run(NVCC, *flags, "-o", str(cubin), str(source))
+    texts = [text for item in sorted(hopper.sources().items()) for text in item]
+    content = "\0".join([run(NVCC, "--version"), *flags, *texts])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    cubin = ROOT / "build" / "nvcc" / f"{name}-{digest}.cubin"
+    printed = cubin.with_suffix(".txt")
+    with alone(cubin):
+        if not cubin.exists():
+            fresh = cubin.with_suffix(f".{os.getpid()}")
+            source = str(ROOT / "csrc" / "sm90" / f"{name}.cu")
+            printed.write_text(run(NVCC, *flags, "-o", str(fresh), source))
+            os.replace(fresh, cubin)
+    return cubin, printed.read_text()
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> tuple[Path, str]:
-    return compile("fp8_gemm", tmp_path_factory.mktemp("nvcc"))
+def compiled() -> tuple[Path, str]:
+    return compile("fp8_gemm")
 
 
 def functions(cubin: Path) -> list[str]:
@@ -61,7 +74,6 @@ def functions(cubin: Path) -> list[str]:
     return run(str(tool), "-sass", str(cubin)).split("Function : ")[1:]
 
 
-@pytest.mark.slow
 def test_registers_and_spills(compiled):
     parts = compiled[1].split("Compiling entry function '")[1:]
     tiles = set()
@@ -79,7 +91,6 @@ def test_registers_and_spills(compiled):
     assert tiles == {*TILES, None}
 
 
-@pytest.mark.slow
 def test_instructions(compiled):
     for part in functions(compiled[0]):
         tile = tile_of(part.splitlines()[0])
@@ -119,7 +130,6 @@ def innermost_loop(part: str, *opcodes: str) -> list[str]:
 BUDGET = {"dense": 100, "contiguous": 100, "masked": 100, "k_grouped": 200}
 
 
-@pytest.mark.slow
 def test_mainloops(compiled):
     """No membar of the GPU, no invalidation of L1, no global loads; scales come before the wait."""
     for part in functions(compiled[0]):
@@ -141,10 +151,9 @@ def test_mainloops(compiled):
         assert promotion <= products * (2 if scaled else 1) + 2 * tile.waves, f"{tile}: {promotion}"
 
 
-@pytest.mark.slow
-def test_membars_of_the_gpu(compiled, tmp_path):
+def test_membars_of_the_gpu(compiled):
     """Only clusters need them: at their start and end, and to exchange partial sums."""
-    for part in functions(compiled[0]) + functions(compile("mla_decode", tmp_path)[0]):
+    for part in functions(compiled[0]) + functions(compile("mla_decode")[0]):
         tile = tile_of(part.splitlines()[0])
         exchanges = tile is not None and tile.splits_k and tile.swapped
         expected = 3 if exchanges else 2 if tile is not None and tile.cluster > 1 else 0
@@ -152,7 +161,6 @@ def test_membars_of_the_gpu(compiled, tmp_path):
         assert len(re.findall(r"CCTL\.IVALL", part)) <= (8 if exchanges else expected), tile
 
 
-@pytest.mark.slow
 def test_scales_are_loaded_in_batches(compiled):
     """The producer loads the scales of several K blocks before it waits for a buffer."""
     for part in functions(compiled[0]):
@@ -178,10 +186,9 @@ MLA_KERNELS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_mla_decode(tmp_path):
+def test_mla_decode():
     """Registers and instructions. ptxas must not serialize the WGMMAs."""
-    cubin, output = compile("mla_decode", tmp_path)
+    cubin, output = compile("mla_decode")
     assert "serialized" not in output, output
     parts = output.split("Compiling entry function '")[1:]
     assert len(parts) == len(MLA_KERNELS)
@@ -204,10 +211,9 @@ def mla_kernel(part: str) -> str:
     return next(name for name in MLA_KERNELS if name in part.splitlines()[0])
 
 
-@pytest.mark.slow
-def test_mla_decode_prefetches_fp8_tokens(tmp_path):
+def test_mla_decode_prefetches_fp8_tokens():
     """The producer's loads of FP8 tokens come before its wait for the buffer."""
-    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb1E" in p[:200])
+    part = next(p for p in functions(compile("mla_decode")[0]) if "Lb1E" in p[:200])
     loader = part.split("USETMAXREG.DEALLOC")[1]
     first_load = re.search(r"LDG\.E\.NA", loader).start()
     # The first wait is for the queries' buffer, before the loads.
@@ -216,10 +222,9 @@ def test_mla_decode_prefetches_fp8_tokens(tmp_path):
     assert wait < loader.index("F2FP.F16.E4M3")
 
 
-@pytest.mark.slow
-def test_mla_decode_overlaps_softmax_with_wgmma(tmp_path):
+def test_mla_decode_overlaps_softmax_with_wgmma():
     """The exponentials of the odd tile come between P·V of the even tile and the wait for it."""
-    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb0E" in p[:200])
+    part = next(p for p in functions(compile("mla_decode")[0]) if "Lb0E" in p[:200])
     overlapped = [p for p in part.split("WARPGROUP.DEPBAR") if "HGMMA.64x256" in p]
     exponentials = [p[p.index("HGMMA.64x256") :].count("MUFU.EX2") for p in overlapped]
     assert max(exponentials) >= 32, exponentials
@@ -233,12 +238,11 @@ def opcodes(part: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def bf16_decode(tmp_path_factory) -> str:
-    cubin, _ = compile("mla_decode", tmp_path_factory.mktemp("mla"))
+def bf16_decode() -> str:
+    cubin, _ = compile("mla_decode")
     return next(part for part in functions(cubin) if "Lb0E" in part[:200])
 
 
-@pytest.mark.slow
 def test_mla_decode_publishes_p_before_it_scales(bf16_decode):
     """Between the scores of an even tile and the arrival that publishes P, the 128 sums of
     P·V are not scaled: that comes after the arrival. Warpgroup 0 arrives at barrier 2."""
@@ -249,7 +253,6 @@ def test_mla_decode_publishes_p_before_it_scales(bf16_decode):
     assert scaling.count("FMUL") >= 120
 
 
-@pytest.mark.slow
 def test_mla_decode_softmax_instructions(bf16_decode):
     """Per warpgroup: one FMNMX and one FFMA a score, no chain of comparisons and selections."""
     code = opcodes(bf16_decode.split("USETMAXREG.DEALLOC")[0])

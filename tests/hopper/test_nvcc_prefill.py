@@ -8,7 +8,7 @@ import pytest
 
 from .test_nvcc import compile, functions
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 # Kernel -> for each loop over steps: WGMMAs, exponentials between their issue and the last wait,
 # and at most that many instructions.
 PREFILL = [(12 + 8, 64 + 2, 890), (12 + 8, 64 + 2, 520)]  # with a mask, without
@@ -18,11 +18,11 @@ DQ = [(12 + 8 + 4, 32, 520), (12 + 8 + 4, 32, 370)]
 
 
 @pytest.fixture(scope="module")
-def machine_code(tmp_path_factory) -> dict[str, str]:
+def machine_code() -> dict[str, str]:
     """Machine code by kernel."""
-    folder, found = tmp_path_factory.mktemp("nvcc"), {}
+    found = {}
     for source in ("mla_prefill", "mla_prefill_backward"):
-        cubin, output = compile(source, folder)
+        cubin, output = compile(source)
         assert "serialized" not in output, output
         for kernel in output.split("Compiling entry function '")[1:]:
             spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", kernel))

@@ -14,6 +14,7 @@ from tests.compiled import tensor_core_model
 
 from .conftest import EmulatorFailure, RunOptions, only
 
+pytestmark = pytest.mark.slow  # compiles the emulator
 FP8 = torch.float8_e4m3fn
 every_order = pytest.mark.parametrize("order", ORDERS)
 

@@ -29,7 +29,7 @@ def check(a, b, out_dtype=None) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", REAL)
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (2, 129, 65), (17, 64, 128), (65, 33, 90)])
-def test_odd_shapes(backend, generator, M, N, K, dtype):
+def test_odd_shapes(kernel_backend, generator, M, N, K, dtype):
     check(values(generator, M, K, dtype=dtype), values(generator, N, K, dtype=dtype), F32)
 
 

@@ -38,7 +38,7 @@ def check(args) -> torch.Tensor:
     ("M", "N", "K"),
     [(1, 1, 1), (3, 8, 100), (127, 100, 129), pytest.param(129, 200, 500, marks=pytest.mark.slow)],
 )
-def test_odd_shapes(backend, generator, M, N, K, c):
+def test_odd_shapes(kernel_backend, generator, M, N, K, c):
     check(make(generator, M, N, K, G=3, c=c))
 
 
@@ -54,7 +54,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("M", "N", "K", "scale_format"), SHAPES)
-def test_odd_shapes_of_slices(backend, generator, M, N, K, scale_format):
+def test_odd_shapes_of_slices(kernel_backend, generator, M, N, K, scale_format):
     """The operands are slices of wider matrices; group 1 starts at a multiple of 16."""
     offsets = torch.tensor([0, K // 32 * 16, K], dtype=torch.int32)
     operands = []
@@ -80,7 +80,7 @@ OFFSETS = {
 
 
 @pytest.mark.parametrize("offsets", OFFSETS.values(), ids=list(OFFSETS))
-def test_offsets(backend, generator, offsets):
+def test_offsets(kernel_backend, generator, offsets):
     check(with_offsets(make(generator, 40, 70, 400, G=4), offsets))
 
 

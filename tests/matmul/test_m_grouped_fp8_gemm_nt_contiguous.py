@@ -39,7 +39,7 @@ def check(args) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("M", "N", "K"), [(1, 1, 1), (3, 8, 100), (127, 100, 129), (129, 200, 128), (257, 130, 260)]
 )
-def test_odd_shapes(backend, generator, M, N, K, b_rows):
+def test_odd_shapes(kernel_backend, generator, M, N, K, b_rows):
     check(make(generator, M, N, K, G=3, b_rows=b_rows, out_dtype=F32))
 
 
@@ -55,7 +55,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("M", "N", "K", "scale_format"), SHAPES)
-def test_odd_shapes_of_slices(backend, generator, M, N, K, scale_format):
+def test_odd_shapes_of_slices(kernel_backend, generator, M, N, K, scale_format):
     """The operands are slices of wider matrices."""
     a, a_scale = deepkern.reference.cast_per_token(values(generator, M, K + 16), scale_format)
     b, b_scale = deepkern.reference.cast_per_block(values(generator, 2, N, K + 16), scale_format)
@@ -182,7 +182,7 @@ def test_nan_stays_in_its_row(backend, generator):
     assert torch.equal(got.isnan().all(1), is_nan) and torch.equal(got.isnan().any(1), is_nan)
 
 
-def test_more_groups_than_rows(backend, generator):
+def test_more_groups_than_rows(kernel_backend, generator):
     check(make(generator, 5, 40, 128, G=300, out_dtype=F32))
 
 

@@ -36,7 +36,7 @@ def check(args) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("M", "N", "K"), [(1, 1, 1), (3, 8, 100), (127, 100, 129), (129, 200, 128)]
 )
-def test_odd_shapes(backend, generator, M, N, K, b_rows):
+def test_odd_shapes(kernel_backend, generator, M, N, K, b_rows):
     check(make(generator, M, N, K, G=3, b_rows=b_rows, out_dtype=F32))
 
 
@@ -52,7 +52,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("M", "N", "K", "scale_format"), SHAPES)
-def test_odd_shapes_of_slices(backend, generator, M, N, K, scale_format):
+def test_odd_shapes_of_slices(kernel_backend, generator, M, N, K, scale_format):
     """The operands are slices of wider matrices."""
     a, a_scale = deepkern.reference.cast_per_token(values(generator, 2, M, K + 16), scale_format)
     b, b_scale = deepkern.reference.cast_per_block(values(generator, 2, N, K + 16), scale_format)

@@ -122,7 +122,7 @@ def test_strided_index_and_operands(backend, generator):
     compare.assert_bitwise(product(*compact), got)
 
 
-def test_more_groups_than_rows(backend, generator):
+def test_more_groups_than_rows(kernel_backend, generator):
     check(make(generator, 5, 40, 64, G=300, out_dtype=F32))
 
 

@@ -102,6 +102,7 @@ def test_layer_of_a_partial_directory(plain, saved):
     assert str(folder / file) in str(caught.value) and absent in str(caught.value)
 
 
+@pytest.mark.slow
 def test_index_of_a_671b_directory(tmp_path):
     """All 91,000 names of DeepSeek-V3 from the index, without a shard."""
     config = Config.preset("deepseek-v3")
@@ -183,6 +184,7 @@ for dtype, fp8 in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_loading(plain, saved, make_config, tmp_path):
     """Loading takes the memory of the model and of one weight, here at most 1 MiB.
 

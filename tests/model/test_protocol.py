@@ -224,6 +224,7 @@ VALUES = st.recursive(
 NAMES = sorted({name for _, fields, _ in REFUSED for name in fields})
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5), st.booleans())
 def test_any_body_is_accepted_or_refused(fields, is_chat):

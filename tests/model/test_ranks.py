@@ -134,6 +134,7 @@ def each_case(function: Callable) -> Callable:
     return pytest.mark.parametrize(("world", "name", "precision"), cases)(function)
 
 
+@pytest.mark.slow
 @each_case
 def test_logits_equal_one_process(results, world, name, precision):
     alone, ranks = results(world)[1][name]
@@ -145,6 +146,7 @@ def test_logits_equal_one_process(results, world, name, precision):
             assert np.array_equal(other[key], got)
 
 
+@pytest.mark.slow
 @each_case
 def test_requests_equal_one_process(results, world, name, precision):
     """Tokens of a batch with drafts; bits of the same request alone and on every rank."""
@@ -162,6 +164,7 @@ def test_schedules_give_the_same_bits(folder, layout):
     processes.run(2, inference_ranks.schedules, folder("v3"), layout, 1, timeout=240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.proof)])
 def test_sums_are_in_the_order_of_the_ranks(results, world):
     """The same bits on every rank, and for a row in a batch of any size."""
@@ -293,6 +296,7 @@ def test_number_of_processes(monkeypatch, capsys):
     assert "the server runs in 1 process, torchrun started 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "timeout"),
     [("killed", 12.0), pytest.param("asleep", 3.0, marks=pytest.mark.proof)],

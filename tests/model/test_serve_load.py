@@ -200,6 +200,7 @@ def test_a_failed_engine_is_reported(monkeypatch):
         one.engine.scheduler.waiting.clear()
 
 
+@pytest.mark.slow
 def test_command_serves_until_sigterm():
     command = [sys.executable, "-m", "model.serve", "--port", "0", "--model-name", "tiny"]
     paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -53,7 +53,7 @@ def test_bits_per_byte_of_a_part(plain, options):
     assert bits_per_byte(model, HELD_OUT[:PART]) == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_bits_per_byte_of_the_whole_text(plain):
     """In the plain model, as the README's figure was measured."""
     stated = METRICS["held_out_bits_per_byte_fp8"]

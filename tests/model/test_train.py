@@ -61,6 +61,7 @@ def train():
     return run
 
 
+@pytest.mark.slow
 def test_run_writes_model_log_and_pictures(train, text, toy_config, tmp_path):
     out = tmp_path / "run"
     options = ("--data", text, "--config", toy_config, "--out", out, *SIZES)
@@ -93,6 +94,7 @@ def scores(folder: Path) -> list[float]:
     return [row["held_out"] for row in rows if "held_out" in row]
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_recipe_and_losses(train, text, toy_config, tmp_path, monkeypatch):
     """Stopped after step 4, the run goes on with the options that it was started with."""
     options = ("--data", text, "--config", toy_config, *SIZES, "--steps", 8)
@@ -227,6 +229,7 @@ def test_resumed_run_refuses_its_options_and_other_text(train, text, toy_config,
     assert code == 2 and "text: sha256 is" in output.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_files_of_the_run_are_not_trained_on(train, text, toy_config):
     """A run inside the folder of text reads the same text again when it is resumed."""
     options = ("--data", text, "--config", toy_config, "--out", text / "run", *SIZES)
@@ -278,32 +281,21 @@ def test_smoothed_starts_at_the_first_value():
     assert smoothed([1.0, 2.0], 0.5) == pytest.approx([1.0, 5 / 3])
 
 
-@pytest.mark.slow
-def test_torchrun(text, toy_config, tmp_path):
+@pytest.mark.proof
+def test_torchrun(train, text, toy_config, tmp_path):
     """Two processes that divide sequences and experts: one log, one model, one folder.
 
     The losses and scores are those of one process.
     """
-    options = [
-        "--data",
-        text,
-        "--config",
-        toy_config,
-        *SIZES,
-        "--steps",
-        "3",
-        "--precision",
-        "fp32",
-    ]
-    options += ["--evaluate-every", "3"]
+    options = ["--data", text, "--config", toy_config, *SIZES, "--steps", "3"]
+    options += ["--precision", "fp32", "--evaluate-every", "3"]
+    assert train(*options, "--out", tmp_path / "one")[0] == 0
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    layout = ["--context", "2", "--experts", "2"]
-    for name, prefix, sizes in (("one", [], []), ("two", torchrun, layout)):
-        command = [sys.executable, *prefix, "-m", "model.train", *options, *sizes]
-        command += ["--out", tmp_path / name]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
-        assert done.returncode == 0, done.stderr.decode()[-2000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "model.train", *options, "--out", tmp_path / "two"]
+    command += ["--context", "2", "--experts", "2"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = (scores(tmp_path / name) for name in ("one", "two"))
     assert len(one) == 1 and two == pytest.approx(one, rel=1e-4)

@@ -153,7 +153,7 @@ def step_on(backend, model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([*losses.values()]).detach(), gradient
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_backends_give_the_same_step(toy, generator):
     """Triton's kernels in the interpreter and the native CPU ops, compared with the reference.
 
@@ -378,6 +378,7 @@ def test_folder_without_text_is_named(tmp_path):
 # Runs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_precisions_have_close_losses(optimizer, make_config):
     curves = {}

@@ -71,6 +71,7 @@ def assert_as_one_process(world: int, layouts: list[dict], tolerances=FP32, **ch
     return outcomes
 
 
+@pytest.mark.slow
 def test_two_processes():
     layouts = [
         {"data": 2},
@@ -85,7 +86,7 @@ def test_two_processes():
         assert np.array_equal(weight, second.weights[name])
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_four_processes():
     assert_as_one_process(4, [{"data": 2, "tensor": 2, "experts": 4}, {"data": 2, "context": 2}])
 
@@ -127,6 +128,7 @@ def test_other_models_and_recipes(changes):
     assert_as_one_process(2, layouts, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp8", marks=pytest.mark.proof)])
 def test_rank_without_tokens_for_its_experts(precision):
     tolerances = FP32 if precision == "fp32" else FP8
@@ -134,6 +136,7 @@ def test_rank_without_tokens_for_its_experts(precision):
     assert_as_one_process(2, [{"data": 2, "experts": 2}], tolerances, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
@@ -148,6 +151,7 @@ def test_load_and_export_in_a_layout(world, layout):
     assert counts[0] > 0 and not any(counts[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "how"),
     [
@@ -193,6 +197,7 @@ def test_rank_killed_between_steps(tmp_path, call, what):
     assert seconds < 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["step", pytest.param("save", marks=pytest.mark.proof)])
 def test_local_error_is_quoted_at_once(tmp_path, call):
     """A RuntimeError, the class of gloo's errors: rank 1 raises it, and rank 0 quotes it."""

@@ -76,6 +76,7 @@ def script_results(tmp_path_factory):
     return run_script(folder, ("kills", 3, random.randrange(2**31)), resume)
 
 
+@pytest.mark.slow
 def test_killed_three_times(script_results):
     """At random moments: no saved step is lost, and the run ends with the same bits."""
     result, _ = script_results
@@ -84,6 +85,7 @@ def test_killed_three_times(script_results):
     assert all(result["equal"]), result
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly(script_results):
     _, equal_by_rank = script_results
     assert equal_by_rank == [True, True]

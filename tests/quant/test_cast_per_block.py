@@ -51,7 +51,7 @@ def test_ue8m0_rounds_scales_up(backend, generator):
     assert ((scale >= plain) & (scale < 2 * plain)).all()
 
 
-def test_every_bf16_value(backend, device):
+def test_every_bf16_value(kernel_backend, device):
     x = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16)
     check(x.reshape(256, 256))
     finite = x[x.isfinite()]  # sorted by magnitude, so blocks have different scales

@@ -44,7 +44,7 @@ def offsets_of(x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
         (300, 130, "fp32"),
     ],
 )
-def test_shapes(backend, generator, M, K, scale_format, transpose, scale_layout):
+def test_shapes(kernel_backend, generator, M, K, scale_format, transpose, scale_layout):
     check(values(generator, M, K), scale_format, None, transpose, scale_layout)
 
 
@@ -61,7 +61,7 @@ OFFSETS = {
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("offsets", OFFSETS.values(), ids=list(OFFSETS))
-def test_offsets(backend, generator, offsets, transpose):
+def test_offsets(kernel_backend, generator, offsets, transpose):
     x = values(generator, 300, 70)
     check(x, "fp32", offsets_of(x, offsets), transpose)
 
@@ -96,7 +96,7 @@ def test_nan_and_inf_stay_in_their_block(backend, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_dtypes_and_strided_rows(backend, generator, dtype):
+def test_dtypes_and_strided_rows(kernel_backend, generator, dtype):
     check(values(generator, 300, 140, dtype=dtype)[::2, 3:100], transpose=True)
 
 
@@ -184,6 +184,7 @@ def test_groups_are_independent(backend, generator):
     compare.assert_bitwise(after[1][1:3], before[1][1:3])
 
 
+@pytest.mark.slow
 def test_many_groups(backend, generator):
     """More groups than rows: most groups are empty and the others have one row."""
     x = values(generator, 40, 5)
