@@ -68,6 +68,17 @@ struct StoreGroup {
   int pending_reads = 0, pending_writes = 0;
 };
 
+// The 16-byte copies (cp.async) of one commit group. They are generic stores of their thread, which
+// nobody may rely on before the thread has waited for the group.
+struct CopyGroup {
+  struct Copy {
+    uint32_t offset;     // in shared memory
+    const void* from;    // null: zeros
+  };
+  std::vector<Copy> copies;
+  bool done = false;
+};
+
 struct Thread {
   Block* block;
   int index;  // in the block
@@ -85,6 +96,9 @@ struct Thread {
   std::shared_ptr<StoreGroup> open_store_group = std::make_shared<StoreGroup>();
   std::deque<std::shared_ptr<StoreGroup>> store_groups;  // committed
   WaitList store_waiters;
+  std::shared_ptr<CopyGroup> open_copy_group = std::make_shared<CopyGroup>();
+  std::deque<std::shared_ptr<CopyGroup>> copy_groups;  // committed and not waited for
+  WaitList copy_waiters;
   int cluster_arrivals = 0;  // 1: arrived at the cluster barrier; -1: all others have, too
   bool waited_for_grid = false;  // called grid_dependency_wait
   bool passed_cluster_barrier = false;  // so all blocks of its cluster have started

@@ -209,6 +209,13 @@ T load_written(const T* p) {
   access_global(emulator::Access::read, p, sizeof(T), "load_written");
   return *p;
 }
+void copy_async(void* to, const void* from, bool valid);
+void copy_async_commit();
+void copy_async_wait_groups(int pending);
+template <int PENDING>
+void copy_async_wait() {
+  copy_async_wait_groups(PENDING);
+}
 template <class T>
 void store_global(T* p, T value) {
   access_global(emulator::Access::write, p, sizeof(T), "store_global", &value);

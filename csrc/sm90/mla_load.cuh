@@ -1,11 +1,12 @@
-// mla_decode: the producer warpgroup, which loads queries and cached tokens.
+// mla_decode and sparse attention: the producer warpgroup, which loads queries and cached tokens.
 //
 // Queries are loaded by TMA, 64 rows of the matrix [batch · Sq · H, 576]. Rows that belong to the
 // next sequence are computed and not stored.
 //
 // bf16 cache: TMA loads a tile of 64 tokens that is inside one page. All other tiles (the last
-// tokens of a split, other page sizes, pages that do not exist) are gathered with 16 bytes per lane
-// and eight lanes per token. Absent tokens load as zeros.
+// tokens of a split, other page sizes, pages that do not exist, tokens named by indices) are
+// gathered by asynchronous copies of 16 bytes, eight lanes per token: all 36 copies of a lane are
+// in flight at once and need no registers. Absent tokens load as zeros.
 //
 // FP8 cache: a token has 512 e4m3 codes, four float32 scales for 128 codes each, and 64 bf16 RoPE
 // values: 656 bytes. Tokens are gathered with a prefetch distance of 32 tokens (21 KB), which
@@ -77,24 +78,6 @@ struct PieceRing {
   }
 };
 
-// Eight lanes load column blocks [FIRST, FIRST + COUNT) to row `row` of a tile in smem, or zeros if
-// `from` is null.
-template <int FIRST, int COUNT>
-SM90_DEVICE void gather_row(char* tile, int row, const bf16* from) {
-  const int chunk = lane_index() % 8;
-  Chunk values[COUNT];
-#pragma unroll
-  for (int j = 0; j < COUNT; ++j) {
-    const bf16* part = from + (FIRST + j) * 64 + chunk * 8;
-    values[j] = from ? load_global(reinterpret_cast<const Chunk*>(part)) : Chunk{};
-  }
-  char* to = tile + FIRST * MlaTile::COLUMN_BYTES + row * 128 + (chunk ^ (row % 8)) * 16;
-#pragma unroll
-  for (int j = 0; j < COUNT; ++j) {
-    store_shared(to + j * MlaTile::COLUMN_BYTES, values[j]);
-  }
-}
-
 // Producer: hands the next item and its queries to the consumers, once they have read the previous
 // ones.
 SM90_DEVICE void load_item_and_queries(const TensorMap* q_map, const MlaArguments& p,
@@ -112,15 +95,26 @@ SM90_DEVICE void load_item_and_queries(const TensorMap* q_map, const MlaArgument
   }
 }
 
-// The page of a token, or -1 if there is none.
-SM90_DEVICE int page_of(const MlaArguments& p, const MlaWork& w, int token) {
+// Where a token is: its page, or if SPARSE the slot that its index names. Negative: it is absent.
+template <bool SPARSE>
+SM90_DEVICE int place_of(const MlaArguments& p, const MlaWork& w, int token) {
   if (token >= w.end) return -1;
-  const int page =
-      load_global(p.block_table + w.sequence * p.table_row_stride + token / p.page_size);
-  return page < p.num_pages ? page : -1;
+  const int place = load_global(w.table_row + (SPARSE ? token : token / p.page_size));
+  const int places = SPARSE ? p.num_pages * p.page_size : p.num_pages;
+  return PLANT(index_not_clamped, false, place >= places) ? -1 : place;
+}
+
+// The elements of the cache before a token that is not absent.
+template <bool SPARSE>
+SM90_DEVICE int64_t token_offset(const MlaArguments& p, int place, int token) {
+  if (!SPARSE) return place * p.page_stride + token % p.page_size * p.token_stride;
+  if (p.page_size == 1) return place * p.page_stride;  // without a division
+  const int page = place / p.page_size;
+  return page * p.page_stride + (place - page * p.page_size) * p.token_stride;
 }
 
 // Producer warpgroup for a bf16 cache.
+template <bool SPARSE>
 struct Bf16Loader {
   const TensorMap* map;
   const MlaArguments& p;
@@ -151,50 +145,93 @@ struct Bf16Loader {
     }
   }
 
-  // Gathers the 64 tokens from `first` on.
-  SM90_DEVICE void gather_tile(const MlaWork& w, int tile_index, int first) {
-    const TokenTile tile(smem, tile_index);
-    int pages[MlaTile::TOKENS / 16];  // loaded before the wait
+  // A warp gathers 16 tokens: rows `first_row` + 0, 16, 32 and 48 of a tile by each eight lanes.
+  static constexpr int STEPS = MlaTile::TOKENS / 16;
+  const int first_row = thread / 8;
+  // The place of the token that this lane looks up for its warp, in the tile from `first` on.
+  SM90_DEVICE int lane_place(const MlaWork& w, int first) const {
+    const int lane = lane_index() % 16;  // twice
+    return place_of<SPARSE>(p, w, first + thread / 32 * 4 + lane % 4 + lane / 4 * 16);
+  }
+
+  // Starts to copy column blocks [FIRST, FIRST + COUNT) of this lane's rows to smem.
+  template <int FIRST, int COUNT>
+  SM90_DEVICE void copy_columns(char* tile, const bf16* const (&from)[STEPS]) const {
+    const int chunk = lane_index() % 8;
 #pragma unroll
-    for (int i = 0; i < MlaTile::TOKENS / 16; ++i) {
-      pages[i] = page_of(p, w, first + thread / 8 + PLANT(page_of_other_token, 0, i * 16));
-    }
-    // Wait for consumer release.
-    ring.wait_empty_tile(tile_index);
+    for (int i = 0; i < STEPS; ++i) {
+      const int row = first_row + i * 16;
+      const int swizzled = PLANT(gather_not_swizzled, chunk, chunk ^ row % 8);
+      char* to = tile + FIRST * MlaTile::COLUMN_BYTES + row * 128 + swizzled * 16;
+      const bf16* part = (from[i] ? from[i] : static_cast<const bf16*>(p.cache)) + FIRST * 64;
 #pragma unroll
-    for (int i = 0; i < MlaTile::TOKENS / 16; ++i) {
-      const int row = thread / 8 + i * 16, token = first + row, page = pages[i];
-      const bf16* from = nullptr;
-      if (page >= 0) {
-        from = static_cast<const bf16*>(p.cache) + page * p.page_stride +
-               token % p.page_size * p.token_stride;
-      }
-      gather_row<0, 4>(tile.tokens, row, from);
-      gather_row<4, 5>(tile.tokens, row, from);
-      if (thread % 8 == 0) {
-        const int position = PLANT(absent_tokens_not_marked, row, from ? row : ABSENT);
-        store_shared(tile.positions + row, static_cast<uint8_t>(position));
+      for (int j = 0; j < COUNT; ++j) {
+        copy_async(to + j * MlaTile::COLUMN_BYTES, part + j * 64 + chunk * 8,
+                   PLANT(absent_tokens_not_zeroed, true, from[i] != nullptr));
       }
     }
+    copy_async_commit();
+  }
+  // This lane's copies of a piece have arrived, except those of `LATER` later pieces.
+  template <int LATER>
+  SM90_DEVICE void finish_piece(int piece) {
+    UNLESS_PLANTED(no_wait_for_gather, copy_async_wait<LATER>());
     UNLESS_PLANTED(no_fence_after_gather, fence_async_proxy());
-    barrier_arrive(ring.full(2 * tile_index));
-    barrier_arrive(ring.full(2 * tile_index + 1));
+    barrier_arrive(ring.full(piece));
+  }
+
+  // Gathers the 64 tokens from `first` on. `place`: of lane_place.
+  SM90_DEVICE void gather_tile(const MlaWork& w, int tile_index, int first, int place) {
+    const TokenTile tile(smem, tile_index);
+    const bf16* from[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      const int lane = lane_index() / 8 + PLANT(place_of_other_token, 0, 4 * i);
+      const int at = shuffle_from(place, lane), token = first + first_row + i * 16;
+      from[i] = static_cast<const bf16*>(p.cache) + token_offset<SPARSE>(p, at, token);
+      if (at < 0) from[i] = nullptr;
+    }
+    // Wait for consumer release of each piece. The marks are read before piece 0 is released.
+    UNLESS_PLANTED(no_wait_for_empty_tile, ring.wait_empty(2 * tile_index));
+    copy_columns<0, MlaTile::PIECE_0_COLUMNS>(tile.tokens, from);
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      const int row = first_row + i * 16;
+      const int position = PLANT(absent_tokens_not_marked, row, from[i] ? row : ABSENT);
+      if (thread % 8 == 0) store_shared(tile.positions + row, static_cast<uint8_t>(position));
+    }
+    UNLESS_PLANTED(no_wait_for_empty_tile, ring.wait_empty(2 * tile_index + 1));
+    copy_columns<MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS - MlaTile::PIECE_0_COLUMNS>(
+        tile.tokens, from);
+    finish_piece<1>(2 * tile_index);
+    finish_piece<0>(2 * tile_index + 1);
   }
 
   // Loads the tokens of an item.
   SM90_DEVICE void load(const MlaWork& w) {
-    int page = page_of(p, w, w.begin);
+    int page = -1, place = -1;  // of the next tile, loaded a tile ahead
+    if (SPARSE) {
+      place = lane_place(w, w.begin);
+    } else {
+      page = place_of<false>(p, w, w.begin);
+    }
     for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
       const int i = first / MlaTile::TOKENS % 2;  // w.begin is an even number of tiles
-      const int next_page = page_of(p, w, first + MlaTile::TOKENS);  // prefetch
-      if (p.by_tma && page >= 0 &&
-          PLANT(loads_tokens_past_the_end, true, first + MlaTile::TOKENS <= w.end)) {
-        load_piece(2 * i, 0, MlaTile::PIECE_0_COLUMNS, page, first);
-        load_piece(2 * i + 1, MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS, page, first);
+      const int next = first + MlaTile::TOKENS;
+      if (SPARSE) {
+        const int next_place = lane_place(w, next);
+        gather_tile(w, i, first, place);
+        place = next_place;
       } else {
-        gather_tile(w, i, first);
+        const int next_page = place_of<false>(p, w, next);
+        if (p.by_tma && page >= 0 && PLANT(loads_tokens_past_the_end, true, next <= w.end)) {
+          load_piece(2 * i, 0, MlaTile::PIECE_0_COLUMNS, page, first);
+          load_piece(2 * i + 1, MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS, page, first);
+        } else {
+          gather_tile(w, i, first, lane_place(w, first));
+        }
+        page = next_page;
       }
-      page = next_page;
       ring.advance(i);
     }
   }
@@ -219,35 +256,35 @@ SM90_DEVICE float ratio_of(uint32_t scale) {
 struct Fp8Token {
   Chunk codes[MlaTile::SCALE_BLOCKS];  // 16 codes of each block of 128
   Chunk scales;                        // all four
-  int page;                            // -1: absent, all values are 0
+  int place;                           // negative: absent, all values are 0
 };
 
 // Loads 16 tokens at a time, eight lanes per token.
+template <bool SPARSE>
 struct Fp8Loader {
   const MlaArguments& p;
   char* smem;
   PieceRing& ring;
   const int row = thread_index() % 128 / 8, chunk = lane_index() % 8;
-  int page = -1;  // of this lane's token in the next fetch
+  int place = -1;  // of this lane's token in the next fetch
 
-  SM90_DEVICE const Chunk* address(int page, int token) const {
+  SM90_DEVICE const Chunk* address(int place, int token) const {
     return reinterpret_cast<const Chunk*>(static_cast<const char*>(p.cache) +
-                                          page * p.page_stride +
-                                          token % p.page_size * p.token_stride);
+                                          token_offset<SPARSE>(p, place, token));
   }
-  // Starts to load the 16 tokens from `first` on, and the page of the next fetch.
+  // Starts to load the 16 tokens from `first` on, and the place of the next fetch.
   SM90_DEVICE void fetch(Fp8Token& to, const MlaWork& w, int first) {
     const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int token = first + row;
-    const bool valid = page >= 0;
-    const Chunk* from = address(page, token);
-    to.page = page;
+    const bool valid = place >= 0;
+    const Chunk* from = address(place, token);
+    to.place = place;
 #pragma unroll
     for (int j = 0; j < MlaTile::SCALE_BLOCKS; ++j) {
       to.codes[j] = load_streamed(from + j * 8 + chunk, valid);
     }
     to.scales = load_streamed(from + 32, valid);
-    page = page_of(p, w, token + PLANT(page_of_previous_tokens, 0, 16));
+    place = place_of<SPARSE>(p, w, token + PLANT(place_of_previous_tokens, 0, 16));
   }
 
   // Stores 16 tokens to rows [at, at + 16) of the tile that starts with token `first`: dequantized
@@ -256,8 +293,8 @@ struct Fp8Loader {
   SM90_DEVICE void store(const Fp8Token& token, int first, int at, const TokenTile& tile) {
     const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int position = at + row;
-    const bool valid = token.page >= 0;
-    const Chunk rope = load_streamed(address(token.page, first + position) +
+    const bool valid = token.place >= 0;
+    const Chunk rope = load_streamed(address(token.place, first + position) +
                                          PLANT(rope_one_chunk_early, 32, 33) + chunk, valid);
     char* to = tile.tokens + position * 128;
     const uint32_t* scales = token.scales.word;
@@ -315,7 +352,7 @@ struct Fp8Loader {
   // Loads the tokens of an item: prefetches 32 while it unpacks the 32 before.
   SM90_DEVICE void load(const MlaWork& w) {
     Fp8Token tokens_0, tokens_16;
-    page = page_of(p, w, w.begin + row);
+    place = place_of<SPARSE>(p, w, w.begin + row);
     fetch(tokens_0, w, w.begin);
     fetch(tokens_16, w, w.begin + 16);
     for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
@@ -340,10 +377,10 @@ struct Fp8Loader {
 };
 
 // Producer warpgroup: loads the block's items one after the other.
-template <class Loader>
+template <bool SPARSE, class Loader>
 SM90_DEVICE void load_items(Loader loader, const TensorMap* q_map, const MlaArguments& p,
                             char* smem, PieceRing& ring) {
-  MlaWorkList list(p, smem);
+  MlaWorkList<SPARSE> list(p, smem);
   for (;;) {
     const MlaWork w = list.take();
     load_item_and_queries(q_map, p, w, smem, ring);

@@ -492,6 +492,19 @@ template <class T>
 SM90_DEVICE T load_written(const T* p) {
   return *p;
 }
+// Starts to copy 16 bytes to smem; zeros, and no load, if `valid` is false. Threads see the bytes
+// after a wait of this thread, WGMMA after fence_async_proxy in addition.
+SM90_DEVICE void copy_async(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+SM90_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most PENDING of this thread's last groups of copies are in flight.
+template <int PENDING>
+SM90_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 template <class T>
 SM90_DEVICE void store_global(T* p, T value) {
   *p = value;

@@ -170,9 +170,15 @@ def test_scales_are_loaded_in_batches(compiled):
 # received P), and those of a last even tile. TMA loads: nine column blocks of tokens; those of the
 # queries in a loop, of which nvcc unrolls one. FP8 fetches: four places with five loads, two with
 # the RoPE values.
+# Asynchronous copies of gathered tokens: 16 and 20 for the two pieces. The second template argument
+# is SPARSE.
 MLA_KERNELS = {
-    "mla_decodeILb0E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9 + 2}),
-    "mla_decodeILb1E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 5 + 2,
+    "mla_decodeILb0ELb0E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9 + 2,
+                                     "LDGSTS": 36}),
+    "mla_decodeILb1ELb0E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 5 + 2,
+                                     "UTMALDG": 2}),
+    "mla_decodeILb0ELb1E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 2, "LDGSTS": 36}),
+    "mla_decodeILb1ELb1E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 5 + 2,
                                      "UTMALDG": 2}),
     "mla_combine": (80, {}),
 }  # fmt: skip
@@ -194,7 +200,7 @@ def test_mla_decode(tmp_path):
         assert fits, f"{name}: {registers}"
     for part in functions(cubin):
         name = mla_kernel(part)
-        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|LDG\.E\.NA|F2F)\b", part))
+        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|LDGSTS|LDG\.E\.NA|F2F)\b", part))
         assert counts == MLA_KERNELS[name][1], f"{name}: {counts}"
         assert not re.search(r"MEMBAR\.\w+\.GPU", part), name
 
@@ -207,7 +213,7 @@ def mla_kernel(part: str) -> str:
 @pytest.mark.slow
 def test_mla_decode_prefetches_fp8_tokens(tmp_path):
     """The producer's loads of FP8 tokens come before its wait for the buffer."""
-    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb1E" in p[:200])
+    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb1ELb0E" in p[:200])
     loader = part.split("USETMAXREG.DEALLOC")[1]
     first_load = re.search(r"LDG\.E\.NA", loader).start()
     # The first wait is for the queries' buffer, before the loads.
@@ -219,7 +225,7 @@ def test_mla_decode_prefetches_fp8_tokens(tmp_path):
 @pytest.mark.slow
 def test_mla_decode_overlaps_softmax_with_wgmma(tmp_path):
     """The exponentials of the odd tile come between P·V of the even tile and the wait for it."""
-    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb0E" in p[:200])
+    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb0ELb0E" in p[:200])
     overlapped = [p for p in part.split("WARPGROUP.DEPBAR") if "HGMMA.64x256" in p]
     exponentials = [p[p.index("HGMMA.64x256") :].count("MUFU.EX2") for p in overlapped]
     assert max(exponentials) >= 32, exponentials
@@ -235,7 +241,7 @@ def opcodes(part: str) -> list[str]:
 @pytest.fixture(scope="module")
 def bf16_decode(tmp_path_factory) -> str:
     cubin, _ = compile("mla_decode", tmp_path_factory.mktemp("mla"))
-    return next(part for part in functions(cubin) if "Lb0E" in part[:200])
+    return next(part for part in functions(cubin) if "Lb0ELb0E" in part[:200])
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from deepkern.testing import compare
 
 from . import test_planted_bugs as gemm
 from . import test_planted_prefill_bugs as prefill
+from . import test_planted_sparse_bugs as sparse
 from .conftest import EmulatorFailure, mla_of, planted
 from .test_mla_decode import CACHES, WORST_SCALE, operands, scales_of
 from .test_planted_bugs import ANY, WRONG
@@ -26,7 +27,9 @@ BUGS = {
     "wait_piece_wrong_parity": "deadlock",
     "announces_too_few_piece_bytes": ANY,
     "no_fence_after_gather": "no fence_async_proxy followed",
-    "page_of_other_token": WRONG,
+    "place_of_other_token": WRONG,
+    "no_wait_for_gather": ANY,
+    "gather_not_swizzled": WRONG,
     "loads_start_of_page": WRONG,
     "loads_tokens_past_the_end": ANY,
     "absent_tokens_not_marked": WRONG,
@@ -77,7 +80,7 @@ FP8_BUGS = {
     "no_wait_for_empty_tile": ANY,
     "no_fence_after_unpacking": "no fence_async_proxy followed",
     "announces_half_filled_tile": ANY,
-    "page_of_previous_tokens": WRONG,
+    "place_of_previous_tokens": WRONG,
     "absent_fp8_tokens_not_marked": WRONG,
     "no_zeros_for_absent_tokens": WRONG,
     "rope_one_chunk_early": WRONG,
@@ -191,4 +194,6 @@ def test_every_hook_has_a_test():
         *FP8_BUGS,
         *prefill.BUGS,
         *prefill.BACKWARD_BUGS,
+        *sparse.BUGS,
+        *sparse.FP8_BUGS,
     }

@@ -104,6 +104,14 @@ def test_bulk_load_and_shuffles(kernels, order):
     assert out.tolist() == [*x.tolist(), x.sum().item(), 6.0]
 
 
+@every_order
+def test_copy_async(kernels, order, generator):
+    x = torch.randint(1, 2**30, (2, 32, 4), generator=generator, dtype=torch.int32)
+    out = torch.full_like(x, -1)
+    call(kernels, "emulate_copy_async", x, out, read=[x], write=[out], order=order)
+    compare.assert_bitwise(out, torch.where(torch.arange(32)[:, None] % 3 > 0, x, 0))
+
+
 @pytest.mark.parametrize("swizzle", [False, True])
 @pytest.mark.parametrize("row", [-40, -5, 0, 3, 30, 60])
 def test_tma_boxes_across_edges(kernels, row, swizzle, generator):
@@ -413,6 +421,9 @@ ERRORS = {
     "a copy of 24 bytes": "bulk_load: addresses and size must be multiples of 16 bytes",
     "a copy without barrier_init_fence": "bulk_load: no barrier_init_fence after barrier_init",
     "a copy past its tensor": r"bulk_load: out of bounds: 48 bytes at offset 0 .* read\[0\]",
+    "an asynchronous copy not aligned": "copy_async: addresses must be multiples of 16 bytes",
+    "an asynchronous copy past its tensor": r"copy_async: out of bounds: 16 bytes .* read\[0\]",
+    "an asynchronous copy over a barrier": "copy_async overwrites the barrier at offset 4096",
     "a copy over stores without a fence": "bulk_load overwrites .* thread 0 wrote and no fence",
     "a load of a copy without a wait": "load_shared reads .* a copy wrote: this thread has not",
     "a store over a copy without a wait": "store_shared overwrites .* a copy wrote: this thread",
@@ -431,6 +442,8 @@ ERRORS = {
     "too large a stride": "matrix_descriptor: expected strides below 2.18 bytes",
     "different operands in a warpgroup": "the threads of the warpgroup issue different operands",
     "an operand not fenced": "wgmma reads .* which thread 0 wrote and no fence_async_proxy",
+    "an operand copied asynchronously, fenced before the wait": "thread 0 wrote and no fence_async",
+    "an operand copied asynchronously, without a wait": "which thread 0 wrote and no fence_async",
     "wgmma without a fence": "no wgmma_fence since its registers were last written",
     "wgmma fenced before its sums are set": "written after the last wgmma_fence",
     "wgmma on its result without a fence": "no wgmma_fence since its registers were last written",

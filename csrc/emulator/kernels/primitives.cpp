@@ -111,6 +111,25 @@ int emulate_store_matrix(uint16_t* out, RunOptions options) {
 
 // out[0:32] = in, by bulk_load; out[32] = their sum, by shuffle_xor; out[33] = in[5], by
 // shuffle_from.
+// Copies x [2, 32, 4] in two groups, with zeros for every third lane, to out [2, 32, 4].
+int emulate_copy_async(const uint32_t* x, Chunk* out, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 32, 1024), [&] {
+    const int lane = lane_index();
+    char* memory = shared_memory();
+    for (int group = 0; group < 2; ++group) {
+      const int at = group * 32 + lane;
+      copy_async(memory + at * 16, x + at * 4, lane % 3 > 0);
+      copy_async_commit();
+    }
+    copy_async_wait<1>();
+    store_global(out + lane, load_shared<Chunk>(memory + lane * 16));
+    copy_async_wait<0>();
+    warp_sync();
+    const int other = 32 + (lane + 1) % 32;
+    store_global(out + other, load_shared<Chunk>(memory + other * 16));
+  });
+}
+
 int emulate_bulk_load_and_shuffles(const float* in, float* out, RunOptions options) {
   return run_checked(options, make_launch(options, 1, 32, 144), [&] {
     char* memory = shared_memory();
