@@ -156,7 +156,8 @@ struct Collective {
 // One WGMMA of a warpgroup. It can start when all 128 threads have issued it.
 struct Wgmma {
   int N = 0, K = 0;
-  bool fp8 = false, accumulate = false, a_in_registers = false;
+  bool fp8 = false, fp16 = false;  // else bf16
+  bool accumulate = false, a_in_registers = false;
   bool a_k_major = true, b_k_major = true;  // else M-major, N-major
   uint64_t a = 0, b = 0;                    // matrix descriptors
   int issued = 0;                           // threads

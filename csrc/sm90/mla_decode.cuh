@@ -24,9 +24,9 @@
 // Row maxima are published with P, so every tile is scaled by the maximum over all tiles up to and
 // including it.
 // The smem has two token tiles. Each has two pieces, column blocks 0 to 3 and 4 to 8, and each
-// piece is released by the warpgroup that multiplies it by P. FP8 cache: scale = step · ratio, with
-// step, the scale rounded up to 4 significant bits, so that code · step is exact in bf16; the ratio is applied in fp32 to
-// the scores and to P, per block of 128 values.
+// piece is released by the warpgroup that multiplies it by P. FP8 cache: the products take the codes
+// and Q in fp16, both exactly; the scales are applied in fp32 to the scores and in fp16 to P, per
+// block of 128 values.
 //
 // The splits depend on the sequence's own length and on Sq · H. `mla_combine` adds their results in
 // order.
@@ -49,7 +49,7 @@ struct Consumer {
   const MlaArguments& p;
   char* smem;
   PieceRing ring;
-  const int row = thread_index() % 128 / 32 * 16 + lane_index() / 4;  // and row + 8
+  const int row = tile_row();  // and row + 8
   int begin, end;   // of the item
   int row_0_limit;  // tokens that the first row attends to, the fewest of the tile
   SoftmaxState state;
@@ -66,10 +66,12 @@ struct Consumer {
     // From one lane, so that the compiler may keep them in uniform registers.
     begin = shuffle_from(w.begin, 0), end = shuffle_from(w.end, 0);
     row_0_limit = shuffle_from(p.causal ? w.length - (p.Sq - 1 - w.row / p.H) : w.length, 0);
-    state = {{minus_infinity(), minus_infinity()}, {}, {}};
+    state = {{minus_infinity(), minus_infinity()}, {}, {LEAST_UNIT, LEAST_UNIT}};
 #pragma unroll
     for (int i = 0; i < 128; ++i) sum[i / 64][i % 64] = 0.0f;
-    return shuffle_from(w.sequence, 0) >= 0;
+    if (shuffle_from(w.sequence, 0) < 0) return false;
+    if (FP8) convert_queries(smem);
+    return true;
   }
   // Consumer release of the queries, after this warpgroup's last scores of the item.
   SM90_DEVICE void release_queries() {
@@ -110,6 +112,14 @@ struct Consumer {
     pack_p<FP8>(packed, score);
     publish_p(packed);
     if (!FP8) depend_on_arrival(alpha);  // FP8: would spill
+  }
+  // Rescales the output to the maxima, and the units, of all tiles up to `tile`.
+  SM90_DEVICE void rescale(const float (&alpha)[2], int tile) {
+    if (FP8) {
+      rescale_output<WARPGROUP>(sum, alpha, state, TokenTile(smem, tile));
+    } else {
+      rescale_output(sum, alpha);
+    }
   }
   // Issues sum += P·V of a tile, with this warpgroup's P in registers.
   SM90_DEVICE void multiply_own_p(const uint32_t (&packed)[4][4], int tile) {
@@ -195,12 +205,12 @@ struct Consumer {
     compute_scores(score, 0);
     if (first + 2 * MlaTile::TOKENS >= end) release_queries();
     compute_p(packed, score, alpha, 0, first);
-    rescale_output(sum, alpha);
+    rescale(alpha, 0);
     multiply_own_p(packed, 0);
     release_tile(0);
     if (first + MlaTile::TOKENS >= end) return;
     receive_p(alpha, 1);
-    rescale_output(sum, alpha);
+    rescale(alpha, 1);
     multiply_received_p(1);
     release_tile(1);
   }
@@ -212,11 +222,11 @@ struct Consumer {
     compute_scores(score, 1);
     if (first + 2 * MlaTile::TOKENS >= end) release_queries();
     receive_p(alpha, 0);
-    rescale_output(sum, alpha);
+    rescale(alpha, 0);
     multiply_received_p(0);
     compute_p(packed, score, alpha, 1, first);
     UNLESS_PLANTED(rescales_before_wgmma_wait, release_tile(0));
-    rescale_output(sum, alpha);
+    rescale(alpha, 1);
     multiply_own_p(packed, 1);
     WHEN_PLANTED(rescales_before_wgmma_wait, release_tile(0));
     release_tile(1);
@@ -225,7 +235,7 @@ struct Consumer {
   SM90_DEVICE void finish_last_even_tile() {
     float alpha[2];
     receive_p(alpha, 0);
-    rescale_output(sum, alpha);
+    rescale(alpha, 0);
     multiply_received_p(0);
     release_tile(0);
   }
@@ -335,10 +345,10 @@ SM90_DEVICE void exchange_row_sums(float (&row_sum)[2], char* smem, int warpgrou
 // Epilogue of a consumer warpgroup: normalizes its half of the columns and stores it with the lse,
 // to out and lse if the sequence has one split, else to partial_out and partial_lse. From registers
 // to global memory: the next item's queries and tokens load meanwhile.
-template <bool SPARSE>
+template <bool FP8, bool SPARSE>
 SM90_DEVICE void store_output(const float (&sum)[2][64], SoftmaxState& state,
                               const MlaArguments& p, const MlaWork& w, char* smem, int warpgroup) {
-  const int row = thread_index() % 128 / 32 * 16 + lane_index() / 4;
+  const int row = tile_row();
   float row_sum[2] = {row_sum_of(state.row_sum[0]), row_sum_of(state.row_sum[1])};
   exchange_row_sums(row_sum, smem, warpgroup, row);
   const int all_rows = p.Sq * p.H;
@@ -356,9 +366,8 @@ SM90_DEVICE void store_output(const float (&sum)[2][64], SoftmaxState& state,
     }
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      const float divisor = PLANT(ignores_rounding_excess, row_sum[half],
-                                  row_sum[half] + row_sum_of(state.rounding_excess[b][half]));
-      scale[b][half] = row_sum[half] == 0.0f ? 0.0f : divide(factor, divisor);
+      scale[b][half] = row_sum[half] == 0.0f ? 0.0f : divide(factor, row_sum[half]);
+      if (FP8) scale[b][half] *= power_of_two(state.unit[b] - WEIGHT_RANGE);
     }
   }
 #pragma unroll
@@ -411,7 +420,7 @@ SM90_DEVICE void attend(const MlaArguments& p, char* smem) {
   Consumer<FP8, WARPGROUP> consumer(p, smem);
   while (consumer.start()) {
     process_tiles(consumer);
-    store_output<SPARSE>(consumer.sum, consumer.state, p, consumer.item(), smem, WARPGROUP);
+    store_output<FP8, SPARSE>(consumer.sum, consumer.state, p, consumer.item(), smem, WARPGROUP);
     consumer.ring.advance(PieceRing::QUERIES);
   }
 }
@@ -436,7 +445,7 @@ void mla_decode(SM90_PARAMETER TensorMap map,  // if p.by_tma: cache [tma_rows, 
   if (warp >= 8) {
     // Producer warpgroup.
     constexpr int EXTRA_REGISTERS = PLANT(mla_producer_keeps_registers, 8, 0);
-    registers_decrease<(FP8 ? 88 : 72) + EXTRA_REGISTERS>();
+    registers_decrease<(FP8 ? SPARSE ? 88 : 104 : 72) + EXTRA_REGISTERS>();
     PieceRing ring(smem);
     if (FP8) {
       load_items<SPARSE>(Fp8Loader<SPARSE>{p, smem, ring}, &q_map, p, smem, ring);
@@ -445,7 +454,7 @@ void mla_decode(SM90_PARAMETER TensorMap map,  // if p.by_tma: cache [tma_rows, 
     }
   } else {
     // Consumer warpgroups.
-    registers_increase<FP8 ? 208 : 216>();
+    registers_increase<FP8 ? SPARSE ? 208 : 200 : 216>();
     if (warp < 4) {
       attend<FP8, SPARSE, 0>(p, smem);
     } else {

@@ -23,7 +23,8 @@ struct MlaTile {
   static constexpr int SCALE_BLOCKS = V_DIM / 128;  // scales of an FP8 token
   static constexpr int THREADS = 384;               // two consumer warpgroups, one producer
   // Layout of smem, offsets in bytes: Q, two token tiles, P, ratios, positions, row statistics (row
-  // maxima, in the epilogue row sums), two items, positions in the work list, barriers.
+  // maxima, in the epilogue row sums), two items, positions in the work list, units of the tiles and
+  // of the queries, barriers.
   static constexpr uint32_t COLUMN_BYTES = 64 * 128, TILE_BYTES = COLUMNS * COLUMN_BYTES;
   static constexpr uint32_t TOKENS_OFFSET = TILE_BYTES;
   static constexpr uint32_t P_OFFSET = TOKENS_OFFSET + 2 * TILE_BYTES;
@@ -34,7 +35,10 @@ struct MlaTile {
   static constexpr uint32_t ROW_STATS_OFFSET = POSITIONS_OFFSET + 2 * POSITIONS_BYTES;
   static constexpr uint32_t ITEM_OFFSET = ROW_STATS_OFFSET + 2 * ROWS * 4;
   static constexpr uint32_t WORK_LIST_OFFSET = ITEM_OFFSET + 2 * 32;
-  static constexpr uint32_t BARRIERS_OFFSET = WORK_LIST_OFFSET + 4 * 12;
+  static constexpr uint32_t UNITS_OFFSET = WORK_LIST_OFFSET + 4 * 12;
+  static constexpr uint32_t UNITS_BYTES = 4 * SCALE_BLOCKS;  // per token tile: a byte per warp, block
+  static constexpr uint32_t Q_UNITS_OFFSET = UNITS_OFFSET + 2 * UNITS_BYTES;  // a byte per row
+  static constexpr uint32_t BARRIERS_OFFSET = Q_UNITS_OFFSET + ROWS;
   static constexpr uint32_t SMEM_BYTES = BARRIERS_OFFSET + 10 * sizeof(Barrier);
   static_assert(SMEM_BYTES <= 232448, "the layout fits in the smem of a block");
 };
@@ -43,6 +47,7 @@ constexpr int ABSENT = 255;  // position of an absent token; no row attends to i
 
 SM90_DEVICE float minus_infinity() { return -__builtin_huge_valf(); }
 SM90_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+SM90_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
 
 // The splits of a sequence, of equal length except the last one. They depend on its own length and
 // on Sq · H, so the batch does not change a result's bits.

@@ -10,14 +10,14 @@
 //
 // FP8 cache: a token has 512 e4m3 codes, four float32 scales for 128 codes each, and 64 bf16 RoPE
 // values: 656 bytes. Tokens are gathered with a prefetch distance of 32 tokens (21 KB), which
-// starts before their buffer is free. code · scale is not exact in bf16, so the scale is split:
-//
-//     scale = step · ratio        step: scale rounded up to 4 significant bits; 8/9 < ratio <= 1
-//
-// A code has 4 significant bits, so code · step is exact in bf16. The tile in smem holds these
-// products. (Below 2^-126 a ratio may be smaller. From 7e35 on the product of the largest code is
-// infinite.) The consumers (mla_softmax.cuh) apply the ratios in fp32, as the quotients
-// ratio 0 / ratio 1, ratio 1 / ratio 2, ratio 2 / ratio 3, and ratio 3.
+// starts before their buffer is free. The tile in smem holds the codes in fp16, which is exact and
+// takes one instruction for two codes. The consumers (mla_softmax.cuh) apply the scales, as the
+// quotients scale 0 / scale 1, scale 1 / scale 2, scale 2 / scale 3, and scale 3: to the scores in
+// fp32, to P in fp16 over a unit. The unit of a block of 128 columns is a power of two, at most the
+// largest scale of the block in the tokens so far and more than half of it.
+// Limits: a scale below 2^-100 is 0; a scale that is less than 2^-26 times the largest one of its
+// token counts as that. A unit is between 2^-100 and 2^120. The codes of a scale that is not finite
+// become NaN.
 #pragma once
 
 #include "mla_items.cuh"
@@ -25,15 +25,16 @@
 namespace sm90 {
 
 // Smem of token tile i: nine column blocks [64 tokens, 64 values] with the 128-byte swizzle, the
-// position of each token in the tile or ABSENT, and the quotients [4, 64] of the ratios (FP8
-// cache).
+// position of each token in the tile or ABSENT; with an FP8 cache also the quotients [4, 64] of the
+// scales, and the exponents [4 warps, 4 blocks] of the largest scales.
 struct TokenTile {
-  char *tokens, *positions, *ratios;
+  char *tokens, *positions, *ratios, *units;
 
   SM90_DEVICE TokenTile(char* smem, int i)
       : tokens(smem + MlaTile::TOKENS_OFFSET + i * MlaTile::TILE_BYTES),
         positions(smem + MlaTile::POSITIONS_OFFSET + i * MlaTile::POSITIONS_BYTES),
-        ratios(smem + MlaTile::RATIOS_OFFSET + i * MlaTile::RATIOS_BYTES) {}
+        ratios(smem + MlaTile::RATIOS_OFFSET + i * MlaTile::RATIOS_BYTES),
+        units(smem + MlaTile::UNITS_OFFSET + i * MlaTile::UNITS_BYTES) {}
 };
 
 // Each of the two token tiles is loaded and released in two pieces, column blocks 0 to 3 and 4 to
@@ -237,116 +238,140 @@ struct Bf16Loader {
   }
 };
 
-constexpr uint32_t INFINITY_BITS = 0x7f800000, MAGNITUDE_MASK = 0x7fffffff;  // of a float32
+constexpr uint32_t MAGNITUDE_MASK = 0x7fffffff;  // of a float32
+constexpr int INFINITY_BITS = 0x7f800000, LEAST_SCALE = 27 << 23;  // 2^-100, as bits of a float32
+constexpr float LEAST_QUOTIENT = 0x1p-26f;
+// Biased exponents of units.
+constexpr int LEAST_UNIT = 27, LARGEST_UNIT = 247;
 
-// The bits of a scale, rounded up to 4 significant bits. NaN stays NaN.
-SM90_DEVICE uint32_t step_of(uint32_t scale) {
-  return (scale & MAGNITUDE_MASK) > INFINITY_BITS ? INFINITY_BITS + 0x400000
-                                                  : (scale + 0xfffff) & 0xfff00000;
-}
-// scale / step, or 1 if the step is 0, infinite or NaN: then the tile holds that value.
-SM90_DEVICE float ratio_of(uint32_t scale) {
-  const uint32_t step = step_of(scale), magnitude = step & MAGNITUDE_MASK;
-  const bool nonzero = PLANT(divides_by_scale_0, true, magnitude > 0);
-  const bool finite = nonzero && magnitude < INFINITY_BITS;
-  return finite ? divide(float_of(scale), float_of(step)) : 1.0f;
+SM90_DEVICE float magnitude(float x) { return float_of(float_bits(x) & MAGNITUDE_MASK); }
+// The power of two with this biased exponent, which is a normal one.
+SM90_DEVICE float power_of_two(int exponent) {
+  return float_of(static_cast<uint32_t>(exponent) << 23);
 }
 
 // One lane's eighth of a token of an FP8 cache, in registers.
 struct Fp8Token {
-  Chunk codes[MlaTile::SCALE_BLOCKS];  // 16 codes of each block of 128
-  Chunk scales;                        // all four
-  int place;                           // negative: absent, all values are 0
+  const char* from;                   // null: absent, all values are 0
+  Words codes[MlaTile::COLUMNS - 1];  // 8 codes of each column block
+  float scale;                        // of the block of 128 values lane % 4
 };
 
 // Loads 16 tokens at a time, eight lanes per token.
 template <bool SPARSE>
 struct Fp8Loader {
+  static constexpr int SCALES_OFFSET = MlaTile::V_DIM;  // of a token, in bytes
+  static constexpr int ROPE_OFFSET = SCALES_OFFSET + MlaTile::SCALE_BLOCKS * 4;
   const MlaArguments& p;
   char* smem;
   PieceRing& ring;
   const int row = thread_index() % 128 / 8, chunk = lane_index() % 8;
-  int place = -1;  // of this lane's token in the next fetch
+  int place = -1;          // of this lane's token in the next fetch
+  float block_max = 0.0f;  // of the scales of this lane's block in its tokens of the tile
 
-  SM90_DEVICE const Chunk* address(int place, int token) const {
-    return reinterpret_cast<const Chunk*>(static_cast<const char*>(p.cache) +
-                                          token_offset<SPARSE>(p, place, token));
-  }
   // Starts to load the 16 tokens from `first` on, and the place of the next fetch.
   SM90_DEVICE void fetch(Fp8Token& to, const MlaWork& w, int first) {
     const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int token = first + row;
     const bool valid = place >= 0;
-    const Chunk* from = address(place, token);
-    to.place = place;
+    const char* from =
+        static_cast<const char*>(p.cache) + token_offset<SPARSE>(p, place, token);
+    to.from = valid ? from : nullptr;
 #pragma unroll
-    for (int j = 0; j < MlaTile::SCALE_BLOCKS; ++j) {
-      to.codes[j] = load_streamed(from + j * 8 + chunk, valid);
+    for (int j = 0; j < MlaTile::COLUMNS - 1; ++j) {
+      to.codes[j] = load_streamed(reinterpret_cast<const Words*>(from) + j * 8 + chunk, valid);
     }
-    to.scales = load_streamed(from + 32, valid);
+    const char* scales = from + SCALES_OFFSET;
+    to.scale = load_streamed(reinterpret_cast<const float*>(scales) + chunk % 4, valid);
     place = place_of<SPARSE>(p, w, token + PLANT(place_of_previous_tokens, 0, 16));
   }
 
-  // Stores 16 tokens to rows [at, at + 16) of the tile that starts with token `first`: dequantized
-  // values, ratios, positions. The RoPE values are loaded here, from L2 in most cases: the load of
-  // the scales before them fetches 128 bytes.
-  SM90_DEVICE void store(const Fp8Token& token, int first, int at, const TokenTile& tile) {
+  // Stores 16 tokens to rows [at, at + 16) of a tile: codes in fp16, quotients of the scales,
+  // positions. The RoPE values are loaded here, from L2 in most cases: the load of the scales before
+  // them fetches 128 bytes.
+  SM90_DEVICE void store(Fp8Token& token, int at, const TokenTile& tile) {
     const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int position = at + row;
-    const bool valid = token.place >= 0;
-    const Chunk rope = load_streamed(address(token.place, first + position) +
-                                         PLANT(rope_one_chunk_early, 32, 33) + chunk, valid);
+    const char* rope = token.from + PLANT(rope_one_chunk_early, ROPE_OFFSET - 16, ROPE_OFFSET);
+    const Chunk values =
+        load_streamed(reinterpret_cast<const Chunk*>(rope) + chunk, token.from != nullptr);
+    store_quotient(token, position, tile);
+    const int swizzled = chunk ^ position % 8;
     char* to = tile.tokens + position * 128;
-    const uint32_t* scales = token.scales.word;
 #pragma unroll
-    for (int j = 0; j < MlaTile::SCALE_BLOCKS; ++j) {
-      const uint32_t step = step_of(scales[PLANT(scale_of_block_0, 0, j)]);
-      store_codes(token.codes[j], step | step >> 16,
-                  to + (j * 2 + chunk / 4) * MlaTile::COLUMN_BYTES, position % 8);
+    for (int j = 0; j < MlaTile::COLUMNS - 1; ++j) {
+      store_shared(to + j * MlaTile::COLUMN_BYTES +
+                       PLANT(codes_not_swizzled, chunk, swizzled) * 16,
+                   to_fp16(token.codes[PLANT(columns_in_wrong_order, j ^ 1, j)]));
     }
-    store_shared(
-        to + (MlaTile::COLUMNS - 1) * MlaTile::COLUMN_BYTES + (chunk ^ (position % 8)) * 16,
-        rope);
-    // Lanes 0 to 3 of the eight store the quotient of their block's ratio and the next one.
-    const uint32_t low = chunk % 2 ? scales[1] : scales[0];
-    const uint32_t high = chunk % 2 ? scales[3] : scales[2];
-    const uint32_t scale = chunk % 4 < 2 ? low : high;
-    const float ratio = ratio_of(scale);
-    const float next_ratio = float_of(static_cast<uint32_t>(
-        shuffle_from(static_cast<int>(float_bits(ratio)), (lane_index() + 1) % 32)));
-    if (chunk < MlaTile::SCALE_BLOCKS) {
-      const int column = PLANT(ratio_of_other_token, position ^ 1, position);
-      const bool last = chunk == MlaTile::SCALE_BLOCKS - 1;
-      store_shared(tile.ratios + (chunk * MlaTile::TOKENS + column) * 4,
-                   PLANT(ratios_not_divided, ratio, last ? ratio : divide(ratio, next_ratio)));
-    }
+    store_shared(to + (MlaTile::COLUMNS - 1) * MlaTile::COLUMN_BYTES + swizzled * 16, values);
     if (chunk == 0) {
       const int marked = PLANT(absent_fp8_tokens_not_marked, position,
-                               valid ? position : ABSENT);
+                               token.from ? position : ABSENT);
       store_shared(tile.positions + position, static_cast<uint8_t>(marked));
     }
   }
 
-  // Stores 16 codes times `step` (a bf16 in both halves) as two chunks of a 128-byte tile row.
-  // Four of eight lanes store their chunks in the opposite order, to avoid bank conflicts.
-  SM90_DEVICE void store_codes(const Chunk& codes, uint32_t step, char* tile_row, int swizzle) {
-    const int chunk = not_before(this->chunk);
-    const bool swapped = chunk >= 4;
+  static SM90_DEVICE Chunk to_fp16(const Words& codes) {
+    Chunk values;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Chunk values;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t four = swapped ? codes.word[2 - 2 * half + i] : codes.word[2 * half + i];
-        values.word[2 * i] = multiply_bf16(e4m3_to_bf16(static_cast<uint16_t>(four)), step);
-        values.word[2 * i + 1] =
-            multiply_bf16(e4m3_to_bf16(static_cast<uint16_t>(four >> 16)), step);
-      }
-      const int to =
-          chunk % 4 * 2 + PLANT(chunks_in_wrong_order, half, (swapped ? 1 - half : half));
-      WHEN_PLANTED(no_zeros_for_absent_tokens, if (!step) continue);
-      store_shared(tile_row + PLANT(codes_not_swizzled, to, (to ^ swizzle)) * 16, values);
+    for (int i = 0; i < 2; ++i) {
+      values.word[2 * i] = e4m3_to_fp16(static_cast<uint16_t>(codes.word[i]));
+      values.word[2 * i + 1] = e4m3_to_fp16(static_cast<uint16_t>(codes.word[i] >> 16));
     }
+    return values;
+  }
+
+  // Lanes 0 to 3 of the eight of a token store the quotient of their block's scale and the next one,
+  // in the range of the kernel. If one of the scales is not finite, its codes become NaN.
+  SM90_DEVICE void store_quotient(Fp8Token& token, int position, const TokenTile& tile) {
+    const int lane = lane_index(), block = lane % 4;
+    float scale = token.scale;
+    const int bits = static_cast<int>(float_bits(magnitude(scale)));
+    int largest = max_of(bits, shuffle_from(bits, lane ^ 1));
+    largest = max_of(largest, shuffle_from(largest, lane ^ 2));
+    if (PLANT(nan_scales_ignored, false, largest >= INFINITY_BITS)) spoil_codes(token);
+    const bool in_range = bits >= LEAST_SCALE && bits < INFINITY_BITS;
+    if (!in_range) scale = 0.0f;
+    const bool all_finite = largest >= LEAST_SCALE && largest < INFINITY_BITS;
+    const float least = all_finite ? float_of(static_cast<uint32_t>(largest)) * LEAST_QUOTIENT
+                                   : 0.0f;
+    if (PLANT(no_least_quotient, false, magnitude(scale) < least)) scale = least;
+    block_max = max_of(block_max, magnitude(scale));
+    const float next = float_of(static_cast<uint32_t>(
+        shuffle_from(static_cast<int>(float_bits(scale)), (lane + 1) % 32)));
+    float quotient = scale;  // of the last block
+    if (block < MlaTile::SCALE_BLOCKS - 1) {
+      quotient = PLANT(divides_by_scale_0, false, next == 0.0f) ? 1.0f : divide(scale, next);
+    }
+    if (lane % 8 < MlaTile::SCALE_BLOCKS) {
+      const int column = PLANT(quotient_of_other_token, position ^ 1, position);
+      store_shared(tile.ratios + (block * MlaTile::TOKENS + column) * 4, quotient);
+    }
+  }
+
+  // Makes the codes of each block whose scale is not finite NaN. Rare: loads the scales again.
+  SM90_DEVICE void spoil_codes(Fp8Token& token) {
+    const auto scales = load_streamed(
+        reinterpret_cast<const Chunk*>(token.from + SCALES_OFFSET), token.from != nullptr);
+#pragma unroll
+    for (int j = 0; j < MlaTile::COLUMNS - 1; ++j) {
+      const uint32_t bits = scales.word[j / 2] & MAGNITUDE_MASK;
+      const uint32_t nan = bits >= static_cast<uint32_t>(INFINITY_BITS) ? 0x7f7f7f7f : 0;
+      token.codes[j].word[0] |= nan, token.codes[j].word[1] |= nan;
+    }
+  }
+
+  // Stores the exponents of the largest scales of this warp's 16 tokens of a tile.
+  SM90_DEVICE void store_units(const TokenTile& tile) {
+    block_max = max_of(block_max, shuffle_xor(block_max, 8));
+    block_max = max_of(block_max, shuffle_xor(block_max, 16));
+    const int unit = min_of(static_cast<int>(float_bits(block_max) >> 23), LARGEST_UNIT);
+    if (lane_index() < MlaTile::SCALE_BLOCKS) {
+      store_shared(tile.units + thread_index() % 128 / 32 * MlaTile::SCALE_BLOCKS + lane_index(),
+                   static_cast<uint8_t>(unit));
+    }
+    block_max = 0.0f;
   }
 
   // Loads the tokens of an item: prefetches 32 while it unpacks the 32 before.
@@ -363,11 +388,12 @@ struct Fp8Loader {
       const int tokens = PLANT(announces_half_filled_tile, MlaTile::TOKENS - 32, MlaTile::TOKENS);
 #pragma unroll 1
       for (int at = 0; at < tokens; at += 32) {
-        store(tokens_0, first, at, tile);
+        store(tokens_0, at, tile);
         fetch(tokens_0, w, first + at + 32);
-        store(tokens_16, first, at + 16, tile);
+        store(tokens_16, at + 16, tile);
         fetch(tokens_16, w, first + at + 48);
       }
+      store_units(tile);
       UNLESS_PLANTED(no_fence_after_unpacking, fence_async_proxy());
       barrier_arrive(ring.full(2 * i));
       barrier_arrive(ring.full(2 * i + 1));

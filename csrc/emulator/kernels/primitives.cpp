@@ -5,12 +5,12 @@
 
 namespace {
 
-// out = A · Bᵀ (+ c) for 64 rows of A, N rows of B and 128 bytes of K. bf16 operands may also be
-// M-major or N-major.
+// out = A · Bᵀ (+ c) for 64 rows of A, N rows of B and 128 bytes of K. bf16 and fp16 operands may
+// also be M-major or N-major.
 struct Product {
   char *a, *b;      // K-major: [64, K] and [N, K]; else transposed
   float *c, *out;  // [64, N]; c may be null
-  bool fp8, a_k_major, b_k_major, a_in_registers;
+  bool fp8, fp16, a_k_major, b_k_major, a_in_registers;
 };
 
 // This thread's pairs of bf16 of A [64, 64] in the register layout of WGMMA, from global memory.
@@ -34,9 +34,17 @@ void issue(const Product& p, float (&d)[N / 2], char* a_tile, char* b_tile, int 
     uint32_t pairs[4];
     load_pairs(pairs, p.a, step * 16);
     wgmma_fence();
+    if (p.fp16) {
+      return p.b_k_major ? wgmma_fp16<N, true>(d, pairs, b, add)
+                         : wgmma_fp16<N, false>(d, pairs, b, add);
+    }
     if (p.b_k_major) return wgmma_bf16<N, true>(d, pairs, b, add);
     return wgmma_bf16<N, false>(d, pairs, b, add);
   }
+  if (p.fp16 && p.a_k_major && p.b_k_major) return wgmma_fp16<N, true, true>(d, a, b, add);
+  if (p.fp16 && p.a_k_major) return wgmma_fp16<N, true, false>(d, a, b, add);
+  if (p.fp16 && p.b_k_major) return wgmma_fp16<N, false, true>(d, a, b, add);
+  if (p.fp16) return wgmma_fp16<N, false, false>(d, a, b, add);
   if (p.a_k_major && p.b_k_major) return wgmma_bf16<N, true, true>(d, a, b, add);
   if (p.a_k_major) return wgmma_bf16<N, true, false>(d, a, b, add);
   if (p.b_k_major) return wgmma_bf16<N, false, true>(d, a, b, add);
@@ -415,8 +423,8 @@ int emulate_numbers(const char* function, const uint32_t* x, const uint32_t* y, 
     if (name == "high_bf16") return float_bits(to_float(high_bf16(a)));
     if (name == "low_fp16") return float_bits(to_float(low_fp16(a)));
     if (name == "high_fp16") return float_bits(to_float(high_fp16(a)));
-    if (name == "e4m3_to_bf16") return e4m3_to_bf16(static_cast<uint16_t>(a));
-    if (name == "multiply_bf16") return multiply_bf16(a, b);
+    if (name == "e4m3_to_fp16") return e4m3_to_fp16(static_cast<uint16_t>(a));
+    if (name == "multiply_fp16") return multiply_fp16(a, b);
     if (name == "divide") return float_bits(divide(u, v));
     if (name == "fused_multiply_add") return float_bits(fused_multiply_add(u, v, w));
     if (name == "exp2_of") return float_bits(exp2_of(u));
