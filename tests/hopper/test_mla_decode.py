@@ -12,7 +12,7 @@ from deepkern.testing.caches import ABSENT
 
 LENGTHS = (0, 1, 63, 64, 65, 130)
 CACHES = {"bf16": {}, "fp8": {"cache_dtype": torch.uint8}}
-# The rounding of this scale to fp16, as weights are scaled by it, has the largest error: half an ulp.
+# The rounding of this scale to fp16 has the largest error: half an ulp. Weights are scaled by it.
 WORST_SCALE = (1 + 2**-11) * 2**-6
 caches = pytest.mark.parametrize("kind", CACHES.values(), ids=CACHES)
 

@@ -50,9 +50,13 @@ def assert_same(got: tuple, want: tuple, label: str = "result") -> None:
         compare.assert_bitwise(mine, other, f"{name} {label}")
 
 
+PROOF = pytest.mark.proof
+
+
 @caches
-@pytest.mark.parametrize("Sq", [1, 2])
-@pytest.mark.parametrize("H", [1, 3, 16, 64, pytest.param(128, marks=pytest.mark.proof)])
+@pytest.mark.parametrize(("Sq", "H"), [
+    (2, 3), (1, 64), *(pytest.param(*x, marks=PROOF) for x in ((1, 1), (2, 16), (2, 128)))
+])  # fmt: skip
 def test_heads_and_queries(emulated_sparse, H, Sq, kind, generator):
     """From a part of a row tile to several, with lengths and sinks."""
     args = operands(generator, B=3, Sq=Sq, H=H, topk=130, **kind, **OPTIONS)
@@ -60,17 +64,17 @@ def test_heads_and_queries(emulated_sparse, H, Sq, kind, generator):
 
 
 @caches
-@pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize("topk", [0, 1, 63, 65, 128, pytest.param(200, marks=PROOF)])
 def test_any_topk(emulated_sparse, topk, kind, generator):
     check(emulated_sparse, operands(generator, B=2, H=5, topk=topk, tokens=300, **kind))
 
 
 @caches
-@pytest.mark.parametrize("page", [1, 53, 64])
+@pytest.mark.parametrize("page", [53, *(pytest.param(x, marks=PROOF) for x in (1, 64))])
 def test_pages_and_splits(emulated_sparse, page, kind, generator):
     """A split of few rows has 512 tokens or more. A cache with gaps between its pages has the
     bits of one without."""
-    size = {"Sq": 2, "H": 3, "topk": 1100, "tokens": 500, "page": page, "sink": True, **kind}
+    size = {"H": 3, "topk": 1100, "tokens": 500, "page": page, "sink": True, **kind}
     q, cache, *rest = operands(generator, **size)
     rest[2] = torch.tensor([1100, 700], dtype=torch.int32)
     q, cache, *rest = poisoned((q, cache, *rest))
@@ -81,7 +85,7 @@ def test_pages_and_splits(emulated_sparse, page, kind, generator):
 
 
 @caches
-@pytest.mark.proof
+@PROOF
 def test_splits_of_many_rows(emulated_sparse, kind, generator):
     """From 64 heads on a split has 4096 tokens or more: 8200 are two."""
     size = {"B": 1, "H": 80, "topk": 8200, "tokens": 3000, "sink": True, **kind}
@@ -138,9 +142,9 @@ def test_sinks(emulated_sparse, kind, generator):
 
 @caches
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("seeds", [4, pytest.param(50, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("seeds", [3, pytest.param(50, marks=PROOF)])
 def test_same_bits_for_any_schedule(emulated_sparse, order, seeds, kind, generator):
-    args = operands(generator, B=2, Sq=2, H=3, topk=600, tokens=200, **kind, **OPTIONS)
+    args = operands(generator, B=2, H=3, topk=330, tokens=200, **kind, **OPTIONS)
     first = check(emulated_sparse, args, order=order, seed=0)
     for seed in range(1, seeds if order == "random" else 3):
         assert_same(emulated_sparse(*args, order=order, seed=seed), first, f"seed {seed}")
@@ -148,13 +152,13 @@ def test_same_bits_for_any_schedule(emulated_sparse, order, seeds, kind, generat
 
 @caches
 def test_bits_independent_of_batch_heads_and_blocks(emulated_sparse, kind, generator):
-    size = {"B": 3, "Sq": 2, "H": 40, "topk": 140, "sink": True, **kind}
+    size = {"B": 2, "Sq": 2, "H": 40, "topk": 140, "sink": True, **kind}
     q, cache, indices, scale, lengths, sink, R = operands(generator, **size)
     out, lse = check(emulated_sparse, (q, cache, indices, scale, lengths, sink, R), blocks=1)
     for blocks in (2, 1000):
         got = emulated_sparse(q, cache, indices, scale, lengths, sink, blocks=blocks)
         assert_same(got, (out, lse), f"{blocks} blocks")
-    for b in range(3):
+    for b in range(2):
         one = slice(b, b + 1)
         alone = emulated_sparse(q[one, 1:], cache, indices[one, 1:], scale, lengths, sink)
         assert_same(alone, (out[one, 1:], lse[one, :, 1:]), f"sequence {b}")
@@ -163,7 +167,7 @@ def test_bits_independent_of_batch_heads_and_blocks(emulated_sparse, kind, gener
 
 
 @caches
-@pytest.mark.proof
+@PROOF
 def test_more_queries_than_lanes(emulated_sparse, kind, generator):
     """The producer walks over the queries 32 at a time; the lengths differ."""
     size = {"B": 35, "Sq": 2, "H": 2, "topk": 70, **kind, **OPTIONS}
@@ -214,7 +218,7 @@ def check_prefill(emulated_sparse, args: tuple, **how) -> tuple[torch.Tensor, ..
     return got
 
 
-@pytest.mark.parametrize("H", [1, 9, 64, pytest.param(128, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("H", [1, 9, 64, pytest.param(128, marks=PROOF)])
 def test_prefill(emulated_sparse, H, generator):
     args = prefill_operands(generator, S=5, Skv=300, H=H, topk=150, **OPTIONS)
     got = check_prefill(emulated_sparse, args, seed=generator.seed())

@@ -53,6 +53,17 @@ def compiled(tmp_path_factory) -> tuple[Path, str]:
     return compile("fp8_gemm", tmp_path_factory.mktemp("nvcc"))
 
 
+@pytest.fixture(scope="module")
+def mla_compiled(tmp_path_factory) -> tuple[Path, str]:
+    return compile("mla_decode", tmp_path_factory.mktemp("mla"))
+
+
+@pytest.fixture(scope="module")
+def mla_functions(mla_compiled) -> dict[str, str]:
+    """The machine code of the kernels of mla_decode.cu, by key in MLA_KERNELS."""
+    return {mla_kernel(part): part for part in functions(mla_compiled[0])}
+
+
 def functions(cubin: Path) -> list[str]:
     """The machine code of each function, after its name."""
     import triton
@@ -142,9 +153,9 @@ def test_mainloops(compiled):
 
 
 @pytest.mark.slow
-def test_membars_of_the_gpu(compiled, tmp_path):
+def test_membars_of_the_gpu(compiled, mla_functions):
     """Only clusters need them: at their start and end, and to exchange partial sums."""
-    for part in functions(compiled[0]) + functions(compile("mla_decode", tmp_path)[0]):
+    for part in [*functions(compiled[0]), *mla_functions.values()]:
         tile = tile_of(part.splitlines()[0])
         exchanges = tile is not None and tile.splits_k and tile.swapped
         expected = 3 if exchanges else 2 if tile is not None and tile.cluster > 1 else 0
@@ -168,26 +179,28 @@ def test_scales_are_loaded_in_batches(compiled):
 # Registers at launch, and counts of instructions. WGMMAs in the loop of each warpgroup: 36 for Q·Kᵀ
 # (16 values each), 4 for P·V of each of two tiles (16 tokens each; FP8: 8, and 2 in a loop for the
 # received P), and those of a last even tile. TMA loads: nine column blocks of tokens; those of the
-# queries in a loop, of which nvcc unrolls one. FP8 fetches: four places with five loads, two with
-# the RoPE values.
+# queries in a loop, of which nvcc unrolls one. FP8 fetches: four places with nine loads, two with
+# the RoPE values, two with the scales of a token whose scales are not finite.
 # Asynchronous copies of gathered tokens: 16 and 20 for the two pieces. The second template argument
 # is SPARSE.
 MLA_KERNELS = {
     "mla_decodeILb0ELb0E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9 + 2,
                                      "LDGSTS": 36}),
-    "mla_decodeILb1ELb0E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 5 + 2,
+    "mla_decodeILb1ELb0E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 9 + 2 + 2,
                                      "UTMALDG": 2}),
     "mla_decodeILb0ELb1E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 2, "LDGSTS": 36}),
-    "mla_decodeILb1ELb1E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 5 + 2,
+    "mla_decodeILb1ELb1E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 9 + 2 + 2,
                                      "UTMALDG": 2}),
     "mla_combine": (80, {}),
 }  # fmt: skip
+# Bytes that a thread spills: one register of the producer, once per 32 tokens.
+MLA_SPILLS = {"mla_decodeILb1ELb0E": 8 + 4 + 4}
 
 
 @pytest.mark.slow
-def test_mla_decode(tmp_path):
+def test_mla_decode(mla_compiled, mla_functions):
     """Registers and instructions. ptxas must not serialize the WGMMAs."""
-    cubin, output = compile("mla_decode", tmp_path)
+    _, output = mla_compiled
     assert "serialized" not in output, output
     parts = output.split("Compiling entry function '")[1:]
     assert len(parts) == len(MLA_KERNELS)
@@ -195,14 +208,13 @@ def test_mla_decode(tmp_path):
         name = mla_kernel(part)
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", part))
         registers = int(re.search(r"Used (\d+) registers", part)[1])
-        assert spilled == 0, f"{name} spills {spilled} bytes"
+        assert spilled <= MLA_SPILLS.get(name, 0), f"{name} spills {spilled} bytes"
         fits = registers == RAISED if "decode" in name else registers <= MLA_KERNELS[name][0]
         assert fits, f"{name}: {registers}"
-    for part in functions(cubin):
-        name = mla_kernel(part)
+    for name, part in mla_functions.items():
         counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|LDGSTS|LDG\.E\.NA|F2F)\b", part))
         assert counts == MLA_KERNELS[name][1], f"{name}: {counts}"
-        assert not re.search(r"MEMBAR\.\w+\.GPU", part), name
+        assert not re.search(r"MEMBAR\.\w+\.GPU|CCTL\.IVALL", part), name
 
 
 def mla_kernel(part: str) -> str:
@@ -211,21 +223,47 @@ def mla_kernel(part: str) -> str:
 
 
 @pytest.mark.slow
-def test_mla_decode_prefetches_fp8_tokens(tmp_path):
+@pytest.mark.parametrize("sparse", [0, 1])
+def test_mla_decode_prefetches_fp8_tokens(mla_functions, sparse):
     """The producer's loads of FP8 tokens come before its wait for the buffer."""
-    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb1ELb0E" in p[:200])
+    part = mla_functions[f"mla_decodeILb1ELb{sparse}E"]
     loader = part.split("USETMAXREG.DEALLOC")[1]
     first_load = re.search(r"LDG\.E\.NA", loader).start()
     # The first wait is for the queries' buffer, before the loads.
     wait = loader.index("SYNCS.PHASECHK", first_load)
-    assert len(re.findall(r"LDG\.E\.NA", loader[:wait])) == 10
+    assert len(re.findall(r"LDG\.E\.NA", loader[:wait])) == 18
     assert wait < loader.index("F2FP.F16.E4M3")
 
 
 @pytest.mark.slow
-def test_mla_decode_overlaps_softmax_with_wgmma(tmp_path):
+def test_sparse_gather_has_all_copies_in_flight(mla_functions):
+    """The producer starts the 36 copies of a tile before it waits for the first of them."""
+    loader = mla_functions["mla_decodeILb0ELb1E"].split("USETMAXREG.DEALLOC")[1]
+    copies = loader[loader.index("LDGSTS") :]
+    assert len(re.findall("LDGSTS", copies[: copies.index("DEPBAR.LE")])) == 36
+
+
+# The most instructions in the loops of a kernel: of a warp of each consumer warpgroup over a pair of
+# tiles, and of a producer warp over a tile (FP8: over 32 tokens), divisions included.
+LOOPS = {"mla_decodeILb0ELb1E": (930, 400), "mla_decodeILb1ELb1E": (1450, 520)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_of_sparse_attention(mla_functions, name):
+    part = mla_functions[name]
+    first, second = part.split("USETMAXREG.DEALLOC")
+    gather = ("LDGSTS",) if "Lb0ELb1E" in name else ("F2FP.F16.E4M3", "LDG.E.NA")
+    loops = innermost_loop(first, "HGMMA.64x64x16", "MUFU.EX2"), innermost_loop(second, *gather)
+    for loop, most in zip(loops, LOOPS[name], strict=True):
+        assert not re.search(r"\b(STL|LDL)\b", "\n".join(loop)), name
+        assert len(loop) <= most, f"{name}: {len(loop)}"
+
+
+@pytest.mark.slow
+def test_mla_decode_overlaps_softmax_with_wgmma(mla_functions):
     """The exponentials of the odd tile come between P·V of the even tile and the wait for it."""
-    part = next(p for p in functions(compile("mla_decode", tmp_path)[0]) if "Lb0ELb0E" in p[:200])
+    part = mla_functions["mla_decodeILb0ELb0E"]
     overlapped = [p for p in part.split("WARPGROUP.DEPBAR") if "HGMMA.64x256" in p]
     exponentials = [p[p.index("HGMMA.64x256") :].count("MUFU.EX2") for p in overlapped]
     assert max(exponentials) >= 32, exponentials
@@ -239,9 +277,8 @@ def opcodes(part: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def bf16_decode(tmp_path_factory) -> str:
-    cubin, _ = compile("mla_decode", tmp_path_factory.mktemp("mla"))
-    return next(part for part in functions(cubin) if "Lb0ELb0E" in part[:200])
+def bf16_decode(mla_functions) -> str:
+    return mla_functions["mla_decodeILb0ELb0E"]
 
 
 @pytest.mark.slow

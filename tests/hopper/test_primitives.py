@@ -31,8 +31,10 @@ class Product(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("a", "b", "c", "out")),
-        *((name, ctypes.c_bool)
-          for name in ("fp8", "fp16", "a_k_major", "b_k_major", "a_in_registers")),
+        *(
+            (name, ctypes.c_bool)
+            for name in ("fp8", "fp16", "a_k_major", "b_k_major", "a_in_registers")
+        ),
     ]
 
 
