@@ -282,7 +282,8 @@ struct Fp8Loader {
       to.codes[j] = load_streamed(reinterpret_cast<const Words*>(from) + j * 8 + chunk, valid);
     }
     const char* scales = from + SCALES_OFFSET;
-    to.scale = load_streamed(reinterpret_cast<const float*>(scales) + chunk % 4, valid);
+    to.scale = load_streamed(
+        reinterpret_cast<const float*>(scales) + PLANT(scale_of_block_0, 0, chunk % 4), valid);
     place = place_of<SPARSE>(p, w, token + PLANT(place_of_previous_tokens, 0, 16));
   }
 

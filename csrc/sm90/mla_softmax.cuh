@@ -260,7 +260,7 @@ SM90_DEVICE void multiply_pv(float (&sum)[2][64], const uint32_t (&packed)[4],
 
 // The same for an FP8 cache. Each of the two blocks of 128 columns has its own P: P times the scale
 // of each token over the unit, times WEIGHT_RANGE.
-constexpr int WEIGHT_RANGE = 14;  // log2: a weight of 2^-28 has all bits of fp16
+constexpr int WEIGHT_RANGE = 14;  // log2: a scale of 2^-28 units has all bits of fp16
 template <int HALF>
 SM90_DEVICE void multiply_pv_fp8(float (&sum)[2][64], const SoftmaxState& state,
                                  const uint32_t (&packed)[4], const TokenTile& tile, int first) {
