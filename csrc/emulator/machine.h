@@ -69,7 +69,7 @@ struct StoreGroup {
 };
 
 // The 16-byte copies (cp.async) of one commit group. They are generic stores of their thread, which
-// nobody may rely on before the thread has waited for the group.
+// may not be relied on before the thread has waited for the group.
 struct CopyGroup {
   struct Copy {
     uint32_t offset;     // in shared memory

@@ -112,7 +112,7 @@ def test_hostile_indices_and_lengths(emulated_sparse, kind, generator):
 
 @caches
 def test_queries_without_tokens(emulated_sparse, kind, generator):
-    """All indices -1, a cache without pages; whatever the sink is."""
+    """All indices -1, a cache without pages; any sink."""
     q, cache, indices, *rest = operands(generator, B=2, H=4, topk=70, **kind)
     rest[2] = torch.tensor([0.0, -torch.inf, torch.inf, torch.nan])
     indices[:] = -1
