@@ -185,8 +185,8 @@ def test_decode_of_strided_arguments(generator):
 
 
 @pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("page", [1, 53, 64])
-@pytest.mark.parametrize(("Sq", "H"), [(1, 1), (2, 9), (1, 128)])
+@pytest.mark.parametrize("page", [1, 64])
+@pytest.mark.parametrize(("Sq", "H"), [(2, 9), (1, 128)])
 def test_sparse_decode(page, Sq, H, kind, generator):
     for topk, options in ((1, {}), (577, {"lengths": True, "sink": True})):
         size = {"topk": topk, "tokens": 300, "Sq": Sq, "H": H, "page": page, **options, **kind}
