@@ -43,7 +43,8 @@ MODEL_TESTS = (
     "tests/model/test_deepseek.py", "tests/model/test_graph.py", "tests/bench/test_facts.py",
     "tests/bench/test_providers.py", "tests/bench/test_timing.py", "tests/bench/test_tune.py",
 )  # fmt: skip
-HOPPER = (*tune.OPS, "mla_decode", "mla_prefill", "mla_prefill_backward")  # with a CUDA kernel
+HOPPER = (*tune.OPS, "mla_decode", "mla_sparse_decode", "mla_sparse_prefill", "mla_prefill",
+          "mla_prefill_backward")  # with a CUDA kernel  # fmt: skip
 IDENTITY = ("commit", "gpu", "torch", "triton", "python")  # a change of these starts all over
 
 

@@ -30,6 +30,8 @@ SMS = 132  # of an H200
 _U8 = torch.uint8
 _GEMM, _GROUPED = "fp8_gemm_nt_kernel", "m_grouped_fp8_gemm_nt_kernel"
 _DECODE = {"mla_decode_kernel": 509, "mla_combine_splits_kernel": 1021}
+_SPARSE_DECODE = {"B": 128, "Sq": 2, "H": 128, "topk": 2048, "tokens": 32768, "cache_dtype": _U8}
+_SPARSE_PREFILL = {"S": 512, "Skv": 8192, "H": 128, "topk": 2048}
 
 _BACKWARD = {f"mla_prefill_backward_{name}_kernel": 101 for name in ("delta", "dkv", "dq")}
 
@@ -87,12 +89,10 @@ GOALS = [
          _DECODE),
     Goal("mla_decode", "B 128, H 16, 4K, FP8",
          {"lengths": (4096,), "batch": 128, "H": 16, "cache_dtype": _U8}, _DECODE),
-    Goal("mla_sparse_decode", "B 128, topk 2048, FP8",
-         {"B": 128, "Sq": 2, "H": 128, "topk": 2048, "tokens": 32768, "cache_dtype": _U8},
+    Goal("mla_sparse_decode", "B 128, topk 2048, FP8", _SPARSE_DECODE,
          {"mla_sparse_attention_kernel": 131}),
-    Goal("mla_sparse_prefill", "4096 queries, H 128, topk 2048",
-         {"S": 512, "Skv": 8192, "H": 128, "topk": 2048}, {"mla_sparse_attention_kernel": 257},
-         "512 queries"),
+    Goal("mla_sparse_prefill", "4096 queries, H 128, topk 2048", _SPARSE_PREFILL,
+         {"mla_sparse_attention_kernel": 257}, "512 queries"),
     Goal("mla_prefill", "8K causal, H 128", {"lengths": (8192,), "H": 16},
          {"mla_prefill_kernel": 101}, "16 heads; unequal blocks: every 101st"),
     Goal("mla_prefill_backward", "8K causal, H 128", {"lengths": (8192,), "H": 16},
@@ -120,6 +120,9 @@ GOALS = [
     _hopper("mla_decode", "B 128, H 16, 4K, bf16", {"lengths": (4096,), "batch": 128, "H": 16}),
     _hopper("mla_decode", "B 128, H 16, 4K, FP8",
             {"lengths": (4096,), "batch": 128, "H": 16, "cache_dtype": _U8}),
+    _hopper("mla_sparse_decode", "B 128, topk 2048, FP8", _SPARSE_DECODE),
+    _hopper("mla_sparse_prefill", "4096 queries, H 128, topk 2048", _SPARSE_PREFILL,
+            "512 queries"),
     _hopper("mla_prefill", "8K causal, H 128", {"lengths": (8192,), "H": 16}, "16 heads"),
     _hopper("mla_prefill_backward", "8K causal, H 128", {"lengths": (8192,), "H": 16},
             "16 heads"),

@@ -1,5 +1,6 @@
-// TMA and bulk copies of csrc/sm90/primitives.cuh: checked at the call, done later.
+// TMA, bulk and cp.async copies of csrc/sm90/primitives.cuh: checked at the call, done later.
 #include <algorithm>
+#include <utility>
 
 #include "calls.h"
 #include "primitives.h"
@@ -127,6 +128,47 @@ void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
     block->records.async_store(offset, bytes, b.number, b.phase, "bulk_load");
     emulator::complete_bytes(*block, b, bytes);
   });
+}
+
+void copy_async(void* to, const void* from, bool valid) {
+  Thread& t = current();
+  const uint32_t offset = t.block->offset(to, 16, "copy_async");
+  if (offset % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    fail("copy_async: addresses must be multiples of 16 bytes");
+  }
+  check_no_barrier(*t.block, offset, 16, "copy_async");
+  if (valid) emulator::memory().check(from, 16, false, "copy_async");
+  t.block->records.copy_store(offset, 16, "copy_async");
+  t.open_copy_group->copies.push_back({offset, valid ? from : nullptr});
+}
+
+// The copies of a group are done together, at some time from here on.
+void copy_async_commit() {
+  Thread& t = current();
+  const auto group = std::exchange(t.open_copy_group, std::make_shared<emulator::CopyGroup>());
+  t.copy_groups.push_back(group);
+  Machine* m = &machine();
+  Thread* thread = &t;
+  cluster().schedule([=] {
+    for (const auto& [offset, from] : group->copies) {
+      char* to = thread->block->shared + offset;
+      if (from) m->record_access(Access::constant, from, 16, "copy_async");
+      from ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+    }
+    group->done = true;
+    m->wake(thread->copy_waiters);
+  });
+}
+
+void copy_async_wait_groups(int pending) {
+  Thread& t = current();
+  while (static_cast<int>(t.copy_groups.size()) > pending) {
+    const auto group = t.copy_groups.front();
+    machine().wait(t.copy_waiters, [] { return "asynchronous copies"; },
+                   [&] { return group->done; });
+    for (const auto& copy : group->copies) t.unfenced_stores.emplace_back(copy.offset, 16);
+    t.copy_groups.pop_front();
+  }
 }
 
 void tma_store(const TensorMap* map, const void* tile, int column, int row) {

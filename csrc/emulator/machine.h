@@ -68,6 +68,17 @@ struct StoreGroup {
   int pending_reads = 0, pending_writes = 0;
 };
 
+// The 16-byte copies (cp.async) of one commit group. They are generic stores of their thread, which
+// may not be relied on before the thread has waited for the group.
+struct CopyGroup {
+  struct Copy {
+    uint32_t offset;     // in shared memory
+    const void* from;    // null: zeros
+  };
+  std::vector<Copy> copies;
+  bool done = false;
+};
+
 struct Thread {
   Block* block;
   int index;  // in the block
@@ -85,6 +96,9 @@ struct Thread {
   std::shared_ptr<StoreGroup> open_store_group = std::make_shared<StoreGroup>();
   std::deque<std::shared_ptr<StoreGroup>> store_groups;  // committed
   WaitList store_waiters;
+  std::shared_ptr<CopyGroup> open_copy_group = std::make_shared<CopyGroup>();
+  std::deque<std::shared_ptr<CopyGroup>> copy_groups;  // committed and not waited for
+  WaitList copy_waiters;
   int cluster_arrivals = 0;  // 1: arrived at the cluster barrier; -1: all others have, too
   bool waited_for_grid = false;  // called grid_dependency_wait
   bool passed_cluster_barrier = false;  // so all blocks of its cluster have started
@@ -142,7 +156,8 @@ struct Collective {
 // One WGMMA of a warpgroup. It can start when all 128 threads have issued it.
 struct Wgmma {
   int N = 0, K = 0;
-  bool fp8 = false, accumulate = false, a_in_registers = false;
+  bool fp8 = false, fp16 = false;  // else bf16
+  bool accumulate = false, a_in_registers = false;
   bool a_k_major = true, b_k_major = true;  // else M-major, N-major
   uint64_t a = 0, b = 0;                    // matrix descriptors
   int issued = 0;                           // threads

@@ -42,20 +42,20 @@ float to_float(fp16 x) {
   return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 
-uint32_t e4m3_to_bf16(uint16_t codes) {
+uint32_t e4m3_to_fp16(uint16_t codes) {
   const auto convert = [](int code) {
     const int exponent = code >> 3 & 15, mantissa = code & 7;
     float magnitude =
         exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
     if ((code & 127) == 127) magnitude = NAN;
-    return to_bf16(code & 128 ? -magnitude : magnitude);
+    return to_fp16(code & 128 ? -magnitude : magnitude);
   };
   return pack(convert(codes & 255), convert(codes >> 8));
 }
 
-uint32_t multiply_bf16(uint32_t x, uint32_t y) {
-  return pack(to_bf16(to_float(low_bf16(x)) * to_float(low_bf16(y))),
-              to_bf16(to_float(high_bf16(x)) * to_float(high_bf16(y))));
+uint32_t multiply_fp16(uint32_t x, uint32_t y) {
+  return pack(to_fp16(to_float(low_fp16(x)) * to_float(low_fp16(y))),
+              to_fp16(to_float(high_fp16(x)) * to_float(high_fp16(y))));
 }
 
 }  // namespace sm90

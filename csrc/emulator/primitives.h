@@ -47,8 +47,8 @@ inline fp16 low_fp16(uint32_t pair) { return {static_cast<uint16_t>(pair)}; }
 inline fp16 high_fp16(uint32_t pair) { return {static_cast<uint16_t>(pair >> 16)}; }
 inline uint32_t pack_bf16(float low, float high) { return pack(to_bf16(low), to_bf16(high)); }
 inline uint32_t pack_fp16(float low, float high) { return pack(to_fp16(low), to_fp16(high)); }
-uint32_t e4m3_to_bf16(uint16_t codes);
-uint32_t multiply_bf16(uint32_t x, uint32_t y);
+uint32_t e4m3_to_fp16(uint16_t codes);
+uint32_t multiply_fp16(uint32_t x, uint32_t y);
 
 // Indices.
 inline int thread_index() { return emulator::current().index; }
@@ -80,6 +80,9 @@ struct alignas(16) Chunk {
     uint16_t half[8];
     uint32_t word[4];
   };
+};
+struct alignas(8) Words {
+  uint32_t word[2];
 };
 struct alignas(8) FloatPair {
   float low, high;
@@ -158,19 +161,35 @@ void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   w.N = N, w.K = 32, w.fp8 = true, w.accumulate = accumulate, w.a = a, w.b = b;
   wgmma_issue(w, d, nullptr);
 }
-template <int N, bool A_K_MAJOR = true, bool B_K_MAJOR = true>
-void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+template <bool FP16, int N, bool A_K_MAJOR, bool B_K_MAJOR>
+void wgmma_16_bits(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   emulator::Wgmma w;
-  w.N = N, w.K = 16, w.accumulate = accumulate, w.a = a, w.b = b;
+  w.N = N, w.K = 16, w.fp16 = FP16, w.accumulate = accumulate, w.a = a, w.b = b;
   w.a_k_major = A_K_MAJOR, w.b_k_major = B_K_MAJOR;
   wgmma_issue(w, d, nullptr);
 }
-template <int N, bool B_K_MAJOR = true>
-void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+template <bool FP16, int N, bool B_K_MAJOR>
+void wgmma_16_bits(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   emulator::Wgmma w;
-  w.N = N, w.K = 16, w.accumulate = accumulate, w.a_in_registers = true, w.b = b;
+  w.N = N, w.K = 16, w.fp16 = FP16, w.accumulate = accumulate, w.a_in_registers = true, w.b = b;
   w.b_k_major = B_K_MAJOR;
   wgmma_issue(w, d, a);
+}
+template <int N, bool A_K_MAJOR = true, bool B_K_MAJOR = true>
+void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_16_bits<false, N, A_K_MAJOR, B_K_MAJOR>(d, a, b, accumulate);
+}
+template <int N, bool B_K_MAJOR = true>
+void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  wgmma_16_bits<false, N, B_K_MAJOR>(d, a, b, accumulate);
+}
+template <int N, bool A_K_MAJOR = true, bool B_K_MAJOR = true>
+void wgmma_fp16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_16_bits<true, N, A_K_MAJOR, B_K_MAJOR>(d, a, b, accumulate);
+}
+template <int N, bool B_K_MAJOR = true>
+void wgmma_fp16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  wgmma_16_bits<true, N, B_K_MAJOR>(d, a, b, accumulate);
 }
 
 // Registers, shuffles and dependent grids.
@@ -201,13 +220,21 @@ inline Chunk load_global(const Chunk* p) {
   access_global(emulator::Access::constant, p, 16, "load_global");
   return *p;
 }
-inline Chunk load_streamed(const Chunk* p, bool valid) {
-  return valid ? load_global(p) : Chunk{};
+template <class T>
+T load_streamed(const T* p, bool valid) {
+  return valid ? load_global(p) : T{};
 }
 template <class T>
 T load_written(const T* p) {
   access_global(emulator::Access::read, p, sizeof(T), "load_written");
   return *p;
+}
+void copy_async(void* to, const void* from, bool valid);
+void copy_async_commit();
+void copy_async_wait_groups(int pending);
+template <int PENDING>
+void copy_async_wait() {
+  copy_async_wait_groups(PENDING);
 }
 template <class T>
 void store_global(T* p, T value) {

@@ -51,10 +51,14 @@ void SharedMemory::check_copies(uint32_t offset, uint32_t bytes, const Clock& cl
 }
 
 void SharedMemory::store(uint32_t offset, uint32_t bytes, const char* what) {
+  copy_store(offset, bytes, what);
+  current().unfenced_stores.emplace_back(offset, bytes);
+}
+
+void SharedMemory::copy_store(uint32_t offset, uint32_t bytes, const char* what) {
   Thread& t = current();
   check_copies(offset, bytes, t.clock, what, "overwrites");
   std::fill_n(unfenced_writer_.begin() + offset, bytes, static_cast<uint16_t>(t.index + 1));
-  t.unfenced_stores.emplace_back(offset, bytes);
   if (store_times_.empty()) return;
   std::fill_n(store_times_.begin() + offset / 4, (bytes + 3) / 4, t.block->machine->time);
   const auto found = remote_loads_.find(offset / 16);

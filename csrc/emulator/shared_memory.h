@@ -41,6 +41,8 @@ class SharedMemory {
 
   // A generic store or load of the current thread.
   void store(uint32_t offset, uint32_t bytes, const char* what);
+  // A cp.async copy of the current thread starts. A fence counts after the thread's wait for it.
+  void copy_store(uint32_t offset, uint32_t bytes, const char* what);
   void load(uint32_t offset, uint32_t bytes, const char* what) const;
   // A load by a thread of block `rank` of the cluster, which is another block.
   void load_from(int rank, const Clock& clock, uint32_t offset, uint32_t bytes, const char* what);

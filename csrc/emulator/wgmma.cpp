@@ -82,7 +82,7 @@ struct Tile {
 int accumulator_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
 int accumulator_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
-// A [64, 16] of bf16 from registers: pairs, in the layout of accumulators with N = 16.
+// A [64, 16] of bf16 or fp16 from registers: pairs, in the layout of accumulators with N = 16.
 std::vector<uint8_t> codes_of_registers(const Wgmma& w) {
   std::vector<uint8_t> codes(64 * w.K * 2);
   for (int t = 0; t < WARPGROUP_SIZE; ++t) {
@@ -96,7 +96,7 @@ std::vector<uint8_t> codes_of_registers(const Wgmma& w) {
 
 void execute(Block& block, int group, const Wgmma& w) {
   using deepkern::ptx::Element;
-  const Element element = w.fp8 ? Element::E4M3 : Element::BF16;
+  const Element element = w.fp8 ? Element::E4M3 : w.fp16 ? Element::F16 : Element::BF16;
   const std::vector<uint8_t> left = w.a_in_registers
                                         ? codes_of_registers(w)
                                         : Tile(block, w, w.a, w.a_k_major).codes(64, w.K);
@@ -119,9 +119,9 @@ void execute(Block& block, int group, const Wgmma& w) {
 }
 
 bool same_operands(const Wgmma& x, const Wgmma& y) {
-  return x.N == y.N && x.K == y.K && x.fp8 == y.fp8 && x.accumulate == y.accumulate &&
-         x.a == y.a && x.b == y.b && x.a_in_registers == y.a_in_registers &&
-         x.a_k_major == y.a_k_major && x.b_k_major == y.b_k_major;
+  return x.N == y.N && x.K == y.K && x.fp8 == y.fp8 && x.fp16 == y.fp16 &&
+         x.accumulate == y.accumulate && x.a == y.a && x.b == y.b &&
+         x.a_in_registers == y.a_in_registers && x.a_k_major == y.a_k_major && x.b_k_major == y.b_k_major;
 }
 
 }  // namespace

@@ -23,27 +23,38 @@ struct Fp8GemmProblem {
   int* group_bounds;  // contiguous: scratch memory [2 * groups]
 };
 
-// Arguments of mla_decode. Strides are in elements.
+// Arguments of mla_decode, mla_sparse_decode and mla_sparse_prefill. Strides are in elements.
+//
+// Sparse attention: each query is a sequence of its own, so Sq is 1. Its tokens are the slots that
+// its row of indices names, which take the place of a row of the block table.
 struct MlaArguments {
   const void* q;      // bf16 [batch · Sq · H, 576], rows at multiples of 16 bytes
   const void* cache;  // [num_pages, page_size, 576] bf16, or 656 bytes per token in the FP8 format
-  const int* block_table;    // [batch, max_tokens / page_size], page numbers
-  const int* cache_seqlens;  // [batch], tokens
+  // [batch, max_tokens / page_size], page numbers; sparse: [batch / queries, queries, max_tokens],
+  // slots page · page_size + offset.
+  const int* block_table;
+  const int* cache_seqlens;  // [batch], tokens; sparse: [batch / queries], or null: max_tokens
+  const float* attn_sink;    // sparse: [H], natural logarithm, or null
   void* out;                 // bf16 [batch, Sq, H, 512]
-  float* lse;                // [batch, H, Sq], natural logarithm
+  float* lse;                // [batch / queries, H, Sq · queries], natural logarithm
+  float* max_logits;         // sparse, with one split: as lse, or null
   float* partial_out;        // [batch, num_splits, Sq * H, 512], results of the splits
   float* partial_lse;        // [batch, num_splits, Sq * H], base 2
   int64_t q_row_stride, table_row_stride;
+  int64_t table_query_stride;         // sparse: from query to query of a row
   int64_t page_stride, token_stride;  // of the cache
   float softmax_scale_log2;           // softmax_scale · log2(e)
+  float max_logits_scale;             // ln(2), or 0 if softmax_scale is 0
   int batch, Sq, H;
-  int max_tokens;  // of a sequence: pages of block_table · page_size
+  int queries;     // sparse: queries that share a length; else 1
+  int max_tokens;  // of a sequence: pages of block_table · page_size; sparse: topk
   int num_pages, page_size;
   int row_tiles;          // tiles of 64 rows (query, head) per sequence
   int num_splits;         // splits of the longest possible sequence
   int min_split_log2;     // log2 of the fewest tokens of a split, unless the sequence has one split
   int max_splits;         // per sequence
   bool causal;
+  bool sparse;
   bool by_tma;            // TMA can load the cache: see plan_mla_splits
   bool fp8;               // FP8 cache format
   int64_t tma_page_rows;  // by_tma: rows of the tensor map from one page to the next
@@ -65,16 +76,21 @@ inline void plan_mla_splits(MlaArguments& p) {
   p.max_splits = power == 1 ? 64 : power < 16 ? 128 / power : 8;
   p.min_split_log2 = 9;
   while (64 * rows > 1 << p.min_split_log2 && p.min_split_log2 < 12) ++p.min_split_log2;
+  if (p.max_logits) p.max_splits = 1;
   const int splits = p.max_tokens >> p.min_split_log2;
   p.num_splits = splits < 1 ? 1 : splits < p.max_splits ? splits : p.max_splits;
   // P of a score s is 2^(s · scale - maximum). With scale 0 a masked score would be inf · 0.
+  p.max_logits_scale = p.softmax_scale_log2 == 0 ? 0 : 0.6931471805599453f;
   if (p.softmax_scale_log2 == 0) p.softmax_scale_log2 = std::numeric_limits<float>::min();
-  if (p.page_size < 1) p.page_size = 1;  // no token is read, but page_size is a divisor
+  if (p.page_size < 1) p.num_pages = 0, p.page_size = 1;  // page_size is a divisor
+  if (p.sparse && p.page_stride == p.page_size * p.token_stride) {  // slots without gaps
+    p.num_pages *= p.page_size, p.page_size = 1, p.page_stride = p.token_stride;
+  }
   // TMA needs pages of a multiple of 64 tokens and one stride between all tokens of the cache.
   p.tma_page_rows = p.token_stride > 0 ? p.page_stride / p.token_stride : 0;
-  p.by_tma = !p.fp8 && p.num_pages > 0 && p.page_size % 64 == 0 && p.token_stride >= 576 &&
-             p.page_stride % p.token_stride == 0 && p.tma_page_rows >= p.page_size &&
-             p.tma_rows() < INT32_MAX - 64;
+  p.by_tma = !p.fp8 && !p.sparse && p.num_pages > 0 && p.page_size % 64 == 0 &&
+             p.token_stride >= 576 && p.page_stride % p.token_stride == 0 &&
+             p.tma_page_rows >= p.page_size && p.tma_rows() < INT32_MAX - 64;
 }
 
 // The operands of a group of heads take this part of the L2 cache: half of an H100's.

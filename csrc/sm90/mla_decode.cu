@@ -12,6 +12,15 @@ namespace deepkern {
 
 using sm90::MlaTile;
 
+namespace {
+
+// By format of the cache (1: FP8) and whether indices name the tokens (2).
+constexpr decltype(&sm90::mla_decode<false, false>) KERNELS[] = {
+    sm90::mla_decode<false, false>, sm90::mla_decode<true, false>, sm90::mla_decode<false, true>,
+    sm90::mla_decode<true, true>};
+
+}  // namespace
+
 std::string launch_mla_decode(MlaArguments p, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   int device = 0;
@@ -35,7 +44,7 @@ std::string launch_mla_decode(MlaArguments p, void* stream) {
   static std::atomic<uint64_t> prepared{0};  // whether the smem limit is set: one bit per device
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if ((prepared.load() & bit) == 0) {
-    for (const auto kernel : {sm90::mla_decode<false>, sm90::mla_decode<true>}) {
+    for (const auto kernel : KERNELS) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(MlaTile::SMEM_BYTES));
       if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -49,7 +58,7 @@ std::string launch_mla_decode(MlaArguments p, void* stream) {
   config.blockDim = dim3(MlaTile::THREADS);
   config.dynamicSmemBytes = MlaTile::SMEM_BYTES;
   config.stream = cuda_stream;
-  const auto kernel = p.fp8 ? sm90::mla_decode<true> : sm90::mla_decode<false>;
+  const auto kernel = KERNELS[p.fp8 + 2 * p.sparse];
   error = cudaLaunchKernelEx(&config, kernel, map, q_map, p);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (p.num_splits == 1) return "";

@@ -1,8 +1,13 @@
-// Attention of a few new queries per sequence over the paged latent cache, on Hopper: the op
-// mla_decode of kernels/deepkern/attention for 512 + 64 values per token, bf16 or FP8 cache.
+// Attention of a few new queries per sequence over the paged latent cache, on Hopper: the ops
+// mla_decode, mla_sparse_decode and mla_sparse_prefill of kernels/deepkern/attention for 512 + 64
+// values per token, bf16 or FP8 cache.
 //
 //     score[r, n] = softmax_scale · q[r] · cache[n]               over 576 values
 //     out[r]      = softmax over attended n of score · cache[n, :512]
+//
+// Sparse attention: each query attends to the tokens that its own indices name. So each query is a
+// sequence of its own, its heads are the rows, and its tokens are the indices in their order. Only
+// the producer differs, which looks up a slot in place of a page and gathers every token.
 //
 // Parallelization: the Sq · H rows (query, head) of a sequence form tiles of 64 rows, and its
 // tokens are divided into splits. The grid is persistent: a block computes one row tile over one
@@ -19,13 +24,15 @@
 // Row maxima are published with P, so every tile is scaled by the maximum over all tiles up to and
 // including it.
 // The smem has two token tiles. Each has two pieces, column blocks 0 to 3 and 4 to 8, and each
-// piece is released by the warpgroup that multiplies it by P. FP8 cache: scale = step · ratio, with
-// step, the scale rounded up to 4 significant bits, so that code · step is exact in bf16; the ratio is applied in fp32 to
-// the scores and to P, per block of 128 values.
+// piece is released by the warpgroup that multiplies it by P. FP8 cache: the products take the codes
+// and Q in fp16, both exactly; the scales are applied in fp32 to the scores and in fp16 to P, per
+// block of 128 values.
 //
-// The splits depend on the sequence's own length and on Sq · H. `mla_combine` adds their results in order.
+// The splits depend on the sequence's own length and on Sq · H. `mla_combine` adds their results in
+// order.
 //
-// Limit: for few rows reading the cache, for more than about a hundred rows the tensor cores.
+// Limit: for few rows reading the cache, for more than about a hundred rows the tensor cores;
+// sparse attention with 64 rows or more: see docs/notes/hopper.md.
 //
 // Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1. The seesaw, the two column halves of the
 // output and the release of a tile in pieces are from FlashMLA.
@@ -42,7 +49,7 @@ struct Consumer {
   const MlaArguments& p;
   char* smem;
   PieceRing ring;
-  const int row = thread_index() % 128 / 32 * 16 + lane_index() / 4;  // and row + 8
+  const int row = tile_row();  // and row + 8
   int begin, end;   // of the item
   int row_0_limit;  // tokens that the first row attends to, the fewest of the tile
   SoftmaxState state;
@@ -59,10 +66,12 @@ struct Consumer {
     // From one lane, so that the compiler may keep them in uniform registers.
     begin = shuffle_from(w.begin, 0), end = shuffle_from(w.end, 0);
     row_0_limit = shuffle_from(p.causal ? w.length - (p.Sq - 1 - w.row / p.H) : w.length, 0);
-    state = {{minus_infinity(), minus_infinity()}, {}, {}};
+    state = {{minus_infinity(), minus_infinity()}, {}, {LEAST_UNIT, LEAST_UNIT}};
 #pragma unroll
     for (int i = 0; i < 128; ++i) sum[i / 64][i % 64] = 0.0f;
-    return shuffle_from(w.sequence, 0) >= 0;
+    if (shuffle_from(w.sequence, 0) < 0) return false;
+    if (FP8) convert_queries(smem);
+    return true;
   }
   // Consumer release of the queries, after this warpgroup's last scores of the item.
   SM90_DEVICE void release_queries() {
@@ -103,6 +112,14 @@ struct Consumer {
     pack_p<FP8>(packed, score);
     publish_p(packed);
     if (!FP8) depend_on_arrival(alpha);  // FP8: would spill
+  }
+  // Rescales the output to the maxima, and the units, of all tiles up to `tile`.
+  SM90_DEVICE void rescale(const float (&alpha)[2], int tile) {
+    if (FP8) {
+      rescale_output<WARPGROUP>(sum, alpha, state, TokenTile(smem, tile));
+    } else {
+      rescale_output(sum, alpha);
+    }
   }
   // Issues sum += P·V of a tile, with this warpgroup's P in registers.
   SM90_DEVICE void multiply_own_p(const uint32_t (&packed)[4][4], int tile) {
@@ -188,12 +205,12 @@ struct Consumer {
     compute_scores(score, 0);
     if (first + 2 * MlaTile::TOKENS >= end) release_queries();
     compute_p(packed, score, alpha, 0, first);
-    rescale_output(sum, alpha);
+    rescale(alpha, 0);
     multiply_own_p(packed, 0);
     release_tile(0);
     if (first + MlaTile::TOKENS >= end) return;
     receive_p(alpha, 1);
-    rescale_output(sum, alpha);
+    rescale(alpha, 1);
     multiply_received_p(1);
     release_tile(1);
   }
@@ -205,11 +222,11 @@ struct Consumer {
     compute_scores(score, 1);
     if (first + 2 * MlaTile::TOKENS >= end) release_queries();
     receive_p(alpha, 0);
-    rescale_output(sum, alpha);
+    rescale(alpha, 0);
     multiply_received_p(0);
     compute_p(packed, score, alpha, 1, first);
     UNLESS_PLANTED(rescales_before_wgmma_wait, release_tile(0));
-    rescale_output(sum, alpha);
+    rescale(alpha, 1);
     multiply_own_p(packed, 1);
     WHEN_PLANTED(rescales_before_wgmma_wait, release_tile(0));
     release_tile(1);
@@ -218,7 +235,7 @@ struct Consumer {
   SM90_DEVICE void finish_last_even_tile() {
     float alpha[2];
     receive_p(alpha, 0);
-    rescale_output(sum, alpha);
+    rescale(alpha, 0);
     multiply_received_p(0);
     release_tile(0);
   }
@@ -286,6 +303,23 @@ SM90_DEVICE void store_row(const float (&sum)[2][64], const float (&scale)[2][2]
   }
 }
 
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// exp(lse) / (exp(lse) + exp(sink)), which multiplies the output of row m. `lse` is in base 2; the
+// row has a token.
+SM90_DEVICE float sink_factor(const MlaArguments& p, int m, float lse) {
+  if (!p.attn_sink) return 1.0f;
+  const float sink = load_global(p.attn_sink + PLANT(sink_of_head_0, 0, m % p.H)) * LOG2_E;
+  return divide(1.0f, 1.0f + exp2_of(sink - lse));
+}
+
+// The largest score of a row, softmax_scale included; NaN if one is NaN.
+SM90_DEVICE float max_logit(const MlaArguments& p, float row_max, float row_sum) {
+  if (row_sum == 0.0f) return minus_infinity();
+  const bool is_nan = row_sum != row_sum && row_max != -minus_infinity();
+  return is_nan ? row_sum : row_max * p.max_logits_scale;
+}
+
 // Adds the row sums of the two warpgroups, in the same order in both.
 SM90_DEVICE void exchange_row_sums(float (&row_sum)[2], char* smem, int warpgroup, int row) {
   // In place of the maxima that the other warpgroup published last and may still read back. No
@@ -311,22 +345,29 @@ SM90_DEVICE void exchange_row_sums(float (&row_sum)[2], char* smem, int warpgrou
 // Epilogue of a consumer warpgroup: normalizes its half of the columns and stores it with the lse,
 // to out and lse if the sequence has one split, else to partial_out and partial_lse. From registers
 // to global memory: the next item's queries and tokens load meanwhile.
+template <bool FP8, bool SPARSE>
 SM90_DEVICE void store_output(const float (&sum)[2][64], SoftmaxState& state,
                               const MlaArguments& p, const MlaWork& w, char* smem, int warpgroup) {
-  const int row = thread_index() % 128 / 32 * 16 + lane_index() / 4;
+  const int row = tile_row();
   float row_sum[2] = {row_sum_of(state.row_sum[0]), row_sum_of(state.row_sum[1])};
   exchange_row_sums(row_sum, smem, warpgroup, row);
   const int all_rows = p.Sq * p.H;
   const bool single_split = w.num_splits == 1;
   const int split = PLANT(all_splits_in_one_place, 0, w.split);
-  float scale[2][2];
+  float scale[2][2], row_lse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const int m = w.row + row + 8 * half;
+    row_lse[half] = row_sum[half] == 0.0f ? minus_infinity()
+                                          : state.row_max[half] + log2_of(row_sum[half]);
+    float factor = 1.0f;
+    if (SPARSE && single_split && row_sum[half] != 0.0f && m < all_rows) {
+      factor = PLANT(no_sink_in_single_split, 1.0f, sink_factor(p, m, row_lse[half]));
+    }
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      const float divisor = PLANT(ignores_rounding_excess, row_sum[half],
-                                  row_sum[half] + row_sum_of(state.rounding_excess[b][half]));
-      scale[b][half] = row_sum[half] == 0.0f ? 0.0f : divide(1.0f, divisor);
+      scale[b][half] = row_sum[half] == 0.0f ? 0.0f : divide(factor, row_sum[half]);
+      if (FP8) scale[b][half] *= power_of_two(state.unit[b] - WEIGHT_RANGE);
     }
   }
 #pragma unroll
@@ -343,11 +384,12 @@ SM90_DEVICE void store_output(const float (&sum)[2][64], SoftmaxState& state,
       store_row(sum, scale, half, p.partial_out + split_row * MlaTile::V_DIM + column, valid);
     }
     if (warpgroup == 0 && lane_index() % 4 == 0 && m < all_rows) {
-      const float lse = row_sum[half] == 0.0f ? minus_infinity()
-                                              : state.row_max[half] + log2_of(row_sum[half]);
-      const int64_t at = (int64_t{w.sequence} * p.H + m % p.H) * p.Sq + m / p.H;
-      if (single_split) store_global(p.lse + at, lse * LN_2);
-      if (!single_split) store_global(p.partial_lse + split_row, lse);
+      const int64_t at = lse_index(p, w.sequence, m);
+      if (single_split) store_global(p.lse + at, row_lse[half] * LN_2);
+      if (!single_split) store_global(p.partial_lse + split_row, row_lse[half]);
+      if (SPARSE && p.max_logits) {
+        store_global(p.max_logits + at, max_logit(p, state.row_max[half], row_sum[half]));
+      }
     }
   }
 }
@@ -373,18 +415,18 @@ SM90_DEVICE void process_tiles(Consumer<FP8, 1>& consumer) {
 }
 
 // Consumer warpgroup: the block's items one after the other.
-template <bool FP8, int WARPGROUP>
+template <bool FP8, bool SPARSE, int WARPGROUP>
 SM90_DEVICE void attend(const MlaArguments& p, char* smem) {
   Consumer<FP8, WARPGROUP> consumer(p, smem);
   while (consumer.start()) {
     process_tiles(consumer);
-    store_output(consumer.sum, consumer.state, p, consumer.item(), smem, WARPGROUP);
+    store_output<FP8, SPARSE>(consumer.sum, consumer.state, p, consumer.item(), smem, WARPGROUP);
     consumer.ring.advance(PieceRing::QUERIES);
   }
 }
 
-// FP8: the format of the cache.
-template <bool FP8>
+// FP8: the format of the cache. SPARSE: tokens are named by indices.
+template <bool FP8, bool SPARSE>
 SM90_KERNEL(MlaTile::THREADS, 1)
 void mla_decode(SM90_PARAMETER TensorMap map,  // if p.by_tma: cache [tma_rows, 576], boxes [64, 64]
                 SM90_PARAMETER TensorMap q_map,  // q [batch · Sq · H, 576], boxes [64, 64]
@@ -403,20 +445,20 @@ void mla_decode(SM90_PARAMETER TensorMap map,  // if p.by_tma: cache [tma_rows, 
   if (warp >= 8) {
     // Producer warpgroup.
     constexpr int EXTRA_REGISTERS = PLANT(mla_producer_keeps_registers, 8, 0);
-    registers_decrease<(FP8 ? 88 : 72) + EXTRA_REGISTERS>();
+    registers_decrease<(FP8 ? SPARSE ? 88 : 104 : 72) + EXTRA_REGISTERS>();
     PieceRing ring(smem);
     if (FP8) {
-      load_items(Fp8Loader{p, smem, ring}, &q_map, p, smem, ring);
+      load_items<SPARSE>(Fp8Loader<SPARSE>{p, smem, ring}, &q_map, p, smem, ring);
     } else {
-      load_items(Bf16Loader{&map, p, smem, ring}, &q_map, p, smem, ring);
+      load_items<SPARSE>(Bf16Loader<SPARSE>{&map, p, smem, ring}, &q_map, p, smem, ring);
     }
   } else {
     // Consumer warpgroups.
-    registers_increase<FP8 ? 208 : 216>();
+    registers_increase<FP8 ? SPARSE ? 208 : 200 : 216>();
     if (warp < 4) {
-      attend<FP8, 0>(p, smem);
+      attend<FP8, SPARSE, 0>(p, smem);
     } else {
-      attend<FP8, 1>(p, smem);
+      attend<FP8, SPARSE, 1>(p, smem);
     }
   }
 }
@@ -428,7 +470,7 @@ void mla_combine(SM90_PARAMETER MlaArguments p) {
   UNLESS_PLANTED(no_grid_dependency_wait, grid_dependency_wait());
   const int all_rows = p.Sq * p.H, blocks = (all_rows + 3) / 4;  // per sequence
   const int sequence = block_index() / blocks, m = block_index() % blocks * 4 + warp_index();
-  const SequenceSplits sequence_splits(p, sequence);
+  const SequenceSplits sequence_splits(p, length_row<true>(p, sequence));
   if (sequence_splits.num_splits == 1 || m >= all_rows) return;
   const int num_splits =
       PLANT(last_split_left_out, sequence_splits.num_splits - 1, sequence_splits.num_splits);
@@ -454,7 +496,11 @@ void mla_combine(SM90_PARAMETER MlaArguments p) {
       sum[j + 1] = fused_multiply_add(weight, x.high, sum[j + 1]);
     }
   }
-  const float scale = weight_sum == 0.0f ? 0.0f : 1.0f / weight_sum;
+  const float lse = weight_sum == 0.0f ? minus_infinity() : lse_max + log2_of(weight_sum);
+  float scale = 0.0f;
+  if (weight_sum != 0.0f) {
+    scale = PLANT(no_sink_in_combine, 1.0f, sink_factor(p, m, lse)) / weight_sum;
+  }
   bf16* out = static_cast<bf16*>(p.out) + (int64_t{sequence} * all_rows + m) * MlaTile::V_DIM;
 #pragma unroll
   for (int j = 0; j < 16; j += 2) {
@@ -462,9 +508,7 @@ void mla_combine(SM90_PARAMETER MlaArguments p) {
                  pack_bf16(sum[j] * scale, sum[j + 1] * scale));
   }
   if (lane_index() == 0) {
-    const float lse = weight_sum == 0.0f ? minus_infinity() : lse_max + log2_of(weight_sum);
-    const int64_t at = (int64_t{sequence} * p.H + m % p.H) * p.Sq + m / p.H;
-    store_global(p.lse + at, lse * LN_2);
+    store_global(p.lse + lse_index(p, sequence, m), lse * LN_2);
   }
 }
 

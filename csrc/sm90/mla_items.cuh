@@ -1,4 +1,4 @@
-// mla_decode: smem layout, and the items of work of a block.
+// mla_decode and sparse attention: smem layout, and the items of work of a block.
 //
 // A block computes items: one row tile of one sequence over one split. The grid has one block per
 // SM; block b takes items b, b + blocks, ... of the list of all items, which each warp derives from
@@ -23,7 +23,8 @@ struct MlaTile {
   static constexpr int SCALE_BLOCKS = V_DIM / 128;  // scales of an FP8 token
   static constexpr int THREADS = 384;               // two consumer warpgroups, one producer
   // Layout of smem, offsets in bytes: Q, two token tiles, P, ratios, positions, row statistics (row
-  // maxima, in the epilogue row sums), two items, positions in the work list, barriers.
+  // maxima, in the epilogue row sums), two items, positions in the work list, units of the tiles and
+  // of the queries, barriers.
   static constexpr uint32_t COLUMN_BYTES = 64 * 128, TILE_BYTES = COLUMNS * COLUMN_BYTES;
   static constexpr uint32_t TOKENS_OFFSET = TILE_BYTES;
   static constexpr uint32_t P_OFFSET = TOKENS_OFFSET + 2 * TILE_BYTES;
@@ -34,7 +35,10 @@ struct MlaTile {
   static constexpr uint32_t ROW_STATS_OFFSET = POSITIONS_OFFSET + 2 * POSITIONS_BYTES;
   static constexpr uint32_t ITEM_OFFSET = ROW_STATS_OFFSET + 2 * ROWS * 4;
   static constexpr uint32_t WORK_LIST_OFFSET = ITEM_OFFSET + 2 * 32;
-  static constexpr uint32_t BARRIERS_OFFSET = WORK_LIST_OFFSET + 4 * 12;
+  static constexpr uint32_t UNITS_OFFSET = WORK_LIST_OFFSET + 4 * 12;
+  static constexpr uint32_t UNITS_BYTES = 4 * SCALE_BLOCKS;  // per token tile: a byte per warp, block
+  static constexpr uint32_t Q_UNITS_OFFSET = UNITS_OFFSET + 2 * UNITS_BYTES;  // a byte per row
+  static constexpr uint32_t BARRIERS_OFFSET = Q_UNITS_OFFSET + ROWS;
   static constexpr uint32_t SMEM_BYTES = BARRIERS_OFFSET + 10 * sizeof(Barrier);
   static_assert(SMEM_BYTES <= 232448, "the layout fits in the smem of a block");
 };
@@ -43,6 +47,7 @@ constexpr int ABSENT = 255;  // position of an absent token; no row attends to i
 
 SM90_DEVICE float minus_infinity() { return -__builtin_huge_valf(); }
 SM90_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+SM90_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
 
 // The splits of a sequence, of equal length except the last one. They depend on its own length and
 // on Sq · H, so the batch does not change a result's bits.
@@ -50,8 +55,9 @@ struct SequenceSplits {
   int length;  // tokens
   int tokens_per_split, num_splits;
 
-  SM90_DEVICE SequenceSplits(const MlaArguments& p, int sequence) {
-    length = load_global(p.cache_seqlens + sequence);
+  // `row`: of the sequence in cache_seqlens.
+  SM90_DEVICE SequenceSplits(const MlaArguments& p, int row) {
+    length = p.cache_seqlens ? load_global(p.cache_seqlens + row) : p.max_tokens;
     length = length < 0 ? 0 : min_of(length, p.max_tokens);
     const int splits = min_of(length >> p.min_split_log2, p.max_splits);
     const int even = splits > 1 ? (length + splits - 1) / splits : length;
@@ -61,6 +67,18 @@ struct SequenceSplits {
   }
 };
 
+// The row of a sequence in cache_seqlens.
+template <bool SPARSE>
+SM90_DEVICE int length_row(const MlaArguments& p, int sequence) {
+  return SPARSE ? PLANT(length_of_other_query, sequence, sequence / p.queries) : sequence;
+}
+
+// The place in lse of row m of a sequence.
+SM90_DEVICE int64_t lse_index(const MlaArguments& p, int sequence, int m) {
+  const int query = PLANT(lse_of_first_query, 0, sequence % p.queries) + m / p.H;
+  return (int64_t{sequence / p.queries} * p.H + m % p.H) * (p.Sq * p.queries) + query;
+}
+
 // An item of work: one row tile of one sequence over one split.
 struct MlaWork {
   int sequence;          // -1: no more items
@@ -68,10 +86,11 @@ struct MlaWork {
   int begin, end;        // tokens of the split
   int length;            // of the sequence
   int num_splits;        // of the sequence
+  const int* table_row;  // the sequence's part of block_table, for the producer
 };
 
-// Item <-> smem, 32 bytes. Two places in turn, by the phase of Q: an item can be read until the next
-// one's scores are done.
+// Item <-> smem, 32 bytes: all but table_row. Two places in turn, by the phase of Q: an item can be
+// read until the next one's scores are done.
 SM90_DEVICE void store_item(char* smem, uint32_t phase, const MlaWork& w) {
   const auto word = [](int x) { return static_cast<uint32_t>(x); };
   char* to = smem + MlaTile::ITEM_OFFSET + PLANT(items_in_one_place, 0, phase) * 32;
@@ -83,10 +102,11 @@ SM90_DEVICE MlaWork load_item(const char* smem, uint32_t phase) {
   const auto a = load_shared<Chunk>(from), b = load_shared<Chunk>(from + 16);
   const auto value = [](uint32_t x) { return static_cast<int>(x); };
   return {value(a.word[0]), value(a.word[1]), value(a.word[2]), value(a.word[3]),
-          value(b.word[0]), value(b.word[1]), value(b.word[2])};
+          value(b.word[0]), value(b.word[1]), value(b.word[2]), nullptr};
 }
 
 // The block's items, in order. A warp walks over the sequences 32 at a time, one per lane.
+template <bool SPARSE>
 struct MlaWorkList {
   const MlaArguments& p;
   char* smem;
@@ -119,7 +139,10 @@ struct MlaWorkList {
   // Items of the chunk's sequences up to and including this lane's. Not kept, to save registers.
   SM90_DEVICE int count_items() const {
     const int lane = lane_index(), sequence = chunk + lane;
-    int count = sequence < p.batch ? SequenceSplits(p, sequence).num_splits * p.row_tiles : 0;
+    int count = 0;
+    if (sequence < p.batch) {
+      count = SequenceSplits(p, length_row<SPARSE>(p, sequence)).num_splits * p.row_tiles;
+    }
 #pragma unroll 1
     for (int step = 1; step < 32; step *= 2) {
       const int other = shuffle_from(count, lane >= step ? lane - step : lane);
@@ -135,7 +158,7 @@ struct MlaWorkList {
       items_end = count_items();
       const int chunk_items = shuffle_from(items_end, 31);
       if (next < before + chunk_items) break;
-      if (chunk + 32 >= p.batch) return {-1, 0, 0, 0, 0, 0, 0};
+      if (chunk + 32 >= p.batch) return {-1, 0, 0, 0, 0, 0, 0, nullptr};
       before += chunk_items, chunk += 32;
     }
     // The sequence of the item: the number of lanes whose items end at or before it.
@@ -153,7 +176,13 @@ struct MlaWorkList {
     for (; tile >= p.row_tiles; ++split) tile -= p.row_tiles;  // a division would need registers
     MlaWork w;
     w.sequence = chunk + lane;
-    const SequenceSplits splits(p, w.sequence);
+    const int row = length_row<SPARSE>(p, w.sequence);
+    const SequenceSplits splits(p, row);
+    w.table_row = p.block_table + row * p.table_row_stride;
+    if (SPARSE) {
+      const int query = w.sequence - row * p.queries;
+      w.table_row += PLANT(indices_of_first_query, 0, query * p.table_query_stride);
+    }
     w.row = PLANT(all_blocks_take_row_tile_0, 0, tile * MlaTile::ROWS);
     w.split = split;
     w.length = splits.length, w.num_splits = splits.num_splits;

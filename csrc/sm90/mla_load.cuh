@@ -1,22 +1,23 @@
-// mla_decode: the producer warpgroup, which loads queries and cached tokens.
+// mla_decode and sparse attention: the producer warpgroup, which loads queries and cached tokens.
 //
 // Queries are loaded by TMA, 64 rows of the matrix [batch · Sq · H, 576]. Rows that belong to the
 // next sequence are computed and not stored.
 //
 // bf16 cache: TMA loads a tile of 64 tokens that is inside one page. All other tiles (the last
-// tokens of a split, other page sizes, pages that do not exist) are gathered with 16 bytes per lane
-// and eight lanes per token. Absent tokens load as zeros.
+// tokens of a split, other page sizes, pages that do not exist, tokens named by indices) are
+// gathered by asynchronous copies of 16 bytes, eight lanes per token: all 36 copies of a lane are
+// in flight at once and need no registers. Absent tokens load as zeros.
 //
 // FP8 cache: a token has 512 e4m3 codes, four float32 scales for 128 codes each, and 64 bf16 RoPE
 // values: 656 bytes. Tokens are gathered with a prefetch distance of 32 tokens (21 KB), which
-// starts before their buffer is free. code · scale is not exact in bf16, so the scale is split:
-//
-//     scale = step · ratio        step: scale rounded up to 4 significant bits; 8/9 < ratio <= 1
-//
-// A code has 4 significant bits, so code · step is exact in bf16. The tile in smem holds these
-// products. (Below 2^-126 a ratio may be smaller. From 7e35 on the product of the largest code is
-// infinite.) The consumers (mla_softmax.cuh) apply the ratios in fp32, as the quotients
-// ratio 0 / ratio 1, ratio 1 / ratio 2, ratio 2 / ratio 3, and ratio 3.
+// starts before their buffer is free. The tile in smem holds the codes in fp16, which is exact and
+// takes one instruction for two codes. The consumers (mla_softmax.cuh) apply the scales, as the
+// quotients scale 0 / scale 1, scale 1 / scale 2, scale 2 / scale 3, and scale 3: to the scores in
+// fp32, to P in fp16 over a unit. The unit of a block of 128 columns is a power of two, at most the
+// largest scale of the block in the tokens so far and more than half of it.
+// Limits: a scale below 2^-100 is 0; a scale that is less than 2^-26 times the largest one of its
+// token counts as that. A unit is between 2^-100 and 2^120. The codes of a scale that is not finite
+// become NaN.
 #pragma once
 
 #include "mla_items.cuh"
@@ -24,15 +25,16 @@
 namespace sm90 {
 
 // Smem of token tile i: nine column blocks [64 tokens, 64 values] with the 128-byte swizzle, the
-// position of each token in the tile or ABSENT, and the quotients [4, 64] of the ratios (FP8
-// cache).
+// position of each token in the tile or ABSENT; with an FP8 cache also the quotients [4, 64] of the
+// scales, and the exponents [4 warps, 4 blocks] of the largest scales.
 struct TokenTile {
-  char *tokens, *positions, *ratios;
+  char *tokens, *positions, *ratios, *units;
 
   SM90_DEVICE TokenTile(char* smem, int i)
       : tokens(smem + MlaTile::TOKENS_OFFSET + i * MlaTile::TILE_BYTES),
         positions(smem + MlaTile::POSITIONS_OFFSET + i * MlaTile::POSITIONS_BYTES),
-        ratios(smem + MlaTile::RATIOS_OFFSET + i * MlaTile::RATIOS_BYTES) {}
+        ratios(smem + MlaTile::RATIOS_OFFSET + i * MlaTile::RATIOS_BYTES),
+        units(smem + MlaTile::UNITS_OFFSET + i * MlaTile::UNITS_BYTES) {}
 };
 
 // Each of the two token tiles is loaded and released in two pieces, column blocks 0 to 3 and 4 to
@@ -77,24 +79,6 @@ struct PieceRing {
   }
 };
 
-// Eight lanes load column blocks [FIRST, FIRST + COUNT) to row `row` of a tile in smem, or zeros if
-// `from` is null.
-template <int FIRST, int COUNT>
-SM90_DEVICE void gather_row(char* tile, int row, const bf16* from) {
-  const int chunk = lane_index() % 8;
-  Chunk values[COUNT];
-#pragma unroll
-  for (int j = 0; j < COUNT; ++j) {
-    const bf16* part = from + (FIRST + j) * 64 + chunk * 8;
-    values[j] = from ? load_global(reinterpret_cast<const Chunk*>(part)) : Chunk{};
-  }
-  char* to = tile + FIRST * MlaTile::COLUMN_BYTES + row * 128 + (chunk ^ (row % 8)) * 16;
-#pragma unroll
-  for (int j = 0; j < COUNT; ++j) {
-    store_shared(to + j * MlaTile::COLUMN_BYTES, values[j]);
-  }
-}
-
 // Producer: hands the next item and its queries to the consumers, once they have read the previous
 // ones.
 SM90_DEVICE void load_item_and_queries(const TensorMap* q_map, const MlaArguments& p,
@@ -112,15 +96,26 @@ SM90_DEVICE void load_item_and_queries(const TensorMap* q_map, const MlaArgument
   }
 }
 
-// The page of a token, or -1 if there is none.
-SM90_DEVICE int page_of(const MlaArguments& p, const MlaWork& w, int token) {
+// Where a token is: its page, or if SPARSE the slot that its index names. Negative: it is absent.
+template <bool SPARSE>
+SM90_DEVICE int place_of(const MlaArguments& p, const MlaWork& w, int token) {
   if (token >= w.end) return -1;
-  const int page =
-      load_global(p.block_table + w.sequence * p.table_row_stride + token / p.page_size);
-  return page < p.num_pages ? page : -1;
+  const int place = load_global(w.table_row + (SPARSE ? token : token / p.page_size));
+  const int places = SPARSE ? p.num_pages * p.page_size : p.num_pages;
+  return PLANT(index_not_clamped, false, place >= places) ? -1 : place;
+}
+
+// The elements of the cache before a token that is not absent.
+template <bool SPARSE>
+SM90_DEVICE int64_t token_offset(const MlaArguments& p, int place, int token) {
+  if (!SPARSE) return place * p.page_stride + token % p.page_size * p.token_stride;
+  if (p.page_size == 1) return place * p.page_stride;  // without a division
+  const int page = place / p.page_size;
+  return page * p.page_stride + (place - page * p.page_size) * p.token_stride;
 }
 
 // Producer warpgroup for a bf16 cache.
+template <bool SPARSE>
 struct Bf16Loader {
   const TensorMap* map;
   const MlaArguments& p;
@@ -151,171 +146,239 @@ struct Bf16Loader {
     }
   }
 
-  // Gathers the 64 tokens from `first` on.
-  SM90_DEVICE void gather_tile(const MlaWork& w, int tile_index, int first) {
-    const TokenTile tile(smem, tile_index);
-    int pages[MlaTile::TOKENS / 16];  // loaded before the wait
+  // A warp gathers 16 tokens: rows `first_row` + 0, 16, 32 and 48 of a tile by each eight lanes.
+  static constexpr int STEPS = MlaTile::TOKENS / 16;
+  const int first_row = thread / 8;
+  // The place of the token that this lane looks up for its warp, in the tile from `first` on.
+  SM90_DEVICE int lane_place(const MlaWork& w, int first) const {
+    const int lane = lane_index() % 16;  // twice
+    return place_of<SPARSE>(p, w, first + thread / 32 * 4 + lane % 4 + lane / 4 * 16);
+  }
+
+  // Starts to copy column blocks [FIRST, FIRST + COUNT) of this lane's rows to smem.
+  template <int FIRST, int COUNT>
+  SM90_DEVICE void copy_columns(char* tile, const bf16* const (&from)[STEPS]) const {
+    const int chunk = lane_index() % 8;
 #pragma unroll
-    for (int i = 0; i < MlaTile::TOKENS / 16; ++i) {
-      pages[i] = page_of(p, w, first + thread / 8 + PLANT(page_of_other_token, 0, i * 16));
-    }
-    // Wait for consumer release.
-    ring.wait_empty_tile(tile_index);
+    for (int i = 0; i < STEPS; ++i) {
+      const int row = first_row + i * 16;
+      const int swizzled = PLANT(gather_not_swizzled, chunk, chunk ^ row % 8);
+      char* to = tile + FIRST * MlaTile::COLUMN_BYTES + row * 128 + swizzled * 16;
+      const bf16* part = (from[i] ? from[i] : static_cast<const bf16*>(p.cache)) + FIRST * 64;
 #pragma unroll
-    for (int i = 0; i < MlaTile::TOKENS / 16; ++i) {
-      const int row = thread / 8 + i * 16, token = first + row, page = pages[i];
-      const bf16* from = nullptr;
-      if (page >= 0) {
-        from = static_cast<const bf16*>(p.cache) + page * p.page_stride +
-               token % p.page_size * p.token_stride;
-      }
-      gather_row<0, 4>(tile.tokens, row, from);
-      gather_row<4, 5>(tile.tokens, row, from);
-      if (thread % 8 == 0) {
-        const int position = PLANT(absent_tokens_not_marked, row, from ? row : ABSENT);
-        store_shared(tile.positions + row, static_cast<uint8_t>(position));
+      for (int j = 0; j < COUNT; ++j) {
+        copy_async(to + j * MlaTile::COLUMN_BYTES, part + j * 64 + chunk * 8,
+                   PLANT(absent_tokens_not_zeroed, true, from[i] != nullptr));
       }
     }
+    copy_async_commit();
+  }
+  // This lane's copies of a piece have arrived, except those of `LATER` later pieces.
+  template <int LATER>
+  SM90_DEVICE void finish_piece(int piece) {
+    UNLESS_PLANTED(no_wait_for_gather, copy_async_wait<LATER>());
     UNLESS_PLANTED(no_fence_after_gather, fence_async_proxy());
-    barrier_arrive(ring.full(2 * tile_index));
-    barrier_arrive(ring.full(2 * tile_index + 1));
+    barrier_arrive(ring.full(piece));
+  }
+
+  // Gathers the 64 tokens from `first` on. `place`: of lane_place.
+  SM90_DEVICE void gather_tile(const MlaWork& w, int tile_index, int first, int place) {
+    const TokenTile tile(smem, tile_index);
+    const bf16* from[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      const int lane = lane_index() / 8 + PLANT(place_of_other_token, 0, 4 * i);
+      const int at = shuffle_from(place, lane), token = first + first_row + i * 16;
+      from[i] = static_cast<const bf16*>(p.cache) + token_offset<SPARSE>(p, at, token);
+      if (at < 0) from[i] = nullptr;
+    }
+    // Wait for consumer release of each piece. The marks are read before piece 0 is released.
+    UNLESS_PLANTED(no_wait_for_empty_tile, ring.wait_empty(2 * tile_index));
+    copy_columns<0, MlaTile::PIECE_0_COLUMNS>(tile.tokens, from);
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      const int row = first_row + i * 16;
+      const int position = PLANT(absent_tokens_not_marked, row, from[i] ? row : ABSENT);
+      if (thread % 8 == 0) store_shared(tile.positions + row, static_cast<uint8_t>(position));
+    }
+    UNLESS_PLANTED(no_wait_for_empty_tile, ring.wait_empty(2 * tile_index + 1));
+    copy_columns<MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS - MlaTile::PIECE_0_COLUMNS>(
+        tile.tokens, from);
+    finish_piece<1>(2 * tile_index);
+    finish_piece<0>(2 * tile_index + 1);
   }
 
   // Loads the tokens of an item.
   SM90_DEVICE void load(const MlaWork& w) {
-    int page = page_of(p, w, w.begin);
+    int page = -1, place = -1;  // of the next tile, loaded a tile ahead
+    if (SPARSE) {
+      place = lane_place(w, w.begin);
+    } else {
+      page = place_of<false>(p, w, w.begin);
+    }
     for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
       const int i = first / MlaTile::TOKENS % 2;  // w.begin is an even number of tiles
-      const int next_page = page_of(p, w, first + MlaTile::TOKENS);  // prefetch
-      if (p.by_tma && page >= 0 &&
-          PLANT(loads_tokens_past_the_end, true, first + MlaTile::TOKENS <= w.end)) {
-        load_piece(2 * i, 0, MlaTile::PIECE_0_COLUMNS, page, first);
-        load_piece(2 * i + 1, MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS, page, first);
+      const int next = first + MlaTile::TOKENS;
+      if (SPARSE) {
+        const int next_place = lane_place(w, next);
+        gather_tile(w, i, first, place);
+        place = next_place;
       } else {
-        gather_tile(w, i, first);
+        const int next_page = place_of<false>(p, w, next);
+        if (p.by_tma && page >= 0 && PLANT(loads_tokens_past_the_end, true, next <= w.end)) {
+          load_piece(2 * i, 0, MlaTile::PIECE_0_COLUMNS, page, first);
+          load_piece(2 * i + 1, MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS, page, first);
+        } else {
+          gather_tile(w, i, first, lane_place(w, first));
+        }
+        page = next_page;
       }
-      page = next_page;
       ring.advance(i);
     }
   }
 };
 
-constexpr uint32_t INFINITY_BITS = 0x7f800000, MAGNITUDE_MASK = 0x7fffffff;  // of a float32
+constexpr uint32_t MAGNITUDE_MASK = 0x7fffffff;  // of a float32
+constexpr int INFINITY_BITS = 0x7f800000, LEAST_SCALE = 27 << 23;  // 2^-100, as bits of a float32
+constexpr float LEAST_QUOTIENT = 0x1p-26f;
+// Biased exponents of units.
+constexpr int LEAST_UNIT = 27, LARGEST_UNIT = 247;
 
-// The bits of a scale, rounded up to 4 significant bits. NaN stays NaN.
-SM90_DEVICE uint32_t step_of(uint32_t scale) {
-  return (scale & MAGNITUDE_MASK) > INFINITY_BITS ? INFINITY_BITS + 0x400000
-                                                  : (scale + 0xfffff) & 0xfff00000;
-}
-// scale / step, or 1 if the step is 0, infinite or NaN: then the tile holds that value.
-SM90_DEVICE float ratio_of(uint32_t scale) {
-  const uint32_t step = step_of(scale), magnitude = step & MAGNITUDE_MASK;
-  const bool nonzero = PLANT(divides_by_scale_0, true, magnitude > 0);
-  const bool finite = nonzero && magnitude < INFINITY_BITS;
-  return finite ? divide(float_of(scale), float_of(step)) : 1.0f;
+SM90_DEVICE float magnitude(float x) { return float_of(float_bits(x) & MAGNITUDE_MASK); }
+// The power of two with this biased exponent, which is a normal one.
+SM90_DEVICE float power_of_two(int exponent) {
+  return float_of(static_cast<uint32_t>(exponent) << 23);
 }
 
 // One lane's eighth of a token of an FP8 cache, in registers.
 struct Fp8Token {
-  Chunk codes[MlaTile::SCALE_BLOCKS];  // 16 codes of each block of 128
-  Chunk scales;                        // all four
-  int page;                            // -1: absent, all values are 0
+  const char* from;                   // null: absent, all values are 0
+  Words codes[MlaTile::COLUMNS - 1];  // 8 codes of each column block
+  float scale;                        // of the block of 128 values lane % 4
 };
 
 // Loads 16 tokens at a time, eight lanes per token.
+template <bool SPARSE>
 struct Fp8Loader {
+  static constexpr int SCALES_OFFSET = MlaTile::V_DIM;  // of a token, in bytes
+  static constexpr int ROPE_OFFSET = SCALES_OFFSET + MlaTile::SCALE_BLOCKS * 4;
   const MlaArguments& p;
   char* smem;
   PieceRing& ring;
   const int row = thread_index() % 128 / 8, chunk = lane_index() % 8;
-  int page = -1;  // of this lane's token in the next fetch
+  int place = -1;          // of this lane's token in the next fetch
+  float block_max = 0.0f;  // of the scales of this lane's block in its tokens of the tile
 
-  SM90_DEVICE const Chunk* address(int page, int token) const {
-    return reinterpret_cast<const Chunk*>(static_cast<const char*>(p.cache) +
-                                          page * p.page_stride +
-                                          token % p.page_size * p.token_stride);
-  }
-  // Starts to load the 16 tokens from `first` on, and the page of the next fetch.
+  // Starts to load the 16 tokens from `first` on, and the place of the next fetch.
   SM90_DEVICE void fetch(Fp8Token& to, const MlaWork& w, int first) {
     const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int token = first + row;
-    const bool valid = page >= 0;
-    const Chunk* from = address(page, token);
-    to.page = page;
+    const bool valid = place >= 0;
+    const char* from =
+        static_cast<const char*>(p.cache) + token_offset<SPARSE>(p, place, token);
+    to.from = valid ? from : nullptr;
 #pragma unroll
-    for (int j = 0; j < MlaTile::SCALE_BLOCKS; ++j) {
-      to.codes[j] = load_streamed(from + j * 8 + chunk, valid);
+    for (int j = 0; j < MlaTile::COLUMNS - 1; ++j) {
+      to.codes[j] = load_streamed(reinterpret_cast<const Words*>(from) + j * 8 + chunk, valid);
     }
-    to.scales = load_streamed(from + 32, valid);
-    page = page_of(p, w, token + PLANT(page_of_previous_tokens, 0, 16));
+    const char* scales = from + SCALES_OFFSET;
+    to.scale = load_streamed(
+        reinterpret_cast<const float*>(scales) + PLANT(scale_of_block_0, 0, chunk % 4), valid);
+    place = place_of<SPARSE>(p, w, token + PLANT(place_of_previous_tokens, 0, 16));
   }
 
-  // Stores 16 tokens to rows [at, at + 16) of the tile that starts with token `first`: dequantized
-  // values, ratios, positions. The RoPE values are loaded here, from L2 in most cases: the load of
-  // the scales before them fetches 128 bytes.
-  SM90_DEVICE void store(const Fp8Token& token, int first, int at, const TokenTile& tile) {
+  // Stores 16 tokens to rows [at, at + 16) of a tile: codes in fp16, quotients of the scales,
+  // positions. The RoPE values are loaded here, from L2 in most cases: the load of the scales before
+  // them fetches 128 bytes.
+  SM90_DEVICE void store(Fp8Token& token, int at, const TokenTile& tile) {
     const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int position = at + row;
-    const bool valid = token.page >= 0;
-    const Chunk rope = load_streamed(address(token.page, first + position) +
-                                         PLANT(rope_one_chunk_early, 32, 33) + chunk, valid);
+    const char* rope = token.from + PLANT(rope_one_chunk_early, ROPE_OFFSET - 16, ROPE_OFFSET);
+    const Chunk values =
+        load_streamed(reinterpret_cast<const Chunk*>(rope) + chunk, token.from != nullptr);
+    store_quotient(token, position, tile);
+    const int swizzled = chunk ^ position % 8;
     char* to = tile.tokens + position * 128;
-    const uint32_t* scales = token.scales.word;
 #pragma unroll
-    for (int j = 0; j < MlaTile::SCALE_BLOCKS; ++j) {
-      const uint32_t step = step_of(scales[PLANT(scale_of_block_0, 0, j)]);
-      store_codes(token.codes[j], step | step >> 16,
-                  to + (j * 2 + chunk / 4) * MlaTile::COLUMN_BYTES, position % 8);
+    for (int j = 0; j < MlaTile::COLUMNS - 1; ++j) {
+      store_shared(to + j * MlaTile::COLUMN_BYTES +
+                       PLANT(codes_not_swizzled, chunk, swizzled) * 16,
+                   to_fp16(token.codes[PLANT(columns_in_wrong_order, j ^ 1, j)]));
     }
-    store_shared(
-        to + (MlaTile::COLUMNS - 1) * MlaTile::COLUMN_BYTES + (chunk ^ (position % 8)) * 16,
-        rope);
-    // Lanes 0 to 3 of the eight store the quotient of their block's ratio and the next one.
-    const uint32_t low = chunk % 2 ? scales[1] : scales[0];
-    const uint32_t high = chunk % 2 ? scales[3] : scales[2];
-    const uint32_t scale = chunk % 4 < 2 ? low : high;
-    const float ratio = ratio_of(scale);
-    const float next_ratio = float_of(static_cast<uint32_t>(
-        shuffle_from(static_cast<int>(float_bits(ratio)), (lane_index() + 1) % 32)));
-    if (chunk < MlaTile::SCALE_BLOCKS) {
-      const int column = PLANT(ratio_of_other_token, position ^ 1, position);
-      const bool last = chunk == MlaTile::SCALE_BLOCKS - 1;
-      store_shared(tile.ratios + (chunk * MlaTile::TOKENS + column) * 4,
-                   PLANT(ratios_not_divided, ratio, last ? ratio : divide(ratio, next_ratio)));
-    }
+    store_shared(to + (MlaTile::COLUMNS - 1) * MlaTile::COLUMN_BYTES + swizzled * 16, values);
     if (chunk == 0) {
       const int marked = PLANT(absent_fp8_tokens_not_marked, position,
-                               valid ? position : ABSENT);
+                               token.from ? position : ABSENT);
       store_shared(tile.positions + position, static_cast<uint8_t>(marked));
     }
   }
 
-  // Stores 16 codes times `step` (a bf16 in both halves) as two chunks of a 128-byte tile row.
-  // Four of eight lanes store their chunks in the opposite order, to avoid bank conflicts.
-  SM90_DEVICE void store_codes(const Chunk& codes, uint32_t step, char* tile_row, int swizzle) {
-    const int chunk = not_before(this->chunk);
-    const bool swapped = chunk >= 4;
+  static SM90_DEVICE Chunk to_fp16(const Words& codes) {
+    Chunk values;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Chunk values;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t four = swapped ? codes.word[2 - 2 * half + i] : codes.word[2 * half + i];
-        values.word[2 * i] = multiply_bf16(e4m3_to_bf16(static_cast<uint16_t>(four)), step);
-        values.word[2 * i + 1] =
-            multiply_bf16(e4m3_to_bf16(static_cast<uint16_t>(four >> 16)), step);
-      }
-      const int to =
-          chunk % 4 * 2 + PLANT(chunks_in_wrong_order, half, (swapped ? 1 - half : half));
-      WHEN_PLANTED(no_zeros_for_absent_tokens, if (!step) continue);
-      store_shared(tile_row + PLANT(codes_not_swizzled, to, (to ^ swizzle)) * 16, values);
+    for (int i = 0; i < 2; ++i) {
+      values.word[2 * i] = e4m3_to_fp16(static_cast<uint16_t>(codes.word[i]));
+      values.word[2 * i + 1] = e4m3_to_fp16(static_cast<uint16_t>(codes.word[i] >> 16));
     }
+    return values;
+  }
+
+  // Lanes 0 to 3 of the eight of a token store the quotient of their block's scale and the next one,
+  // in the range of the kernel. If one of the scales is not finite, its codes become NaN.
+  SM90_DEVICE void store_quotient(Fp8Token& token, int position, const TokenTile& tile) {
+    const int lane = lane_index(), block = lane % 4;
+    float scale = token.scale;
+    const int bits = static_cast<int>(float_bits(magnitude(scale)));
+    int largest = max_of(bits, shuffle_from(bits, lane ^ 1));
+    largest = max_of(largest, shuffle_from(largest, lane ^ 2));
+    if (PLANT(nan_scales_ignored, false, largest >= INFINITY_BITS)) spoil_codes(token);
+    const bool in_range = bits >= LEAST_SCALE && bits < INFINITY_BITS;
+    if (!in_range) scale = 0.0f;
+    const bool all_finite = largest >= LEAST_SCALE && largest < INFINITY_BITS;
+    const float least = all_finite ? float_of(static_cast<uint32_t>(largest)) * LEAST_QUOTIENT
+                                   : 0.0f;
+    if (PLANT(no_least_quotient, false, magnitude(scale) < least)) scale = least;
+    block_max = max_of(block_max, magnitude(scale));
+    const float next = float_of(static_cast<uint32_t>(
+        shuffle_from(static_cast<int>(float_bits(scale)), (lane + 1) % 32)));
+    float quotient = scale;  // of the last block
+    if (block < MlaTile::SCALE_BLOCKS - 1) {
+      quotient = PLANT(divides_by_scale_0, false, next == 0.0f) ? 1.0f : divide(scale, next);
+    }
+    if (lane % 8 < MlaTile::SCALE_BLOCKS) {
+      const int column = PLANT(quotient_of_other_token, position ^ 1, position);
+      store_shared(tile.ratios + (block * MlaTile::TOKENS + column) * 4, quotient);
+    }
+  }
+
+  // Makes the codes of each block whose scale is not finite NaN. Rare: loads the scales again.
+  SM90_DEVICE void spoil_codes(Fp8Token& token) {
+    const auto scales = load_streamed(
+        reinterpret_cast<const Chunk*>(token.from + SCALES_OFFSET), token.from != nullptr);
+#pragma unroll
+    for (int j = 0; j < MlaTile::COLUMNS - 1; ++j) {
+      const uint32_t bits = scales.word[j / 2] & MAGNITUDE_MASK;
+      const uint32_t nan = bits >= static_cast<uint32_t>(INFINITY_BITS) ? 0x7f7f7f7f : 0;
+      token.codes[j].word[0] |= nan, token.codes[j].word[1] |= nan;
+    }
+  }
+
+  // Stores the exponents of the largest scales of this warp's 16 tokens of a tile.
+  SM90_DEVICE void store_units(const TokenTile& tile) {
+    block_max = max_of(block_max, shuffle_xor(block_max, 8));
+    block_max = max_of(block_max, shuffle_xor(block_max, 16));
+    const int unit = min_of(static_cast<int>(float_bits(block_max) >> 23), LARGEST_UNIT);
+    if (lane_index() < MlaTile::SCALE_BLOCKS) {
+      store_shared(tile.units + thread_index() % 128 / 32 * MlaTile::SCALE_BLOCKS + lane_index(),
+                   static_cast<uint8_t>(unit));
+    }
+    block_max = 0.0f;
   }
 
   // Loads the tokens of an item: prefetches 32 while it unpacks the 32 before.
   SM90_DEVICE void load(const MlaWork& w) {
     Fp8Token tokens_0, tokens_16;
-    page = page_of(p, w, w.begin + row);
+    place = place_of<SPARSE>(p, w, w.begin + row);
     fetch(tokens_0, w, w.begin);
     fetch(tokens_16, w, w.begin + 16);
     for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
@@ -326,11 +389,12 @@ struct Fp8Loader {
       const int tokens = PLANT(announces_half_filled_tile, MlaTile::TOKENS - 32, MlaTile::TOKENS);
 #pragma unroll 1
       for (int at = 0; at < tokens; at += 32) {
-        store(tokens_0, first, at, tile);
+        store(tokens_0, at, tile);
         fetch(tokens_0, w, first + at + 32);
-        store(tokens_16, first, at + 16, tile);
+        store(tokens_16, at + 16, tile);
         fetch(tokens_16, w, first + at + 48);
       }
+      store_units(tile);
       UNLESS_PLANTED(no_fence_after_unpacking, fence_async_proxy());
       barrier_arrive(ring.full(2 * i));
       barrier_arrive(ring.full(2 * i + 1));
@@ -340,10 +404,10 @@ struct Fp8Loader {
 };
 
 // Producer warpgroup: loads the block's items one after the other.
-template <class Loader>
+template <bool SPARSE, class Loader>
 SM90_DEVICE void load_items(Loader loader, const TensorMap* q_map, const MlaArguments& p,
                             char* smem, PieceRing& ring) {
-  MlaWorkList list(p, smem);
+  MlaWorkList<SPARSE> list(p, smem);
   for (;;) {
     const MlaWork w = list.take();
     load_item_and_queries(q_map, p, w, smem, ring);

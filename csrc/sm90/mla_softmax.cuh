@@ -27,8 +27,7 @@ SM90_DEVICE float row_sum_of(float x) {
 struct SoftmaxState {
   float row_max[2];
   float row_sum[2];  // over the values of P that this thread computed
-  // FP8 cache, by block of 128 columns: the sum of the errors that rounding P to bf16 adds.
-  float rounding_excess[2][2];
+  int unit[2];       // FP8 cache: biased exponents of the units of the two blocks of 128 columns
 };
 
 // Raises the maxima to `row_max`, rescales the sums, and sets alpha[row], the factor for O.
@@ -40,9 +39,6 @@ SM90_DEVICE void update_row_max(SoftmaxState& state, float (&alpha)[2],
     alpha[half] =
         exp2_of(state.row_max[half] - (row_max[half] == minus_infinity() ? 0.0f : row_max[half]));
     UNLESS_PLANTED(row_sum_not_rescaled, state.row_sum[half] *= alpha[half]);
-    state.rounding_excess[0][half] *=
-        PLANT(rounding_excess_not_rescaled, 100 * alpha[half], alpha[half]);
-    state.rounding_excess[1][half] *= alpha[half];
     state.row_max[half] = row_max[half];
   }
 }
@@ -113,9 +109,13 @@ SM90_DEVICE void exponentials(float (&score)[32], float (&sum)[2], const float (
   }
 }
 
+// The first of this thread's two rows of a tile; the other one is 8 rows below.
+SM90_DEVICE int tile_row() { return thread_index() % 128 / 32 * 16 + lane_index() / 4; }
+
 // Issues WGMMAs over COUNT column blocks from `first` on: score (+)= q · keysᵀ. q and keys are
-// tiles [64, 576] in smem. The first WGMMA overwrites the scores if `accumulate` is false.
-template <int COUNT>
+// tiles [64, 576] of bf16, or of fp16 if FP16, in smem. The first WGMMA overwrites the scores if
+// `accumulate` is false.
+template <int COUNT, bool FP16 = false>
 SM90_DEVICE void multiply_qk(float (&score)[32], const char* q, const char* keys, int first,
                              bool accumulate) {
   const uint64_t q_descriptor = matrix_descriptor(q, 0, 1024);
@@ -123,8 +123,13 @@ SM90_DEVICE void multiply_qk(float (&score)[32], const char* q, const char* keys
 #pragma unroll
   for (int step = 0; step < COUNT * 4; ++step) {
     const uint32_t at = (first + step / 4) * MlaTile::COLUMN_BYTES + step % 4 * 32;
-    wgmma_bf16<64>(score, advance_descriptor(q_descriptor, at),
-                   advance_descriptor(k_descriptor, at), accumulate || step > 0);
+    const uint64_t a = advance_descriptor(q_descriptor, at);
+    const uint64_t b = advance_descriptor(k_descriptor, at);
+    if (FP16) {
+      wgmma_fp16<64>(score, a, b, accumulate || step > 0);
+    } else {
+      wgmma_bf16<64>(score, a, b, accumulate || step > 0);
+    }
   }
 }
 
@@ -143,9 +148,9 @@ SM90_DEVICE void score_tile(float (&score)[32], const char* q, const TokenTile& 
   UNLESS_PLANTED(no_wait_for_scores, wgmma_wait<0>());
 }
 
-// score = Q·Kᵀ, FP8 cache: one block of 128 values after the other, RoPE last. After block j the
-// sum is multiplied by ratio j / ratio j + 1, so each block is multiplied by its own ratio in the
-// end.
+// score = Q·Kᵀ, FP8 cache: one block of 128 values in fp16 after the other, RoPE in bf16 last. After
+// block j the sum is multiplied by scale j / scale j + 1, so each block is multiplied by its own
+// scale in the end, and by the unit of its row. `q`: the smem of the block, which Q starts.
 SM90_DEVICE void score_fp8_tile(float (&score)[32], const char* q, const TokenTile& tile,
                                 Barrier* full, uint32_t phase) {
   UNLESS_PLANTED(no_wait_for_fp8_tile, barrier_wait(full, phase));
@@ -153,7 +158,8 @@ SM90_DEVICE void score_fp8_tile(float (&score)[32], const char* q, const TokenTi
 #pragma unroll
   for (int j = 0; j < MlaTile::SCALE_BLOCKS; ++j) {
     wgmma_fence(score);
-    multiply_qk<2>(score, q, tile.tokens, 2 * j, PLANT(scores_of_last_block_only, false, j > 0));
+    multiply_qk<2, true>(score, q, tile.tokens, 2 * j,
+                         PLANT(scores_of_last_block_only, false, j > 0));
     wgmma_commit();
     UNLESS_PLANTED(no_wait_for_block_scores, wgmma_wait<0>());
 #pragma unroll
@@ -166,6 +172,11 @@ SM90_DEVICE void score_fp8_tile(float (&score)[32], const char* q, const TokenTi
       score[i + 2] *= ratio.low, score[i + 3] *= ratio.high;
     }
   }
+  const char* q_units = q + MlaTile::Q_UNITS_OFFSET + tile_row();
+  const float unit[2] = {power_of_two(load_shared<uint8_t>(q_units)),
+                         power_of_two(load_shared<uint8_t>(q_units + 8))};
+#pragma unroll
+  for (int i = 0; i < 32; ++i) score[i] *= PLANT(queries_in_units, 1.0f, unit[i / 2 % 2]);
   wgmma_fence(score);
   const int rope_column = MlaTile::COLUMNS - PLANT(no_rope_in_scores, 2, 1);
   multiply_qk<1>(score, q, tile.tokens, rope_column, true);
@@ -209,6 +220,32 @@ SM90_DEVICE void rescale_output(float (&sum)[2][64], const float (&alpha)[2]) {
   }
 }
 
+// FP8 cache: raises the units to those of a tile, for column half HALF, and O *= alpha, in the new
+// units. A unit that does not change multiplies by 1.
+template <int HALF>
+SM90_DEVICE void rescale_output(float (&sum)[2][64], const float (&alpha)[2], SoftmaxState& state,
+                                const TokenTile& tile) {
+  const auto warps = load_shared<Chunk>(tile.units);  // a word of four blocks per producer warp
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+    int unit = state.unit[b];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int of_warp = static_cast<int>(warps.word[w] >> (2 * HALF + b) * 8 & 255);
+      unit = max_of(unit, of_warp);
+    }
+    const int change = state.unit[b] - unit + 127;
+    const float factor = PLANT(output_in_old_units, 1.0f,
+                               change > 0 ? power_of_two(change) : 0.0f);
+    state.unit[b] = unit;
+    const float factors[2] = {alpha[0] * factor, alpha[1] * factor};
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      sum[b][i] *= factors[PLANT(output_rescaled_by_row_0, 0, i / 2 % 2)];
+    }
+  }
+}
+
 // Issues sum += P·V over the 16 tokens from `first` on and column half HALF of V.
 template <int HALF>
 SM90_DEVICE void multiply_pv(float (&sum)[2][64], const uint32_t (&packed)[4],
@@ -221,31 +258,31 @@ SM90_DEVICE void multiply_pv(float (&sum)[2][64], const uint32_t (&packed)[4],
   wgmma_bf16<256, false>(sums, packed, rows, true);
 }
 
-// The same for an FP8 cache. Each of the two blocks of 128 columns has its own P: P times the ratio
-// of each token, rounded to bf16. The rounding errors accumulate in rounding_excess and are added
-// to the divisor, so that they cancel if one token has most of the weight.
+// The same for an FP8 cache. Each of the two blocks of 128 columns has its own P: P times the scale
+// of each token over the unit, times WEIGHT_RANGE.
+constexpr int WEIGHT_RANGE = 14;  // log2: a scale of 2^-28 units has all bits of fp16
 template <int HALF>
-SM90_DEVICE void multiply_pv_fp8(float (&sum)[2][64], SoftmaxState& state,
+SM90_DEVICE void multiply_pv_fp8(float (&sum)[2][64], const SoftmaxState& state,
                                  const uint32_t (&packed)[4], const TokenTile& tile, int first) {
   uint32_t scaled_p[2][4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int half = i % 2, column = first + i / 2 * 8 + lane_index() % 4 * 2;
-    const float low = to_float(low_fp16(packed[i])), high = to_float(high_fp16(packed[i]));
-    // Multiply the quotients from the last block on: their product is the ratio of block j.
-    FloatPair ratio{1.0f, 1.0f};
+  for (int pair = 0; pair < 2; ++pair) {
+    const int column = first + pair * 8 + lane_index() % 4 * 2;
+    // Multiply the quotients from the last block on: their product is the scale of block j.
+    FloatPair scale{1.0f, 1.0f};
 #pragma unroll
     for (int j = MlaTile::SCALE_BLOCKS - 1; j >= 2 * HALF; --j) {
       const auto quotient =
           load_shared<FloatPair>(tile.ratios + (j * MlaTile::TOKENS + column) * 4);
-      ratio.low *= quotient.low, ratio.high *= quotient.high;
+      scale.low *= quotient.low, scale.high *= quotient.high;
       if (j > 2 * HALF + 1) continue;
       const int b = PLANT(values_with_other_ratio, 1 - (j - 2 * HALF), j - 2 * HALF);
-      const float scaled_low = low * ratio.low, scaled_high = high * ratio.high;
-      scaled_p[b][i] = pack_bf16(scaled_low, scaled_high);
-      // The excess is not divided by the ratio, which is at least 8/9.
-      state.rounding_excess[b][half] += to_float(low_bf16(scaled_p[b][i])) - scaled_low;
-      state.rounding_excess[b][half] += to_float(high_bf16(scaled_p[b][i])) - scaled_high;
+      const float inverse = power_of_two(254 + WEIGHT_RANGE - state.unit[b]);
+      const uint32_t over_unit = pack_fp16(scale.low * inverse, scale.high * inverse);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scaled_p[b][2 * pair + half] = multiply_fp16(packed[2 * pair + half], over_unit);
+      }
     }
   }
   const char* v = tile.tokens + HALF * MlaTile::PIECE_0_COLUMNS * MlaTile::COLUMN_BYTES;
@@ -253,10 +290,49 @@ SM90_DEVICE void multiply_pv_fp8(float (&sum)[2][64], SoftmaxState& state,
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
     const char* rows = v + b * 2 * MlaTile::COLUMN_BYTES + first * 128;
-    wgmma_bf16<128, false>(sum[b], scaled_p[b],
+    wgmma_fp16<128, false>(sum[b], scaled_p[b],
                            matrix_descriptor(rows, MlaTile::COLUMN_BYTES, 1024), true);
   }
   wgmma_commit();
+}
+
+// FP8 cache: converts the latents of Q in smem to fp16, each row over its unit, a power of two; the
+// largest value of a row is at least 1. By both consumer warpgroups, four threads per row.
+SM90_DEVICE void convert_queries(char* smem) {
+  const int thread = thread_index(), row = thread / 4;
+  const auto chunk_at = [&](int i) {  // of 16
+    const int chunk = thread % 4 + i % 2 * 4;
+    return smem + i / 2 * MlaTile::COLUMN_BYTES + row * 128 + (chunk ^ row % 8) * 16;
+  };
+  float largest = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < 16; ++i) {
+    const auto values = load_shared<Chunk>(chunk_at(i));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      largest = max_of(largest, magnitude(to_float(low_bf16(values.word[j]))));
+      largest = max_of(largest, magnitude(to_float(high_bf16(values.word[j]))));
+    }
+  }
+  largest = row_max_of(largest);
+  const int exponent = static_cast<int>(float_bits(largest) >> 23);
+  const int unit = max_of(LEAST_UNIT, min_of(exponent, LARGEST_UNIT));
+  const float inverse = power_of_two(254 - unit);
+#pragma unroll 1
+  for (int i = 0; i < 16; ++i) {
+    auto values = load_shared<Chunk>(chunk_at(i));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      values.word[j] = pack_fp16(to_float(low_bf16(values.word[j])) * inverse,
+                                 to_float(high_bf16(values.word[j])) * inverse);
+    }
+    store_shared(chunk_at(i), values);
+  }
+  if (thread % 4 == 0) {
+    store_shared(smem + MlaTile::Q_UNITS_OFFSET + row, static_cast<uint8_t>(unit));
+  }
+  UNLESS_PLANTED(no_fence_after_conversion, fence_async_proxy());
+  UNLESS_PLANTED(no_wait_for_conversion, named_barrier_sync(1, 256));
 }
 
 }  // namespace sm90

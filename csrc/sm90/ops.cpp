@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -197,67 +198,147 @@ Tensor with_uniform_rows(const Tensor& x) {
 constexpr int64_t MLA_WIDTH = 576, MLA_V_DIM = 512;         // values
 constexpr int64_t MLA_FP8_WIDTH = 512 + 4 * 4 + 64 * 2;  // bytes
 
-void check_mla(const Tensor& q, const Tensor& cache, const Tensor& table, int64_t v_head_dim) {
+float* float_data(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+// q [.., 576] in bfloat16, and a cache whose last two dimensions are 1 and the width of a token.
+void check_mla(const char* op, const Tensor& q, const char* name, const Tensor& cache,
+               int64_t v_head_dim) {
   const auto is = [](const Tensor& x, ScalarType dtype, int64_t width) {
-    return x.scalar_type() == dtype && x.size(3) == width;
+    return x.scalar_type() == dtype && x.size(x.dim() - 1) == width;
   };
-  STD_TORCH_CHECK(is(q, ScalarType::BFloat16, MLA_WIDTH),
-                  "mla_decode: q: expected, on backend cuda, bfloat16 of width 576, got ",
-                  torch::headeronly::toString(q.scalar_type()), " of width ", q.size(3));
+  STD_TORCH_CHECK(is(q, ScalarType::BFloat16, MLA_WIDTH), op,
+                  ": q: expected, on backend cuda, bfloat16 of width 576, got ",
+                  torch::headeronly::toString(q.scalar_type()), " of width ",
+                  q.size(q.dim() - 1));
   STD_TORCH_CHECK(is(cache, ScalarType::BFloat16, MLA_WIDTH) ||
                       is(cache, ScalarType::Byte, MLA_FP8_WIDTH),
-                  "mla_decode: cache: expected, on backend cuda, bfloat16 of width 576 or uint8 of "
+                  op, ": ", name, ": expected, on backend cuda, bfloat16 of width 576 or uint8 of "
                   "656, got ", torch::headeronly::toString(cache.scalar_type()), " of width ",
-                  cache.size(3));
-  STD_TORCH_CHECK(v_head_dim == MLA_V_DIM,
-                  "mla_decode: v_head_dim: expected, on backend cuda, 512, got ", v_head_dim);
-  STD_TORCH_CHECK(rows_are_aligned(cache),
-                  "mla_decode: cache: expected, on backend cuda, tokens that start at multiples of "
-                  "16 bytes, got strides ", cache.stride(0), " and ", cache.stride(1));
-  const int64_t capacity = table.size(1) * cache.size(1);
-  const int64_t largest = std::max({capacity, cache.size(0), q.size(1) * q.size(2)});
-  STD_TORCH_CHECK(largest < INT32_MAX - 65536, "mla_decode: q, cache, block_table: expected, on "
-                  "backend cuda, fewer than 2^31 - 65536 queries, blocks and tokens, got ",
-                  largest);
+                  cache.size(cache.dim() - 1));
+  STD_TORCH_CHECK(v_head_dim == MLA_V_DIM, op,
+                  ": v_head_dim: expected, on backend cuda, 512, got ", v_head_dim);
+  STD_TORCH_CHECK(rows_are_aligned(cache), op, ": ", name, ": expected, on backend cuda, tokens "
+                  "that start at multiples of 16 bytes, got strides ", cache.stride(0), " and ",
+                  cache.stride(1));
 }
 
-std::tuple<Tensor, Tensor> mla_decode(const Tensor& queries, const Tensor& cache,
-                                      const Tensor& table, const Tensor& lengths,
-                                      double softmax_scale, bool causal, int64_t v_head_dim) {
-  check_mla(queries, cache, table, v_head_dim);
-  const int64_t B = queries.size(0), Sq = queries.size(1), H = queries.size(2), rows = Sq * H;
-  Tensor out = torch::stable::new_empty(queries, {B, Sq, H, MLA_V_DIM});
-  Tensor lse = torch::stable::new_empty(queries, {B, H, Sq}, ScalarType::Float);
-  if (B * rows == 0) return {out, lse};
-  const Tensor q = with_uniform_rows(queries);
-
+// A call of latent attention. The constructor fills in the operands that all of the ops have.
+struct MlaCall {
+  const char* op;
+  Tensor q, partial_out, partial_lse;  // q: the queries, or a copy for TMA
   MlaArguments p{};
-  p.q = q.const_data_ptr(), p.cache = cache.const_data_ptr();
-  p.block_table = int_data(table), p.cache_seqlens = int_data(lengths);
-  p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.q_row_stride = row_stride(q);
-  p.table_row_stride = table.stride(0);
-  p.page_stride = cache.stride(0), p.token_stride = cache.stride(1);
-  p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);
-  p.batch = static_cast<int>(B), p.Sq = static_cast<int>(Sq), p.H = static_cast<int>(H);
-  p.num_pages = static_cast<int>(cache.size(0)), p.page_size = static_cast<int>(cache.size(1));
-  p.max_tokens = static_cast<int>(table.size(1) * cache.size(1));
-  p.causal = causal;
-  p.fp8 = cache.scalar_type() == ScalarType::Byte;
-  plan_mla_splits(p);
-  STD_TORCH_CHECK(B * p.row_tiles * p.num_splits < INT32_MAX && B * rows < INT32_MAX,
-                  "mla_decode: q: expected, on backend cuda, fewer than 2^31 rows, got ", B * rows);
-  Tensor partial_out, partial_lse;
-  if (p.num_splits > 1) {
-    partial_out =
-        torch::stable::new_empty(q, {B, p.num_splits, rows, MLA_V_DIM}, ScalarType::Float);
-    partial_lse = torch::stable::new_empty(q, {B, p.num_splits, rows}, ScalarType::Float);
-    p.partial_out = static_cast<float*>(partial_out.mutable_data_ptr());
-    p.partial_lse = static_cast<float*>(partial_lse.mutable_data_ptr());
+
+  MlaCall(const char* name, const Tensor& queries, const Tensor& cache, const Tensor& table,
+          double softmax_scale, Tensor& out, Tensor& lse)
+      : op(name), q(with_uniform_rows(queries)) {
+    p.q = q.const_data_ptr(), p.cache = cache.const_data_ptr();
+    p.block_table = int_data(table);
+    p.out = out.mutable_data_ptr(), p.lse = float_data(lse);
+    p.q_row_stride = row_stride(q);
+    p.table_row_stride = table.stride(0);
+    p.page_stride = p.token_stride = cache.stride(0);
+    p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);
+    p.queries = 1, p.page_size = 1;
+    p.num_pages = static_cast<int>(cache.size(0));
+    if (cache.dim() == 4) {
+      p.page_size = static_cast<int>(cache.size(1)), p.token_stride = cache.stride(1);
+    }
+    p.fp8 = cache.scalar_type() == ScalarType::Byte;
   }
-  const std::string error = launch_mla_decode(p, stream_of("mla_decode", q));
-  STD_TORCH_CHECK(error.empty(), "mla_decode: backend cuda: ", error);
+
+  // Fewer than 2^31 - 65536 of each.
+  void check_sizes(std::initializer_list<int64_t> sizes) const {
+    const int64_t largest = std::max(sizes);
+    STD_TORCH_CHECK(largest < INT32_MAX - 65536, op, ": q, cache: expected, on backend cuda, fewer "
+                    "than 2^31 - 65536 queries, blocks and tokens, got ", largest);
+  }
+
+  // For `batch` sequences of Sq queries of H heads.
+  void run(int64_t batch, int64_t Sq, int64_t H) {
+    const int64_t rows = Sq * H;
+    p.batch = static_cast<int>(batch), p.Sq = static_cast<int>(Sq), p.H = static_cast<int>(H);
+    plan_mla_splits(p);
+    STD_TORCH_CHECK(batch * p.row_tiles * p.num_splits < INT32_MAX && batch * rows < INT32_MAX, op,
+                    ": q: expected, on backend cuda, fewer than 2^31 rows, got ", batch * rows);
+    if (p.num_splits > 1) {
+      partial_out =
+          torch::stable::new_empty(q, {batch, p.num_splits, rows, MLA_V_DIM}, ScalarType::Float);
+      partial_lse = torch::stable::new_empty(q, {batch, p.num_splits, rows}, ScalarType::Float);
+      p.partial_out = float_data(partial_out), p.partial_lse = float_data(partial_lse);
+    }
+    const std::string error = launch_mla_decode(p, stream_of(op, q));
+    STD_TORCH_CHECK(error.empty(), op, ": backend cuda: ", error);
+  }
+};
+
+std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& cache, const Tensor& table,
+                                      const Tensor& lengths, double softmax_scale, bool causal,
+                                      int64_t v_head_dim) {
+  const char* op = "mla_decode";
+  check_mla(op, q, "cache", cache, v_head_dim);
+  const int64_t B = q.size(0), Sq = q.size(1), H = q.size(2);
+  Tensor out = torch::stable::new_empty(q, {B, Sq, H, MLA_V_DIM});
+  Tensor lse = torch::stable::new_empty(q, {B, H, Sq}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+  MlaCall call(op, q, cache, table, softmax_scale, out, lse);
+  const int64_t capacity = table.size(1) * cache.size(1);
+  call.check_sizes({capacity, cache.size(0), Sq * H});
+  call.p.cache_seqlens = int_data(lengths);
+  call.p.max_tokens = static_cast<int>(capacity);
+  call.p.causal = causal;
+  call.run(B, Sq, H);
   return {out, lse};
+}
+
+// Sparse attention over a cache of any rank. indices: [B, Sq, topk], topk_length: [B].
+void run_sparse(MlaCall& call, const Tensor& indices, const std::optional<Tensor>& topk_length,
+                const std::optional<Tensor>& attn_sink, int64_t H) {
+  const int64_t B = indices.size(0), Sq = indices.size(1), topk = indices.size(2);
+  call.check_sizes({int64_t{call.p.num_pages} * call.p.page_size, topk, B * Sq, H});
+  if (topk_length.has_value()) call.p.cache_seqlens = int_data(*topk_length);
+  if (attn_sink.has_value()) {
+    call.p.attn_sink = static_cast<const float*>(attn_sink->const_data_ptr());
+  }
+  call.p.table_query_stride = indices.stride(1);
+  call.p.queries = static_cast<int>(Sq);
+  call.p.max_tokens = static_cast<int>(topk);
+  call.p.sparse = true;
+  call.run(B * Sq, 1, H);
+}
+
+std::tuple<Tensor, Tensor> mla_sparse_decode(const Tensor& q, const Tensor& cache,
+                                             const Tensor& indices, double softmax_scale,
+                                             const std::optional<Tensor>& topk_length,
+                                             const std::optional<Tensor>& attn_sink,
+                                             int64_t v_head_dim) {
+  const char* op = "mla_sparse_decode";
+  check_mla(op, q, "cache", cache, v_head_dim);
+  const int64_t B = q.size(0), Sq = q.size(1), H = q.size(2);
+  Tensor out = torch::stable::new_empty(q, {B, Sq, H, MLA_V_DIM});
+  Tensor lse = torch::stable::new_empty(q, {B, H, Sq}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+  MlaCall call(op, q, cache, indices, softmax_scale, out, lse);
+  run_sparse(call, indices, topk_length, attn_sink, H);
+  return {out, lse};
+}
+
+// kv [Skv, 1, 576] is a cache of pages of one token.
+std::tuple<Tensor, Tensor, Tensor> mla_sparse_prefill(const Tensor& q, const Tensor& kv,
+                                                      const Tensor& indices, double softmax_scale,
+                                                      int64_t v_head_dim,
+                                                      const std::optional<Tensor>& attn_sink,
+                                                      const std::optional<Tensor>& topk_length) {
+  const char* op = "mla_sparse_prefill";
+  check_mla(op, q, "kv", kv, v_head_dim);
+  const int64_t S = q.size(0), H = q.size(1);
+  Tensor out = torch::stable::new_empty(q, {S, H, MLA_V_DIM});
+  Tensor max_logits = torch::stable::new_empty(q, {S, H}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, {S, H}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, max_logits, lse};
+  MlaCall call(op, q, kv, indices, softmax_scale, out, lse);
+  call.p.max_logits = float_data(max_logits);
+  run_sparse(call, indices, topk_length, attn_sink, H);
+  return {out, max_logits, lse};
 }
 
 constexpr int64_t PREFILL_QK_DIM = 192, PREFILL_V_DIM = 128;  // values
@@ -374,6 +455,8 @@ STABLE_TORCH_LIBRARY_IMPL(DEEPKERN_SM90_LIBRARY, DEEPKERN_SM90_DEVICE, m) {
   m.impl("m_grouped_fp8_gemm_nt_masked", TORCH_BOX(&masked));
   m.impl("k_grouped_fp8_gemm_nt", TORCH_BOX(&k_grouped));
   m.impl("mla_decode", TORCH_BOX(&mla_decode));
+  m.impl("mla_sparse_decode", TORCH_BOX(&mla_sparse_decode));
+  m.impl("mla_sparse_prefill", TORCH_BOX(&mla_sparse_prefill));
   m.impl("mla_prefill", TORCH_BOX(&mla_prefill));
   m.impl("mla_prefill_backward", TORCH_BOX(&mla_prefill_backward));
 }

@@ -79,16 +79,16 @@ SM90_DEVICE uint32_t pack_fp16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
-// Two e4m3 codes to packed bf16. Exact.
-SM90_DEVICE uint32_t e4m3_to_bf16(uint16_t codes) {
+// Two e4m3 codes to packed fp16. Exact.
+SM90_DEVICE uint32_t e4m3_to_fp16(uint16_t codes) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
-  return pack_bf16(to_float(low_fp16(halves)), to_float(high_fp16(halves)));
+  return halves;
 }
-// Products of packed bf16, rounded to nearest even.
-SM90_DEVICE uint32_t multiply_bf16(uint32_t x, uint32_t y) {
+// Products of packed fp16, rounded to nearest even.
+SM90_DEVICE uint32_t multiply_fp16(uint32_t x, uint32_t y) {
   uint32_t product;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
   return product;
 }
 
@@ -142,6 +142,11 @@ struct __align__(16) Chunk {
     uint16_t half[8];
     uint32_t word[4];
   };
+};
+
+// 8 bytes loaded or stored as one access.
+struct alignas(8) Words {
+  uint32_t word[2];
 };
 
 // Two floats loaded or stored as one 8-byte access.
@@ -349,8 +354,8 @@ SM90_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// d[64, N] (+)= a[64, K] · b[N, K]ᵀ by a warpgroup, with K = 32 for e4m3 and 16 for bf16. `a` and
-// `b` are descriptors, or `a` is in registers as packed pairs in the accumulator layout. In thread
+// d[64, N] (+)= a[64, K] · b[N, K]ᵀ by a warpgroup, with K = 32 for e4m3 and 16 for bf16 and
+// fp16. `a` and `b` are descriptors, or `a` is in registers as packed pairs in the accumulator layout. In thread
 // t, d[i] is row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
 template <int N>
 struct Wgmma;
@@ -367,11 +372,42 @@ SM90_DEVICE void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t 
                             bool accumulate) {
   Wgmma<N>::template bf16<B_K_MAJOR>(d, a, b, accumulate);
 }
+template <int N, bool A_K_MAJOR = true, bool B_K_MAJOR = true>
+SM90_DEVICE void wgmma_fp16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  Wgmma<N>::template fp16<A_K_MAJOR, B_K_MAJOR>(d, a, b, accumulate);
+}
+template <int N, bool B_K_MAJOR = true>
+SM90_DEVICE void wgmma_fp16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
+                            bool accumulate) {
+  Wgmma<N>::template fp16<B_K_MAJOR>(d, a, b, accumulate);
+}
 
 // PTX operands are numbered: first the elements of d, then the operands P0 to P6.
 #define SM90_VALUES(i)                                                                            \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),     \
       "+f"(d[i + 6]), "+f"(d[i + 7])
+// The functions for a 16-bit TYPE, which PTX calls PTX_TYPE.
+#define SM90_WGMMA_16_BITS(TYPE, PTX_TYPE, N, NAMES, P0, P1, P2, P3, P4, P5, P6, ...)             \
+  template <bool A_K_MAJOR, bool B_K_MAJOR>                                                       \
+  static SM90_DEVICE void TYPE(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {      \
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #P2 ", 0;\n"                              \
+                 " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE " {"    \
+                 NAMES "}, %" #P0 ", %" #P1 ", p, 1, 1, %" #P3 ", %" #P4 ";\n}"                   \
+                 : __VA_ARGS__                                                                    \
+                 : "l"(a), "l"(b), "r"(int{accumulate}), "n"(int{!A_K_MAJOR}),                    \
+                   "n"(int{!B_K_MAJOR}));                                                         \
+  }                                                                                               \
+  template <bool B_K_MAJOR>                                                                       \
+  static SM90_DEVICE void TYPE(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,             \
+                               bool accumulate) {                                                 \
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #P5 ", 0;\n"                              \
+                 " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE " {"    \
+                 NAMES "}, {%" #P0 ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4 ", p, 1, 1, %" #P6    \
+                 ";\n}"                                                                           \
+                 : __VA_ARGS__                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}),      \
+                   "n"(int{!B_K_MAJOR}));                                                         \
+  }
 #define SM90_WGMMA(N, NAMES, P0, P1, P2, P3, P4, P5, P6, ...)                                     \
   template <>                                                                                     \
   struct Wgmma<N> {                                                                               \
@@ -382,25 +418,8 @@ SM90_DEVICE void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t 
                    : __VA_ARGS__                                                                  \
                    : "l"(a), "l"(b), "r"(int{accumulate}));                                       \
     }                                                                                             \
-    template <bool A_K_MAJOR, bool B_K_MAJOR>                                                       \
-    static SM90_DEVICE void bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {    \
-      asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #P2 ", 0;\n"                            \
-                   " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES            \
-                   "}, %" #P0 ", %" #P1 ", p, 1, 1, %" #P3 ", %" #P4 ";\n}"                       \
-                   : __VA_ARGS__                                                                  \
-                   : "l"(a), "l"(b), "r"(int{accumulate}), "n"(int{!A_K_MAJOR}),                   \
-                     "n"(int{!B_K_MAJOR}));                                                        \
-    }                                                                                             \
-    template <bool B_K_MAJOR>                                                                      \
-    static SM90_DEVICE void bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,           \
-                                 bool accumulate) {                                               \
-      asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #P5 ", 0;\n"                            \
-                   " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES            \
-                   "}, {%" #P0 ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4 ", p, 1, 1, %" #P6 ";\n}" \
-                   : __VA_ARGS__                                                                  \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}),    \
-                     "n"(int{!B_K_MAJOR}));                                                        \
-    }                                                                                             \
+    SM90_WGMMA_16_BITS(bf16, "bf16", N, NAMES, P0, P1, P2, P3, P4, P5, P6, __VA_ARGS__)           \
+    SM90_WGMMA_16_BITS(fp16, "f16", N, NAMES, P0, P1, P2, P3, P4, P5, P6, __VA_ARGS__)            \
   };
 #define SM90_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define SM90_NAMES_16                                                                             \
@@ -444,6 +463,7 @@ SM90_WGMMA(128, SM90_NAMES_64, 64, 65, 66, 67, 68, 69, 70, SM90_VALUES_64)
 SM90_WGMMA(192, SM90_NAMES_96, 96, 97, 98, 99, 100, 101, 102, SM90_VALUES_96)
 SM90_WGMMA(256, SM90_NAMES_128, 128, 129, 130, 131, 132, 133, 134, SM90_VALUES_128)
 #undef SM90_WGMMA
+#undef SM90_WGMMA_16_BITS
 #undef SM90_VALUES
 
 // Sets the register count of this warpgroup's threads. registers_increase waits until the registers
@@ -488,9 +508,40 @@ SM90_DEVICE Chunk load_streamed(const Chunk* p, bool valid) {
       : "l"(p), "r"(int{valid}));
   return chunk;
 }
+SM90_DEVICE Words load_streamed(const Words* p, bool valid) {
+  Words words;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %3, 0;\n mov.b32 %0, 0;\n mov.b32 %1, 0;\n"
+      " @p ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];\n}"
+      : "=&r"(words.word[0]), "=&r"(words.word[1])
+      : "l"(p), "r"(int{valid}));
+  return words;
+}
+SM90_DEVICE float load_streamed(const float* p, bool valid) {
+  float x;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %2, 0;\n mov.b32 %0, 0;\n"
+      " @p ld.global.nc.L1::no_allocate.L2::128B.f32 %0, [%1];\n}"
+      : "=&f"(x)
+      : "l"(p), "r"(int{valid}));
+  return x;
+}
 template <class T>
 SM90_DEVICE T load_written(const T* p) {
   return *p;
+}
+// Starts to copy 16 bytes to smem; zeros, and no load, if `valid` is false. Threads see the bytes
+// after a wait of this thread, WGMMA after fence_async_proxy in addition.
+SM90_DEVICE void copy_async(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+SM90_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most PENDING of this thread's last groups of copies are in flight.
+template <int PENDING>
+SM90_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 template <class T>
 SM90_DEVICE void store_global(T* p, T value) {

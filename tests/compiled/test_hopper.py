@@ -120,6 +120,25 @@ def test_decode(kind, order, lengths, Sq, H, page, seed, generator):
     assert ["mla_combine" in name for name in kernels] == [False] + [True] * combines
 
 
+@pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("order", "topk", "Sq", "H", "page"),
+    [("random", 1030, 2, 3, 64), ("earliest", 130, 1, 40, 53), ("latest", 65, 2, 1, 1)],
+)
+def test_sparse_decode(kind, order, topk, Sq, H, page, seed, generator):
+    size = {"topk": topk, "Sq": Sq, "H": H, "page": page, "sink": True, **kind}
+    args = ops.inputs("mla_sparse_decode", generator, **size)
+    check("mla_sparse_decode", args, seed=seed, order=order)
+    kernels = [name for *_, name in hopper.launches()]
+    assert ["mla_combine" in name for name in kernels] == [False] + [True] * (topk >= 1024)
+
+
+def test_sparse_prefill(seed, generator):
+    size = {"H": 70, "topk": 150, "lengths": True, "sink": True}
+    args = ops.inputs("mla_sparse_prefill", generator, **size)
+    check("mla_sparse_prefill", args, seed=seed, multiprocessors=2)
+
+
 @pytest.mark.parametrize(
     ("order", "lengths", "keys", "size"),
     [("random", (130, 0, 20), (300, 7, 20), {"H": 2, "Hk": 1}),
@@ -205,6 +224,7 @@ BUGS = {
     "no_wait_for_partials": ("fp8_gemm", SPLITS, "."),
     "no_wait_for_p": ("mla_decode", "", "race|phase|wrote|writes"),
     "no_fence_after_gather": ("mla_decode", "", "proxy"),
+    "no_wait_for_gather": ("mla_decode", "", "."),
     "no_fence_after_value_tail": ("mla_prefill", "", "proxy"),
     "rescales_before_pv_ends": ("mla_prefill", "", "wgmma"),
 }

@@ -225,14 +225,16 @@ class MlaArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "cache", "block_table", "cache_seqlens",
-                                               "out", "lse", "partial_out", "partial_lse")),
+                                               "attn_sink", "out", "lse", "max_logits",
+                                               "partial_out", "partial_lse")),
         *((name, ctypes.c_int64) for name in (
-            "q_row_stride", "table_row_stride", "page_stride", "token_stride")),
-        ("softmax_scale_log2", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("batch", "Sq", "H", "max_tokens", "num_pages",
-                                            "page_size", "row_tiles", "num_splits",
+            "q_row_stride", "table_row_stride", "table_query_stride", "page_stride",
+            "token_stride")),
+        *((name, ctypes.c_float) for name in ("softmax_scale_log2", "max_logits_scale")),
+        *((name, ctypes.c_int) for name in ("batch", "Sq", "H", "queries", "max_tokens",
+                                            "num_pages", "page_size", "row_tiles", "num_splits",
                                             "min_split_log2", "max_splits")),
-        *((name, ctypes.c_bool) for name in ("causal", "by_tma", "fp8")),
+        *((name, ctypes.c_bool) for name in ("causal", "sparse", "by_tma", "fp8")),
         ("tma_page_rows", ctypes.c_int64),
     ]  # fmt: skip
 
@@ -252,31 +254,84 @@ def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
         out = torch.full((B, Sq, H, 512), torch.nan, dtype=torch.bfloat16)
         lse = torch.full((B, H, Sq), torch.nan)
         p = MlaArguments(
-            *(x.data_ptr() for x in (q, cache, table, lengths, out, lse)), 0, 0,
-            576, table.stride(0), *cache.stride()[:2], scale * 1.4426950408889634,
-            B, Sq, H, table.shape[1] * page, pages, page, causal=causal,
-            fp8=cache.dtype == torch.uint8,
+            **addresses(q=q, cache=cache, block_table=table, cache_seqlens=lengths, out=out,
+                        lse=lse),
+            q_row_stride=576, table_row_stride=table.stride(0), page_stride=cache.stride(0),
+            token_stride=cache.stride(1), softmax_scale_log2=scale * LOG2_E, batch=B, Sq=Sq, H=H,
+            queries=1, max_tokens=table.shape[1] * page, num_pages=pages, page_size=page,
+            causal=causal, fp8=cache.dtype == torch.uint8,
         )  # fmt: skip
-        library.emulate_cut_mla(ctypes.byref(p))
-        p.by_tma &= by_tma
-        partial_out = torch.full((B, p.num_splits, Sq * H, 512), torch.nan)
-        partial_lse = torch.full((B, p.num_splits, Sq * H), torch.nan)
-        p.partial_out, p.partial_lse = partial_out.data_ptr(), partial_lse.data_ptr()
         read = {"q": q, "cache": cache, "table": table, "lengths": lengths}
-        write = {"out": out, "lse": lse, "partial_out": partial_out, "partial_lse": partial_lse}
-        message = ctypes.create_string_buffer(4096)
-        with only(library, read, write):
-            failed = library.emulate_mla_decode(
-                ctypes.byref(p), blocks, ctypes.c_uint64(seed), ORDERS[order], message, len(message)
-            )
-        if failed:
-            raise EmulatorFailure(message.value.decode())
+        run_mla(library, p, read, {"out": out, "lse": lse}, by_tma, blocks, seed, order)
         return out, lse
 
     return mla
+
+
+LOG2_E = 1.4426950408889634
+
+
+def addresses(**tensors: Tensor | None) -> dict[str, int]:
+    return {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
+
+
+def run_mla(library, p: MlaArguments, read, write, by_tma, blocks, seed, order) -> None:
+    """Runs a kernel of latent attention, after the launcher's choice of splits."""
+    library.emulate_cut_mla(ctypes.byref(p))
+    p.by_tma &= by_tma
+    rows = p.Sq * p.H
+    partial_out = torch.full((p.batch, p.num_splits, rows, 512), torch.nan)
+    partial_lse = torch.full((p.batch, p.num_splits, rows), torch.nan)
+    p.partial_out, p.partial_lse = partial_out.data_ptr(), partial_lse.data_ptr()
+    write = {**write, "partial_out": partial_out, "partial_lse": partial_lse}
+    message = ctypes.create_string_buffer(4096)
+    with only(library, read, write):
+        failed = library.emulate_mla_decode(
+            ctypes.byref(p), blocks, ctypes.c_uint64(seed), ORDERS[order], message, len(message)
+        )
+    if failed:
+        raise EmulatorFailure(message.value.decode())
+
+
+def sparse_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, ...]]:
+    """mla_sparse_decode and mla_sparse_prefill of `library`: q [B, Sq, H, 576], a cache
+    [pages, page, 1, _] and indices [B, Sq, topk]; returns out, lse and, if `largest`, max_logits.
+    """
+
+    def sparse(q, cache, indices, scale, topk_length=None, attn_sink=None, v_head_dim=512, *,
+               largest=False, seed=0, order="random", blocks=3) -> tuple[Tensor, ...]:  # fmt: skip
+        assert v_head_dim == 512 and q.dtype == torch.bfloat16
+        assert cache.dtype in (torch.bfloat16, torch.uint8)
+        (B, Sq, H, _), (pages, page) = q.shape, cache.shape[:2]
+        q = q.contiguous()
+        out = torch.full((B, Sq, H, 512), torch.nan, dtype=torch.bfloat16)
+        write = {"out": out, "lse": torch.full((B, H, Sq), torch.nan)}
+        if largest:
+            write["max_logits"] = torch.full((B, H, Sq), torch.nan)
+        p = MlaArguments(
+            **addresses(q=q, cache=cache, block_table=indices, cache_seqlens=topk_length,
+                        attn_sink=attn_sink, **write),
+            q_row_stride=576, table_row_stride=indices.stride(0),
+            table_query_stride=indices.stride(1), page_stride=cache.stride(0),
+            token_stride=cache.stride(1), softmax_scale_log2=scale * LOG2_E, batch=B * Sq, Sq=1,
+            H=H, queries=Sq, max_tokens=indices.shape[2], num_pages=pages, page_size=page,
+            sparse=True, fp8=cache.dtype == torch.uint8,
+        )  # fmt: skip
+        read = {"q": q, "cache": cache, "indices": indices, "topk_length": topk_length,
+                "attn_sink": attn_sink}  # fmt: skip
+        run_mla(library, p, read, write, False, blocks, seed, order)
+        return tuple(write.values())
+
+    return sparse
 
 
 @pytest.fixture(scope="session")
 def emulated_mla() -> Callable[..., tuple[Tensor, Tensor]]:
     """mla_decode of csrc/sm90, run in the emulator."""
     return mla_of(build(sources()))
+
+
+@pytest.fixture(scope="session")
+def emulated_sparse() -> Callable[..., tuple[Tensor, ...]]:
+    """Sparse attention of csrc/sm90, run in the emulator."""
+    return sparse_of(build(sources()))

@@ -66,6 +66,17 @@ def compiled() -> tuple[Path, str]:
     return compile("fp8_gemm")
 
 
+@pytest.fixture(scope="module")
+def mla_compiled() -> tuple[Path, str]:
+    return compile("mla_decode")
+
+
+@pytest.fixture(scope="module")
+def mla_functions(mla_compiled) -> dict[str, str]:
+    """The machine code of the kernels of mla_decode.cu, by key in MLA_KERNELS."""
+    return {mla_kernel(part): part for part in functions(mla_compiled[0])}
+
+
 def functions(cubin: Path) -> list[str]:
     """The machine code of each function, after its name."""
     import triton
@@ -111,8 +122,8 @@ def instructions(part: str) -> list[tuple[int, str]]:
     return [(int(address, 16), text) for address, text in found]
 
 
-def innermost_loop(part: str, *opcodes: str) -> list[str]:
-    """The instructions of the shortest loop that has all `opcodes`."""
+def innermost_loop(part: str, *opcodes: str, count: int = 1) -> list[str]:
+    """The instructions of the shortest loop that has each of `opcodes` `count` times."""
     code = instructions(part)
     places = {address: i for i, (address, _) in enumerate(code)}
     loops = []
@@ -120,7 +131,7 @@ def innermost_loop(part: str, *opcodes: str) -> list[str]:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)$", text)
         if target and int(target[1], 16) <= address:
             body = [text for _, text in code[places[int(target[1], 16)] : i + 1]]
-            loops += [body] if all(o in "\n".join(body) for o in opcodes) else []
+            loops += [body] if all("\n".join(body).count(o) >= count for o in opcodes) else []
     return min(loops, key=len)
 
 
@@ -151,9 +162,9 @@ def test_mainloops(compiled):
         assert promotion <= products * (2 if scaled else 1) + 2 * tile.waves, f"{tile}: {promotion}"
 
 
-def test_membars_of_the_gpu(compiled):
+def test_membars_of_the_gpu(compiled, mla_functions):
     """Only clusters need them: at their start and end, and to exchange partial sums."""
-    for part in functions(compiled[0]) + functions(compile("mla_decode")[0]):
+    for part in [*functions(compiled[0]), *mla_functions.values()]:
         tile = tile_of(part.splitlines()[0])
         exchanges = tile is not None and tile.splits_k and tile.swapped
         expected = 3 if exchanges else 2 if tile is not None and tile.cluster > 1 else 0
@@ -176,19 +187,27 @@ def test_scales_are_loaded_in_batches(compiled):
 # Registers at launch, and counts of instructions. WGMMAs in the loop of each warpgroup: 36 for Q·Kᵀ
 # (16 values each), 4 for P·V of each of two tiles (16 tokens each; FP8: 8, and 2 in a loop for the
 # received P), and those of a last even tile. TMA loads: nine column blocks of tokens; those of the
-# queries in a loop, of which nvcc unrolls one. FP8 fetches: four places with five loads, two with
-# the RoPE values.
+# queries in a loop, of which nvcc unrolls one. FP8 fetches: four places with nine loads, two with
+# the RoPE values, two with the scales of a token whose scales are not finite.
+# Asynchronous copies of gathered tokens: 16 and 20 for the two pieces. The second template argument
+# is SPARSE.
 MLA_KERNELS = {
-    "mla_decodeILb0E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9 + 2}),
-    "mla_decodeILb1E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 5 + 2,
+    "mla_decodeILb0ELb0E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 9 + 2,
+                                     "LDGSTS": 36}),
+    "mla_decodeILb1ELb0E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 9 + 2 + 2,
+                                     "UTMALDG": 2}),
+    "mla_decodeILb0ELb1E": (RAISED, {"HGMMA": 2 * (36 + 4 + 4) + 4, "UTMALDG": 2, "LDGSTS": 36}),
+    "mla_decodeILb1ELb1E": (RAISED, {"HGMMA": 2 * (36 + 8 + 2) + 2, "LDG.E.NA": 4 * 9 + 2 + 2,
                                      "UTMALDG": 2}),
     "mla_combine": (80, {}),
 }  # fmt: skip
+# Bytes that a thread spills: one register of the producer, once per 32 tokens.
+MLA_SPILLS = {"mla_decodeILb1ELb0E": 8 + 4 + 4}
 
 
-def test_mla_decode():
+def test_mla_decode(mla_compiled, mla_functions):
     """Registers and instructions. ptxas must not serialize the WGMMAs."""
-    cubin, output = compile("mla_decode")
+    _, output = mla_compiled
     assert "serialized" not in output, output
     parts = output.split("Compiling entry function '")[1:]
     assert len(parts) == len(MLA_KERNELS)
@@ -196,14 +215,13 @@ def test_mla_decode():
         name = mla_kernel(part)
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", part))
         registers = int(re.search(r"Used (\d+) registers", part)[1])
-        assert spilled == 0, f"{name} spills {spilled} bytes"
+        assert spilled <= MLA_SPILLS.get(name, 0), f"{name} spills {spilled} bytes"
         fits = registers == RAISED if "decode" in name else registers <= MLA_KERNELS[name][0]
         assert fits, f"{name}: {registers}"
-    for part in functions(cubin):
-        name = mla_kernel(part)
-        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|LDG\.E\.NA|F2F)\b", part))
+    for name, part in mla_functions.items():
+        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|LDGSTS|LDG\.E\.NA|F2F)\b", part))
         assert counts == MLA_KERNELS[name][1], f"{name}: {counts}"
-        assert not re.search(r"MEMBAR\.\w+\.GPU", part), name
+        assert not re.search(r"MEMBAR\.\w+\.GPU|CCTL\.IVALL", part), name
 
 
 def mla_kernel(part: str) -> str:
@@ -211,20 +229,45 @@ def mla_kernel(part: str) -> str:
     return next(name for name in MLA_KERNELS if name in part.splitlines()[0])
 
 
-def test_mla_decode_prefetches_fp8_tokens():
+@pytest.mark.parametrize("sparse", [0, 1])
+def test_mla_decode_prefetches_fp8_tokens(mla_functions, sparse):
     """The producer's loads of FP8 tokens come before its wait for the buffer."""
-    part = next(p for p in functions(compile("mla_decode")[0]) if "Lb1E" in p[:200])
+    part = mla_functions[f"mla_decodeILb1ELb{sparse}E"]
     loader = part.split("USETMAXREG.DEALLOC")[1]
     first_load = re.search(r"LDG\.E\.NA", loader).start()
     # The first wait is for the queries' buffer, before the loads.
     wait = loader.index("SYNCS.PHASECHK", first_load)
-    assert len(re.findall(r"LDG\.E\.NA", loader[:wait])) == 10
+    assert len(re.findall(r"LDG\.E\.NA", loader[:wait])) == 18
     assert wait < loader.index("F2FP.F16.E4M3")
 
 
-def test_mla_decode_overlaps_softmax_with_wgmma():
+def test_sparse_gather_has_all_copies_in_flight(mla_functions):
+    """The producer starts the 36 copies of a tile before it waits for the first of them."""
+    loader = mla_functions["mla_decodeILb0ELb1E"].split("USETMAXREG.DEALLOC")[1]
+    copies = loader[loader.index("LDGSTS") :]
+    assert len(re.findall("LDGSTS", copies[: copies.index("DEPBAR.LE")])) == 36
+
+
+# The most instructions of a warp in the loops of a kernel, by an opcode and its count there: of
+# a consumer warpgroup over a pair of tiles; of the producer over a tile (FP8: over 32 tokens),
+# divisions included.
+LOOPS = {
+    "mla_decodeILb0ELb1E": (("HGMMA", 44, 930), ("LDGSTS", 36, 400)),
+    "mla_decodeILb1ELb1E": (("HGMMA", 46, 1450), ("F2FP.F16.E4M3", 64, 520)),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_of_sparse_attention(mla_functions, name):
+    for opcode, count, most in LOOPS[name]:
+        loop = innermost_loop(mla_functions[name], opcode, count=count)
+        assert not re.search(r"\b(STL|LDL)\b", "\n".join(loop)), name
+        assert len(loop) <= most, f"{name}: {len(loop)}"
+
+
+def test_mla_decode_overlaps_softmax_with_wgmma(mla_functions):
     """The exponentials of the odd tile come between P·V of the even tile and the wait for it."""
-    part = next(p for p in functions(compile("mla_decode")[0]) if "Lb0E" in p[:200])
+    part = mla_functions["mla_decodeILb0ELb0E"]
     overlapped = [p for p in part.split("WARPGROUP.DEPBAR") if "HGMMA.64x256" in p]
     exponentials = [p[p.index("HGMMA.64x256") :].count("MUFU.EX2") for p in overlapped]
     assert max(exponentials) >= 32, exponentials
@@ -238,9 +281,8 @@ def opcodes(part: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def bf16_decode() -> str:
-    cubin, _ = compile("mla_decode")
-    return next(part for part in functions(cubin) if "Lb0E" in part[:200])
+def bf16_decode(mla_functions) -> str:
+    return mla_functions["mla_decodeILb0ELb0E"]
 
 
 def test_mla_decode_publishes_p_before_it_scales(bf16_decode):

@@ -192,6 +192,65 @@ def test_decode_of_fp8_cache_with_any_scales(generator):
         check_decode((q, cache.masked_fill(~used, 0xFF), *rest))
 
 
+def sparse_operands(generator, name: str, **size) -> tuple:
+    return deepkern.OPS[name].positional(ops.inputs(name, generator, **size))
+
+
+def check_sparse(name: str, args) -> tuple:
+    got = getattr(deepkern, name)(*args)
+    compare.assert_matches(name, got, getattr(deepkern.reference, name)(*args))
+    return got
+
+
+@caches
+@pytest.mark.parametrize("page", [1, 53, 64])
+@pytest.mark.parametrize("H", [1, 3, 16, 63, 64, 128])
+@pytest.mark.parametrize("topk", [1, 63, 64, 65, 577, 2048])
+def test_sparse_decode(topk, H, page, kind, generator):
+    size = {"B": 3, "Sq": 2, "H": H, "topk": topk, "tokens": 5000, "page": page, **kind}
+    check_sparse("mla_sparse_decode", sparse_operands(generator, "mla_sparse_decode", **size))
+    size |= {"lengths": True, "sink": True}
+    check_sparse("mla_sparse_decode", sparse_operands(generator, "mla_sparse_decode", **size))
+
+
+@caches
+def test_sparse_decode_bits_independent_of_batch_and_run(kind, generator):
+    size = {"B": 64, "Sq": 2, "H": 128, "topk": 2048, "tokens": 32768, "sink": True, **kind}
+    q, cache, indices, *rest = sparse_operands(generator, "mla_sparse_decode", **size)
+    out, lse = deepkern.mla_sparse_decode(q, cache, indices, *rest)
+    for _ in range(100):
+        for mine, other in zip(deepkern.mla_sparse_decode(q, cache, indices, *rest), (out, lse),
+                               strict=True):  # fmt: skip
+            compare.assert_bitwise(mine, other)
+    for b in (0, 17, 63):
+        one = slice(b, b + 1)
+        alone = deepkern.mla_sparse_decode(q[one], cache, indices[one], *rest)
+        compare.assert_bitwise(alone[0], out[one])
+        compare.assert_bitwise(alone[1], lse[one])
+
+
+@caches
+@pytest.mark.parametrize("value", [-(2**31), -1, 2147480000, 2**31 - 1])
+def test_sparse_decode_with_hostile_indices(value, kind, generator):
+    size = {"B": 3, "H": 3, "topk": 700, "tokens": 300, **kind}
+    q, cache, indices, *rest = sparse_operands(generator, "mla_sparse_decode", **size)
+    indices[..., ::2] = value
+    check_sparse("mla_sparse_decode", (q, cache, indices, *rest))
+    indices[1] = value
+    out, lse = check_sparse("mla_sparse_decode", (q, cache, indices, *rest))
+    assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("H", [1, 16, 64, 128])
+@pytest.mark.parametrize("topk", [1, 65, 2048])
+def test_sparse_prefill(topk, H, generator):
+    size = {"S": 20, "Skv": 5000, "H": H, "topk": topk, "lengths": True, "sink": True}
+    args = sparse_operands(generator, "mla_sparse_prefill", **size)
+    got = check_sparse("mla_sparse_prefill", args)
+    for mine, other in zip(deepkern.mla_sparse_prefill(*args), got, strict=True):
+        compare.assert_bitwise(mine, other)
+
+
 def test_decode_unsupported_arguments(generator):
     few = decode_operands(generator, lengths=(9,), cache_dtype=torch.uint8)
     odd = torch.nn.functional.pad(few[1], (0, 8))[..., :656]  # tokens 664 bytes apart

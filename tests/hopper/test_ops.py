@@ -30,7 +30,7 @@ def typical_args(name: str, generator) -> tuple:
     """All arguments of an op, at a typical size."""
     size = {"M": 20, "N": 40, "K": 160} | ({"G": 3} if name in GROUPED else {})
     if name.startswith("mla_"):
-        size = {"lengths": (70,), "H": 3}
+        size = {"H": 3} if "sparse" in name else {"lengths": (70,), "H": 3}
     return deepkern.OPS[name].positional(ops.inputs(name, generator, **size))
 
 
@@ -183,6 +183,41 @@ def test_decode_of_strided_arguments(generator):
         got = check("mla_decode", (queries, strided, table, lengths, *rest))
         for mine, other in zip(got, want, strict=True):
             compare.assert_bitwise(mine, other)
+
+
+@pytest.mark.parametrize("kind", [{}, {"cache_dtype": torch.uint8}], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("page", [1, 64])
+@pytest.mark.parametrize(("Sq", "H"), [(2, 9), (1, 128)])
+def test_sparse_decode(page, Sq, H, kind, generator):
+    for topk, options in ((1, {}), (577, {"lengths": True, "sink": True})):
+        size = {"topk": topk, "tokens": 300, "Sq": Sq, "H": H, "page": page, **options, **kind}
+        check("mla_sparse_decode", ops.inputs("mla_sparse_decode", generator, **size))
+
+
+@pytest.mark.parametrize("H", [1, 9, 128])
+def test_sparse_prefill(H, generator):
+    for topk, options in ((1, {}), (577, {"lengths": True, "sink": True})):
+        size = {"S": 3, "Skv": 300, "H": H, "topk": topk, **options}
+        check("mla_sparse_prefill", ops.inputs("mla_sparse_prefill", generator, **size))
+
+
+def test_sparse_attention_of_strided_arguments(generator):
+    """Unaligned rows of q are copied; strided caches, keys and indices are read in place."""
+    q, cache, indices, *rest = ops.inputs("mla_sparse_decode", generator, Sq=2, H=5, topk=90)
+    got = check("mla_sparse_decode", (q, cache, indices, *rest))
+    odd = torch.full((*q.shape[:-1], q.shape[-1] + 3), torch.nan, dtype=q.dtype)[..., 1:-2]
+    odd.copy_(q)
+    apart = torch.full((2 * len(cache), *cache.shape[1:]), torch.nan, dtype=cache.dtype)[::2]
+    apart.copy_(cache)
+    wide = F.pad(indices, (3, 5), value=-7)[..., 3:-5].transpose(0, 1).clone().transpose(0, 1)
+    for mine, other in zip(check("mla_sparse_decode", (odd, apart, wide, *rest)), got, strict=True):
+        compare.assert_bitwise(mine, other)
+    q, kv, indices, *rest = ops.inputs("mla_sparse_prefill", generator, H=5, topk=90)
+    got = check("mla_sparse_prefill", (q, kv, indices, *rest))
+    args = (wide_rows(q, 3, 2), torch.cat((torch.full_like(kv, torch.nan), kv), 1)[:, 1:],
+            F.pad(indices, (0, 5), value=-7)[..., :-5])  # fmt: skip
+    for mine, other in zip(check("mla_sparse_prefill", (*args, *rest)), got, strict=True):
+        compare.assert_bitwise(mine, other)
 
 
 def wide_rows(x: torch.Tensor, left: int, right: int) -> torch.Tensor:

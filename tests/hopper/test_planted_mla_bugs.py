@@ -13,8 +13,9 @@ from deepkern.testing import compare
 
 from . import test_planted_bugs as gemm
 from . import test_planted_prefill_bugs as prefill
+from . import test_planted_sparse_bugs as sparse
 from .conftest import EmulatorFailure, mla_of, planted
-from .test_mla_decode import CACHES, WORST_SCALE, operands, scales_of
+from .test_mla_decode import CACHES, operands, scales_of
 from .test_planted_bugs import ANY, WRONG
 
 FP8 = CACHES["fp8"]
@@ -26,7 +27,9 @@ BUGS = {
     "wait_piece_wrong_parity": "deadlock",
     "announces_too_few_piece_bytes": ANY,
     "no_fence_after_gather": "no fence_async_proxy followed",
-    "page_of_other_token": WRONG,
+    "place_of_other_token": WRONG,
+    "no_wait_for_gather": ANY,
+    "gather_not_swizzled": WRONG,
     "loads_start_of_page": WRONG,
     "loads_tokens_past_the_end": ANY,
     "absent_tokens_not_marked": WRONG,
@@ -77,21 +80,23 @@ FP8_BUGS = {
     "no_wait_for_empty_tile": ANY,
     "no_fence_after_unpacking": "no fence_async_proxy followed",
     "announces_half_filled_tile": ANY,
-    "page_of_previous_tokens": WRONG,
+    "place_of_previous_tokens": WRONG,
     "absent_fp8_tokens_not_marked": WRONG,
-    "no_zeros_for_absent_tokens": WRONG,
     "rope_one_chunk_early": WRONG,
-    "chunks_in_wrong_order": WRONG,
+    "columns_in_wrong_order": WRONG,
     "codes_not_swizzled": WRONG,
-    # Scales.
+    # Scales and units.
     "scale_of_block_0": WRONG,
     "divides_by_scale_0": WRONG,
-    "ratio_of_other_token": WRONG,
-    "ratios_not_divided": WRONG,
+    "no_least_quotient": WRONG,
+    "nan_scales_ignored": WRONG,
+    "quotient_of_other_token": WRONG,
     "scores_with_last_ratio": WRONG,
     "values_with_other_ratio": WRONG,
-    "ignores_rounding_excess": WRONG,
-    "rounding_excess_not_rescaled": WRONG,
+    "output_in_old_units": WRONG,
+    "queries_in_units": WRONG,
+    "no_fence_after_conversion": "no fence_async_proxy followed",
+    "no_wait_for_conversion": ANY,
     # Scores.
     "no_wait_for_fp8_tile": ANY,
     "scores_of_last_block_only": WRONG,
@@ -116,7 +121,8 @@ def bf16_cases(generator) -> list[tuple]:
 
 
 def fp8_cases(generator) -> list[tuple]:
-    """Two of these; one with scales from 2**-8 to 2**8 or 0; single tokens with WORST_SCALE."""
+    """Two of these; one with scales from 2**-8 to 2**8, 0 or 1e-40; a NaN scale, of a token that
+    one of the queries masks."""
     cases = []
     for size in ({"lengths": (330, 700), "H": 32, "page": 128},
                  {"lengths": (200, 65, 1), "H": 5, "page": 16}):  # fmt: skip
@@ -127,10 +133,13 @@ def fp8_cases(generator) -> list[tuple]:
             scale = scales_of(cache)
             scale *= torch.exp2(3 * torch.randn(scale.shape, generator=generator).clamp(-2.6, 2.6))
             scale[:, ::9, :, 1] = 0
+            scale[:, ::11] = 0
+            scale[:, ::7, :, 2] = 1e-40
         cases.append((q, cache, table, *rest))
-    alone = operands(generator, lengths=(1,) * 4, H=3, **FP8)
-    scales_of(alone[1])[alone[2][:, 0], 0] = WORST_SCALE
-    return [*cases, alone]
+    q, cache, table, *rest = operands(generator, lengths=(130,), Sq=2, H=3, **FP8)
+    page = cache.shape[1]
+    scales_of(cache)[table[0, 129 // page], 129 % page, 0, 3] = torch.nan
+    return [*cases, (q, cache, table, *rest)]
 
 
 def search(mla, cases: list[tuple]) -> None:
@@ -191,4 +200,6 @@ def test_every_hook_has_a_test():
         *FP8_BUGS,
         *prefill.BUGS,
         *prefill.BACKWARD_BUGS,
+        *sparse.BUGS,
+        *sparse.FP8_BUGS,
     }

@@ -32,7 +32,10 @@ class Product(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("a", "b", "c", "out")),
-        *((name, ctypes.c_bool) for name in ("fp8", "a_k_major", "b_k_major", "a_in_registers")),
+        *(
+            (name, ctypes.c_bool)
+            for name in ("fp8", "fp16", "a_k_major", "b_k_major", "a_in_registers")
+        ),
     ]
 
 
@@ -56,9 +59,10 @@ def pointer(x: torch.Tensor) -> ctypes.c_void_p:
 
 PRIMITIVES = (CSRC / "sm90" / "primitives.cuh").read_text()
 WIDTHS = [int(n) for n in re.findall(r"^SM90_WGMMA\((\d+)", PRIMITIVES, re.MULTILINE)]
-FP8_LAYOUT = {"fp8": True, "a_k_major": True, "b_k_major": True, "a_in_registers": False}
+FP8_LAYOUT = {"fp8": True, "a_k_major": True, "b_k_major": True}
 LAYOUTS = [FP8_LAYOUT] + [
-    {"fp8": False, "a_k_major": a, "b_k_major": b, "a_in_registers": registers}
+    {"fp16": fp16, "a_k_major": a, "b_k_major": b, "a_in_registers": registers}
+    for fp16 in (False, True)
     for a, registers in ((True, False), (False, False), (True, True))
     for b in (True, False)
 ]
@@ -66,7 +70,8 @@ LAYOUTS = [FP8_LAYOUT] + [
 
 def hopper_sums(a: torch.Tensor, b: torch.Tensor, c):
     """c + a · bᵀ as WGMMAs of 32 bytes of K add on Hopper."""
-    name, fraction, result, block = ("e4m3", 13, 13, 32) if a.dtype == FP8 else ("bf16", 25, 23, 16)
+    name = {FP8: "e4m3", torch.bfloat16: "bf16", torch.float16: "f16"}[a.dtype]
+    fraction, result, block = (13, 13, 32) if a.dtype == FP8 else (25, 23, 16)
     codes = [x.view(torch.uint8 if a.dtype == FP8 else torch.uint16).numpy() for x in (a, b)]
     return tensor_core_model.dot_add(*codes, name, c, fraction, result, block)
 
@@ -74,8 +79,10 @@ def hopper_sums(a: torch.Tensor, b: torch.Tensor, c):
 @pytest.mark.parametrize("N", WIDTHS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: " ".join(k for k, on in x.items() if on))
 def test_wgmma(kernels, N, layout, generator):
-    """The bits of Hopper's sums: both types and layouts, A in registers, with and without C."""
-    K, dtype = (128, FP8) if layout["fp8"] else (64, torch.bfloat16)
+    """The bits of Hopper's sums: all types and layouts, A in registers, with and without C."""
+    K, dtype = 64, torch.float16 if layout.get("fp16") else torch.bfloat16
+    if "fp8" in layout:
+        K, dtype = 128, FP8
     a, b = (torch.randn(rows, K, generator=generator).to(dtype) for rows in (64, N))
     addend = torch.randn(64, N, generator=generator)
     stored = [x if k_major else x.T.contiguous()
@@ -103,6 +110,14 @@ def test_bulk_load_and_shuffles(kernels, order):
     name = "emulate_bulk_load_and_shuffles"
     call(kernels, name, x, out, read=[x], write=[out], order=order)
     assert out.tolist() == [*x.tolist(), x.sum().item(), 6.0]
+
+
+@every_order
+def test_copy_async(kernels, order, generator):
+    x = torch.randint(1, 2**30, (2, 32, 4), generator=generator, dtype=torch.int32)
+    out = torch.full_like(x, -1)
+    call(kernels, "emulate_copy_async", x, out, read=[x], write=[out], order=order)
+    compare.assert_bitwise(out, torch.where(torch.arange(32)[:, None] % 3 > 0, x, 0))
 
 
 @pytest.mark.parametrize("swizzle", [False, True])
@@ -306,18 +321,18 @@ def test_conversions(kernels, name, dtype, generator):
     )
 
 
-def test_e4m3_to_bf16(kernels):
+def test_e4m3_to_fp16(kernels):
     codes = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
     words = torch.cat([codes, torch.zeros_like(codes)], 1).view(torch.int32).flatten()
-    got = apply(kernels, "e4m3_to_bf16", words, dtype=torch.bfloat16)
-    assert_same_bits(got.view(-1, 2), codes.view(FP8).bfloat16())
+    got = apply(kernels, "e4m3_to_fp16", words, dtype=torch.float16)
+    assert_same_bits(got.view(-1, 2), codes.view(FP8).half())
 
 
 def test_arithmetic(kernels, generator):
     x, y, z = (torch.randn(512, generator=generator) for _ in range(3))
-    pairs = [v.bfloat16().view(torch.int32) for v in (x, y)]
-    product = apply(kernels, "multiply_bf16", *pairs, dtype=torch.bfloat16)
-    assert_same_bits(product, (x.bfloat16().double() * y.bfloat16().double()).bfloat16())
+    pairs = [v.half().view(torch.int32) for v in (x, y)]
+    product = apply(kernels, "multiply_fp16", *pairs, dtype=torch.float16)
+    assert_same_bits(product, (x.half().double() * y.half().double()).half())
     fused = apply(kernels, "fused_multiply_add", x, y, z, dtype=torch.float32)
     want = x.double() * y.double() + z.double()  # the product has 48 of 53 bits, so it is exact
     assert_same_bits(fused, want.float())
@@ -414,6 +429,9 @@ ERRORS = {
     "a copy of 24 bytes": "bulk_load: addresses and size must be multiples of 16 bytes",
     "a copy without barrier_init_fence": "bulk_load: no barrier_init_fence after barrier_init",
     "a copy past its tensor": r"bulk_load: out of bounds: 48 bytes at offset 0 .* read\[0\]",
+    "an asynchronous copy not aligned": "copy_async: addresses must be multiples of 16 bytes",
+    "an asynchronous copy past its tensor": r"copy_async: out of bounds: 16 bytes .* read\[0\]",
+    "an asynchronous copy over a barrier": "copy_async overwrites the barrier at offset 4096",
     "a copy over stores without a fence": "bulk_load overwrites .* thread 0 wrote and no fence",
     "a load of a copy without a wait": "load_shared reads .* a copy wrote: this thread has not",
     "a store over a copy without a wait": "store_shared overwrites .* a copy wrote: this thread",
@@ -432,6 +450,8 @@ ERRORS = {
     "too large a stride": "matrix_descriptor: expected strides below 2.18 bytes",
     "different operands in a warpgroup": "the threads of the warpgroup issue different operands",
     "an operand not fenced": "wgmma reads .* which thread 0 wrote and no fence_async_proxy",
+    "an operand copied asynchronously, fenced before the wait": "thread 0 wrote and no fence_async",
+    "an operand copied asynchronously, without a wait": "which thread 0 wrote and no fence_async",
     "wgmma without a fence": "no wgmma_fence since its registers were last written",
     "wgmma fenced before its sums are set": "written after the last wgmma_fence",
     "wgmma on its result without a fence": "no wgmma_fence since its registers were last written",

@@ -148,6 +148,16 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
       init_barrier(1);
       if (first) bulk_load(memory, constants, 48, barrier);
     }
+    if (name == "an asynchronous copy not aligned" && first) {
+      copy_async(memory + 8, constants, true);
+    }
+    if (name == "an asynchronous copy past its tensor" && first) {
+      copy_async(memory, constants + 8, true);
+    }
+    if (name == "an asynchronous copy over a barrier") {
+      init_barrier(1);
+      if (first) copy_async(memory + 4096, constants, true);
+    }
     if (name == "a copy over stores without a fence") {
       init_barrier(1);
       if (first) store_shared(memory, 1);
@@ -215,6 +225,14 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
     }
     if (name == "an operand not fenced" && thread < 128) {
       if (first) store_shared(memory, 0);
+      named_barrier_sync(1, 128);
+      multiply(matrix_descriptor(memory, 0, 1024), matrix_descriptor(memory, 0, 1024));
+    }
+    if (name.rfind("an operand copied asynchronously", 0) == 0 && thread < 128) {
+      if (first) copy_async(memory, constants, true);
+      copy_async_commit();
+      if (name == "an operand copied asynchronously, fenced before the wait") fence_async_proxy();
+      if (name != "an operand copied asynchronously, without a wait") copy_async_wait<0>();
       named_barrier_sync(1, 128);
       multiply(matrix_descriptor(memory, 0, 1024), matrix_descriptor(memory, 0, 1024));
     }

@@ -28,7 +28,10 @@ extern "C" int emulate_mla_decode(const deepkern::MlaArguments* p, int blocks, u
                               static_cast<uint64_t>(p->q_row_stride) * 2, 64, MlaTile::ROWS, 2,
                               true};
   try {
-    const auto kernel = p->fp8 ? sm90::mla_decode<true> : sm90::mla_decode<false>;
+    const auto kernel = p->sparse ? p->fp8 ? sm90::mla_decode<true, true>
+                                           : sm90::mla_decode<false, true>
+                        : p->fp8 ? sm90::mla_decode<true, false>
+                                 : sm90::mla_decode<false, false>;
     emulator::Machine machine(launch, [&] { kernel(map, q_map, *p); });
     launch.blocks = p->batch * ((p->Sq * p->H + 3) / 4);
     launch.threads = 128;

@@ -5,12 +5,12 @@
 
 namespace {
 
-// out = A · Bᵀ (+ c) for 64 rows of A, N rows of B and 128 bytes of K. bf16 operands may also be
-// M-major or N-major.
+// out = A · Bᵀ (+ c) for 64 rows of A, N rows of B and 128 bytes of K. bf16 and fp16 operands may
+// also be M-major or N-major.
 struct Product {
   char *a, *b;      // K-major: [64, K] and [N, K]; else transposed
   float *c, *out;  // [64, N]; c may be null
-  bool fp8, a_k_major, b_k_major, a_in_registers;
+  bool fp8, fp16, a_k_major, b_k_major, a_in_registers;
 };
 
 // This thread's pairs of bf16 of A [64, 64] in the register layout of WGMMA, from global memory.
@@ -34,9 +34,17 @@ void issue(const Product& p, float (&d)[N / 2], char* a_tile, char* b_tile, int 
     uint32_t pairs[4];
     load_pairs(pairs, p.a, step * 16);
     wgmma_fence();
+    if (p.fp16) {
+      return p.b_k_major ? wgmma_fp16<N, true>(d, pairs, b, add)
+                         : wgmma_fp16<N, false>(d, pairs, b, add);
+    }
     if (p.b_k_major) return wgmma_bf16<N, true>(d, pairs, b, add);
     return wgmma_bf16<N, false>(d, pairs, b, add);
   }
+  if (p.fp16 && p.a_k_major && p.b_k_major) return wgmma_fp16<N, true, true>(d, a, b, add);
+  if (p.fp16 && p.a_k_major) return wgmma_fp16<N, true, false>(d, a, b, add);
+  if (p.fp16 && p.b_k_major) return wgmma_fp16<N, false, true>(d, a, b, add);
+  if (p.fp16) return wgmma_fp16<N, false, false>(d, a, b, add);
   if (p.a_k_major && p.b_k_major) return wgmma_bf16<N, true, true>(d, a, b, add);
   if (p.a_k_major) return wgmma_bf16<N, true, false>(d, a, b, add);
   if (p.b_k_major) return wgmma_bf16<N, false, true>(d, a, b, add);
@@ -111,6 +119,25 @@ int emulate_store_matrix(uint16_t* out, RunOptions options) {
 
 // out[0:32] = in, by bulk_load; out[32] = their sum, by shuffle_xor; out[33] = in[5], by
 // shuffle_from.
+// Copies x [2, 32, 4] in two groups, with zeros for every third lane, to out [2, 32, 4].
+int emulate_copy_async(const uint32_t* x, Chunk* out, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 32, 1024), [&] {
+    const int lane = lane_index();
+    char* memory = shared_memory();
+    for (int group = 0; group < 2; ++group) {
+      const int at = group * 32 + lane;
+      copy_async(memory + at * 16, x + at * 4, lane % 3 > 0);
+      copy_async_commit();
+    }
+    copy_async_wait<1>();
+    store_global(out + lane, load_shared<Chunk>(memory + lane * 16));
+    copy_async_wait<0>();
+    warp_sync();
+    const int other = 32 + (lane + 1) % 32;
+    store_global(out + other, load_shared<Chunk>(memory + other * 16));
+  });
+}
+
 int emulate_bulk_load_and_shuffles(const float* in, float* out, RunOptions options) {
   return run_checked(options, make_launch(options, 1, 32, 144), [&] {
     char* memory = shared_memory();
@@ -396,8 +423,8 @@ int emulate_numbers(const char* function, const uint32_t* x, const uint32_t* y, 
     if (name == "high_bf16") return float_bits(to_float(high_bf16(a)));
     if (name == "low_fp16") return float_bits(to_float(low_fp16(a)));
     if (name == "high_fp16") return float_bits(to_float(high_fp16(a)));
-    if (name == "e4m3_to_bf16") return e4m3_to_bf16(static_cast<uint16_t>(a));
-    if (name == "multiply_bf16") return multiply_bf16(a, b);
+    if (name == "e4m3_to_fp16") return e4m3_to_fp16(static_cast<uint16_t>(a));
+    if (name == "multiply_fp16") return multiply_fp16(a, b);
     if (name == "divide") return float_bits(divide(u, v));
     if (name == "fused_multiply_add") return float_bits(fused_multiply_add(u, v, w));
     if (name == "exp2_of") return float_bits(exp2_of(u));

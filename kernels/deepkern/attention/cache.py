@@ -135,6 +135,22 @@ def check_block_table(op: str, pages: Tensor, num_pages: int) -> None:
                f"pages in [0, {num_pages})", wrong[:1].tolist())  # fmt: skip
 
 
+def unsupported_on_hopper(q: Tensor, cache: Tensor, v_head_dim: int) -> str | None:
+    """Why the `cuda` backend (csrc/sm90/mla_decode.cuh) does not support these, or None."""
+    if q.dtype != torch.bfloat16 or cache.dtype not in (torch.bfloat16, torch.uint8):
+        return (
+            f"it supports q in bfloat16 and a bfloat16 or FP8 cache, not {q.dtype}, {cache.dtype}"
+        )
+    if q.shape[-1:] != (576,) or v_head_dim != 512:
+        return f"it supports 512 + 64 values a token, not v_head_dim {v_head_dim} of {q.shape[-1]}"
+    strides = [stride * cache.element_size() for stride in cache.stride()[:2]]
+    if any(stride % 16 for stride in strides):
+        return f"it supports tokens at multiples of 16 bytes, not strides {strides} in bytes"
+    if cache.data_ptr() % 16:
+        return "it supports a cache at a multiple of 16 bytes"
+    return None
+
+
 @triton.jit
 def load(row_ptr, index, mask, DTYPE: tl.constexpr):
     """Values of DTYPE at `index` from `row_ptr`, which may point to bytes; 0 where masked."""

@@ -29,7 +29,13 @@ from ..arithmetic import cdiv, next_power_of_2
 from ..runtime.contract import check_that
 from ..runtime.op import op
 from . import paged_launch
-from .cache import check_block_table, check_decode, check_lengths, check_page_size
+from .cache import (
+    check_block_table,
+    check_decode,
+    check_lengths,
+    check_page_size,
+    unsupported_on_hopper,
+)
 from .fp8_tokens import LEAST_UNIT
 from .paged_launch import Tile
 from .splits import length_of, split_length_of
@@ -228,16 +234,4 @@ def check_contents(q, cache, block_table, cache_seqlens, *_) -> None:
 
 @mla_decode.op.register_limits("cuda")
 def _unsupported_on_hopper(q, cache, block_table, cache_seqlens, softmax_scale, causal, v_head_dim):
-    """Why the `cuda` backend (csrc/sm90/mla_decode.cuh) does not support these, or None."""
-    if q.dtype != torch.bfloat16 or cache.dtype not in (torch.bfloat16, torch.uint8):
-        return (
-            f"it supports q in bfloat16 and a bfloat16 or FP8 cache, not {q.dtype}, {cache.dtype}"
-        )
-    if q.shape[-1:] != (576,) or v_head_dim != 512:
-        return f"it supports 512 + 64 values a token, not v_head_dim {v_head_dim} of {q.shape[-1]}"
-    strides = [stride * cache.element_size() for stride in cache.stride()[:2]]
-    if any(stride % 16 for stride in strides):
-        return f"it supports tokens at multiples of 16 bytes, not strides {strides} in bytes"
-    if cache.data_ptr() % 16:
-        return "it supports a cache at a multiple of 16 bytes"
-    return None
+    return unsupported_on_hopper(q, cache, v_head_dim)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..runtime.op import op
 from . import sparse
-from .cache import check_decode, check_page_size
+from .cache import check_decode, check_page_size, unsupported_on_hopper
 from .paged_launch import Tile
 
 
@@ -91,6 +91,11 @@ def _launch_triton(q, cache, indices, softmax_scale, topk_length, attn_sink, v_h
         q, cache, indices, softmax_scale, topk_length, attn_sink, out, lse, None, choose_tile(*args)
     )
     return out, lse
+
+
+@mla_sparse_decode.op.register_limits("cuda")
+def _unsupported_on_hopper(q, cache, indices, softmax_scale, topk_length, attn_sink, v_head_dim):
+    return unsupported_on_hopper(q, cache, v_head_dim)
 
 
 @mla_sparse_decode.op.register_debug_check

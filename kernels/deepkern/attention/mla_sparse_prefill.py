@@ -21,6 +21,7 @@ from torch import Tensor
 from ..runtime.contract import check_that
 from ..runtime.op import op
 from . import sparse, sparse_gradients
+from .cache import unsupported_on_hopper
 from .paged_launch import Tile
 
 
@@ -104,6 +105,11 @@ def _launch_triton(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_le
         out[:, None], lse[..., None], max_logits, choose_tile(*args),
     )  # fmt: skip
     return out, max_logits, lse
+
+
+@mla_sparse_prefill.op.register_limits("cuda")
+def _unsupported_on_hopper(q, kv, indices, softmax_scale, v_head_dim, attn_sink, topk_length):
+    return unsupported_on_hopper(q, kv, v_head_dim)
 
 
 @mla_sparse_prefill.op.register_debug_check

@@ -1,0 +1,114 @@
+"""Every bug planted in the sparse kernels of mla_decode.cuh is found: see test_planted_bugs.py."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import deepkern
+from deepkern.testing import compare
+
+from .conftest import EmulatorFailure, planted, sparse_of
+from .test_mla_decode import CACHES
+from .test_mla_sparse import operands, poisoned
+from .test_planted_bugs import ANY, WRONG
+
+# Hook -> regular expression of the expected error, with a bf16 cache.
+BUGS = {
+    # Indices.
+    "index_not_clamped": "out of bounds",
+    "indices_of_first_query": ANY,
+    "length_of_other_query": ANY,
+    "place_of_other_token": ANY,
+    # Gather.
+    "no_wait_for_empty_tile": ANY,
+    "no_wait_for_gather": ANY,
+    "no_fence_after_gather": "no fence_async_proxy followed",
+    "gather_not_swizzled": WRONG,
+    "absent_tokens_not_zeroed": WRONG,
+    "absent_tokens_not_marked": WRONG,
+    "three_warps_release_a_piece": ANY,
+    "wait_piece_wrong_parity": "deadlock",
+    # Consumers.
+    "no_wait_for_piece_0": ANY,
+    "no_wait_for_piece_1": ANY,
+    "phase_not_advanced": ANY,
+    "releases_other_piece": ANY,
+    "items_in_one_place": ANY,
+    # Epilogue.
+    "sink_of_head_0": WRONG,
+    "no_sink_in_single_split": WRONG,
+    "no_sink_in_combine": WRONG,
+    "lse_of_first_query": ANY,
+    "all_splits_in_one_place": "the accesses are not synchronized",
+}
+# The same with an FP8 cache.
+FP8_BUGS = {
+    "index_not_clamped": "out of bounds",
+    "no_wait_for_empty_tile": ANY,
+    "no_fence_after_unpacking": "no fence_async_proxy followed",
+    "announces_half_filled_tile": ANY,
+    "place_of_previous_tokens": ANY,
+    "absent_fp8_tokens_not_marked": WRONG,
+    "scale_of_block_0": WRONG,
+    "no_wait_for_fp8_tile": ANY,
+}
+
+
+def cases(generator, kind: dict) -> list[tuple]:
+    """Two splits and several queries; a full row tile; slot 0 is poisoned, sinks differ."""
+    found = []
+    for size in ({"B": 2, "Sq": 2, "H": 3, "topk": 1100, "tokens": 400, "page": 16},
+                 {"B": 3, "H": 64, "topk": 330, "tokens": 200},
+                 {"B": 3, "Sq": 2, "H": 5, "topk": 70, "lengths": True}):  # fmt: skip
+        args = list(operands(generator, sink=True, **size, **kind))
+        q, cache, indices = args[:3]
+        q[:, :, 0] *= 30  # the row maximum changes from tile to tile
+        indices[indices == 0] = -1
+        indices[:, :, 5::31] = cache.shape[0] * cache.shape[1] + 3
+        if args[4] is not None:
+            args[4] = torch.tensor([70, 3, 66], dtype=torch.int32)
+        found.append(poisoned(tuple(args)))
+    return found
+
+
+def find_error(sparse, all_args: list[tuple]) -> str:
+    """The first error that the emulator or a comparison finds, or an empty string."""
+    want = [deepkern.reference.mla_sparse_decode(*args) for args in all_args]
+    try:
+        for seed in range(20):
+            for args, exact in zip(all_args, want, strict=True):
+                order = ("random", "earliest", "latest")[seed % 3]
+                for mine, other in zip(sparse(*args, seed=seed, order=order), exact, strict=True):
+                    compare.assert_close(mine, other)
+    except EmulatorFailure as failure:
+        return str(failure)
+    except compare.Mismatch:
+        return WRONG
+    return ""
+
+
+def check_is_caught(bug: str, expected: str, all_args: list[tuple]) -> None:
+    with planted(bug, "mla_decode") as library:
+        found = find_error(sparse_of(library), all_args)
+    assert re.search(expected, found, re.DOTALL), f"expected {expected!r}, found {found!r}"
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_caught(bug, generator):
+    check_is_caught(bug, BUGS[bug], cases(generator, {}))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("bug", FP8_BUGS)
+def test_fp8_cache_bug_is_caught(bug, generator):
+    check_is_caught(bug, FP8_BUGS[bug], cases(generator, CACHES["fp8"]))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", CACHES.values(), ids=CACHES)
+def test_correct_kernel_passes_the_search(emulated_sparse, kind, generator):
+    assert find_error(emulated_sparse, cases(generator, kind)) == ""
