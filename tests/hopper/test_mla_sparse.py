@@ -50,6 +50,7 @@ def assert_same(got: tuple, want: tuple, label: str = "result") -> None:
         compare.assert_bitwise(mine, other, f"{name} {label}")
 
 
+pytestmark = pytest.mark.slow  # compiles the emulator
 PROOF = pytest.mark.proof
 
 
