@@ -25,8 +25,13 @@
 // including it.
 // The smem has two token tiles. Each has two pieces, column blocks 0 to 3 and 4 to 8, and each
 // piece is released by the warpgroup that multiplies it by P. FP8 cache: the products take the codes
-// and Q in fp16, both exactly; the scales are applied in fp32 to the scores and in fp16 to P, per
-// block of 128 values.
+// and Q in fp16; the scales are applied in fp32 to the scores and in fp16 to P, per block of 128
+// values.
+//
+// Range of an FP8 cache: codes are exact in fp16. So are values of Q down to 2^-17 of the largest
+// one of their row; smaller ones lose bits. A token whose scale is less than 2^-28 of the largest
+// scale of an earlier tile or of its own, of masked tokens too, loses bits of its values, and has no
+// weight from 2^-38 on.
 //
 // The splits depend on the sequence's own length and on Sq · H. `mla_combine` adds their results in
 // order.

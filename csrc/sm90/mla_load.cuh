@@ -241,7 +241,7 @@ struct Bf16Loader {
 constexpr uint32_t MAGNITUDE_MASK = 0x7fffffff;  // of a float32
 constexpr int INFINITY_BITS = 0x7f800000, LEAST_SCALE = 27 << 23;  // 2^-100, as bits of a float32
 constexpr float LEAST_QUOTIENT = 0x1p-26f;
-// Biased exponents of units.
+// Biased exponents of units; the largest one is of Q alone.
 constexpr int LEAST_UNIT = 27, LARGEST_UNIT = 247;
 
 SM90_DEVICE float magnitude(float x) { return float_of(float_bits(x) & MAGNITUDE_MASK); }
@@ -367,7 +367,7 @@ struct Fp8Loader {
   SM90_DEVICE void store_units(const TokenTile& tile) {
     block_max = max_of(block_max, shuffle_xor(block_max, 8));
     block_max = max_of(block_max, shuffle_xor(block_max, 16));
-    const int unit = min_of(static_cast<int>(float_bits(block_max) >> 23), LARGEST_UNIT);
+    const uint32_t unit = float_bits(block_max) >> 23;  // at most 254: the scale is finite
     if (lane_index() < MlaTile::SCALE_BLOCKS) {
       store_shared(tile.units + thread_index() % 128 / 32 * MlaTile::SCALE_BLOCKS + lane_index(),
                    static_cast<uint8_t>(unit));

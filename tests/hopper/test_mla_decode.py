@@ -187,6 +187,20 @@ def test_scales_of_any_size(emulated_mla, generator):
         check(emulated_mla, (q, poisoned, table, lengths, *rest))
 
 
+def test_the_largest_scale(emulated_mla, generator):
+    """A token with scale 2^126 has all the weight."""
+    kind = CACHES["fp8"]
+    q, cache, table, lengths, *rest = operands(generator, lengths=(130,), H=3, **kind)
+    q[:] = 0.0
+    q[..., 0] = 2.0**-20
+    cache[..., :512] = 0x38  # 1
+    scales_of(cache)[:] = 1.0
+    page, slot = table[0, 70 // cache.shape[1]], 70 % cache.shape[1]
+    scales_of(cache)[page, slot] = 2.0**126
+    out, _ = check(emulated_mla, (q, cache, table, lengths, *rest))
+    assert (out.float() == 2.0**126).all()
+
+
 @pytest.mark.parametrize("at", [0, 300, 511, 512, 524, 600])
 def test_nan_reaches_only_its_token(emulated_mla, at, generator):
     """NaN in a code, a scale or a RoPE value. If a query masks the token, the result matches the
