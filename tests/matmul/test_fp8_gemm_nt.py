@@ -106,7 +106,7 @@ ODD_SHAPES = [
     (129, 2112, 129, "fp32"),
 ]
 LARGE_ODD_SHAPES = [
-    (257, 576, 7168, "ue8m0"),
+    pytest.param(257, 576, 7168, "ue8m0", marks=pytest.mark.proof),
     (0, 2112, 7168, "fp32"),
 ]
 
