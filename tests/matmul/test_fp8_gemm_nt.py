@@ -107,14 +107,11 @@ ODD_SHAPES = [
 ]
 LARGE_ODD_SHAPES = [
     pytest.param(257, 576, 7168, "ue8m0", marks=pytest.mark.proof),
-    (0, 2112, 7168, "fp32"),
+    pytest.param(0, 2112, 7168, "fp32", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(
-    ("M", "N", "K", "scale_format"),
-    [*ODD_SHAPES, *(pytest.param(*shape, marks=pytest.mark.slow) for shape in LARGE_ODD_SHAPES)],
-)
+@pytest.mark.parametrize(("M", "N", "K", "scale_format"), [*ODD_SHAPES, *LARGE_ODD_SHAPES])
 def test_odd_shapes(backend, generator, M, N, K, scale_format):
     """The operands are slices of wider matrices."""
     a, a_scale = deepkern.reference.cast_per_token(values(generator, M, K + 16), scale_format)
