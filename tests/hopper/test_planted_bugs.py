@@ -111,13 +111,13 @@ SPLIT_BUGS = {
 }
 
 
-def search_splits(gemm, tile: Tile, generator) -> None:
+def search_splits(gemm, tile: Tile, generator, seeds: int = 30) -> None:
     """The same with four splits of K, the last of which is shorter or empty."""
     for K in (1152, 384):
         args = operands(tile, generator, 40, 376, K)
         want = reference(tile, args, torch.float32, splits=4)
         other = SERIAL_SPLIT_K if tile.swapped else CLUSTER_SPLIT_K
-        for seed in range(30):
+        for seed in range(seeds):
             how = {"seed": seed, "order": ("random", "earliest", "latest")[seed % 3], "splits": 4}
             got = run(gemm, tile, args, torch.float32, blocks=4 if tile.swapped else 1, **how)
             compare.assert_bitwise(got, want)
@@ -126,14 +126,14 @@ def search_splits(gemm, tile: Tile, generator) -> None:
                 compare.assert_bitwise(got, same)
 
 
-def search(gemm, tile: Tile, generator) -> None:
+def search(gemm, tile: Tile, generator, seeds: int = 40) -> None:
     """Raises the first error that the emulator or a comparison finds."""
     many = operands(tile, generator, 270, 264, 128)  # many tiles, short mainloops
     deep = operands(tile, generator, 140, 136, 1152, G=2)
     few = operands(tile, generator, 70, 72, 128)
     want = [reference(tile, args) for args in (many, deep)]
     padded = torch.full((71, 72), torch.nan, dtype=torch.bfloat16)
-    for seed in range(40):
+    for seed in range(seeds):
         how = {"seed": seed, "order": ("random", "earliest", "latest")[seed % 3]}
         for args, exact, blocks in ((many, want[0], 1), (deep, want[1], 2)):
             compare.assert_bitwise(run(gemm, tile, args, blocks=blocks, **how), exact)
@@ -146,10 +146,10 @@ def search(gemm, tile: Tile, generator) -> None:
                 raise compare.Mismatch("stored past the last row")
 
 
-def find_error(gemm, tile: Tile, generator, search=search) -> str:
+def find_error(gemm, tile: Tile, generator, search=search, **how) -> str:
     """The error that the search finds, or an empty string."""
     try:
-        search(gemm, tile, generator)
+        search(gemm, tile, generator, **how)
     except EmulatorFailure as failure:
         return str(failure)
     except compare.Mismatch as mismatch:
@@ -197,6 +197,7 @@ def test_split_k_bug_is_caught(bug, generator):
 @pytest.mark.proof
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_correct_kernel_passes_the_search(emulated, tile, generator):
-    assert find_error(emulated, tile, generator) == ""
+    """In fewer schedules: test_fp8_gemm.py has more of them."""
+    assert find_error(emulated, tile, generator, seeds=9) == ""
     if tile.splits_k and tile.b_rows == 128:
-        assert find_error(emulated, tile, generator, search_splits) == ""
+        assert find_error(emulated, tile, generator, search_splits, seeds=9) == ""
