@@ -58,7 +58,8 @@ FP8_BUGS = {
 
 
 def cases(generator, kind: dict) -> list[tuple]:
-    """Two splits and several queries; a full row tile; slot 0 is poisoned, sinks differ."""
+    """Two splits and several queries; a full row tile; slot 0 is poisoned. A sink weighs as much as
+    all tokens of the query that has the least lse."""
     found = []
     for size in ({"B": 2, "Sq": 2, "H": 3, "topk": 1100, "tokens": 400, "page": 16},
                  {"B": 3, "H": 64, "topk": 330, "tokens": 200},
@@ -70,7 +71,10 @@ def cases(generator, kind: dict) -> list[tuple]:
         indices[:, :, 5::31] = cache.shape[0] * cache.shape[1] + 3
         if args[4] is not None:
             args[4] = torch.tensor([70, 3, 66], dtype=torch.int32)
-        found.append(poisoned(tuple(args)))
+        args = poisoned(tuple(args))
+        lse = deepkern.reference.mla_sparse_decode(*args[:5])[1]
+        args[5].copy_(lse.amin((0, 1)))
+        found.append(args)
     return found
 
 
