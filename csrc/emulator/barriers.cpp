@@ -98,11 +98,15 @@ void maybe_complete_phase(Machine& m, Mbarrier& b) {
 
 enum class Scope { block, cluster };
 
+void check_arrival(const Block& block, const Mbarrier& b) {
+  if (b.pending_arrivals == 0) fail("a barrier gets more arrivals than its initial count");
+  if (block.running_threads == 0) fail("arrival at a barrier of a block that has ended");
+}
+
 void arrive(Block& block, Mbarrier& b, int64_t bytes, Scope scope = Scope::block) {
   Thread& t = current();
   t.finish_stores();
-  if (b.pending_arrivals == 0) fail("a barrier gets more arrivals than its initial count");
-  if (block.running_threads == 0) fail("arrival at a barrier of a block that has ended");
+  check_arrival(block, b);
   if (&block == t.block) {
     b.arriving.merge(t.clock);
   } else if (scope == Scope::cluster) {
@@ -195,6 +199,13 @@ void complete_bytes(Block& block, Mbarrier& barrier, uint32_t bytes) {
   if (barrier.pending_bytes <= -(1 << 20)) {
     fail("a barrier gets more than 2^20 - 1 bytes that no thread has announced");
   }
+  maybe_complete_phase(*block.machine, barrier);
+}
+
+void complete_arrival(Mbarrier& barrier) {
+  Block& block = *current().block;
+  check_arrival(block, barrier);
+  --barrier.pending_arrivals;
   maybe_complete_phase(*block.machine, barrier);
 }
 

@@ -31,6 +31,8 @@ void converge_and_wait(const char* what, uint64_t operands = 0);
 
 // Counts the bytes of a copy that is done on the barrier at an offset of `block`'s shared memory.
 void complete_bytes(Block& block, Mbarrier& barrier, uint32_t bytes);
+// An arrival of the current thread by its copies, which are done now: it passes no clock on.
+void complete_arrival(Mbarrier& barrier);
 // The barrier that a copy to `block` completes on.
 Mbarrier& barrier_of_copy(Block& block, uint32_t offset);
 

@@ -11,6 +11,7 @@ using emulator::check_no_barrier;
 using emulator::Cluster;
 using emulator::cluster;
 using emulator::cluster_block;
+using emulator::CopyGroup;
 using emulator::current;
 using emulator::fail;
 using emulator::Machine;
@@ -81,7 +82,39 @@ void load_box(Block& block, uint32_t tile, uint32_t barrier, const emulator::Ten
   emulator::complete_bytes(block, b, map.box_bytes());
 }
 
+int most_copies_in_flight = 0;  // of a thread, since the last call of emulate_most_copies
+
+void arrive(Block& block, const emulator::CopyArrival& arrival) {
+  Mbarrier& b = emulator::barrier_of_copy(block, arrival.barrier);
+  for (const uint32_t offset : arrival.offsets) {
+    block.records.copy_arrived(offset, 16, b.number, b.phase);
+  }
+  emulator::complete_arrival(b);
+}
+
+// The copies of a group of the current thread are done together, at some time from here on.
+void do_later(const std::shared_ptr<CopyGroup>& group) {
+  Thread* t = &current();
+  cluster().schedule([=] {
+    Block& block = *t->block;
+    for (const auto& [offset, from] : group->copies) {
+      char* to = block.shared + offset;
+      if (from) block.machine->record_access(Access::constant, from, 16, "copy_async");
+      from ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+    }
+    group->done = true;
+    t->copies_in_flight -= static_cast<int>(group->copies.size());
+    block.machine->wake(t->copy_waiters);
+    for (const auto& arrival : group->arrivals) {
+      if (--arrival->groups == 0) arrive(block, *arrival);
+    }
+  });
+}
+
 }  // namespace
+
+// The most cp.async copies of one thread that were in flight since the last call.
+extern "C" int emulate_most_copies() { return std::exchange(most_copies_in_flight, 0); }
 
 namespace sm90 {
 
@@ -140,24 +173,31 @@ void copy_async(void* to, const void* from, bool valid) {
   if (valid) emulator::memory().check(from, 16, false, "copy_async");
   t.block->records.copy_store(offset, 16, "copy_async");
   t.open_copy_group->copies.push_back({offset, valid ? from : nullptr});
+  most_copies_in_flight = std::max(most_copies_in_flight, ++t.copies_in_flight);
 }
 
-// The copies of a group are done together, at some time from here on.
 void copy_async_commit() {
   Thread& t = current();
-  const auto group = std::exchange(t.open_copy_group, std::make_shared<emulator::CopyGroup>());
-  t.copy_groups.push_back(group);
-  Machine* m = &machine();
-  Thread* thread = &t;
-  cluster().schedule([=] {
-    for (const auto& [offset, from] : group->copies) {
-      char* to = thread->block->shared + offset;
-      if (from) m->record_access(Access::constant, from, 16, "copy_async");
-      from ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
-    }
-    group->done = true;
-    m->wake(thread->copy_waiters);
-  });
+  t.copy_groups.push_back(t.open_copy_group);
+  do_later(std::exchange(t.open_copy_group, std::make_shared<CopyGroup>()));
+}
+
+// The arrival takes the copies over: a later wait of the thread does not wait for them.
+void barrier_arrive_after_copies(Barrier* barrier) {
+  Thread& t = current();
+  t.block->mbarrier(barrier, "barrier_arrive_after_copies");
+  const uint32_t offset = t.block->offset(barrier, 8, "barrier_arrive_after_copies");
+  const auto arrival = std::make_shared<emulator::CopyArrival>(emulator::CopyArrival{offset});
+  const auto last = std::exchange(t.open_copy_group, std::make_shared<CopyGroup>());
+  t.copy_groups.push_back(last);
+  for (const auto& group : t.copy_groups) {
+    for (const auto& copy : group->copies) arrival->offsets.push_back(copy.offset);
+    if (group->done) continue;
+    group->arrivals.push_back(arrival);
+    ++arrival->groups;
+  }
+  t.copy_groups.clear();
+  do_later(last);
 }
 
 void copy_async_wait_groups(int pending) {

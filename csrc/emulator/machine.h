@@ -68,8 +68,16 @@ struct StoreGroup {
   int pending_reads = 0, pending_writes = 0;
 };
 
+// An arrival of a thread at an mbarrier that happens when earlier copies of the thread are done.
+struct CopyArrival {
+  uint32_t barrier;  // offset in shared memory
+  int groups = 0;    // not done yet
+  std::vector<uint32_t> offsets = {};  // of the copies, 16 bytes each
+};
+
 // The 16-byte copies (cp.async) of one commit group. They are generic stores of their thread, which
-// may not be relied on before the thread has waited for the group.
+// may not be relied on before the thread has waited for the group, or for an mbarrier at which it
+// arrives by its copies.
 struct CopyGroup {
   struct Copy {
     uint32_t offset;     // in shared memory
@@ -77,6 +85,7 @@ struct CopyGroup {
   };
   std::vector<Copy> copies;
   bool done = false;
+  std::vector<std::shared_ptr<CopyArrival>> arrivals;
 };
 
 struct Thread {
@@ -99,6 +108,7 @@ struct Thread {
   std::shared_ptr<CopyGroup> open_copy_group = std::make_shared<CopyGroup>();
   std::deque<std::shared_ptr<CopyGroup>> copy_groups;  // committed and not waited for
   WaitList copy_waiters;
+  int copies_in_flight = 0;  // started, not done
   int cluster_arrivals = 0;  // 1: arrived at the cluster barrier; -1: all others have, too
   bool waited_for_grid = false;  // called grid_dependency_wait
   bool passed_cluster_barrier = false;  // so all blocks of its cluster have started

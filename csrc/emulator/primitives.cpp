@@ -81,7 +81,8 @@ void store_matrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) 
   const uint32_t parts[4] = {a, b, c, d};
   t.block->offset(row, 16, "store_matrix_x4");
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("store_matrix_x4: address is not aligned");
-  const auto rows = warp_collect(emulator::MATRIX, reinterpret_cast<uint64_t>(row), "store_matrix_x4");
+  const auto rows =
+      warp_collect(emulator::MATRIX, reinterpret_cast<uint64_t>(row), "store_matrix_x4");
   for (int m = 0; m < 4; ++m) {
     char* target = reinterpret_cast<char*>(rows[m * 8 + t.lane() / 4]) + t.lane() % 4 * 4;
     store_shared_bytes(target, &parts[m], 4);
@@ -132,7 +133,9 @@ int shuffle_from(int x, int lane) {
   if (lane < 0 || lane >= emulator::WARP_SIZE) {
     fail("shuffle_from: lane: expected 0 to 31, got " + std::to_string(lane));
   }
-  return static_cast<int>(warp_collect(emulator::SHUFFLE, static_cast<uint32_t>(x), "shuffle_from")[lane]);
+  const auto values =
+      warp_collect(emulator::SHUFFLE, static_cast<uint32_t>(x), "shuffle_from");
+  return static_cast<int>(values[lane]);
 }
 
 // Waits until the first grid has ended. Its writes are visible after this call.

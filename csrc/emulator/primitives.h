@@ -230,6 +230,7 @@ T load_written(const T* p) {
   return *p;
 }
 void copy_async(void* to, const void* from, bool valid);
+void barrier_arrive_after_copies(Barrier* barrier);
 void copy_async_commit();
 void copy_async_wait_groups(int pending);
 template <int PENDING>

@@ -6,11 +6,22 @@
 
 namespace emulator {
 
+namespace {
+
+void raise(std::vector<uint32_t>& to, const std::vector<uint32_t>& from) {
+  if (to.size() < from.size()) to.resize(from.size());
+  for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
+}
+
+bool has(const std::vector<uint32_t>& completed, int barrier, uint32_t phase) {
+  return barrier < static_cast<int>(completed.size()) && completed[barrier] > phase;
+}
+
+}  // namespace
+
 void Clock::merge(const Clock& other) {
-  if (phases.size() < other.phases.size()) phases.resize(other.phases.size());
-  for (size_t i = 0; i < other.phases.size(); ++i) {
-    phases[i] = std::max(phases[i], other.phases[i]);
-  }
+  raise(phases, other.phases);
+  raise(fenced_phases, other.fenced_phases);
   merge_blocks(other);
 }
 
@@ -24,7 +35,11 @@ void Clock::observe_phase(int barrier, uint32_t completed) {
 }
 
 bool Clock::observed_phase(int barrier, uint32_t phase) const {
-  return barrier < static_cast<int>(phases.size()) && phases[barrier] > phase;
+  return has(phases, barrier, phase);
+}
+
+bool Clock::fenced_phase(int barrier, uint32_t phase) const {
+  return has(fenced_phases, barrier, phase);
 }
 
 void SharedMemory::reset(uint32_t bytes, bool in_cluster) {
@@ -45,8 +60,19 @@ void SharedMemory::check_copies(uint32_t offset, uint32_t bytes, const Clock& cl
     const Copy& copy = copies_[chunk];
     if (copy.barrier < 0 || clock.observed_phase(copy.barrier, copy.phase)) continue;
     fail(std::string(what) + " " + verb + " shared memory at offset " +
-         std::to_string(chunk * 16) + ", which a copy wrote: this thread has not waited for phase " +
-         std::to_string(copy.phase) + " of its barrier, nor been told by one that has");
+         std::to_string(chunk * 16) + ", which a copy wrote: this thread has not waited for " +
+         "phase " + std::to_string(copy.phase) + " of its barrier, nor been told by one that has");
+  }
+}
+
+void SharedMemory::check_fences(uint32_t offset, uint32_t bytes, const Clock& clock,
+                                const char* what, const char* verb) const {
+  for (uint32_t chunk = offset / 16; chunk <= (offset + bytes - 1) / 16; ++chunk) {
+    const Copy& copy = copies_[chunk];
+    if (!copy.generic || clock.fenced_phase(copy.barrier, copy.phase)) continue;
+    fail(std::string(what) + " " + verb + " shared memory at offset " +
+         std::to_string(chunk * 16) + ", which cp.async wrote: no fence_async_proxy followed the " +
+         "wait for phase " + std::to_string(copy.phase) + " of its barrier");
   }
 }
 
@@ -68,6 +94,13 @@ void SharedMemory::copy_store(uint32_t offset, uint32_t bytes, const char* what)
            ", which block " + std::to_string(rank) +
            " of the cluster loads: no release and acquire of cluster scope order the two");
     }
+  }
+}
+
+void SharedMemory::copy_arrived(uint32_t offset, uint32_t bytes, int barrier, uint32_t phase) {
+  std::fill_n(unfenced_writer_.begin() + offset, bytes, uint16_t{0});
+  for (uint32_t chunk = offset / 16; chunk < (offset + bytes) / 16; ++chunk) {
+    copies_[chunk] = {barrier, phase, true};
   }
 }
 
@@ -94,6 +127,7 @@ void SharedMemory::fence_async_proxy() {
     }
   }
   t.unfenced_stores.clear();
+  t.clock.fenced_phases = t.clock.phases;
 }
 
 void SharedMemory::async_load(uint32_t offset, uint32_t bytes, const char* what,
@@ -101,20 +135,25 @@ void SharedMemory::async_load(uint32_t offset, uint32_t bytes, const char* what,
   for (uint32_t i = offset; i < offset + bytes; ++i) {
     if (unfenced_writer_[i]) fail_unfenced(i, what, "reads");
   }
-  for (const Clock& clock : clocks) check_copies(offset, bytes, clock, what, "reads");
+  if (clocks.empty()) check_fences(offset, bytes, current().clock, what, "reads");
+  for (const Clock& clock : clocks) {
+    check_copies(offset, bytes, clock, what, "reads");
+    check_fences(offset, bytes, clock, what, "reads");
+  }
 }
 
 void SharedMemory::check_async_store(uint32_t offset, uint32_t bytes, const char* what) const {
   for (uint32_t i = offset; i < offset + bytes; ++i) {
     if (unfenced_writer_[i]) fail_unfenced(i, what, "overwrites");
   }
+  check_fences(offset, bytes, current().clock, what, "overwrites");
 }
 
 void SharedMemory::async_store(uint32_t offset, uint32_t bytes, int barrier, uint32_t phase,
                                const char* what) {
   check_async_store(offset, bytes, what);
   for (uint32_t chunk = offset / 16; chunk < (offset + bytes) / 16; ++chunk) {
-    copies_[chunk] = {barrier, phase};
+    copies_[chunk] = {barrier, phase, false};
   }
 }
 

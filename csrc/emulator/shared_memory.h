@@ -20,12 +20,14 @@ constexpr int MAX_CLUSTER = 8;  // blocks
 // What a thread has observed.
 struct Clock {
   std::vector<uint32_t> phases;                // completed ones of each mbarrier, by its number
+  std::vector<uint32_t> fenced_phases;         // those that a fence_async_proxy followed
   std::array<uint64_t, MAX_CLUSTER> blocks{};  // accesses to smem by that block, up to this time
 
   void merge(const Clock& other);  // of a thread of the same block
   void merge_blocks(const Clock& other);
   void observe_phase(int barrier, uint32_t phases_completed);
   bool observed_phase(int barrier, uint32_t phase) const;
+  bool fenced_phase(int barrier, uint32_t phase) const;
 };
 
 // A generic store that has not reached memory.
@@ -43,6 +45,9 @@ class SharedMemory {
   void store(uint32_t offset, uint32_t bytes, const char* what);
   // A cp.async copy of the current thread starts. A fence counts after the thread's wait for it.
   void copy_store(uint32_t offset, uint32_t bytes, const char* what);
+  // It is done, and the current thread arrives by it at a barrier, which is in `phase`. A fence
+  // counts in each thread that has waited for this phase.
+  void copy_arrived(uint32_t offset, uint32_t bytes, int barrier, uint32_t phase);
   void load(uint32_t offset, uint32_t bytes, const char* what) const;
   // A load by a thread of block `rank` of the cluster, which is another block.
   void load_from(int rank, const Clock& clock, uint32_t offset, uint32_t bytes, const char* what);
@@ -60,6 +65,7 @@ class SharedMemory {
   struct Copy {
     int barrier = -1;  // number of the mbarrier that it completed on; -1: no copy
     uint32_t phase = 0;
+    bool generic = false;  // of cp.async: the async proxy sees it after a fence
   };
   std::vector<uint16_t> unfenced_writer_;  // per byte: index + 1 of the thread, 0: fenced
   std::vector<Copy> copies_;               // last one, per 16 bytes
@@ -67,6 +73,8 @@ class SharedMemory {
   std::map<uint32_t, std::array<uint64_t, MAX_CLUSTER>> remote_loads_;  // times, by offset / 16
 
   void fail_unfenced(uint32_t at, const char* what, const char* verb) const;
+  void check_fences(uint32_t offset, uint32_t bytes, const Clock& clock, const char* what,
+                    const char* verb) const;
   void check_copies(uint32_t offset, uint32_t bytes, const Clock& clock, const char* what,
                     const char* verb) const;
 };

@@ -121,7 +121,8 @@ void execute(Block& block, int group, const Wgmma& w) {
 bool same_operands(const Wgmma& x, const Wgmma& y) {
   return x.N == y.N && x.K == y.K && x.fp8 == y.fp8 && x.fp16 == y.fp16 &&
          x.accumulate == y.accumulate && x.a == y.a && x.b == y.b &&
-         x.a_in_registers == y.a_in_registers && x.a_k_major == y.a_k_major && x.b_k_major == y.b_k_major;
+         x.a_in_registers == y.a_in_registers && x.a_k_major == y.a_k_major &&
+         x.b_k_major == y.b_k_major;
 }
 
 }  // namespace

@@ -93,6 +93,8 @@ Status commit_copies(Warp& warp, const Instruction&, uint32_t) {
 }
 
 Status wait_copies(Warp& warp, const Instruction& i, uint32_t) {
+  if (warp.copies_arrive)
+    warp.fail(i, -1, "waits for cp.async groups of which some arrive at an mbarrier: not supported");
   if (i.mode) commit_copies(warp, i, 0);  // wait_all
   wait_groups(warp, warp.copies, i.immediate);
   return Status::NEXT;
@@ -120,7 +122,12 @@ Status map_rank(Warp& warp, const Instruction& i, uint32_t mask) {
 void bind_copy(Binder& b) {
   Instruction& i = b.instruction;
   i.kind = Class::ASYNC_COPY;
-  if (b.has("commit_group")) {
+  if (b.has("mbarrier")) {
+    if (b.statement.text() != "cp.async.mbarrier.arrive.noinc.shared::cta.b64")
+      b.fail("unknown modifier");
+    i.run = arrive_after_copies;
+    i.a = b.address(0, 32, i.immediate);
+  } else if (b.has("commit_group")) {
     i.run = commit_copies;
   } else if (b.has("wait_group") || b.has("wait_all")) {
     i.run = wait_copies;

@@ -24,5 +24,7 @@ std::vector<Row> rows_of_box(const TensorMap& map, const int32_t* coordinates, u
 uint32_t box_bytes(const TensorMap& map);
 void bind_bulk(Binder& binder);      // bulk_copy.cpp
 bool bind_mbarrier(Binder& binder);  // mbarrier.cpp
+// cp.async.mbarrier.arrive.noinc, in mbarrier.cpp.
+Status arrive_after_copies(Warp& warp, const Instruction& i, uint32_t mask);
 
 }  // namespace deepkern::ptx

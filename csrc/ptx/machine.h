@@ -78,6 +78,7 @@ struct Warp {
   bool has_fenced = false;
   std::set<uint64_t> relaxed_reads;  // addresses: a fence makes the reads acquires
   Groups copies, bulk, wgmma;        // cp.async; reads of shared memory by bulk stores; wgmma
+  bool copies_arrive = false;        // some of `copies` at an mbarrier, which has taken them over
   int bulk_write_agent = -1;         // writes of global memory by bulk stores
   std::vector<PendingPointer> bulk_writes;  // their bytes were read and may not be written yet
   std::vector<uint8_t>

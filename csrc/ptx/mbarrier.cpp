@@ -2,7 +2,7 @@
 // Source: PTX ISA 9.0, section 9.7.13.15 (mbarrier).
 #include <algorithm>
 
-#include "machine.h"
+#include "async.h"
 
 namespace deepkern::ptx {
 
@@ -149,6 +149,35 @@ Status wait(Warp& warp, const Instruction& i, uint32_t mask) {
 }
 
 }  // namespace
+
+// The arrivals of the lanes, when all copies that the warp has started are done. They publish these
+// copies and nothing else of the warp.
+Status arrive_after_copies(Warp& warp, const Instruction& i, uint32_t mask) {
+  Grid& grid = *warp.grid;
+  const int agent = agent_of(warp, warp.copies.agent, "a cp.async");
+  commit_group(warp.copies);
+  std::vector<PendingPointer> copies;
+  for (auto& group : warp.copies.committed) copies.insert(copies.end(), group.begin(), group.end());
+  warp.copies.committed.clear();
+  warp.copies_arrive = true;
+  View view;
+  view.generic.resize(agent + 1);
+  view.generic[agent] = warp.copies.count;
+  std::vector<std::pair<int, Target>> arrivals;
+  for (uint32_t rest = mask; rest; rest &= rest - 1) {
+    int lane = first_lane(rest);
+    Target t = barrier_address(warp, i, lane, "arrives at an mbarrier at");
+    touch_barrier(warp, i, lane, t, Touch::ATOMIC);
+    find_mbarrier(warp, i, lane, t);
+    arrivals.push_back({lane, t});
+  }
+  grid.start("arrival of cp.async", [&warp, &grid, &i, copies, arrivals, view] {
+    for (auto& work : copies) grid.finish(*work);
+    for (auto& [lane, t] : arrivals) arrive(warp, i, lane, t, 1, view);
+    warp.block->cluster->wake();  // a warp that goes on waiting reports what is missing now
+  });
+  return Status::NEXT;
+}
 
 Mbarrier& find_mbarrier(Warp& warp, const Instruction& i, int lane, const Target& t) {
   auto found = t.block->mbarriers.find(t.offset);

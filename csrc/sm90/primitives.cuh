@@ -355,8 +355,9 @@ SM90_DEVICE void wgmma_wait() {
 }
 
 // d[64, N] (+)= a[64, K] · b[N, K]ᵀ by a warpgroup, with K = 32 for e4m3 and 16 for bf16 and
-// fp16. `a` and `b` are descriptors, or `a` is in registers as packed pairs in the accumulator layout. In thread
-// t, d[i] is row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
+// fp16. `a` and `b` are descriptors, or `a` is in registers as packed pairs in the accumulator
+// layout. In thread t, d[i] is row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) +
+// 2 (t % 4) + i % 2.
 template <int N>
 struct Wgmma;
 template <int N>
@@ -486,8 +487,8 @@ SM90_DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::
 SM90_DEVICE void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // Global memory accesses, aligned to their size. load_global is for data that no thread writes
-// while the grid runs. load_written is for data that an earlier grid (after grid_dependency_wait) or this
-// block may have written.
+// while the grid runs. load_written is for data that an earlier grid (after grid_dependency_wait)
+// or this block may have written.
 template <class T>
 SM90_DEVICE T load_global(const T* p) {
   return __ldg(p);
@@ -535,6 +536,14 @@ SM90_DEVICE T load_written(const T* p) {
 SM90_DEVICE void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+// This thread's arrival at `barrier` when all copies that it has started are done. Nothing else of
+// this thread is ordered before. A thread that waits sees the bytes, and after fence_async_proxy so
+// do the WGMMAs that it issues.
+SM90_DEVICE void barrier_arrive_after_copies(Barrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
+                   shared_address(barrier))
                : "memory");
 }
 SM90_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

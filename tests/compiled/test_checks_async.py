@@ -59,6 +59,18 @@ cp.async.commit_group;
 cp.async.wait_group 0;
 ld.shared.b32 %r1, [%slot];
 """
+# Two warps copy and arrive by their copies.
+ARRIVE = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%bar];"
+ARRIVAL = (
+    INIT.replace("], 1;", "], 64;")
+    + COPY.split("cp.async.commit")[0] + ARRIVE + AGAIN
+    + "xor.b32 %r1, %thread, 33;\nmad.lo.u32 %r2, %r1, 4, %shared;\nld.shared.b32 %r1, [%r2];"
+)  # fmt: skip
+ARRIVAL_STORED = (
+    ARRIVAL + "\nfence.proxy.async.shared::cta;\nbar.sync 0;\nmov.b32 %r9, 128;\n"
+    "@%first cp.async.bulk.global.shared::cta.bulk_group [%x], [%shared], %r9;\n"
+    "@%first cp.async.bulk.commit_group;\n@%first cp.async.bulk.wait_group.read 0;"
+)
 STORE = """
 st.shared.b32 [%slot], %lane;
 fence.proxy.async.shared::cta;
@@ -202,6 +214,20 @@ COPIES = [
     Check("cp.async read without a barrier", COPY.replace("ld.", "bar.sync 0;\n@%warp1 mov.u32 "
           "%slot, %shared;\nld."), ("bar.sync 0;", ""),
           ("race|nothing wrote", ), block=64),
+    Check("cp.async arrives, read before the wait", ARRIVAL, (AGAIN, "\n"),
+          ("race: reads 4 bytes|nothing wrote", ), block=64),
+    Check("cp.async arrives too rarely", ARRIVAL, ("], 64;", "], 65;"),
+          ("deadlock", "misses 1 of 65 arrivals"), located=False, block=64),
+    Check("cp.async arrives at no mbarrier", ARRIVAL, (ARRIVE, ARRIVE.replace("]", "+8]")),
+          ("was not initialized", ), block=64),
+    Check("cp.async arrives and is waited for", ARRIVAL, (ARRIVE, ARRIVE + "\ncp.async.wait_all;"),
+          ("of which some arrive at an mbarrier: not supported", ), block=64),
+    Check("a store before an arrival of cp.async", ARRIVAL,
+          ("cp.async.ca.shared.global [%slot], [%a], 4;", "st.shared.b32 [%slot], %lane;"),
+          (r"race: reads 4 bytes at byte \d+ of shared memory, which warp", ), block=64),
+    Check("cp.async arrives, no fence.proxy.async", ARRIVAL_STORED,
+          ("fence.proxy.async.shared::cta;", ""),
+          ("race: reads 128 bytes", "there is no fence.proxy.async between the two"), block=64),
     Check("cp.async past the tensor", COPY, ("[%a], 4", "[%a+1000], 4"),
           ("copies from .* out of bounds", "argument 0 float32")),
     Check("cp.async misaligned", COPY, ("[%a], 4", "[%a+2], 4"), ("misaligned", )),

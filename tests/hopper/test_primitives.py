@@ -120,6 +120,22 @@ def test_copy_async(kernels, order, generator):
     compare.assert_bitwise(out, torch.where(torch.arange(32)[:, None] % 3 > 0, x, 0))
 
 
+@every_order
+def test_copy_arrivals(kernels, order, generator):
+    """Copies are done when the barrier's phase completes; a store of the same thread may not be."""
+    x = torch.randint(1, 2**30, (2, 32, 4), generator=generator, dtype=torch.int32)
+    want, wrong = torch.where(torch.arange(32)[:, None] % 3 > 0, x, 0), 0
+    for seed in range(5):
+        for bug in (False, True):
+            out = torch.full_like(x, -1)
+            call(kernels, "emulate_copy_arrivals", x, out, ctypes.c_bool(bug), read=[x],
+                 write=[out], order=order, seed=seed)  # fmt: skip
+            right = bool((out == want).all())
+            assert right or bug
+            wrong += not right
+    assert wrong == (0 if order == "earliest" else 5)
+
+
 @pytest.mark.parametrize("swizzle", [False, True])
 @pytest.mark.parametrize("row", [-40, -5, 0, 3, 30, 60])
 def test_tma_boxes_across_edges(kernels, row, swizzle, generator):
@@ -432,6 +448,11 @@ ERRORS = {
     "an asynchronous copy not aligned": "copy_async: addresses must be multiples of 16 bytes",
     "an asynchronous copy past its tensor": r"copy_async: out of bounds: 16 bytes .* read\[0\]",
     "an asynchronous copy over a barrier": "copy_async overwrites the barrier at offset 4096",
+    "copies that arrive at no barrier": "barrier_arrive_after_copies: no initialized barrier",
+    "copies that arrive once too often": r"barrier at offset 4096, parity 1 \(pending: 63 of 64",
+    "copies that arrived, read without a wait": "a copy wrote: this thread has not waited",
+    "copies that arrived, overwritten by a copy": "overwrites .* cp.async wrote: no fence_async",
+    "copies that arrived, stored by TMA": "tma_store reads .* cp.async wrote: no fence",
     "a copy over stores without a fence": "bulk_load overwrites .* thread 0 wrote and no fence",
     "a load of a copy without a wait": "load_shared reads .* a copy wrote: this thread has not",
     "a store over a copy without a wait": "store_shared overwrites .* a copy wrote: this thread",
@@ -452,6 +473,9 @@ ERRORS = {
     "an operand not fenced": "wgmma reads .* which thread 0 wrote and no fence_async_proxy",
     "an operand copied asynchronously, fenced before the wait": "thread 0 wrote and no fence_async",
     "an operand copied asynchronously, without a wait": "which thread 0 wrote and no fence_async",
+    "an operand that arrived, fenced before the wait": "cp.async wrote: no fence_async_proxy",
+    "an operand that arrived, fenced by one warp": "cp.async wrote: no fence_async_proxy followed",
+    "an operand that arrived, without a wait": "a copy wrote: this thread|wrote and no fence_async",
     "wgmma without a fence": "no wgmma_fence since its registers were last written",
     "wgmma fenced before its sums are set": "written after the last wgmma_fence",
     "wgmma on its result without a fence": "no wgmma_fence since its registers were last written",
@@ -478,6 +502,7 @@ ERROR_ORDERS = {  # where one order alone shows the error
     **dict.fromkeys(
         ("a load of a copy without a wait", "a store over a copy without a wait",
          "a copy that one of two warps waits for", "an operand copied without a wait",
+         "copies that arrived, read without a wait",
          "more bytes than announced"), "earliest"),
 }  # fmt: skip
 

@@ -158,6 +158,26 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
       init_barrier(1);
       if (first) copy_async(memory + 4096, constants, true);
     }
+    if (name == "copies that arrive at no barrier" && first) {
+      barrier_arrive_after_copies(barrier);
+    }
+    if (name == "copies that arrive once too often") {
+      init_barrier(64);
+      if (thread < 65) barrier_arrive_after_copies(barrier);
+      barrier_wait(barrier, 0);
+      barrier_wait(barrier, 1);
+    }
+    if (name.rfind("copies that arrived", 0) == 0) {
+      init_barrier(1);
+      if (first) copy_async(memory, constants, true);
+      if (first) barrier_arrive_after_copies(barrier);
+      if (name == "copies that arrived, read without a wait" && first) load_shared<int>(memory);
+      barrier_wait(barrier, 0);
+      if (first && name == "copies that arrived, overwritten by a copy") {
+        bulk_load(memory, constants, 32, barrier);
+      }
+      if (first && name == "copies that arrived, stored by TMA") tma_store(&map, memory, 0, 0);
+    }
     if (name == "a copy over stores without a fence") {
       init_barrier(1);
       if (first) store_shared(memory, 1);
@@ -235,6 +255,17 @@ int emulate_misuse(const char* misuse, int* numbers, const int* constants, RunOp
       if (name != "an operand copied asynchronously, without a wait") copy_async_wait<0>();
       named_barrier_sync(1, 128);
       multiply(matrix_descriptor(memory, 0, 1024), matrix_descriptor(memory, 0, 1024));
+    }
+    if (name.rfind("an operand that arrived", 0) == 0) {
+      init_barrier(1);
+      if (first) copy_async(memory, constants, true);
+      if (first) barrier_arrive_after_copies(barrier);
+      if (name == "an operand that arrived, fenced before the wait") fence_async_proxy();
+      if (name != "an operand that arrived, without a wait") barrier_wait(barrier, 0);
+      const bool one_warp = name == "an operand that arrived, fenced by one warp";
+      if (one_warp && thread < 32) fence_async_proxy();
+      const uint64_t b = matrix_descriptor(memory, 0, 1024);
+      if (thread < 128) multiply(b, b);
     }
     if (name.rfind("wgmma", 0) == 0 && thread < 128) {
       float d[8] = {};

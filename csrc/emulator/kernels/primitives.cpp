@@ -117,8 +117,6 @@ int emulate_store_matrix(uint16_t* out, RunOptions options) {
   });
 }
 
-// out[0:32] = in, by bulk_load; out[32] = their sum, by shuffle_xor; out[33] = in[5], by
-// shuffle_from.
 // Copies x [2, 32, 4] in two groups, with zeros for every third lane, to out [2, 32, 4].
 int emulate_copy_async(const uint32_t* x, Chunk* out, RunOptions options) {
   return run_checked(options, make_launch(options, 1, 32, 1024), [&] {
@@ -138,6 +136,34 @@ int emulate_copy_async(const uint32_t* x, Chunk* out, RunOptions options) {
   });
 }
 
+// The same, with an arrival by each lane's copies in the place of waits. Each lane reads what
+// another one copied, and a number that the other one stored: it arrives once more after that.
+// bug: it does not.
+int emulate_copy_arrivals(const uint32_t* x, Chunk* out, bool bug, RunOptions options) {
+  return run_checked(options, make_launch(options, 1, 32, 1024 + 128 + 8), [&] {
+    const int lane = lane_index(), other = 31 - lane;
+    char *memory = shared_memory(), *numbers = memory + 1024;
+    Barrier* full = new_barrier(numbers + 128, bug ? 32 : 64);
+    for (int group = 0; group < 2; ++group) {
+      const int at = group * 32 + lane;
+      copy_async(memory + at * 16, x + at * 4, lane % 3 > 0);
+      if (group == 0) copy_async_commit();
+    }
+    store_shared(numbers + 4 * lane, lane);
+    barrier_arrive_after_copies(full);
+    if (!bug) barrier_arrive(full);
+    barrier_wait(full, 0);
+    const bool stored = load_shared<int>(numbers + 4 * other) == other;
+    for (int group = 0; group < 2; ++group) {
+      const int at = group * 32 + other;
+      const auto chunk = load_shared<Chunk>(memory + at * 16);
+      store_global(out + at, stored ? chunk : Chunk{});
+    }
+  });
+}
+
+// out[0:32] = in, by bulk_load; out[32] = their sum, by shuffle_xor; out[33] = in[5], by
+// shuffle_from.
 int emulate_bulk_load_and_shuffles(const float* in, float* out, RunOptions options) {
   return run_checked(options, make_launch(options, 1, 32, 144), [&] {
     char* memory = shared_memory();
@@ -215,8 +241,8 @@ int emulate_store_waits(char* out, float* sum, RunOptions options) {
   });
 }
 
-// out[10, 32]: warp 0 writes a buffer ten times and arrives at barrier 1. Warp 1 waits for it, reads
-// and arrives at barrier 2. Warp 0 waits for barrier 2 before it writes again.
+// out[10, 32]: warp 0 writes a buffer ten times and arrives at barrier 1. Warp 1 waits for it,
+// reads and arrives at barrier 2. Warp 0 waits for barrier 2 before it writes again.
 int emulate_named_barriers(int* out, RunOptions options) {
   return run_checked(options, make_launch(options, 1, 64, 128), [&] {
     char* slot = shared_memory() + 4 * lane_index();
@@ -290,8 +316,8 @@ int emulate_distributed(float* out, int bug, RunOptions options) {
   });
 }
 
-// out[2, 2, 4]: the two blocks of a cluster exchange 4 floats twice through one buffer. Bugs: 1: the
-// arrival that says that the buffer is full releases in the block's scope; 2: the wait for it
+// out[2, 2, 4]: the two blocks of a cluster exchange 4 floats twice through one buffer. Bugs: 1:
+// the arrival that says that the buffer is full releases in the block's scope; 2: the wait for it
 // acquires there; 3, 4: likewise when it is free again.
 int emulate_exchange(float* out, int bug, RunOptions options) {
   Launch launch = make_launch(options, 2, 32, 32);
