@@ -23,16 +23,18 @@ struct Fp8GemmProblem {
   int* group_bounds;  // contiguous: scratch memory [2 * groups]
 };
 
+constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
+
 // Arguments of mla_decode, mla_sparse_decode and mla_sparse_prefill. Strides are in elements.
 //
 // Sparse attention: each query is a sequence of its own, so Sq is 1. Its tokens are the slots that
-// its row of indices names, which take the place of a row of the block table.
+// its row of indices names.
 struct MlaArguments {
   const void* q;      // bf16 [batch · Sq · H, 576], rows at multiples of 16 bytes
   const void* cache;  // [num_pages, page_size, 576] bf16, or 656 bytes per token in the FP8 format
-  // [batch, max_tokens / page_size], page numbers; sparse: [batch / queries, queries, max_tokens],
-  // slots page · page_size + offset.
-  const int* block_table;
+  // The block table [batch, max_tokens / page_size], page numbers; sparse: the indices
+  // [batch / queries, queries, max_tokens], slots page · page_size + offset.
+  const int* table;
   const int* cache_seqlens;  // [batch], tokens; sparse: [batch / queries], or null: max_tokens
   const float* attn_sink;    // sparse: [H], natural logarithm, or null
   void* out;                 // bf16 [batch, Sq, H, 512]
@@ -47,7 +49,7 @@ struct MlaArguments {
   float max_logits_scale;             // ln(2), or 0 if softmax_scale is 0
   int batch, Sq, H;
   int queries;     // sparse: queries that share a length; else 1
-  int max_tokens;  // of a sequence: pages of block_table · page_size; sparse: topk
+  int max_tokens;  // of a sequence: pages of the block table · page_size; sparse: topk
   int num_pages, page_size;
   int row_tiles;          // tiles of 64 rows (query, head) per sequence
   int num_splits;         // splits of the longest possible sequence
@@ -58,6 +60,9 @@ struct MlaArguments {
   bool by_tma;            // TMA can load the cache: see plan_mla_splits
   bool fp8;               // FP8 cache format
   int64_t tma_page_rows;  // by_tma: rows of the tensor map from one page to the next
+  // The page of token or slot i < 2^31 is i · page_reciprocal >> page_shift, exactly.
+  uint32_t page_reciprocal;
+  int page_shift;
 
   int64_t tma_rows() const { return (num_pages - 1) * tma_page_rows + page_size; }
 };
@@ -80,12 +85,17 @@ inline void plan_mla_splits(MlaArguments& p) {
   const int splits = p.max_tokens >> p.min_split_log2;
   p.num_splits = splits < 1 ? 1 : splits < p.max_splits ? splits : p.max_splits;
   // P of a score s is 2^(s · scale - maximum). With scale 0 a masked score would be inf · 0.
-  p.max_logits_scale = p.softmax_scale_log2 == 0 ? 0 : 0.6931471805599453f;
+  p.max_logits_scale = p.softmax_scale_log2 == 0 ? 0 : static_cast<float>(LN_2);
   if (p.softmax_scale_log2 == 0) p.softmax_scale_log2 = std::numeric_limits<float>::min();
   if (p.page_size < 1) p.num_pages = 0, p.page_size = 1;  // page_size is a divisor
   if (p.sparse && p.page_stride == p.page_size * p.token_stride) {  // slots without gaps
     p.num_pages *= p.page_size, p.page_size = 1, p.page_stride = p.token_stride;
   }
+  // Granlund and Montgomery, "Division by invariant integers using multiplication" (1994).
+  p.page_shift = 31;
+  while (int64_t{1} << (p.page_shift - 31) < p.page_size) ++p.page_shift;
+  p.page_reciprocal =
+      static_cast<uint32_t>((uint64_t{1} << p.page_shift) / static_cast<uint32_t>(p.page_size)) + 1;
   // TMA needs pages of a multiple of 64 tokens and one stride between all tokens of the cache.
   p.tma_page_rows = p.token_stride > 0 ? p.page_stride / p.token_stride : 0;
   p.by_tma = !p.fp8 && !p.sparse && p.num_pages > 0 && p.page_size % 64 == 0 &&

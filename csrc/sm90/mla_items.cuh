@@ -23,8 +23,8 @@ struct MlaTile {
   static constexpr int SCALE_BLOCKS = V_DIM / 128;  // scales of an FP8 token
   static constexpr int THREADS = 384;               // two consumer warpgroups, one producer
   // Layout of smem, offsets in bytes: Q, two token tiles, P, ratios, positions, row statistics (row
-  // maxima, in the epilogue row sums), two items, positions in the work list, units of the tiles and
-  // of the queries, barriers.
+  // maxima, in the epilogue row sums), two items, positions in the work list, units of the tiles
+  // and of the queries, barriers.
   static constexpr uint32_t COLUMN_BYTES = 64 * 128, TILE_BYTES = COLUMNS * COLUMN_BYTES;
   static constexpr uint32_t TOKENS_OFFSET = TILE_BYTES;
   static constexpr uint32_t P_OFFSET = TOKENS_OFFSET + 2 * TILE_BYTES;
@@ -36,11 +36,12 @@ struct MlaTile {
   static constexpr uint32_t ITEM_OFFSET = ROW_STATS_OFFSET + 2 * ROWS * 4;
   static constexpr uint32_t WORK_LIST_OFFSET = ITEM_OFFSET + 2 * 32;
   static constexpr uint32_t UNITS_OFFSET = WORK_LIST_OFFSET + 4 * 12;
-  static constexpr uint32_t UNITS_BYTES = 4 * SCALE_BLOCKS;  // per token tile: a byte per warp, block
+  static constexpr uint32_t UNITS_BYTES = 4 * SCALE_BLOCKS;  // per token tile: by warp and block
   static constexpr uint32_t Q_UNITS_OFFSET = UNITS_OFFSET + 2 * UNITS_BYTES;  // a byte per row
   static constexpr uint32_t BARRIERS_OFFSET = Q_UNITS_OFFSET + ROWS;
   static constexpr uint32_t SMEM_BYTES = BARRIERS_OFFSET + 10 * sizeof(Barrier);
   static_assert(SMEM_BYTES <= 232448, "the layout fits in the smem of a block");
+  static_assert(UNITS_OFFSET % 16 == 0 && ITEM_OFFSET % 16 == 0, "they are read 16 bytes at a time");
 };
 
 constexpr int ABSENT = 255;  // position of an absent token; no row attends to it
@@ -86,7 +87,7 @@ struct MlaWork {
   int begin, end;        // tokens of the split
   int length;            // of the sequence
   int num_splits;        // of the sequence
-  const int* table_row;  // the sequence's part of block_table, for the producer
+  const int* table_row;  // the sequence's part of `table`, for the producer
 };
 
 // Item <-> smem, 32 bytes: all but table_row. Two places in turn, by the phase of Q: an item can be
@@ -178,7 +179,7 @@ struct MlaWorkList {
     w.sequence = chunk + lane;
     const int row = length_row<SPARSE>(p, w.sequence);
     const SequenceSplits splits(p, row);
-    w.table_row = p.block_table + row * p.table_row_stride;
+    w.table_row = p.table + row * p.table_row_stride;
     if (SPARSE) {
       const int query = w.sequence - row * p.queries;
       w.table_row += PLANT(indices_of_first_query, 0, query * p.table_query_stride);

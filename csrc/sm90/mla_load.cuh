@@ -38,10 +38,12 @@ struct TokenTile {
 };
 
 // Each of the two token tiles is loaded and released in two pieces, column blocks 0 to 3 and 4 to
-// 8. An item starts with tile 0, so the tiles have a phase each. Also the barriers of Q and the item.
+// 8. An item starts with tile 0, so the tiles have a phase each. Also the barriers of Q and of the
+// item.
 struct PieceRing {
   char* smem;
   static constexpr int QUERIES = 2;  // index of Q, after the two token tiles
+  static constexpr int MARKING_THREADS = PLANT(positions_not_announced, 0, 16);
   uint32_t phases = 0;  // bit i: parity of the current pass through tile i, or Q
 
   SM90_DEVICE explicit PieceRing(char* smem_base) : smem(smem_base) {}
@@ -56,10 +58,11 @@ struct PieceRing {
   SM90_DEVICE Barrier* queries_empty() const { return barrier(9); }
 
   // One thread calls this, then barrier_init_fence. 128 producer threads fill a piece, 4 warps of
-  // one consumer warpgroup release it. One thread loads Q, 8 warps release it.
-  SM90_DEVICE void init() {
+  // one consumer warpgroup release it. One thread loads Q, 8 warps release it. `copies_arrive`: the
+  // threads arrive by their copies, and those that mark positions once more at piece 1.
+  SM90_DEVICE void init(bool copies_arrive) {
     for (int i = 0; i < 4; ++i) {
-      barrier_init(full(i), 128);
+      barrier_init(full(i), 128 + (copies_arrive && i % 2 ? MARKING_THREADS : 0));
       barrier_init(empty(i), PLANT(three_warps_release_a_piece, 3, 4));
     }
     barrier_init(queries_full(), 1);
@@ -96,22 +99,31 @@ SM90_DEVICE void load_item_and_queries(const TensorMap* q_map, const MlaArgument
   }
 }
 
-// Where a token is: its page, or if SPARSE the slot that its index names. Negative: it is absent.
+// The page of a token of a sequence, or of a slot of the cache, and the place in it.
+struct PagePlace {
+  int page, place;
+
+  SM90_DEVICE PagePlace(const MlaArguments& p, int i)
+      : page(static_cast<int>(uint64_t{static_cast<uint32_t>(i)} * p.page_reciprocal >>
+                              p.page_shift)),
+        place(i - page * p.page_size) {}
+};
+
+// The entry of a token in the table: its page, or if SPARSE the slot that its index names.
+// Negative: the token is absent.
 template <bool SPARSE>
-SM90_DEVICE int place_of(const MlaArguments& p, const MlaWork& w, int token) {
+SM90_DEVICE int table_entry(const MlaArguments& p, const MlaWork& w, int token) {
   if (token >= w.end) return -1;
-  const int place = load_global(w.table_row + (SPARSE ? token : token / p.page_size));
-  const int places = SPARSE ? p.num_pages * p.page_size : p.num_pages;
-  return PLANT(index_not_clamped, false, place >= places) ? -1 : place;
+  const int entry = load_global(w.table_row + (SPARSE ? token : PagePlace(p, token).page));
+  const int entries = SPARSE ? p.num_pages * p.page_size : p.num_pages;
+  return PLANT(index_not_clamped, false, entry >= entries) ? -1 : entry;
 }
 
 // The elements of the cache before a token that is not absent.
 template <bool SPARSE>
-SM90_DEVICE int64_t token_offset(const MlaArguments& p, int place, int token) {
-  if (!SPARSE) return place * p.page_stride + token % p.page_size * p.token_stride;
-  if (p.page_size == 1) return place * p.page_stride;  // without a division
-  const int page = place / p.page_size;
-  return page * p.page_stride + (place - page * p.page_size) * p.token_stride;
+SM90_DEVICE int64_t token_offset(const MlaArguments& p, int entry, int token) {
+  const PagePlace at(p, SPARSE ? entry : token);
+  return (SPARSE ? at.page : entry) * p.page_stride + at.place * p.token_stride;
 }
 
 // Producer warpgroup for a bf16 cache.
@@ -137,7 +149,7 @@ struct Bf16Loader {
       WHEN_PLANTED(announces_too_few_piece_bytes, bytes -= 1024);
       barrier_arrive_expect(full, bytes);
       const int row = static_cast<int>(page * p.tma_page_rows) +
-                      PLANT(loads_start_of_page, 0, token % p.page_size);
+                      PLANT(loads_start_of_page, 0, PagePlace(p, token).place);
       for (int j = column; j < column_end; ++j) {
         tma_load(tile.tokens + j * MlaTile::COLUMN_BYTES, map, full, j * 64, row);
       }
@@ -149,10 +161,10 @@ struct Bf16Loader {
   // A warp gathers 16 tokens: rows `first_row` + 0, 16, 32 and 48 of a tile by each eight lanes.
   static constexpr int STEPS = MlaTile::TOKENS / 16;
   const int first_row = thread / 8;
-  // The place of the token that this lane looks up for its warp, in the tile from `first` on.
-  SM90_DEVICE int lane_place(const MlaWork& w, int first) const {
+  // The table entry of the token that this lane looks up for its warp, in the tile from `first` on.
+  SM90_DEVICE int lane_entry(const MlaWork& w, int first) const {
     const int lane = lane_index() % 16;  // twice
-    return place_of<SPARSE>(p, w, first + thread / 32 * 4 + lane % 4 + lane / 4 * 16);
+    return table_entry<SPARSE>(p, w, first + thread / 32 * 4 + lane % 4 + lane / 4 * 16);
   }
 
   // Starts to copy column blocks [FIRST, FIRST + COUNT) of this lane's rows to smem.
@@ -171,65 +183,85 @@ struct Bf16Loader {
                    PLANT(absent_tokens_not_zeroed, true, from[i] != nullptr));
       }
     }
-    copy_async_commit();
+    if (!SPARSE) copy_async_commit();
   }
-  // This lane's copies of a piece have arrived, except those of `LATER` later pieces.
+  // One lane of the eight of a token.
+  SM90_DEVICE bool marks_positions() const { return thread % 8 == 0; }
+  // Marks this lane's rows for the consumers: their positions, or ABSENT.
+  SM90_DEVICE void mark_positions(char* positions, const bf16* const (&from)[STEPS]) const {
+    if (!marks_positions()) return;
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      const int row = first_row + i * 16;
+      const int position = PLANT(absent_tokens_not_marked, row, from[i] ? row : ABSENT);
+      store_shared(positions + row, static_cast<uint8_t>(position));
+    }
+  }
+  // SPARSE: announces a piece when this lane's copies are done, without a wait. So the next copies
+  // start as soon as their buffer is free, and the consumers need a fence.
+  SM90_DEVICE void announce_piece(int piece) const {
+    PLANT(announces_before_copies, barrier_arrive(ring.full(piece)),
+          barrier_arrive_after_copies(ring.full(piece)));
+  }
+  // Announces a piece after a wait for this lane's copies, except those of `LATER` later pieces.
   template <int LATER>
-  SM90_DEVICE void finish_piece(int piece) {
+  SM90_DEVICE void finish_piece(int piece) const {
     UNLESS_PLANTED(no_wait_for_gather, copy_async_wait<LATER>());
     UNLESS_PLANTED(no_fence_after_gather, fence_async_proxy());
     barrier_arrive(ring.full(piece));
   }
 
-  // Gathers the 64 tokens from `first` on. `place`: of lane_place.
-  SM90_DEVICE void gather_tile(const MlaWork& w, int tile_index, int first, int place) {
+  // Gathers the 64 tokens from `first` on. `entry`: of lane_entry.
+  SM90_DEVICE void gather_tile(const MlaWork& w, int tile_index, int first, int entry) {
     const TokenTile tile(smem, tile_index);
     const bf16* from[STEPS];
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       const int lane = lane_index() / 8 + PLANT(place_of_other_token, 0, 4 * i);
-      const int at = shuffle_from(place, lane), token = first + first_row + i * 16;
+      const int at = shuffle_from(entry, lane), token = first + first_row + i * 16;
       from[i] = static_cast<const bf16*>(p.cache) + token_offset<SPARSE>(p, at, token);
       if (at < 0) from[i] = nullptr;
     }
     // Wait for consumer release of each piece. The marks are read before piece 0 is released.
     UNLESS_PLANTED(no_wait_for_empty_tile, ring.wait_empty(2 * tile_index));
-    copy_columns<0, MlaTile::PIECE_0_COLUMNS>(tile.tokens, from);
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      const int row = first_row + i * 16;
-      const int position = PLANT(absent_tokens_not_marked, row, from[i] ? row : ABSENT);
-      if (thread % 8 == 0) store_shared(tile.positions + row, static_cast<uint8_t>(position));
-    }
+    constexpr int COLUMNS_0 = MlaTile::PIECE_0_COLUMNS;
+    copy_columns<0, COLUMNS_0>(tile.tokens, from);
+    if (SPARSE) announce_piece(2 * tile_index);
+    mark_positions(tile.positions, from);
     UNLESS_PLANTED(no_wait_for_empty_tile, ring.wait_empty(2 * tile_index + 1));
-    copy_columns<MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS - MlaTile::PIECE_0_COLUMNS>(
-        tile.tokens, from);
-    finish_piece<1>(2 * tile_index);
-    finish_piece<0>(2 * tile_index + 1);
+    copy_columns<COLUMNS_0, MlaTile::COLUMNS - COLUMNS_0>(tile.tokens, from);
+    if (SPARSE) {
+      announce_piece(2 * tile_index + 1);
+      UNLESS_PLANTED(positions_not_announced,
+                     if (marks_positions()) barrier_arrive(ring.full(2 * tile_index + 1)));
+    } else {
+      finish_piece<1>(2 * tile_index);
+      finish_piece<0>(2 * tile_index + 1);
+    }
   }
 
   // Loads the tokens of an item.
   SM90_DEVICE void load(const MlaWork& w) {
-    int page = -1, place = -1;  // of the next tile, loaded a tile ahead
+    int page = -1, entry = -1;  // of the next tile, loaded a tile ahead
     if (SPARSE) {
-      place = lane_place(w, w.begin);
+      entry = lane_entry(w, w.begin);
     } else {
-      page = place_of<false>(p, w, w.begin);
+      page = table_entry<false>(p, w, w.begin);
     }
     for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
       const int i = first / MlaTile::TOKENS % 2;  // w.begin is an even number of tiles
       const int next = first + MlaTile::TOKENS;
       if (SPARSE) {
-        const int next_place = lane_place(w, next);
-        gather_tile(w, i, first, place);
-        place = next_place;
+        const int next_entry = lane_entry(w, next);
+        gather_tile(w, i, first, entry);
+        entry = next_entry;
       } else {
-        const int next_page = place_of<false>(p, w, next);
+        const int next_page = table_entry<false>(p, w, next);
         if (p.by_tma && page >= 0 && PLANT(loads_tokens_past_the_end, true, next <= w.end)) {
           load_piece(2 * i, 0, MlaTile::PIECE_0_COLUMNS, page, first);
           load_piece(2 * i + 1, MlaTile::PIECE_0_COLUMNS, MlaTile::COLUMNS, page, first);
         } else {
-          gather_tile(w, i, first, lane_place(w, first));
+          gather_tile(w, i, first, lane_entry(w, first));
         }
         page = next_page;
       }
@@ -252,9 +284,10 @@ SM90_DEVICE float power_of_two(int exponent) {
 
 // One lane's eighth of a token of an FP8 cache, in registers.
 struct Fp8Token {
-  const char* from;                   // null: absent, all values are 0
+  int entry;                          // in the table; negative: absent, all values are 0
   Words codes[MlaTile::COLUMNS - 1];  // 8 codes of each column block
-  float scale;                        // of the block of 128 values lane % 4
+  Chunk rope;
+  float scale;  // of the block of 128 values lane % 4
 };
 
 // Loads 16 tokens at a time, eight lanes per token.
@@ -266,17 +299,20 @@ struct Fp8Loader {
   char* smem;
   PieceRing& ring;
   const int row = thread_index() % 128 / 8, chunk = lane_index() % 8;
-  int place = -1;          // of this lane's token in the next fetch
+  int entry = -1;          // of this lane's token in the next fetch
   float block_max = 0.0f;  // of the scales of this lane's block in its tokens of the tile
 
-  // Starts to load the 16 tokens from `first` on, and the place of the next fetch.
+  SM90_DEVICE const char* address_of(int entry, int token) const {
+    return static_cast<const char*>(p.cache) + token_offset<SPARSE>(p, entry, token);
+  }
+
+  // Starts to load the 16 tokens from `first` on, and the table entry of the next fetch.
   SM90_DEVICE void fetch(Fp8Token& to, const MlaWork& w, int first) {
     const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int token = first + row;
-    const bool valid = place >= 0;
-    const char* from =
-        static_cast<const char*>(p.cache) + token_offset<SPARSE>(p, place, token);
-    to.from = valid ? from : nullptr;
+    const bool valid = entry >= 0;
+    const char* from = address_of(entry, token);
+    to.entry = entry;
 #pragma unroll
     for (int j = 0; j < MlaTile::COLUMNS - 1; ++j) {
       to.codes[j] = load_streamed(reinterpret_cast<const Words*>(from) + j * 8 + chunk, valid);
@@ -284,19 +320,17 @@ struct Fp8Loader {
     const char* scales = from + SCALES_OFFSET;
     to.scale = load_streamed(
         reinterpret_cast<const float*>(scales) + PLANT(scale_of_block_0, 0, chunk % 4), valid);
-    place = place_of<SPARSE>(p, w, token + PLANT(place_of_previous_tokens, 0, 16));
+    const char* rope = from + PLANT(rope_one_chunk_early, ROPE_OFFSET - 16, ROPE_OFFSET);
+    to.rope = load_streamed(reinterpret_cast<const Chunk*>(rope) + chunk, valid);
+    entry = table_entry<SPARSE>(p, w, token + PLANT(place_of_previous_tokens, 0, 16));
   }
 
-  // Stores 16 tokens to rows [at, at + 16) of a tile: codes in fp16, quotients of the scales,
-  // positions. The RoPE values are loaded here, from L2 in most cases: the load of the scales before
-  // them fetches 128 bytes.
-  SM90_DEVICE void store(Fp8Token& token, int at, const TokenTile& tile) {
+  // Stores the 16 tokens from `first` on to rows [at, at + 16) of a tile: codes in fp16, RoPE
+  // values, quotients of the scales, positions.
+  SM90_DEVICE void store(Fp8Token& token, int first, int at, const TokenTile& tile) {
     const int chunk = not_before(this->chunk), row = not_before(this->row);
     const int position = at + row;
-    const char* rope = token.from + PLANT(rope_one_chunk_early, ROPE_OFFSET - 16, ROPE_OFFSET);
-    const Chunk values =
-        load_streamed(reinterpret_cast<const Chunk*>(rope) + chunk, token.from != nullptr);
-    store_quotient(token, position, tile);
+    store_quotient(token, first, position, tile);
     const int swizzled = chunk ^ position % 8;
     char* to = tile.tokens + position * 128;
 #pragma unroll
@@ -305,10 +339,10 @@ struct Fp8Loader {
                        PLANT(codes_not_swizzled, chunk, swizzled) * 16,
                    to_fp16(token.codes[PLANT(columns_in_wrong_order, j ^ 1, j)]));
     }
-    store_shared(to + (MlaTile::COLUMNS - 1) * MlaTile::COLUMN_BYTES + swizzled * 16, values);
+    store_shared(to + (MlaTile::COLUMNS - 1) * MlaTile::COLUMN_BYTES + swizzled * 16, token.rope);
     if (chunk == 0) {
       const int marked = PLANT(absent_fp8_tokens_not_marked, position,
-                               token.from ? position : ABSENT);
+                               token.entry >= 0 ? position : ABSENT);
       store_shared(tile.positions + position, static_cast<uint8_t>(marked));
     }
   }
@@ -323,15 +357,17 @@ struct Fp8Loader {
     return values;
   }
 
-  // Lanes 0 to 3 of the eight of a token store the quotient of their block's scale and the next one,
-  // in the range of the kernel. If one of the scales is not finite, its codes become NaN.
-  SM90_DEVICE void store_quotient(Fp8Token& token, int position, const TokenTile& tile) {
+  // Lanes 0 to 3 of the eight of a token store the quotient of their block's scale and the next
+  // one, in the range of the kernel. If one of the scales is not finite, its codes become NaN.
+  SM90_DEVICE void store_quotient(Fp8Token& token, int first, int position,
+                                  const TokenTile& tile) {
     const int lane = lane_index(), block = lane % 4;
     float scale = token.scale;
     const int bits = static_cast<int>(float_bits(magnitude(scale)));
     int largest = max_of(bits, shuffle_from(bits, lane ^ 1));
     largest = max_of(largest, shuffle_from(largest, lane ^ 2));
-    if (PLANT(nan_scales_ignored, false, largest >= INFINITY_BITS)) spoil_codes(token);
+    const bool not_finite = largest >= INFINITY_BITS;
+    if (PLANT(nan_scales_ignored, false, not_finite)) set_codes_to_nan(token, first + position);
     const bool in_range = bits >= LEAST_SCALE && bits < INFINITY_BITS;
     if (!in_range) scale = 0.0f;
     const bool all_finite = largest >= LEAST_SCALE && largest < INFINITY_BITS;
@@ -352,14 +388,14 @@ struct Fp8Loader {
   }
 
   // Makes the codes of each block whose scale is not finite NaN. Rare: loads the scales again.
-  SM90_DEVICE void spoil_codes(Fp8Token& token) {
-    const auto scales = load_streamed(
-        reinterpret_cast<const Chunk*>(token.from + SCALES_OFFSET), token.from != nullptr);
+  SM90_DEVICE void set_codes_to_nan(Fp8Token& to, int token) {
+    const char* from = address_of(to.entry, token) + SCALES_OFFSET;
+    const auto scales = load_streamed(reinterpret_cast<const Chunk*>(from), to.entry >= 0);
 #pragma unroll
     for (int j = 0; j < MlaTile::COLUMNS - 1; ++j) {
       const uint32_t bits = scales.word[j / 2] & MAGNITUDE_MASK;
       const uint32_t nan = bits >= static_cast<uint32_t>(INFINITY_BITS) ? 0x7f7f7f7f : 0;
-      token.codes[j].word[0] |= nan, token.codes[j].word[1] |= nan;
+      to.codes[j].word[0] |= nan, to.codes[j].word[1] |= nan;
     }
   }
 
@@ -378,7 +414,7 @@ struct Fp8Loader {
   // Loads the tokens of an item: prefetches 32 while it unpacks the 32 before.
   SM90_DEVICE void load(const MlaWork& w) {
     Fp8Token tokens_0, tokens_16;
-    place = place_of<SPARSE>(p, w, w.begin + row);
+    entry = table_entry<SPARSE>(p, w, w.begin + row);
     fetch(tokens_0, w, w.begin);
     fetch(tokens_16, w, w.begin + 16);
     for (int first = w.begin; first < w.end; first += MlaTile::TOKENS) {
@@ -389,9 +425,9 @@ struct Fp8Loader {
       const int tokens = PLANT(announces_half_filled_tile, MlaTile::TOKENS - 32, MlaTile::TOKENS);
 #pragma unroll 1
       for (int at = 0; at < tokens; at += 32) {
-        store(tokens_0, at, tile);
+        store(tokens_0, first, at, tile);
         fetch(tokens_0, w, first + at + 32);
-        store(tokens_16, at + 16, tile);
+        store(tokens_16, first, at + 16, tile);
         fetch(tokens_16, w, first + at + 48);
       }
       store_units(tile);

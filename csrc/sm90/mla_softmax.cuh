@@ -11,7 +11,11 @@
 
 namespace sm90 {
 
-constexpr float LN_2 = 0.6931471805599453f;
+constexpr float LN_2 = deepkern::LN_2, LOG2_E = deepkern::LOG2_E;
+constexpr float LARGEST_FLOAT = 0x1.fffffep127f;
+// log2 of factors of P and of the scales over the unit, FP8 cache. fp16 has all bits of both from
+// 2^-21 on, and of their product from 2^-28 on. The product is below 2^15.
+constexpr int P_RANGE = PLANT(weights_without_range, 0, 7), SCALE_RANGE = 14 - P_RANGE;
 
 // Reductions over the four lanes that share a row.
 SM90_DEVICE float row_max_of(float x) {
@@ -25,7 +29,7 @@ SM90_DEVICE float row_sum_of(float x) {
 
 // State of a thread's two rows, indexed by row.
 struct SoftmaxState {
-  float row_max[2];
+  float row_max[2];  // finite: -LARGEST_FLOAT before the first token
   float row_sum[2];  // over the values of P that this thread computed
   int unit[2];       // FP8 cache: biased exponents of the units of the two blocks of 128 columns
 };
@@ -35,9 +39,7 @@ SM90_DEVICE void update_row_max(SoftmaxState& state, float (&alpha)[2],
                                 const float (&row_max)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    // Before a row's first token the maximum is -inf; use 0 to avoid -inf - -inf.
-    alpha[half] =
-        exp2_of(state.row_max[half] - (row_max[half] == minus_infinity() ? 0.0f : row_max[half]));
+    alpha[half] = exp2_of(state.row_max[half] - row_max[half]);
     UNLESS_PLANTED(row_sum_not_rescaled, state.row_sum[half] *= alpha[half]);
     state.row_max[half] = row_max[half];
   }
@@ -55,8 +57,8 @@ SM90_DEVICE bool all_present(const char* positions) {
 }
 
 // Sets the scores of tokens that a row does not attend to. `limit`: the number of the tile's tokens
-// that the thread's two rows attend to, at most TOKENS, so that ABSENT is masked. `positions`: uint8
-// [64] in smem.
+// that the thread's two rows attend to, at most TOKENS, so that ABSENT is masked. `positions`:
+// uint8 [64] in smem.
 SM90_DEVICE void mask_scores(float (&score)[32], float masked, const int (&limit)[2],
                              const char* positions) {
 #pragma unroll
@@ -70,7 +72,7 @@ SM90_DEVICE void mask_scores(float (&score)[32], float masked, const int (&limit
   }
 }
 
-// The extreme of each row's scores in this thread: the largest, or the smallest if LARGEST is false.
+// The extreme of each row's scores in this thread: the largest, the smallest if LARGEST is false.
 template <bool LARGEST>
 SM90_DEVICE void extremes_of(float (&extreme)[2], const float (&score)[32]) {
   const auto better = [](float a, float b) { return LARGEST ? max_of(a, b) : min_of(a, b); };
@@ -81,30 +83,33 @@ SM90_DEVICE void extremes_of(float (&extreme)[2], const float (&score)[32]) {
   extreme[1] = better(best[1][0], best[1][1]);
 }
 
-// The maxima m' of the rows over this tile and the tiles before it. NaN scores are left out. `scale`:
-// softmax_scale_log2, not 0.
+// The maxima m' of the rows over this tile and the tiles before it. NaN scores are left out, +inf
+// counts as LARGEST_FLOAT. `scale`: softmax_scale_log2 of each row, not 0.
 SM90_DEVICE void row_maxima(float (&row_max)[2], const float (&score)[32],
-                            const float (&old_max)[2], float scale) {
+                            const float (&old_max)[2], const float (&scale)[2]) {
   float extreme[2];
-  if (PLANT(largest_score_of_negative_scale, true, scale > 0.0f)) {
+  if (PLANT(largest_score_of_negative_scale, true, scale[0] > 0.0f)) {
     extremes_of<true>(extreme, score);
   } else {
     extremes_of<false>(extreme, score);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    row_max[half] = max_of(row_max_of(extreme[half] * scale), old_max[half]);
+    const float largest = max_of(row_max_of(extreme[half] * scale[half]), old_max[half]);
+    row_max[half] = min_of(largest, LARGEST_FLOAT);
   }
 }
 
-// Scores to P, in place: P = 2^(score · scale - m'), with one rounding in the exponent. Adds this
-// thread's P to `sum`. A NaN score becomes a NaN in P.
+// Scores to P, in place: P = 2^(score · scale - m'), with one rounding in the exponent; FP8 cache:
+// times 2^P_RANGE. Adds this thread's P to `sum`. NaN and +inf are the same in P.
+template <bool FP8>
 SM90_DEVICE void exponentials(float (&score)[32], float (&sum)[2], const float (&row_max)[2],
-                              float scale) {
+                              const float (&scale)[2]) {
+  const float range = FP8 ? P_RANGE : 0.0f;
+  const float offset[2] = {range - row_max[0], range - row_max[1]};
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
-    const float finite_max = row_max[i / 2 % 2] == minus_infinity() ? 0.0f : row_max[i / 2 % 2];
-    score[i] = exp2_of(fused_multiply_add(score[i], scale, -finite_max));
+    score[i] = exp2_of(fused_multiply_add(score[i], scale[i / 2 % 2], offset[i / 2 % 2]));
     sum[i / 2 % 2] += score[i];
   }
 }
@@ -134,13 +139,16 @@ SM90_DEVICE void multiply_qk(float (&score)[32], const char* q, const char* keys
 }
 
 // score = Q·Kᵀ, bf16 cache. Multiplies piece 0 while piece 1 is still loading. `full`: the barriers
-// of the tile's two pieces.
+// of the tile's two pieces. COPIED: by cp.async, which only a fence after the wait shows to WGMMA.
+template <bool COPIED>
 SM90_DEVICE void score_tile(float (&score)[32], const char* q, const TokenTile& tile, Barrier* full,
                             uint32_t phase) {
   UNLESS_PLANTED(no_wait_for_piece_0, barrier_wait(full, phase));
+  UNLESS_PLANTED(no_fence_for_piece_0, if (COPIED) fence_async_proxy());
   wgmma_fence();
   multiply_qk<MlaTile::PIECE_0_COLUMNS>(score, q, tile.tokens, 0, false);
   UNLESS_PLANTED(no_wait_for_piece_1, barrier_wait(full + 1, phase));
+  UNLESS_PLANTED(no_fence_for_piece_1, if (COPIED) fence_async_proxy());
   wgmma_fence();  // ptxas requires a fence after the loop of the wait
   multiply_qk<MlaTile::COLUMNS - MlaTile::PIECE_0_COLUMNS>(score, q, tile.tokens,
                                                            MlaTile::PIECE_0_COLUMNS, true);
@@ -148,9 +156,9 @@ SM90_DEVICE void score_tile(float (&score)[32], const char* q, const TokenTile& 
   UNLESS_PLANTED(no_wait_for_scores, wgmma_wait<0>());
 }
 
-// score = Q·Kᵀ, FP8 cache: one block of 128 values in fp16 after the other, RoPE in bf16 last. After
-// block j the sum is multiplied by scale j / scale j + 1, so each block is multiplied by its own
-// scale in the end, and by the unit of its row. `q`: the smem of the block, which Q starts.
+// score = Q·Kᵀ, FP8 cache: one block of 128 values in fp16 after the other, RoPE in bf16 last.
+// After block j the sum is multiplied by scale j / scale j + 1, so each block is multiplied by its own
+// scale in the end. Q, and so the score, is over the unit of its row.
 SM90_DEVICE void score_fp8_tile(float (&score)[32], const char* q, const TokenTile& tile,
                                 Barrier* full, uint32_t phase) {
   UNLESS_PLANTED(no_wait_for_fp8_tile, barrier_wait(full, phase));
@@ -172,11 +180,6 @@ SM90_DEVICE void score_fp8_tile(float (&score)[32], const char* q, const TokenTi
       score[i + 2] *= ratio.low, score[i + 3] *= ratio.high;
     }
   }
-  const char* q_units = q + MlaTile::Q_UNITS_OFFSET + tile_row();
-  const float unit[2] = {power_of_two(load_shared<uint8_t>(q_units)),
-                         power_of_two(load_shared<uint8_t>(q_units + 8))};
-#pragma unroll
-  for (int i = 0; i < 32; ++i) score[i] *= PLANT(queries_in_units, 1.0f, unit[i / 2 % 2]);
   wgmma_fence(score);
   const int rope_column = MlaTile::COLUMNS - PLANT(no_rope_in_scores, 2, 1);
   multiply_qk<1>(score, q, tile.tokens, rope_column, true);
@@ -259,8 +262,7 @@ SM90_DEVICE void multiply_pv(float (&sum)[2][64], const uint32_t (&packed)[4],
 }
 
 // The same for an FP8 cache. Each of the two blocks of 128 columns has its own P: P times the scale
-// of each token over the unit, times WEIGHT_RANGE.
-constexpr int WEIGHT_RANGE = 14;  // log2: a scale of 2^-28 units has all bits of fp16
+// of each token over the unit, times 2^SCALE_RANGE.
 template <int HALF>
 SM90_DEVICE void multiply_pv_fp8(float (&sum)[2][64], const SoftmaxState& state,
                                  const uint32_t (&packed)[4], const TokenTile& tile, int first) {
@@ -277,7 +279,7 @@ SM90_DEVICE void multiply_pv_fp8(float (&sum)[2][64], const SoftmaxState& state,
       scale.low *= quotient.low, scale.high *= quotient.high;
       if (j > 2 * HALF + 1) continue;
       const int b = PLANT(values_with_other_ratio, 1 - (j - 2 * HALF), j - 2 * HALF);
-      const float inverse = power_of_two(254 + WEIGHT_RANGE - state.unit[b]);
+      const float inverse = power_of_two(254 + SCALE_RANGE - state.unit[b]);
       const uint32_t over_unit = pack_fp16(scale.low * inverse, scale.high * inverse);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -296,17 +298,33 @@ SM90_DEVICE void multiply_pv_fp8(float (&sum)[2][64], const SoftmaxState& state,
   wgmma_commit();
 }
 
-// FP8 cache: converts the latents of Q in smem to fp16, each row over its unit, a power of two; the
-// largest value of a row is at least 1. By both consumer warpgroups, four threads per row.
+// FP8 cache: softmax_scale_log2 times the unit of each of a thread's two rows. Not 0, as -inf · 0
+// is NaN.
+SM90_DEVICE void scales_of_queries(float (&scale)[2], const char* smem, float softmax_scale_log2) {
+  constexpr float LEAST = 0x1p-126f;
+  const char* units = smem + MlaTile::Q_UNITS_OFFSET + tile_row();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float unit = power_of_two(load_shared<uint8_t>(units + 8 * half));
+    scale[half] = softmax_scale_log2 * PLANT(scores_in_units, 1.0f, unit);
+    if (magnitude(scale[half]) < LEAST) scale[half] = softmax_scale_log2 > 0.0f ? LEAST : -LEAST;
+  }
+}
+
+// FP8 cache: Q in smem over the units of its rows, powers of two: the largest value of a row is at
+// least 1. The latents become fp16, the RoPE values stay bf16. By both consumer warpgroups, four
+// threads per row.
 SM90_DEVICE void convert_queries(char* smem) {
   const int thread = thread_index(), row = thread / 4;
-  const auto chunk_at = [&](int i) {  // of 16
-    const int chunk = thread % 4 + i % 2 * 4;
+  // Of two rows, one starts with the other half of the columns: no bank conflicts.
+  const auto chunk_at = [&](int i) {  // of 18
+    const int chunk = thread % 4 + (i + row) % 2 * 4;
     return smem + i / 2 * MlaTile::COLUMN_BYTES + row * 128 + (chunk ^ row % 8) * 16;
   };
+  constexpr int CHUNKS = 2 * MlaTile::COLUMNS, LATENT_CHUNKS = CHUNKS - 2;
   float largest = 0.0f;
 #pragma unroll 1
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < CHUNKS; ++i) {
     const auto values = load_shared<Chunk>(chunk_at(i));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -319,12 +337,14 @@ SM90_DEVICE void convert_queries(char* smem) {
   const int unit = max_of(LEAST_UNIT, min_of(exponent, LARGEST_UNIT));
   const float inverse = power_of_two(254 - unit);
 #pragma unroll 1
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < CHUNKS; ++i) {
     auto values = load_shared<Chunk>(chunk_at(i));
+    const bool latent = PLANT(rope_of_queries_in_fp16, true, i < LATENT_CHUNKS);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      values.word[j] = pack_fp16(to_float(low_bf16(values.word[j])) * inverse,
-                                 to_float(high_bf16(values.word[j])) * inverse);
+      const float low = to_float(low_bf16(values.word[j])) * inverse;
+      const float high = to_float(high_bf16(values.word[j])) * inverse;
+      values.word[j] = latent ? pack_fp16(low, high) : pack_bf16(low, high);
     }
     store_shared(chunk_at(i), values);
   }

@@ -232,12 +232,12 @@ struct MlaCall {
           double softmax_scale, Tensor& out, Tensor& lse)
       : op(name), q(with_uniform_rows(queries)) {
     p.q = q.const_data_ptr(), p.cache = cache.const_data_ptr();
-    p.block_table = int_data(table);
+    p.table = int_data(table);
     p.out = out.mutable_data_ptr(), p.lse = float_data(lse);
     p.q_row_stride = row_stride(q);
     p.table_row_stride = table.stride(0);
     p.page_stride = p.token_stride = cache.stride(0);
-    p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);
+    p.softmax_scale_log2 = static_cast<float>(softmax_scale * LOG2_E);
     p.queries = 1, p.page_size = 1;
     p.num_pages = static_cast<int>(cache.size(0));
     if (cache.dim() == 4) {
@@ -375,7 +375,7 @@ struct PrefillCall {
     p.q_head_stride = static_cast<int>(q.stride(1));
     p.k_head_stride = static_cast<int>(k.stride(1));
     p.v_head_stride = static_cast<int>(v.stride(1));
-    p.softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634);
+    p.softmax_scale_log2 = static_cast<float>(softmax_scale * LOG2_E);
     p.T = static_cast<int>(q.size(0)), p.Tk = static_cast<int>(k.size(0));
     p.H = static_cast<int>(q.size(1));
     p.heads_per_key = k.size(1) > 0 ? static_cast<int>(q.size(1) / k.size(1)) : 1;

@@ -224,7 +224,7 @@ class MlaArguments(ctypes.Structure):
     """deepkern::MlaArguments of csrc/sm90/launch.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "cache", "block_table", "cache_seqlens",
+        *((name, ctypes.c_void_p) for name in ("q", "cache", "table", "cache_seqlens",
                                                "attn_sink", "out", "lse", "max_logits",
                                                "partial_out", "partial_lse")),
         *((name, ctypes.c_int64) for name in (
@@ -236,6 +236,7 @@ class MlaArguments(ctypes.Structure):
                                             "min_split_log2", "max_splits")),
         *((name, ctypes.c_bool) for name in ("causal", "sparse", "by_tma", "fp8")),
         ("tma_page_rows", ctypes.c_int64),
+        ("page_reciprocal", ctypes.c_uint32), ("page_shift", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def mla_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, Tensor]]:
         out = torch.full((B, Sq, H, 512), torch.nan, dtype=torch.bfloat16)
         lse = torch.full((B, H, Sq), torch.nan)
         p = MlaArguments(
-            **addresses(q=q, cache=cache, block_table=table, cache_seqlens=lengths, out=out,
+            **addresses(q=q, cache=cache, table=table, cache_seqlens=lengths, out=out,
                         lse=lse),
             q_row_stride=576, table_row_stride=table.stride(0), page_stride=cache.stride(0),
             token_stride=cache.stride(1), softmax_scale_log2=scale * LOG2_E, batch=B, Sq=Sq, H=H,
@@ -309,7 +310,7 @@ def sparse_of(library: ctypes.CDLL) -> Callable[..., tuple[Tensor, ...]]:
         if largest:
             write["max_logits"] = torch.full((B, H, Sq), torch.nan)
         p = MlaArguments(
-            **addresses(q=q, cache=cache, block_table=indices, cache_seqlens=topk_length,
+            **addresses(q=q, cache=cache, table=indices, cache_seqlens=topk_length,
                         attn_sink=attn_sink, **write),
             q_row_stride=576, table_row_stride=indices.stride(0),
             table_query_stride=indices.stride(1), page_stride=cache.stride(0),

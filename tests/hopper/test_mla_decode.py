@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -188,7 +190,7 @@ def test_scales_of_any_size(emulated_mla, generator):
 
 
 def test_the_largest_scale(emulated_mla, generator):
-    """A token with scale 2^126 has all the weight."""
+    """A token with scale 2^126 has all the weight, or the same as each other one."""
     kind = CACHES["fp8"]
     q, cache, table, lengths, *rest = operands(generator, lengths=(130,), H=3, **kind)
     q[:] = 0.0
@@ -199,6 +201,39 @@ def test_the_largest_scale(emulated_mla, generator):
     scales_of(cache)[page, slot] = 2.0**126
     out, _ = check(emulated_mla, (q, cache, table, lengths, *rest))
     assert (out.float() == 2.0**126).all()
+    q[:] = 0.0
+    out, _ = check(emulated_mla, (q, cache, table, lengths, *rest))
+    assert (out.float() > 2.0**118).all() and out.isfinite().all()
+
+
+def small_weights(generator) -> tuple:
+    """A token with the weight 1 and small values, and one with a small weight and large values."""
+    args = operands(generator, lengths=(2,), H=3, page=64, **CACHES["fp8"])
+    q, cache, table, lengths, _, *rest = args
+    score = torch.tensor(-math.log(22.5 * 2.0**-24))  # of the first; that of the second is 0
+    high = score.bfloat16()
+    cache[table[0, 0], :2, :, :512] = 0x38  # 1
+    scales_of(cache)[table[0, 0], :2] = torch.tensor([2.0**-20, 1.0])[:, None, None]
+    rope = cache[table[0, 0], :2, 0, 528:].view(torch.bfloat16)
+    q[:], rope[:] = 0.0, 0.0
+    q[..., 512:514], rope[0, 0], rope[0, 1] = 1.0, high, score - high
+    return q, cache, table, lengths, 1.0, *rest
+
+
+def test_small_weights(emulated_mla, generator):
+    """A weight of 22.5 · 2^-24 is between two values of fp16, and not when it is larger by 2^7."""
+    check(emulated_mla, small_weights(generator))
+
+
+def test_infinite_scale(emulated_mla, generator):
+    """It makes the row NaN, as codes of both signs do in the oracle."""
+    args = operands(generator, lengths=(130, 65), H=3, **CACHES["fp8"])
+    q, cache, table, *_ = args
+    page = cache.shape[1]
+    for block, scale in enumerate((torch.inf, -torch.inf)):
+        scales_of(cache)[table[0, 70 // page], 70 % page, 0, block] = scale
+        out, lse = check(emulated_mla, args)
+        assert out[0].isnan().all() and lse[0].isnan().all() and not out[1].isnan().any()
 
 
 @pytest.mark.parametrize("at", [0, 300, 511, 512, 524, 600])
@@ -251,6 +286,8 @@ def test_unsupported_arguments(generator):
     for kind in CACHES.values():
         q, cache, *rest = operands(generator, lengths=(9,), **kind)
         assert unsupported_reason(q, cache, *rest) is None
+        page_0 = cache[:1].as_strided(cache[:1].shape, (7, *cache.stride()[1:]))
+        assert unsupported_reason(q, page_0, *rest) is None
         apart = torch.nn.functional.pad(cache, (0, 4))[..., :-4]
         assert "tokens at multiples of 16 bytes" in unsupported_reason(q, apart, *rest)
         assert "a cache at a multiple of 16 bytes" in unsupported_reason(q, cache[..., 1:], *rest)

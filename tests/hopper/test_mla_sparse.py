@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import deepkern
-from bench.emulator import ORDERS
+from bench.emulator import ORDERS, build, sources
 from deepkern.testing import compare, ops
 from deepkern.testing.sparse_attention import OPTIONS, token_mask
 
@@ -83,6 +83,14 @@ def test_pages_and_splits(emulated_sparse, page, kind, generator):
     apart = torch.zeros((2 * len(cache), *cache.shape[1:]), dtype=cache.dtype)[::2]
     apart.copy_(cache)
     assert_same(emulated_sparse(q, apart, *rest), got)
+
+
+@caches
+def test_splits_of_more_rows(emulated_sparse, kind, generator):
+    """A split of 16 heads has 1024 tokens or more: 2100 are two, 2047 one."""
+    args = list(operands(generator, B=2, H=16, topk=2100, tokens=900, sink=True, **kind))
+    args[4] = torch.tensor([2100, 2047], dtype=torch.int32)
+    check(emulated_sparse, poisoned(tuple(args)))
 
 
 @caches
@@ -168,6 +176,22 @@ def test_bits_independent_of_batch_heads_and_blocks(emulated_sparse, kind, gener
 
 
 @caches
+def test_bits_of_splits_independent_of_batch_heads_and_topk(emulated_sparse, kind, generator):
+    """Two splits of 3 heads; alone, with fewer heads, with more indices than the length."""
+    size = {"B": 2, "Sq": 2, "H": 3, "topk": 1100, "tokens": 500, "sink": True, **kind}
+    q, cache, indices, scale, _, sink, R = operands(generator, **size)
+    lengths = torch.tensor([1100, 1030], dtype=torch.int32)
+    out, lse = check(emulated_sparse, (q, cache, indices, scale, lengths, sink, R), blocks=1)
+    for b in range(2):
+        one = slice(b, b + 1)
+        wide = torch.nn.functional.pad(indices[one, 1:], (0, 900), value=3)
+        alone = emulated_sparse(q[one, 1:], cache, wide, scale, lengths[one], sink, blocks=5)
+        assert_same(alone, (out[one, 1:], lse[one, :, 1:]), f"sequence {b}")
+    few = emulated_sparse(q[:, :, 1:2], cache, indices, scale, lengths, sink[1:2])
+    assert_same(few, (out[:, :, 1:2], lse[:, 1:2]))
+
+
+@caches
 @PROOF
 def test_more_queries_than_lanes(emulated_sparse, kind, generator):
     """The producer walks over the queries 32 at a time; the lengths differ."""
@@ -227,6 +251,19 @@ def test_prefill(emulated_sparse, H, generator):
     assert_same(again, got)
 
 
+def test_copies_of_two_tiles_are_in_flight(emulated_sparse, emulated_mla, generator):
+    """A thread does not wait for the 36 copies of a tile before it starts those of the next one. It
+    does in mla_decode."""
+    library = build(sources())
+    library.emulate_most_copies()
+    args = prefill_operands(generator, S=1, Skv=300, H=3, topk=300)
+    check_prefill(emulated_sparse, args, order="latest")
+    assert library.emulate_most_copies() == 2 * 36
+    args = ops.inputs("mla_decode", generator, lengths=(300,), H=3, page=16)
+    emulated_mla(*deepkern.OPS["mla_decode"].positional(args), order="latest")
+    assert library.emulate_most_copies() == 36
+
+
 def test_prefill_has_no_splits(emulated_sparse, generator):
     check_prefill(emulated_sparse, prefill_operands(generator, S=2, Skv=300, H=2, topk=1100))
 
@@ -240,6 +277,21 @@ def test_prefill_scores_of_any_size(emulated_sparse, generator):
     q[0, 1] = torch.nan
     out, largest, lse = check_prefill(emulated_sparse, (q, kv, indices, 0.04, *rest))
     assert out[0, 1].isnan().all() and largest[0, 1].isnan() and lse[0, 1].isnan()
+
+
+@pytest.mark.parametrize("scale", [0.04, -0.04])
+def test_prefill_infinite_scores(emulated_sparse, scale, generator):
+    """+inf, and NaN beside it, in keys that some queries name; -inf has no weight."""
+    q, kv, indices, _, *rest = prefill_operands(generator, S=6, Skv=90, H=3, topk=70)
+    indices[:] = torch.arange(70, dtype=torch.int32)
+    q[..., 5] = q[..., 5].abs() + 1
+    kv[70:, 0, 5] = torch.tensor([1.0, -1.0, torch.nan] * 7)[:20] * torch.inf * scale
+    for query, named in enumerate(([70], [71], [72], [70, 72], [71, 72], [70, 71])):
+        indices[query, 0, 40 : 40 + len(named)] = torch.tensor(named, dtype=torch.int32)
+    _, largest, lse = check_prefill(emulated_sparse, (q, kv, indices, scale, *rest))
+    assert (largest[0] == torch.inf).all() and (largest[5] == torch.inf).all()
+    assert largest[1].isfinite().all() and lse[1].isfinite().all()
+    assert largest[2:5].isnan().all() and lse[2:].isnan().all() and lse[0].isnan().all()
 
 
 @pytest.mark.parametrize("topk", [1, 3, 150])

@@ -15,6 +15,7 @@ from bench.emulator import CSRC
 from deepkern.testing import compare
 
 from .conftest import TILES, EmulatorFailure, Tile, gemm_of, planted
+from .planted_search import ANY, WRONG
 from .test_fp8_gemm import operands, reference, run
 
 TILES_FILE = "sm90/fp8_gemm_tiles.h"
@@ -31,8 +32,6 @@ PAIRS_SHARE_A, WAVES = first("dense", rows=64, cluster_n=2), first("dense", wave
 SCALED, SWAPPED = first("dense", b_rows=1, swapped=False), first("dense", swapped=True)
 CONTIGUOUS, MASKED, K_GROUPED = first("contiguous"), first("masked"), first("k_grouped")
 CLUSTER_SPLIT_K, SERIAL_SPLIT_K = first("dense", columns=16), WHOLE
-WRONG = "wrong result"
-ANY = "."  # a race: the schedule decides which error comes first
 # Hook -> (tile to run, regular expression of the expected error).
 BUGS = {
     # Barriers of the operand ring.

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
-import deepkern
 from bench.emulator import build, sources
-from deepkern.testing import compare
 
-from .conftest import EmulatorFailure, planted
+from .planted_search import ANY, WRONG, check_is_caught, find_error
 from .prefill import backward_of, backward_operands, operands, prefill_of
-from .test_planted_bugs import ANY, WRONG
 
 # Hook -> regular expression of the expected error.
 BUGS = {
@@ -88,42 +83,26 @@ def backward_cases(generator) -> list[tuple]:
     return found
 
 
-def find_error(run, op: str, calls: list[tuple]) -> str:
-    """The first error that the emulator or a comparison finds, or an empty string."""
-    want = [getattr(deepkern.reference, op)(*args) for args in calls]
-    for seed in range(12):
-        for args, exact in zip(calls, want, strict=True):
-            order = ("random", "earliest", "latest")[seed % 3]
-            try:
-                compare.assert_matches(op, run(*args, seed=seed, order=order, blocks=2), exact)
-            except EmulatorFailure as failure:
-                return str(failure)
-            except compare.Mismatch:
-                return WRONG
-    return ""
+HOW = {"seeds": 12, "blocks": 2}
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_caught(bug, generator):
-    with planted(bug, "mla_prefill") as library:
-        found = find_error(prefill_of(library), "mla_prefill", cases(generator))
-    assert re.search(BUGS[bug], found, re.DOTALL), f"expected {BUGS[bug]!r}, found {found!r}"
+    calls = cases(generator)
+    check_is_caught(bug, "mla_prefill", BUGS[bug], prefill_of, "mla_prefill", calls, **HOW)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("bug", BACKWARD_BUGS)
 def test_backward_bug_is_caught(bug, generator):
-    want = BACKWARD_BUGS[bug]
-    with planted(bug, "mla_prefill") as library:
-        calls = backward_cases(generator)
-        found = find_error(backward_of(library), "mla_prefill_backward", calls)
-    assert re.search(want, found, re.DOTALL), f"expected {want!r}, found {found!r}"
+    want, calls = BACKWARD_BUGS[bug], backward_cases(generator)
+    check_is_caught(bug, "mla_prefill", want, backward_of, "mla_prefill_backward", calls, **HOW)
 
 
 @pytest.mark.proof
 def test_correct_kernels_pass_the_search(generator):
     library = build(sources())
-    assert find_error(prefill_of(library), "mla_prefill", cases(generator)) == ""
+    assert find_error(prefill_of(library), "mla_prefill", cases(generator), **HOW) == ""
     calls = backward_cases(generator)
-    assert find_error(backward_of(library), "mla_prefill_backward", calls) == ""
+    assert find_error(backward_of(library), "mla_prefill_backward", calls, **HOW) == ""

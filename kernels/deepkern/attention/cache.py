@@ -144,7 +144,7 @@ def unsupported_on_hopper(q: Tensor, cache: Tensor, v_head_dim: int) -> str | No
     if q.shape[-1:] != (576,) or v_head_dim != 512:
         return f"it supports 512 + 64 values a token, not v_head_dim {v_head_dim} of {q.shape[-1]}"
     strides = [stride * cache.element_size() for stride in cache.stride()[:2]]
-    if any(stride % 16 for stride in strides):
+    if any(n > 1 and stride % 16 for n, stride in zip(cache.shape, strides, strict=False)):
         return f"it supports tokens at multiples of 16 bytes, not strides {strides} in bytes"
     if cache.data_ptr() % 16:
         return "it supports a cache at a multiple of 16 bytes"
