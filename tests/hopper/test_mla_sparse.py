@@ -281,7 +281,7 @@ def test_prefill_scores_of_any_size(emulated_sparse, generator):
 
 @pytest.mark.parametrize("scale", [0.04, -0.04])
 def test_prefill_infinite_scores(emulated_sparse, scale, generator):
-    """+inf, and NaN beside it, in keys that some queries name; -inf has no weight."""
+    """+inf, also together with NaN, in keys that some queries name; -inf has no weight."""
     q, kv, indices, _, *rest = prefill_operands(generator, S=6, Skv=90, H=3, topk=70)
     indices[:] = torch.arange(70, dtype=torch.int32)
     q[..., 5] = q[..., 5].abs() + 1
