@@ -203,7 +203,8 @@ def test_random_calls(kind, part, rng, generator):
         check(name, args, **how)
 
 
-# Planted bugs. Hook -> (kernel, start of the tile's line, regular expression of the error).
+# Planted bugs. Hook -> (kernel, start of the tile's line or "sparse", regular expression of the
+# error).
 WHOLE, PAIRS = "TILE(dense, 128, 128, 5, 1, 1, false, 128", "TILE(dense, 128, 128, 5, 2"
 SPLITS, K_GROUPED = "TILE(dense, 64, 16, 10", "TILE(k_grouped, 128"
 WAVES = "TILE(dense, 256"
@@ -225,6 +226,10 @@ BUGS = {
     "no_wait_for_p": ("mla_decode", "", "race|phase|wrote|writes"),
     "no_fence_after_gather": ("mla_decode", "", "proxy"),
     "no_wait_for_gather": ("mla_decode", "", "."),
+    "announces_before_copies": ("mla_decode", "sparse", "."),
+    "positions_not_announced": ("mla_decode", "sparse", "race"),
+    "no_fence_for_piece_0": ("mla_decode", "sparse", "proxy"),
+    "no_fence_for_piece_1": ("mla_decode", "sparse", "proxy"),
     "no_fence_after_value_tail": ("mla_prefill", "", "proxy"),
     "rescales_before_pv_ends": ("mla_prefill", "", "wgmma"),
 }
@@ -236,6 +241,8 @@ def find_error(bug: str, generator) -> str:
     line = next((t for t in hopper.tiles() if tile and t.startswith(tile)), "")
     library = hopper.kernels(bug, kernel, f"{line}\n" * len(hopper.tiles()) if line else "")
     name, size = "mla_decode", {"lengths": (200, 577), "Sq": 2, "H": 3, "page": 16}
+    if tile == "sparse":
+        name, size = "mla_sparse_decode", {"topk": 200, "tokens": 90, "H": 3}
     if kernel == "mla_prefill":
         name, size = kernel, {"lengths": (200,), "lengths_k": (300,), "H": 1}
     if kernel == "fp8_gemm":
