@@ -120,18 +120,18 @@ struct MlaWorkList {
       : p(arguments), smem(smem_base) {
     save();
   }
-  SM90_DEVICE char* place() const {
+  SM90_DEVICE char* saved() const {
     return smem + MlaTile::WORK_LIST_OFFSET + warp_index() % 4 * 12;
   }
   SM90_DEVICE void save() const {
-    char* to = place();  // by all lanes
+    char* to = saved();  // by all lanes
     if (lane_index() == 0) {
       store_shared(to, chunk), store_shared(to + 4, before), store_shared(to + 8, next);
     }
     warp_sync();
   }
   SM90_DEVICE void load() {
-    const char* from = place();
+    const char* from = saved();
     chunk = load_shared<int>(from), before = load_shared<int>(from + 4);
     next = load_shared<int>(from + 8);
     warp_sync();

@@ -151,6 +151,24 @@ class RunOptions(ctypes.Structure):
                 ("message", ctypes.c_char_p), ("message_bytes", ctypes.c_int)]  # fmt: skip
 
 
+def call(library, name: str, *args, read=(), write=(), seed=0, order="random") -> None:
+    """Runs a kernel that may access the tensors in `read` and `write` only."""
+    allowed = [{f"{kind}[{i}]": x for i, x in enumerate(tensors)}
+             for kind, tensors in (("read", read), ("write", write))]  # fmt: skip
+    message = ctypes.create_string_buffer(4096)
+    buffer = ctypes.cast(message, ctypes.c_char_p)
+    options = RunOptions(seed, ORDERS[order], buffer, len(message))
+    args = [pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
+    with only(library, *allowed):
+        failed = getattr(library, name)(*args, options)
+    if failed:
+        raise EmulatorFailure(message.value.decode())
+
+
+def pointer(x: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
 @dataclass
 class Run:
     """How the emulator runs a GEMM kernel."""
@@ -336,3 +354,9 @@ def emulated_mla() -> Callable[..., tuple[Tensor, Tensor]]:
 def emulated_sparse() -> Callable[..., tuple[Tensor, ...]]:
     """Sparse attention of csrc/sm90, run in the emulator."""
     return sparse_of(build(sources()))
+
+
+@pytest.fixture(scope="session")
+def kernels() -> ctypes.CDLL:
+    """The kernels of csrc/emulator/kernels."""
+    return build(sources())
