@@ -41,7 +41,7 @@
 // sparse attention with 64 rows or more: see docs/notes/hopper.md.
 //
 // Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1. The seesaw, the two column halves of the
-// output and the release of a tile in pieces are from FlashMLA.
+// output, the release of a tile in pieces and the arrival by gathered copies are from FlashMLA.
 #pragma once
 
 #include "mla_store.cuh"

@@ -6,7 +6,8 @@
 // bf16 cache: TMA loads a tile of 64 tokens that is inside one page. All other tiles (the last
 // tokens of a split, other page sizes, pages that do not exist, tokens named by indices) are
 // gathered by asynchronous copies of 16 bytes, eight lanes per token: all 36 copies of a lane are
-// in flight at once and need no registers. Absent tokens load as zeros.
+// in flight at once and need no registers; in sparse attention, those of the next tile too. Absent
+// tokens load as zeros.
 //
 // FP8 cache: a token has 512 e4m3 codes, four float32 scales for 128 codes each, and 64 bf16 RoPE
 // values: 656 bytes. Tokens are gathered with a prefetch distance of 32 tokens (21 KB), which
@@ -16,8 +17,8 @@
 // fp32, to P in fp16 over a unit. The unit of a block of 128 columns is a power of two, at most the
 // largest scale of the block in the tokens so far and more than half of it.
 // Limits: a scale below 2^-100 is 0; a scale that is less than 2^-26 times the largest one of its
-// token counts as that. A unit is between 2^-100 and 2^120. The codes of a scale that is not finite
-// become NaN.
+// token counts as that. A unit is 2^-100 or more. The codes of a scale that is not finite become
+// NaN.
 #pragma once
 
 #include "mla_items.cuh"
