@@ -311,45 +311,67 @@ SM90_DEVICE void scales_of_queries(float (&scale)[2], const char* smem, float so
   }
 }
 
-// FP8 cache: Q in smem over the units of its rows, powers of two: the largest value of a row is at
-// least 1. The latents become fp16, the RoPE values stay bf16. By both consumer warpgroups, four
+// FP8 cache: a thread's chunks of Q while it is converted, by both consumer warpgroups with four
 // threads per row.
-SM90_DEVICE void convert_queries(char* smem) {
-  const int thread = thread_index(), row = thread / 4;
+struct QueryChunks {
+  static constexpr int COUNT = 2 * MlaTile::COLUMNS, LATENTS = COUNT - 2;  // the RoPE values last
+  static constexpr int BATCH = 6;  // loads in flight
+  char* q;
+  const int row = thread_index() / 4;
+
+  SM90_DEVICE explicit QueryChunks(char* q_smem) : q(q_smem) {}
   // Of two rows, one starts with the other half of the columns: no bank conflicts.
-  const auto chunk_at = [&](int i) {  // of 18
-    const int chunk = thread % 4 + (i + row) % 2 * 4;
-    return smem + i / 2 * MlaTile::COLUMN_BYTES + row * 128 + (chunk ^ row % 8) * 16;
-  };
-  constexpr int CHUNKS = 2 * MlaTile::COLUMNS, LATENT_CHUNKS = CHUNKS - 2;
-  float largest = 0.0f;
-#pragma unroll 1
-  for (int i = 0; i < CHUNKS; ++i) {
-    const auto values = load_shared<Chunk>(chunk_at(i));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      largest = max_of(largest, magnitude(to_float(low_bf16(values.word[j]))));
-      largest = max_of(largest, magnitude(to_float(high_bf16(values.word[j]))));
-    }
+  SM90_DEVICE char* at(int i) const {
+    const int chunk = thread_index() % 4 + (i + row) % 2 * 4;
+    return q + i / 2 * MlaTile::COLUMN_BYTES + row * 128 + (chunk ^ row % 8) * 16;
   }
-  largest = row_max_of(largest);
-  const int exponent = static_cast<int>(float_bits(largest) >> 23);
-  const int unit = max_of(LEAST_UNIT, min_of(exponent, LARGEST_UNIT));
+  SM90_DEVICE void load(Chunk (&values)[BATCH], int first) const {
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) values[k] = load_shared<Chunk>(at(first + k));
+  }
+  // The unit of the row, a biased exponent: the largest value of the row is at least 1 over it.
+  SM90_DEVICE int unit() const {
+    float largest = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < COUNT; i += BATCH) {
+      Chunk values[BATCH];
+      load(values, i);
+#pragma unroll
+      for (int j = 0; j < 4 * BATCH; ++j) {
+        const uint32_t pair = values[j / 4].word[j % 4];
+        largest = max_of(largest, magnitude(to_float(low_bf16(pair))));
+        largest = max_of(largest, magnitude(to_float(high_bf16(pair))));
+      }
+    }
+    const int exponent = static_cast<int>(float_bits(row_max_of(largest)) >> 23);
+    return max_of(LEAST_UNIT, min_of(exponent, LARGEST_UNIT));
+  }
+};
+
+// FP8 cache: Q in smem over the units of its rows. The latents become fp16, the RoPE values stay
+// bf16.
+SM90_DEVICE void convert_queries(char* smem) {
+  const QueryChunks chunks(smem);
+  const int unit = chunks.unit();
   const float inverse = power_of_two(254 - unit);
 #pragma unroll 1
-  for (int i = 0; i < CHUNKS; ++i) {
-    auto values = load_shared<Chunk>(chunk_at(i));
-    const bool latent = PLANT(rope_of_queries_in_fp16, true, i < LATENT_CHUNKS);
+  for (int i = 0; i < QueryChunks::COUNT; i += QueryChunks::BATCH) {
+    Chunk values[QueryChunks::BATCH];
+    chunks.load(values, i);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float low = to_float(low_bf16(values.word[j])) * inverse;
-      const float high = to_float(high_bf16(values.word[j])) * inverse;
-      values.word[j] = latent ? pack_fp16(low, high) : pack_bf16(low, high);
+    for (int k = 0; k < QueryChunks::BATCH; ++k) {
+      const bool latent = PLANT(rope_of_queries_in_fp16, true, i + k < QueryChunks::LATENTS);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float low = to_float(low_bf16(values[k].word[j])) * inverse;
+        const float high = to_float(high_bf16(values[k].word[j])) * inverse;
+        values[k].word[j] = latent ? pack_fp16(low, high) : pack_bf16(low, high);
+      }
+      store_shared(chunks.at(i + k), values[k]);
     }
-    store_shared(chunk_at(i), values);
   }
-  if (thread % 4 == 0) {
-    store_shared(smem + MlaTile::Q_UNITS_OFFSET + row, static_cast<uint8_t>(unit));
+  if (thread_index() % 4 == 0) {
+    store_shared(smem + MlaTile::Q_UNITS_OFFSET + chunks.row, static_cast<uint8_t>(unit));
   }
   UNLESS_PLANTED(no_fence_after_conversion, fence_async_proxy());
   UNLESS_PLANTED(no_wait_for_conversion, named_barrier_sync(1, 256));
