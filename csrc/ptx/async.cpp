@@ -94,7 +94,8 @@ Status commit_copies(Warp& warp, const Instruction&, uint32_t) {
 
 Status wait_copies(Warp& warp, const Instruction& i, uint32_t) {
   if (warp.copies_arrive)
-    warp.fail(i, -1, "waits for cp.async groups of which some arrive at an mbarrier: not supported");
+    warp.fail(i, -1,
+              "waits for cp.async groups of which some arrive at an mbarrier: not supported");
   if (i.mode) commit_copies(warp, i, 0);  // wait_all
   wait_groups(warp, warp.copies, i.immediate);
   return Status::NEXT;

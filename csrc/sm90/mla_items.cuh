@@ -41,7 +41,7 @@ struct MlaTile {
   static constexpr uint32_t BARRIERS_OFFSET = Q_UNITS_OFFSET + ROWS;
   static constexpr uint32_t SMEM_BYTES = BARRIERS_OFFSET + 10 * sizeof(Barrier);
   static_assert(SMEM_BYTES <= 232448, "the layout fits in the smem of a block");
-  static_assert(UNITS_OFFSET % 16 == 0 && ITEM_OFFSET % 16 == 0, "they are read 16 bytes at a time");
+  static_assert(UNITS_OFFSET % 16 == 0 && ITEM_OFFSET % 16 == 0, "loads of 16 bytes");
 };
 
 constexpr int ABSENT = 255;  // position of an absent token; no row attends to it

@@ -157,8 +157,9 @@ SM90_DEVICE void score_tile(float (&score)[32], const char* q, const TokenTile& 
 }
 
 // score = Q·Kᵀ, FP8 cache: one block of 128 values in fp16 after the other, RoPE in bf16 last.
-// After block j the sum is multiplied by scale j / scale j + 1, so each block is multiplied by its own
-// scale in the end. Q, and so the score, is over the unit of its row.
+// After block j the sum is multiplied by scale j / scale j + 1, so each block is multiplied by its
+// own scale in the end. Q, and so the score, is over the unit of its row. `q`: the smem of the
+// block, which Q starts.
 SM90_DEVICE void score_fp8_tile(float (&score)[32], const char* q, const TokenTile& tile,
                                 Barrier* full, uint32_t phase) {
   UNLESS_PLANTED(no_wait_for_fp8_tile, barrier_wait(full, phase));
