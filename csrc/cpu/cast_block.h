@@ -1,4 +1,4 @@
-// The FP8 cast of one block of up to 128 values, for every op that ends in a cast; see every_isa.h.
+// The FP8 cast of blocks of 128 values, for every op that ends in a cast; see every_isa.h.
 //
 //     scale = max(max |x|, 1e-4) / 448        (rounded up to 2^n for ue8m0)
 //     q     = e4m3(x * (1 / scale))
@@ -17,10 +17,19 @@ DEEPKERN_INLINE float block_scale(int32_t amax_bits, bool ue8m0) {
 }
 
 DEEPKERN_INLINE int32_t largest_lane(Ints x) {
+#if defined(DEEPKERN_AVX512)
+  return _mm512_reduce_max_epi32((__m512i)x);
+#elif defined(DEEPKERN_AVX2)
+  const __m256i all = (__m256i)x;
+  __m128i y = _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xB1)));
+#else
   int32_t lane[LANES], largest = 0;
   store_vector(lane, x);
   for (int i = 0; i < LANES; ++i) largest = std::max(largest, lane[i]);
   return largest;
+#endif
 }
 
 // The bits of the largest magnitude of 128 floats.
@@ -60,23 +69,28 @@ DEEPKERN_INLINE void encode_block(const float* x, float inverse, uint8_t* q) {
   }
 }
 
-// Casts count <= 128 floats at x, writes q[count] and returns the scale. x is readable and q
-// writable up to 128 values; those past count must be 0 in x.
-DEEPKERN_INLINE float cast_full_block(const float* x, uint8_t* q, bool ue8m0) {
-  const float scale = block_scale(block_amax(x), ue8m0);
-  encode_block(x, 1.0f / scale, q);
-  return scale;
-}
+// Values that cast_values() takes at a time. The codes of a block wait for its scale, and the scale
+// for all values of the block and two divisions; with several blocks the CPU has other work.
+constexpr int64_t CAST_VALUES = 8 * 128;
 
-// The same for count values; writes count codes.
-DEEPKERN_INLINE float cast_block(const float* x, int64_t count, uint8_t* q, bool ue8m0) {
-  if (count == 128) return cast_full_block(x, q, ue8m0);
-  float values[128] = {};
+// Casts count <= CAST_VALUES floats at x; writes q[count] and the scale of block i to
+// scale[i * scale_stride]. x is readable up to whole blocks and must be 0 past count.
+DEEPKERN_INLINE void cast_values(const float* x, int64_t count, uint8_t* q, float* scale,
+                                 int64_t scale_stride, bool ue8m0) {
+  int32_t amax[CAST_VALUES / 128];
+  float inverse[CAST_VALUES / 128];
+  const int64_t blocks = (count + 127) / 128;
+  for (int64_t i = 0; i < blocks; ++i) amax[i] = block_amax(x + i * 128);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const float s = block_scale(amax[i], ue8m0);
+    scale[i * scale_stride] = s;
+    inverse[i] = 1.0f / s;
+  }
+  for (int64_t i = 0; i < count / 128; ++i) encode_block(x + i * 128, inverse[i], q + i * 128);
+  if (count % 128 == 0) return;
   uint8_t codes[128];
-  std::memcpy(values, x, count * sizeof(float));
-  const float scale = cast_full_block(values, codes, ue8m0);
-  std::memcpy(q, codes, count);
-  return scale;
+  encode_block(x + count / 128 * 128, inverse[count / 128], codes);
+  std::memcpy(q + count / 128 * 128, codes, count % 128);
 }
 
 // Loads count <= 128 elements as floats; zero up to 128.
@@ -87,6 +101,14 @@ DEEPKERN_INLINE void load_block(const void* x, int64_t offset, int64_t count, fl
     return;
   }
   for (int64_t i = 0; i < 128; ++i) out[i] = i < count ? deepkern::load<type>(x, offset + i) : 0.0f;
+}
+
+// The same for any count, zero up to whole blocks.
+template <Real type>
+DEEPKERN_INLINE void load_blocks(const void* x, int64_t offset, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 128) {
+    load_block<type>(x, offset + i, std::min<int64_t>(128, count - i), out + i);
+  }
 }
 
 }  // namespace
