@@ -1,8 +1,7 @@
 // scale[m, j] = max(|x[m, 128j : 128j+128]|, 1e-4) / 448        (rounded up to 2^n for ue8m0)
 // q[m, k]     = e4m3(x[m, k] * (1 / scale[m, k / 128]))
 //
-// Parallelization: threads take ranges of rows. Blocks of a row are loaded as floats and cast, 8 at
-// a time.
+// Parallelization: threads take ranges of rows; 8 blocks of a row overlap.
 //
 // Limit: memory bandwidth.
 #ifndef DEEPKERN_ISA
@@ -74,12 +73,11 @@ namespace {
 
 template <Real type>
 void cast_rows_of(const CastPerToken& c, int64_t first, int64_t last) {
-  float values[CAST_VALUES];
   for (int64_t m = first; m < last; ++m) {
     for (int64_t k = 0; k < c.K; k += CAST_VALUES) {
       const int64_t count = std::min(CAST_VALUES, c.K - k);
-      load_blocks<type>(c.x.data, m * c.x.stride + k, count, values);
-      cast_values(values, count, c.q + m * c.K + k, c.scale.at(m, k / 128), c.scale.block, c.ue8m0);
+      cast_values<type>(c.x.data, m * c.x.stride + k, count, c.q + m * c.K + k,
+                        c.scale.at(m, k / 128), c.scale.block, c.ue8m0);
     }
   }
 }

@@ -130,12 +130,11 @@ void write_row(const RowCopy& c, int64_t t, int64_t row, int64_t start, int64_t 
     }
     return;
   }
-  float values[CAST_VALUES];
   auto* q = static_cast<uint8_t*>(c.out) + row * c.K;
   for (int64_t k = start; k < end; k += CAST_VALUES) {
     const int64_t count = std::min(CAST_VALUES, end - k);
-    DEEPKERN_FOR_REAL(c.type, load_blocks<type>(c.x, t * c.x_stride + k, count, values));
-    cast_values(values, count, q + k, scale + k / 128, 1, c.ue8m0);
+    DEEPKERN_FOR_REAL(c.type, cast_values<type>(c.x, t * c.x_stride + k, count, q + k,
+                                                scale + k / 128, 1, c.ue8m0));
   }
 }
 

@@ -142,7 +142,8 @@ void store_token(const LatentCache& cache, const float* latent, const float* rop
   for (int64_t i = 0; i < cache.R; i += CAST_VALUES) {
     const int64_t count = std::min(CAST_VALUES, cache.R - i);
     float scale[CAST_VALUES / 128];
-    cast_values(latent + i, count, reinterpret_cast<uint8_t*>(token + i), scale, 1, false);
+    cast_values<Real::fp32>(latent, i, count, reinterpret_cast<uint8_t*>(token + i), scale, 1,
+                            false);
     std::memcpy(token + cache.R + i / 32, scale, ceil_div(count, 128) * sizeof(float));
   }
   store_values<Real::bf16>(token + cache.rope_offset(), rope, cache.D);

@@ -308,6 +308,7 @@ STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
 }  // namespace deepkern
 #else
 #include "cast_block.h"
+#include "real_blocks.h"
 
 namespace deepkern::DEEPKERN_ISA {
 namespace {
@@ -320,9 +321,12 @@ void cast_row_blocks(const RowCast& c, int64_t first, int64_t last) {
     const int64_t row = i / blocks, k = i % blocks * 128;
     const int64_t count = std::min({CAST_VALUES, c.K - k, (last - i) * 128});
     const int64_t end = i + ceil_div(count, 128);
-    DEEPKERN_FOR_REAL(c.x.type, load_blocks<type>(c.x.data, row * c.x.stride + k, count, values));
+    for (int64_t j = 0; j < count; j += 128) {
+      load_real_block(c.x.data, c.x.type, row * c.x.stride + k + j,
+                      std::min<int64_t>(128, count - j), values + j);
+    }
     for (int64_t j = 0; j < count; ++j) values[j] *= c.factor;
-    cast_values(values, count, c.q + row * c.K + k, c.scale + i, 1, false);
+    cast_values<Real::fp32>(values, 0, count, c.q + row * c.K + k, c.scale + i, 1, false);
     for (; i < end; ++i) c.scale[i] *= c.scale_factor;
   }
 }

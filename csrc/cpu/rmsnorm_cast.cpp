@@ -155,8 +155,8 @@ void cast_rows_of(const RmsnormCast& c, int64_t first, int64_t last) {
       load_block<type>(c.normed, m * c.K + k, count, values);  // rounded to the dtype of x
       const int64_t done = k + count;
       if (done < c.K && done - start < CAST_VALUES) continue;
-      cast_values(normed, done - start, c.q + m * c.K + start, c.scale.at(m, start / 128),
-                  c.scale.block, c.ue8m0);
+      cast_values<Real::fp32>(normed, 0, done - start, c.q + m * c.K + start,
+                              c.scale.at(m, start / 128), c.scale.block, c.ue8m0);
     }
   }
 }

@@ -133,7 +133,7 @@ STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
 namespace deepkern::DEEPKERN_ISA {
 namespace {
 
-// y of the block of row m that starts at `column`; zero past column I.
+// y of the block of row m that starts at `column`.
 template <Real type>
 DEEPKERN_INLINE void multiply_block(const SwigluCast& c, int64_t m, int64_t column, float* y) {
   float gate[128], up[128];
@@ -146,8 +146,6 @@ DEEPKERN_INLINE void multiply_block(const SwigluCast& c, int64_t m, int64_t colu
     const Floats product = swiglu(load_vector<Floats>(gate + k), load_vector<Floats>(up + k));
     store_vector(y + k, c.weights == nullptr ? product : product * c.weights[m]);
   }
-  // An infinite weight makes the zeros NaN.
-  for (int64_t k = count; k < 128; ++k) y[k] = 0.0f;
 }
 
 template <Real type>
@@ -158,8 +156,8 @@ void cast_blocks_of(const SwigluCast& c, int64_t first, int64_t last) {
     const int64_t m = i / blocks, j = i % blocks;  // the next blocks of row m, from block j on
     const int64_t count = std::min({last - i, blocks - j, CAST_VALUES / 128});
     for (int64_t b = 0; b < count; ++b) multiply_block<type>(c, m, (j + b) * 128, y + b * 128);
-    cast_values(y, std::min(count * 128, c.I - j * 128), c.q + m * c.I + j * 128,
-                c.scale + m * c.scale_row + j * c.scale_block, c.scale_block, c.ue8m0);
+    cast_values<Real::fp32>(y, 0, std::min(count * 128, c.I - j * 128), c.q + m * c.I + j * 128,
+                            c.scale + m * c.scale_row + j * c.scale_block, c.scale_block, c.ue8m0);
     i += count;
   }
 }
