@@ -1,4 +1,4 @@
-// The FP8 cast of one block of up to 128 values, for every op that ends in a cast; see every_isa.h.
+// The FP8 cast of blocks of 128 values, for every op that ends in a cast; see every_isa.h.
 //
 //     scale = max(max |x|, 1e-4) / 448        (rounded up to 2^n for ue8m0)
 //     q     = e4m3(x * (1 / scale))
@@ -17,20 +17,29 @@ DEEPKERN_INLINE float block_scale(int32_t amax_bits, bool ue8m0) {
 }
 
 DEEPKERN_INLINE int32_t largest_lane(Ints x) {
+#if defined(DEEPKERN_AVX512)
+  return _mm512_reduce_max_epi32((__m512i)x);
+#elif defined(DEEPKERN_AVX2)
+  const __m256i all = (__m256i)x;
+  __m128i y = _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xB1)));
+#else
   int32_t lane[LANES], largest = 0;
   store_vector(lane, x);
   for (int i = 0; i < LANES; ++i) largest = std::max(largest, lane[i]);
   return largest;
+#endif
 }
 
-// The bits of the largest magnitude of 128 floats.
-DEEPKERN_INLINE int32_t block_amax(const float* x) {
-  Ints amax = {};
+// Per lane, the larger of `amax` and the bits of the magnitudes of 128 elements at x[offset].
+template <Real type>
+DEEPKERN_INLINE Ints largest_magnitudes(const void* x, int64_t offset, Ints amax) {
   for (int i = 0; i < 128; i += LANES) {
-    const Ints magnitude = bits_of(load_vector<Floats>(x + i)) & 0x7FFFFFFF;
+    const Ints magnitude = bits_of(load_floats<type>(x, offset + i)) & 0x7FFFFFFF;
     amax = magnitude > amax ? magnitude : amax;
   }
-  return largest_lane(amax);
+  return amax;
 }
 
 // e4m3 codes of floats that round to at most 448; no NaN. Adding 1.5 * 2^20 times the largest power
@@ -45,8 +54,10 @@ DEEPKERN_INLINE Ints e4m3_codes_in_range(Floats x) {
   return (units + (power >> 20) - (121 << 3)) | (bits >> 24 & 0x80);
 }
 
-// q[i] = e4m3(x[i] * inverse) for 128 values; |x[i]| * inverse is at most 448, or inverse is NaN.
-DEEPKERN_INLINE void encode_block(const float* x, float inverse, uint8_t* q) {
+// q[i] = e4m3(x[offset + i] * inverse) for 128 elements; |x| * inverse is at most 448, or inverse is
+// NaN.
+template <Real type>
+DEEPKERN_INLINE void encode_block(const void* x, int64_t offset, float inverse, uint8_t* q) {
   if (inverse != inverse) {
     std::memset(q, 0x7F, 128);
     return;
@@ -54,29 +65,10 @@ DEEPKERN_INLINE void encode_block(const float* x, float inverse, uint8_t* q) {
   for (int i = 0; i < 128; i += 4 * LANES) {
     Ints codes[4];
     for (int j = 0; j < 4; ++j) {
-      codes[j] = e4m3_codes_in_range(load_vector<Floats>(x + i + j * LANES) * inverse);
+      codes[j] = e4m3_codes_in_range(load_floats<type>(x, offset + i + j * LANES) * inverse);
     }
     store_bytes(q + i, codes[0], codes[1], codes[2], codes[3]);
   }
-}
-
-// Casts count <= 128 floats at x, writes q[count] and returns the scale. x is readable and q
-// writable up to 128 values; those past count must be 0 in x.
-DEEPKERN_INLINE float cast_full_block(const float* x, uint8_t* q, bool ue8m0) {
-  const float scale = block_scale(block_amax(x), ue8m0);
-  encode_block(x, 1.0f / scale, q);
-  return scale;
-}
-
-// The same for count values; writes count codes.
-DEEPKERN_INLINE float cast_block(const float* x, int64_t count, uint8_t* q, bool ue8m0) {
-  if (count == 128) return cast_full_block(x, q, ue8m0);
-  float values[128] = {};
-  uint8_t codes[128];
-  std::memcpy(values, x, count * sizeof(float));
-  const float scale = cast_full_block(values, codes, ue8m0);
-  std::memcpy(q, codes, count);
-  return scale;
 }
 
 // Loads count <= 128 elements as floats; zero up to 128.
@@ -87,6 +79,39 @@ DEEPKERN_INLINE void load_block(const void* x, int64_t offset, int64_t count, fl
     return;
   }
   for (int64_t i = 0; i < 128; ++i) out[i] = i < count ? deepkern::load<type>(x, offset + i) : 0.0f;
+}
+
+// Elements that cast_values() takes at a time. The codes of a block wait for its scale, and the scale
+// for all values of the block and two divisions; with several blocks the CPU has other work.
+constexpr int64_t CAST_VALUES = 8 * 128;
+
+// Casts count <= CAST_VALUES elements at x[offset]; writes q[count] and the scale of block i to
+// scale[i * scale_stride].
+template <Real type>
+DEEPKERN_INLINE void cast_values(const void* x, int64_t offset, int64_t count, uint8_t* q,
+                                 float* scale, int64_t scale_stride, bool ue8m0) {
+  const int64_t full = count / 128, rest = count % 128;
+  int32_t amax[CAST_VALUES / 128];
+  float inverse[CAST_VALUES / 128], last[128];
+  for (int64_t i = 0; i < full; ++i) {
+    amax[i] = largest_lane(largest_magnitudes<type>(x, offset + i * 128, Ints{}));
+  }
+  if (rest > 0) {
+    load_block<type>(x, offset + full * 128, rest, last);
+    amax[full] = largest_lane(largest_magnitudes<Real::fp32>(last, 0, Ints{}));
+  }
+  for (int64_t i = 0; i < full + (rest > 0); ++i) {
+    const float s = block_scale(amax[i], ue8m0);
+    scale[i * scale_stride] = s;
+    inverse[i] = 1.0f / s;
+  }
+  for (int64_t i = 0; i < full; ++i) {
+    encode_block<type>(x, offset + i * 128, inverse[i], q + i * 128);
+  }
+  if (rest == 0) return;
+  uint8_t codes[128];
+  encode_block<Real::fp32>(last, 0, inverse[full], codes);
+  std::memcpy(q + full * 128, codes, rest);
 }
 
 }  // namespace

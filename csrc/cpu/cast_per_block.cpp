@@ -83,17 +83,27 @@ float cast_one_block(const CastPerBlock& c, int64_t offset, int64_t rows, int64_
                      uint8_t* q) {
   float values[128];
   uint8_t codes[128];
-  int32_t amax = 0;
+  Ints amax{};
   for (int64_t i = 0; i < rows; ++i) {
-    load_block<type>(c.x, offset + i * c.row_stride, columns, values);
-    amax = std::max(amax, block_amax(values));
+    const int64_t row = offset + i * c.row_stride;
+    if (columns == 128) {
+      amax = largest_magnitudes<type>(c.x, row, amax);
+    } else {
+      load_block<type>(c.x, row, columns, values);
+      amax = largest_magnitudes<Real::fp32>(values, 0, amax);
+    }
   }
-  const float scale = block_scale(amax, c.ue8m0);
+  const float scale = block_scale(largest_lane(amax), c.ue8m0);
   const float inverse = 1.0f / scale;
   for (int64_t i = 0; i < rows; ++i) {
-    load_block<type>(c.x, offset + i * c.row_stride, columns, values);
-    encode_block(values, inverse, columns == 128 ? q + i * c.K : codes);
-    if (columns != 128) std::memcpy(q + i * c.K, codes, columns);
+    const int64_t row = offset + i * c.row_stride;
+    if (columns == 128) {
+      encode_block<type>(c.x, row, inverse, q + i * c.K);
+    } else {
+      load_block<type>(c.x, row, columns, values);
+      encode_block<Real::fp32>(values, 0, inverse, codes);
+      std::memcpy(q + i * c.K, codes, columns);
+    }
   }
   return scale;
 }

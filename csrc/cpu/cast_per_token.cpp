@@ -1,8 +1,7 @@
 // scale[m, j] = max(|x[m, 128j : 128j+128]|, 1e-4) / 448        (rounded up to 2^n for ue8m0)
 // q[m, k]     = e4m3(x[m, k] * (1 / scale[m, k / 128]))
 //
-// Parallelization: threads take ranges of rows. A block of a row is loaded into 128 floats and
-// cast.
+// Parallelization: threads take ranges of rows; 8 blocks of a row overlap.
 //
 // Limit: memory bandwidth.
 #ifndef DEEPKERN_ISA
@@ -74,13 +73,11 @@ namespace {
 
 template <Real type>
 void cast_rows_of(const CastPerToken& c, int64_t first, int64_t last) {
-  float values[128];
   for (int64_t m = first; m < last; ++m) {
-    float* scale = c.scale.at(m, 0);
-    for (int64_t k = 0; k < c.K; k += 128, scale += c.scale.block) {
-      const int64_t count = std::min<int64_t>(128, c.K - k);
-      load_block<type>(c.x.data, m * c.x.stride + k, count, values);
-      *scale = cast_block(values, count, c.q + m * c.K + k, c.ue8m0);
+    for (int64_t k = 0; k < c.K; k += CAST_VALUES) {
+      const int64_t count = std::min(CAST_VALUES, c.K - k);
+      cast_values<type>(c.x.data, m * c.x.stride + k, count, c.q + m * c.K + k,
+                        c.scale.at(m, k / 128), c.scale.block, c.ue8m0);
     }
   }
 }

@@ -123,15 +123,18 @@ void write_row(const RowCopy& c, int64_t t, int64_t row, int64_t start, int64_t 
     std::memcpy(out, x, (end - start) * c.element_size);
   }
   if (c.scale == nullptr) return;
-  float values[128], *scale = c.scale + row * ceil_div(c.K, 128) + start / 128;
-  for (int64_t k = start; k < end; k += 128, ++scale) {
-    if (!c.cast) {
-      *scale = c.x_scale[t * c.x_scale_row + k / 128 * c.x_scale_block];
-      continue;
+  float* scale = c.scale + row * ceil_div(c.K, 128);
+  if (!c.cast) {
+    for (int64_t j = start / 128; j < ceil_div(end, 128); ++j) {
+      scale[j] = c.x_scale[t * c.x_scale_row + j * c.x_scale_block];
     }
-    const int64_t count = std::min<int64_t>(128, end - k);
-    load_real_block(c.x, c.type, t * c.x_stride + k, count, values);
-    *scale = cast_block(values, count, static_cast<uint8_t*>(c.out) + row * c.K + k, c.ue8m0);
+    return;
+  }
+  auto* q = static_cast<uint8_t*>(c.out) + row * c.K;
+  for (int64_t k = start; k < end; k += CAST_VALUES) {
+    const int64_t count = std::min(CAST_VALUES, end - k);
+    DEEPKERN_FOR_REAL(c.type, cast_values<type>(c.x, t * c.x_stride + k, count, q + k,
+                                                scale + k / 128, 1, c.ue8m0));
   }
 }
 

@@ -139,7 +139,9 @@ class ProductRows {
         // Columns past the last one use the last row of B; store_strip() does not store them.
         rows[n] = first_row + std::min(n, columns - 1) * strip.b_row_stride;
       }
-      expand_b_scale(first_column, b_scale.data());
+      if (i == first_strip || starts_scale(first_column)) {
+        expand_b_scale(first_column, b_scale.data());
+      }
       isa_->multiply(strip);
       store_strip(sums.as<float>(), first_column, columns);
     }
@@ -155,7 +157,7 @@ class ProductRows {
     const Fp8Matrix& b = product_->gemm.b;
     for (int64_t j = 0; j < blocks(); ++j, scale += STRIP_COLUMNS) {
       const float* block_scale = b.scale + j * b.scale_block_stride;
-      if (b.rows_per_scale % STRIP_COLUMNS == 0) {
+      if (one_scale_per_strip()) {
         const int64_t row = first_column / b.rows_per_scale;
         std::fill_n(scale, STRIP_COLUMNS, block_scale[row * b.scale_row_stride]);
         continue;
@@ -165,6 +167,15 @@ class ProductRows {
         scale[n] = block_scale[row * b.scale_row_stride];
       }
     }
+  }
+
+  bool one_scale_per_strip() const {
+    return product_->gemm.b.rows_per_scale % STRIP_COLUMNS == 0;
+  }
+
+  // Whether the strip from first_column on has other scales than the strip before it.
+  bool starts_scale(int64_t first_column) const {
+    return !one_scale_per_strip() || first_column % product_->gemm.b.rows_per_scale == 0;
   }
 
   // Epilogue: adds C, rounds and stores.

@@ -82,12 +82,12 @@ namespace {
 template <Real type>
 void cast_rows_of(const HadamardCast& c, int64_t first, int64_t last) {
   float y[MAX_LENGTH];
-  float* scale = c.q_scale + first * ceil_div(c.N, 128);
+  const int64_t blocks = ceil_div(c.N, 128);
   for (int64_t m = first; m < last; ++m) {
     hadamard_row<type>(c.x.data, m * c.x.stride, c.N, c.scale, y);
-    for (int64_t k = 0; k < c.N; k += 128, ++scale) {
-      const int64_t count = std::min<int64_t>(128, c.N - k);
-      *scale = cast_block(y + k, count, c.q + m * c.N + k, c.ue8m0);
+    for (int64_t k = 0; k < c.N; k += CAST_VALUES) {
+      cast_values<Real::fp32>(y, k, std::min(CAST_VALUES, c.N - k), c.q + m * c.N + k,
+                              c.q_scale + m * blocks + k / 128, 1, c.ue8m0);
     }
   }
 }

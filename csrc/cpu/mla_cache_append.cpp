@@ -139,11 +139,12 @@ void store_token(const LatentCache& cache, const float* latent, const float* rop
                       store_values<type>(token + cache.rope_offset(), rope, cache.D));
     return;
   }
-  for (int64_t i = 0, j = 0; i < cache.R; i += 128, ++j) {
-    const int64_t count = std::min<int64_t>(128, cache.R - i);
-    auto* codes = reinterpret_cast<uint8_t*>(token + i);
-    const float scale = cast_block(latent + i, count, codes, false);
-    std::memcpy(token + cache.R + 4 * j, &scale, sizeof scale);
+  for (int64_t i = 0; i < cache.R; i += CAST_VALUES) {
+    const int64_t count = std::min(CAST_VALUES, cache.R - i);
+    float scale[CAST_VALUES / 128];
+    cast_values<Real::fp32>(latent, i, count, reinterpret_cast<uint8_t*>(token + i), scale, 1,
+                            false);
+    std::memcpy(token + cache.R + i / 32, scale, ceil_div(count, 128) * sizeof(float));
   }
   store_values<Real::bf16>(token + cache.rope_offset(), rope, cache.D);
 }

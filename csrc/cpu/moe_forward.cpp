@@ -316,13 +316,18 @@ namespace {
 // Casts blocks [first, last) of all rows, numbered row by row.
 void cast_row_blocks(const RowCast& c, int64_t first, int64_t last) {
   const int64_t blocks = c.blocks();
-  float values[128];
-  for (int64_t i = first; i < last; ++i) {
+  float values[CAST_VALUES];
+  for (int64_t i = first; i < last;) {
     const int64_t row = i / blocks, k = i % blocks * 128;
-    const int64_t count = std::min<int64_t>(128, c.K - k);
-    load_real_block(c.x.data, c.x.type, row * c.x.stride + k, count, values);
-    for (int j = 0; j < 128; ++j) values[j] *= c.factor;
-    c.scale[i] = cast_block(values, count, c.q + row * c.K + k, false) * c.scale_factor;
+    const int64_t count = std::min({CAST_VALUES, c.K - k, (last - i) * 128});
+    const int64_t end = i + ceil_div(count, 128);
+    for (int64_t j = 0; j < count; j += 128) {
+      load_real_block(c.x.data, c.x.type, row * c.x.stride + k + j,
+                      std::min<int64_t>(128, count - j), values + j);
+    }
+    for (int64_t j = 0; j < count; ++j) values[j] *= c.factor;
+    cast_values<Real::fp32>(values, 0, count, c.q + row * c.K + k, c.scale + i, 1, false);
+    for (; i < end; ++i) c.scale[i] *= c.scale_factor;
   }
 }
 

@@ -138,22 +138,25 @@ float sum_squares(const RmsnormCast& c, int64_t m) {
 
 template <Real type>
 void cast_rows_of(const RmsnormCast& c, int64_t first, int64_t last) {
-  float h[128], weight[128], normed[128];
+  float h[128], weight[128], normed[CAST_VALUES];
   for (int64_t m = first; m < last; ++m) {
     const float mean = sum_squares<type>(c, m) / static_cast<float>(c.K);
     const Floats inverse = broadcast(1.0f / std::sqrt(mean + c.eps));
-    float* scale = c.scale.at(m, 0);
-    for (int64_t k = 0; k < c.K; k += 128, scale += c.scale.block) {
-      const int64_t count = std::min<int64_t>(128, c.K - k);
+    for (int64_t k = 0; k < c.K; k += 128) {
+      const int64_t count = std::min<int64_t>(128, c.K - k), start = k / CAST_VALUES * CAST_VALUES;
+      float* values = normed + k - start;
       load_h<type>(c, m, k, count, true, h);
       load_real_block(c.weight, c.weight_type, k, count, weight);
       for (int i = 0; i < 128; i += LANES) {
         const Floats scaled = load_vector<Floats>(h + i) * inverse;
-        store_vector(normed + i, scaled * load_vector<Floats>(weight + i));
+        store_vector(values + i, scaled * load_vector<Floats>(weight + i));
       }
-      store_block<type>(c.normed, m * c.K + k, count, normed);
-      load_block<type>(c.normed, m * c.K + k, count, normed);  // rounded to the dtype of x
-      *scale = cast_block(normed, count, c.q + m * c.K + k, c.ue8m0);
+      store_block<type>(c.normed, m * c.K + k, count, values);
+      load_block<type>(c.normed, m * c.K + k, count, values);  // rounded to the dtype of x
+      const int64_t done = k + count;
+      if (done < c.K && done - start < CAST_VALUES) continue;
+      cast_values<Real::fp32>(normed, 0, done - start, c.q + m * c.K + start,
+                              c.scale.at(m, start / 128), c.scale.block, c.ue8m0);
     }
   }
 }

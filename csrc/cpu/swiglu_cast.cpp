@@ -133,26 +133,32 @@ STABLE_TORCH_LIBRARY_IMPL(deepkern_native, CPU, m) {
 namespace deepkern::DEEPKERN_ISA {
 namespace {
 
+// y of the block of row m that starts at `column`.
+template <Real type>
+DEEPKERN_INLINE void multiply_block(const SwigluCast& c, int64_t m, int64_t column, float* y) {
+  float gate[128], up[128];
+  const int64_t count = std::min<int64_t>(128, c.I - column);
+  const int64_t offset = m * c.gate_up.stride + column;
+  load_block<type>(c.gate_up.data, offset, count, gate);
+  load_block<type>(c.gate_up.data, offset + c.I, count, up);
+  if (c.limit.has_value()) clamp_gate_up(gate, up, *c.limit);
+  for (int k = 0; k < 128; k += LANES) {
+    const Floats product = swiglu(load_vector<Floats>(gate + k), load_vector<Floats>(up + k));
+    store_vector(y + k, c.weights == nullptr ? product : product * c.weights[m]);
+  }
+}
+
 template <Real type>
 void cast_blocks_of(const SwigluCast& c, int64_t first, int64_t last) {
-  float gate[128], up[128], y[128];
+  float y[CAST_VALUES];
   const int64_t blocks = c.blocks();
-  int64_t m = first / blocks, j = first % blocks;
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t count = std::min<int64_t>(128, c.I - j * 128);
-    const int64_t offset = m * c.gate_up.stride + j * 128;
-    load_block<type>(c.gate_up.data, offset, count, gate);
-    load_block<type>(c.gate_up.data, offset + c.I, count, up);
-    if (c.limit.has_value()) clamp_gate_up(gate, up, *c.limit);
-    for (int k = 0; k < 128; k += LANES) {
-      const Floats product = swiglu(load_vector<Floats>(gate + k), load_vector<Floats>(up + k));
-      store_vector(y + k, c.weights == nullptr ? product : product * c.weights[m]);
-    }
-    // The block cast wants zeros past the last column; an infinite weight makes them NaN.
-    for (int64_t k = count; k < 128; ++k) y[k] = 0.0f;
-    float* scale = c.scale + m * c.scale_row + j * c.scale_block;
-    *scale = cast_block(y, count, c.q + m * c.I + j * 128, c.ue8m0);
-    if (++j == blocks) ++m, j = 0;
+  for (int64_t i = first; i < last;) {
+    const int64_t m = i / blocks, j = i % blocks;  // the next blocks of row m, from block j on
+    const int64_t count = std::min({last - i, blocks - j, CAST_VALUES / 128});
+    for (int64_t b = 0; b < count; ++b) multiply_block<type>(c, m, (j + b) * 128, y + b * 128);
+    cast_values<Real::fp32>(y, 0, std::min(count * 128, c.I - j * 128), c.q + m * c.I + j * 128,
+                            c.scale + m * c.scale_row + j * c.scale_block, c.scale_block, c.ue8m0);
+    i += count;
   }
 }
 
