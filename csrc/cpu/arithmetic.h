@@ -1,4 +1,4 @@
-// The arithmetic of deepkern/arithmetic.py, operation for operation; see every_isa.h.
+// The arithmetic of deepkern/arithmetic.py, with the same bits; see every_isa.h.
 //
 // Each operation is rounded to float32 and none is fused, so every instruction set gives the bits
 // of the reference and of the Triton kernels. simd.h has faster functions for results that are

@@ -5,7 +5,7 @@ and multiplications, each rounded to nearest even, because libraries and GPUs di
 place. Divisions and roots are correctly rounded. The order of a sum does not depend on the tile,
 the number of warps or the other rows. A kernel that calls these functions must be launched with
 `enable_fp_fusion=False` (a * b + c is not fused into one rounding). `deepkern/reference/exact.py`
-has the same formulas in PyTorch, operation for operation.
+has the same polynomials in PyTorch, and the same bits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def next_power_of_2(n: int) -> int:
 @triton.jit
 def exp(x):
     """e^x for x <= 0: x = n ln 2 + r with |r| <= ln 2 / 2; polynomial of Cephes in r, times 2^n."""
-    x = tl.where(x < -104.0, -104.0, x)  # e^-104 rounds to 0; NaN is kept
+    # e^-104 rounds to 0; NaN is kept.
+    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
     # Adding 1.5 * 2^23 rounds to an integer and puts that integer into the low bits.
     shifted = x * 1.44269502 + 12582912.0
     n = shifted - 12582912.0
@@ -42,11 +43,10 @@ def exp(x):
     p = p * r + 0.166666657
     p = p * r + 0.5
     value = (p * (r * r) + r) + 1.0
-    # Multiply by 2^n in two steps, so that only the second step rounds a subnormal result.
-    exponent = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    half = exponent >> 1
-    value *= ((half + 127) << 23).to(tl.float32, bitcast=True)
-    return value * ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+    # Multiply by 2^(n + 30), then by 2^-30, so that only the second step rounds a subnormal result.
+    # n is in the low bits of `shifted`; the shift leaves no others.
+    power = (shifted.to(tl.int32, bitcast=True) << 23) + ((127 + 30) << 23)
+    return value * power.to(tl.float32, bitcast=True) * 2.0**-30
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""topk_indices: against torch.topk and sorted pairs; ties, special values, one or more chunks."""
+"""topk_indices: against torch.topk and sorted pairs; ties, special values, one or more programs."""
 
 from __future__ import annotations
 
@@ -49,9 +49,12 @@ def test_against_sorted_pairs(backend, dtype, k, generator):
         assert indices == by_sorted_pairs(row[:length], k)
 
 
-@pytest.mark.parametrize(("N", "k"), [(1000, 64), (5000, 2048), (20000, 100), (70000, 2048)])
+@pytest.mark.parametrize(
+    ("N", "k"),
+    [(1000, 64), (4096, 4096), (4097, 4096), (5000, 2048), (8192, 1), (20000, 100), (140000, 2048)],
+)
 def test_against_torch_topk(backend, N, k, generator):
-    """One or more chunks, one or more rounds."""
+    """One program per row, or several: up to 4096 values and more, one or two chunks each."""
     logits = torch.randn(2, N, generator=generator, device=generator.device)
     got = check(logits, k).long()
     want = logits.topk(k).values
@@ -72,11 +75,58 @@ def test_ties_select_the_lower_index(backend, generator):
     assert torch.equal(got[3, :-1], 17000 + first[:-1]) and got[3, -1] == 39999
 
 
+def test_ties_at_the_edges_of_chunks(backend, device):
+    """Chunks have 4096 values. Of equal values on both sides of an edge the first are selected."""
+    edges = torch.tensor([0, 4095, 4096, 8191, 8192, 12287, 12288, 12292], device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.full((1, 12293), -1.0, device=device, dtype=dtype)
+        logits[0, edges] = 0.5
+        for k in range(1, 9):
+            assert torch.equal(check(logits, k)[0], edges[:k].int())
+        logits[0, 4096], logits[0, 12288] = 0.75, 1.0
+        assert check(logits, 3).tolist() == [[0, 4096, 12288]]
+        assert check(logits, 9).tolist() == [[0, 1, *edges[1:].tolist()]]  # and the first -1
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_list_longer_than_the_registers(backend, ties, generator):
+    """The kernel's worst case: the values of k of its 1024 groups are above the bound of the list.
+
+    One of these groups has the largest values at its start; so the bound is at most 1.
+    """
+    N, k, device = 20000, 500, generator.device
+    logits = torch.randn(2, N, generator=generator, device=device) - 100
+    strong = torch.arange(N, device=device) % 1024 < k
+    values = torch.rand(2, N, generator=generator, device=device) + 1.0
+    logits[:, strong] = (values.mul(3).round() if ties else values)[:, strong]
+    logits[:, 7::1024] = 1.0
+    logits[1, :1024][strong[:1024]] = 5.0
+    check(logits, k)
+    check(logits, k, torch.tensor([19000, 9000], dtype=torch.int32, device=device))
+
+
+def test_sorted_rows(backend, generator):
+    """The largest values are the last or the first members of all groups."""
+    ascending = torch.randn(1, 20000, generator=generator, device=generator.device).sort().values
+    check(torch.cat([ascending, ascending.flip(1)]), 100)
+
+
+@pytest.mark.parametrize("order", ["reverse", "random:3"])
+def test_any_order_of_programs(order, generator, monkeypatch):
+    """The order of the list depends on that of the programs; the result does not."""
+    logits, k, lengths = ops.inputs("topk_indices", generator, 2, 20000, 900, ragged=True)
+    with deepkern.backend("triton"):
+        want = check(logits, k, lengths)
+        monkeypatch.setenv("DEEPKERN_INTERPRETER_ORDER", order)
+        compare.assert_bitwise(check(logits, k, lengths), want)
+
+
+@pytest.mark.parametrize("N", [3000, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_random_bits(backend, dtype, generator):
+def test_random_bits(backend, dtype, N, generator):
     """Values of every magnitude and sign, with subnormals, NaN and inf."""
-    bits = torch.randint(-(2**31), 2**31, (3, 3000), generator=generator, device=generator.device)
-    logits = bits.int().view(dtype)[:, :3000]
+    bits = torch.randint(-(2**31), 2**31, (3, N), generator=generator, device=generator.device)
+    logits = bits.int().view(dtype)[:, :N]
     for k in (1, 100, 2999):
         check(logits, k)
     check(-logits.abs(), 100)
@@ -114,8 +164,9 @@ def test_values_past_the_length_are_ignored(backend, generator):
     compare.assert_bitwise(check(logits, 2048, lengths), clean)
 
 
-def test_row_bits_independent_of_others(backend, generator):
-    logits, k, lengths = ops.inputs("topk_indices", generator, 5, 3000, 300, ragged=True)
+@pytest.mark.parametrize("N", [3000, 9000])
+def test_row_bits_independent_of_others(backend, N, generator):
+    logits, k, lengths = ops.inputs("topk_indices", generator, 5, N, 300, ragged=True)
     together = deepkern.topk_indices(logits, k, lengths)
     for s in range(5):
         alone = deepkern.topk_indices(logits[s : s + 1], k, lengths[s : s + 1])

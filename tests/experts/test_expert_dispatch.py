@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import deepkern
 from deepkern import reference
-from deepkern.experts.rows import expert_dispatch_scan_kernel
+from deepkern.experts.rows import expert_dispatch_scan_kernel, place_rows
 from deepkern.testing import compare, ops
 from deepkern.testing.routing import indices
 
@@ -93,10 +93,35 @@ def test_several_chunks(backend, alignment, generator):
     assert_matches_loop(got, x, topk_idx, 20, alignment)
 
 
+@pytest.mark.parametrize("alignment", [1, 3])
+def test_more_experts_than_a_step(backend, alignment, generator):
+    """One program adds up the tokens of 1024 experts per step; 2500 take three."""
+    topk_idx = indices(generator, T=40, E=2500, topk=8)
+    topk_idx[0, :5] = torch.tensor([0, 1023, 1024, 2047, 2048], device=generator.device)
+    topk_idx[1, :3] = torch.tensor([2499, 2500, 1024], device=generator.device)
+    x = torch.randn(40, 2, generator=generator, device=generator.device)
+    got = deepkern.expert_dispatch(x, topk_idx, 2500, alignment=alignment)
+    assert_matches_loop(got, x, topk_idx, 2500, alignment)
+
+
+@pytest.mark.parametrize("E", [5, 1500])
+def test_row_ranges(E, generator):
+    """The bounds for a grouped product: rows - first row, last row + 1; zeros without tokens."""
+    topk_idx = indices(generator, T=50, E=E, topk=4)
+    rows, device = topk_idx.numel(), topk_idx.device
+    int32 = {"dtype": torch.int32, "device": device}
+    group_index, counts = torch.empty(rows, **int32), torch.empty(E, **int32)
+    handle, bounds = torch.empty(topk_idx.shape, **int32), torch.empty(2, E, **int32)
+    place_rows(topk_idx, 1, group_index, counts, handle, bounds)
+    end = counts.cumsum(0)
+    want = torch.stack([rows - (end - counts), end]).where(counts > 0, 0).int()
+    assert torch.equal(bounds, want)
+
+
 def test_scan_of_more_chunks_than_a_step(generator):
-    counts = torch.randint(99, (150, 21), generator=generator, device=generator.device).int()
+    counts = torch.randint(99, (300, 21), generator=generator, device=generator.device).int()
     earlier, tokens_per_expert = counts.clone(), counts.new_empty(21)
-    expert_dispatch_scan_kernel[(2,)](earlier, tokens_per_expert, 150, 21, CHUNKS=64, EXPERTS=16)
+    expert_dispatch_scan_kernel[(2,)](earlier, tokens_per_expert, 300, 21, CHUNKS=128, EXPERTS=16)
     assert torch.equal(earlier, counts.cumsum(0).int() - counts)
     assert torch.equal(tokens_per_expert, counts.sum(0).int())
 

@@ -2,18 +2,27 @@
 
     out[s] = the k indices n < lengths[s] with the largest logits[s, n], ascending, then -1
 
-Each value is converted to an int32 key with the same order. The k-th largest key (the threshold) is
-found bit by bit from the top, by counting the keys that are at least as large, until exactly k are.
-All larger keys are selected, and of the equal ones the first, by a prefix sum over the indices.
+A value becomes an int32 key with the same order. The k-th largest key (the threshold) is found bit
+by bit from the top, by counting the keys that are at least as large, until exactly k are. All
+larger keys are selected, and of the equal ones the first.
 
-Parallelization: one program selects k of a chunk of a row, at most 16384 values, which it keeps in
-registers. A longer row has several chunks. The kernel then runs again on their candidates, with
-keys and indices, until one chunk is left. So a long row has as much parallelism as many short ones.
-No atomics are needed, and the result does not depend on the chunks.
+Parallelization: one program per row of at most 4096 values. Longer rows take three launches:
 
-Limit: counting, 3 instructions per value and bit, until exactly k keys are left.
+1. `topk_indices_maxima_kernel`, one program per 256 groups of columns: the maximum of each group.
+   Group j is columns j, j + GROUPS, ..., and there are at least 2k groups. So at least k values of
+   the row reach the k-th largest maximum.
+2. `topk_indices_candidates_kernel`, one program per 1 to 4 chunks of 4096 values: finds that bound
+   in the maxima and appends the indices that reach it to the row's list, about 1.5k indices.
+3. `topk_indices_select_kernel`, one program per 4 chunks: finds the threshold in the list, counts
+   the selected indices of earlier chunks there, and writes those of its own chunks.
 
-Source: radix selection, with digits of one bit.
+In these a key and its index are one int64 rank, the lower index first, so that ties do not lengthen
+the list. An atomic counter orders the chunks of the list; the result does not depend on it.
+
+Limit: counting, 3 instructions per key and bit, of the row or of its maxima and its list.
+
+Source: radix selection with digits of one bit; maxima of groups as in Dr. Top-k (Gaihre et al.,
+SC 2021).
 """
 
 from __future__ import annotations
@@ -23,15 +32,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arithmetic import cdiv
+from ..arithmetic import cdiv, next_power_of_2
 from ..runtime.contract import check_that
 from ..runtime.op import op
 
 MAX_K = 4096
 MAX_N = 2**30
-TILES = (1024, 4096, 16384)  # values per chunk: the first that holds the row, else the last
-PART = 2048  # values per prefix sum; one over 16384 values spills 632 bytes on sm_90
-EMPTY_KEY = tl.constexpr(-0x80000000)  # less than the key of every value
+TILES = (1024, 4096)  # values per program, or chunk: the first that holds the row, else the last
+PART = 2048  # values per prefix sum of a row of one program
+BLOCK = 256  # groups per program
+CHUNKS = 4  # chunks per program that selects
+NO_KEY = tl.constexpr(-(2**31))  # less than the key of every value
+NO_RANK = tl.constexpr(-(2**61))  # of NO_KEY
+NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 @op(logits="fp32|bf16 [S, N]", lengths="int32 [S]")
@@ -66,7 +79,7 @@ def topk_indices(logits: Tensor, k: int, lengths: Tensor | None = None) -> Tenso
 
 @topk_indices.op.register_tile
 def choose_tile(logits: Tensor, *_) -> int:
-    """Values per chunk."""
+    """Values per program, or per chunk of a longer row."""
     return next((tile for tile in TILES if tile >= logits.shape[1]), TILES[-1])
 
 
@@ -76,125 +89,332 @@ def _launch_triton(logits: Tensor, k: int, lengths: Tensor | None) -> Tensor:
     (S, N), TILE = logits.shape, choose_tile(logits)
     if out.numel() == 0:
         return out
-    values, indices, row_stride, is_last = logits, None, logits.stride(0), False
-    while not is_last:
-        num_chunks = max(cdiv(N, TILE), 1)
-        is_last = num_chunks == 1
-        selected = out if is_last else out.new_empty((S, num_chunks * k))
-        selected_keys = None if is_last else torch.empty_like(selected)
-        topk_indices_kernel[(S * num_chunks,)](
-            values, indices, lengths, selected_keys, selected, N, k, num_chunks, row_stride,
-            LOWEST_BIT=16 if logits.dtype == torch.bfloat16 else 0, TILE=TILE, PART=min(TILE, PART),
-            num_warps=max(TILE // 1024, 4),
-        )  # fmt: skip
-        values, indices, lengths = selected_keys, selected, None
-        N = row_stride = num_chunks * k
+    rows = (logits, lengths, N, logits.stride(0))
+    if N <= TILE:
+        topk_indices_kernel[(S,)](*rows, out, k, TILE=TILE, PART=min(TILE, PART), num_warps=4)
+    else:
+        _select_from_long_rows(rows, out, TILE)
     return out
 
 
-@triton.jit(do_not_specialize=["k", "num_chunks"])
+def _select_from_long_rows(rows: tuple, out: Tensor, CHUNK: int) -> None:
+    """Writes the indices of rows of more than CHUNK values; `rows` as in the launcher."""
+    (S, k), N = out.shape, rows[2]
+    GROUPS, num_chunks = max(next_power_of_2(2 * k), 1024), cdiv(N, CHUNK)
+    most = k + k // 8  # groups with candidates; k of them take twice as many steps to find
+    capacity = min(most * cdiv(N, GROUPS), N)
+    maxima = torch.empty((S, GROUPS), dtype=torch.int64, device=out.device)
+    bounds, chunks = out.new_empty((S, 2)), out.new_empty((S, num_chunks, 2))
+    candidates, num_candidates = out.new_empty((S, capacity)), out.new_empty(S)
+    topk_indices_maxima_kernel[(S * (GROUPS // BLOCK),)](
+        *rows, maxima, num_candidates, GROUPS=GROUPS, BLOCK=BLOCK, num_warps=2
+    )
+    found = (bounds, candidates, num_candidates, chunks)
+    # More chunks per program of a long row: each program searches all maxima.
+    chunks_per_program = min(max(num_chunks // 16, 1), 4)
+    topk_indices_candidates_kernel[(S * cdiv(num_chunks, chunks_per_program),)](
+        *rows, maxima, *found, k, most, num_chunks, chunks_per_program, capacity,
+        GROUPS=GROUPS, CHUNK=CHUNK, num_warps=max(GROUPS // 1024, 4),
+    )  # fmt: skip
+    num_programs = cdiv(num_chunks, CHUNKS)
+    topk_indices_select_kernel[(S * num_programs,)](
+        *rows, *found, out, k, num_chunks, num_programs, capacity,
+        LIST=GROUPS, CHUNK=CHUNK, CHUNKS=CHUNKS, num_warps=max(GROUPS // 512, 8),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["k"])
 def topk_indices_kernel(
-    values_ptr,  # fp32 or bf16 [S, N]; after the first round int32 keys of candidates
-    indices_ptr,  # int32 [S, N], the indices of the candidates; None in the first round
+    logits_ptr,  # fp32 or bf16 [S, N]
     lengths_ptr,  # int32 [S], or None
-    selected_keys_ptr,  # int32 [S, num_chunks, k]; None in the last round
-    selected_ptr,  # int32 [S, num_chunks, k], indices
     N,
+    row_stride,  # elements
+    out_ptr,  # int32 [S, k]
     k,
-    num_chunks,  # ceil(N / TILE)
-    row_stride,  # elements, of values and indices
-    LOWEST_BIT: tl.constexpr,  # lowest bit of a key that is not always 0
-    TILE: tl.constexpr,  # values per chunk
+    TILE: tl.constexpr,  # values per program, at least N
     PART: tl.constexpr,  # values per prefix sum
 ):
-    s = (tl.program_id(0) // num_chunks).to(tl.int64)
-    first = tl.program_id(0) % num_chunks * TILE
-    length = N
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + s), 0), N)
-    row_ptr = values_ptr + s * row_stride
-    keys = load_keys(row_ptr, first + tl.arange(0, TILE), length)
-    threshold, num_valid = kth_largest(keys, k, LOWEST_BIT)
+    s = tl.program_id(0).to(tl.int64)
+    row_ptr, length = logits_ptr + s * row_stride, row_length(lengths_ptr, s, N)
+    keys = load_keys(row_ptr, tl.arange(0, TILE), length)
+    lowest, highest = lowest_key(keys), tl.max(keys)
+    threshold, _ = kth_key(keys, lowest, highest, k, k, None, length, row_ptr)
     num_ties = k - tl.sum((keys > threshold).to(tl.int32))  # keys equal to the threshold to select
 
     # Selected values are written part by part, with a prefix sum over each part.
-    out = tl.program_id(0).to(tl.int64) * k
+    out_ptr += s * k
     larger_before, equal_before = 0, 0
-    for begin in range(first, tl.minimum(first + TILE, length), PART):
-        column = begin + tl.arange(0, PART)
+    for first in range(0, length, PART):
+        column = first + tl.arange(0, PART)
         key = load_keys(row_ptr, column, length)
         larger = key > threshold
-        equal = (key == threshold) & (key > EMPTY_KEY)
+        equal = (key == threshold) & (column < length)
         # One prefix sum counts both, in 16 bits each: each is at most PART.
         sums = tl.cumsum(tl.where(equal, 0x10000, larger.to(tl.int32)), 0)
         equal_rank = equal_before + (sums >> 16)
         slot = larger_before + (sums & 0xFFFF) + tl.minimum(equal_rank, num_ties) - 1
-        selected = larger | (equal & (equal_rank <= num_ties))
-        index = column
-        if indices_ptr is not None:
-            index = tl.load(indices_ptr + s * row_stride + column, mask=selected, other=-1)
-        tl.store(selected_ptr + out + slot, index, mask=selected)
-        if selected_keys_ptr is not None:
-            tl.store(selected_keys_ptr + out + slot, key, mask=selected)
+        tl.store(out_ptr + slot, column, mask=larger | (equal & (equal_rank <= num_ties)))
         larger_before += tl.sum(larger.to(tl.int32))
         equal_before += tl.sum(equal.to(tl.int32))
-    for begin in range(tl.minimum(num_valid, k), k, PART):
-        slot = begin + tl.arange(0, PART)
-        tl.store(selected_ptr + out + slot, -1, mask=slot < k)
-        if selected_keys_ptr is not None:
-            tl.store(selected_keys_ptr + out + slot, EMPTY_KEY, mask=slot < k)
+    for first in range(tl.minimum(length, k), k, PART):
+        slot = first + tl.arange(0, PART)
+        tl.store(out_ptr + slot, -1, mask=slot < k)
 
 
 @triton.jit
-def kth_largest(
-    keys,  # int32 [TILE], EMPTY_KEY where there is no value
-    k,
-    LOWEST_BIT: tl.constexpr,
+def topk_indices_maxima_kernel(
+    logits_ptr,  # fp32 or bf16 [S, N]
+    lengths_ptr,  # int32 [S], or None
+    N,
+    row_stride,  # elements
+    maxima_ptr,  # int64 [S, GROUPS], written
+    num_candidates_ptr,  # int32 [S], written: 0
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,  # groups per program
 ):
-    """The largest threshold with keys >= threshold for at least k keys, and the number of values.
+    s = (tl.program_id(0) // (GROUPS // BLOCK)).to(tl.int64)
+    group = tl.program_id(0) % (GROUPS // BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    row_ptr, length = logits_ptr + s * row_stride, row_length(lengths_ptr, s, N)
+    maxima = tl.full((BLOCK,), NO_RANK, tl.int64)
+    for first in range(0, length, 8 * GROUPS):
+        for i in tl.static_range(8):  # so that eight loads are in flight
+            maxima = tl.maximum(maxima, load_ranks(row_ptr, first + i * GROUPS + group, length))
+    tl.store(maxima_ptr + s * GROUPS + group, maxima)
+    tl.store(num_candidates_ptr + s, 0, mask=tl.program_id(0) % (GROUPS // BLOCK) == 0)
 
-    The threshold is EMPTY_KEY if there are fewer than k values. The search ends early at a
-    threshold with exactly k keys: it selects the same keys.
+
+@triton.jit(do_not_specialize=["k", "most", "num_chunks", "chunks_per_program", "capacity"])
+def topk_indices_candidates_kernel(
+    logits_ptr,  # fp32 or bf16 [S, N]
+    lengths_ptr,  # int32 [S], or None
+    N,
+    row_stride,  # elements
+    maxima_ptr,  # int64 [S, GROUPS]
+    bounds_ptr,  # int32 [S, 2], written: a lower bound of the list's keys, and the highest
+    candidates_ptr,  # int32 [S, capacity], written: columns, in order within a chunk
+    num_candidates_ptr,  # int32 [S], 0, written
+    chunks_ptr,  # int32 [S, num_chunks, 2], written: each chunk's entries of the list, [start, end)
+    k,
+    most,  # maxima that may reach the bound
+    num_chunks,  # ceil(N / CHUNK)
+    chunks_per_program,
+    capacity,
+    GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,  # values per chunk
+):
+    num_programs = tl.cdiv(num_chunks, chunks_per_program)
+    s = (tl.program_id(0) // num_programs).to(tl.int64)
+    first = tl.program_id(0) % num_programs * chunks_per_program
+    row_ptr, length = logits_ptr + s * row_stride, row_length(lengths_ptr, s, N)
+    if first * CHUNK < length:
+        maxima = tl.load(maxima_ptr + s * GROUPS + tl.arange(0, GROUPS))
+        keys = (maxima >> 30).to(tl.int32)
+        lowest, highest = lowest_key(keys), tl.max(keys)
+        bound = kth_rank(keys, maxima, lowest, highest, k, most, None, GROUPS, row_ptr, N)
+        tl.store(bounds_ptr + 2 * s, (bound >> 30).to(tl.int32), mask=first == 0)
+        tl.store(bounds_ptr + 2 * s + 1, highest, mask=first == 0)
+        for chunk in range(first, tl.minimum(first + chunks_per_program, tl.cdiv(length, CHUNK))):
+            column = chunk * CHUNK + tl.arange(0, CHUNK)
+            reaches = load_ranks(row_ptr, column, length) >= bound
+            count = reaches.to(tl.int32)
+            number = tl.sum(count)
+            start = tl.atomic_add(num_candidates_ptr + s, number, sem="relaxed")
+            entry = s * capacity + start + tl.cumsum(count, 0) - 1
+            tl.store(candidates_ptr + entry, column, mask=reaches)
+            chunk_ptr = chunks_ptr + (s * num_chunks + chunk) * 2
+            tl.store(chunk_ptr, start)
+            tl.store(chunk_ptr + 1, start + number)
+
+
+@triton.jit(do_not_specialize=["k", "num_chunks", "num_programs", "capacity"])
+def topk_indices_select_kernel(
+    logits_ptr,  # fp32 or bf16 [S, N]
+    lengths_ptr,  # int32 [S], or None
+    N,
+    row_stride,  # elements
+    bounds_ptr,  # int32 [S, 2]: a lower bound of the list's keys, and the highest
+    candidates_ptr,  # int32 [S, capacity], columns
+    num_candidates_ptr,  # int32 [S]
+    chunks_ptr,  # int32 [S, num_chunks, 2]: each chunk's entries of the list, [start, end)
+    out_ptr,  # int32 [S, k]
+    k,
+    num_chunks,  # ceil(N / CHUNK)
+    num_programs,  # per row
+    capacity,
+    LIST: tl.constexpr,  # candidates in registers
+    CHUNK: tl.constexpr,  # values per chunk
+    CHUNKS: tl.constexpr,  # chunks per program
+):
+    s = (tl.program_id(0) // num_programs).to(tl.int64)
+    chunk = tl.program_id(0) % num_programs * CHUNKS + tl.arange(0, CHUNKS)
+    begin = tl.program_id(0) % num_programs * (CHUNKS * CHUNK)
+    row_ptr, length = logits_ptr + s * row_stride, row_length(lengths_ptr, s, N)
+    out_ptr += s * k
+    if begin < length:
+        candidates_ptr += s * capacity
+        number = tl.load(num_candidates_ptr + s)
+        column = load_columns(candidates_ptr, tl.arange(0, LIST), number)
+        keys = load_keys(row_ptr, column, NO_COLUMN)
+        ranks = as_ranks(keys, column)
+        lowest, highest = tl.load(bounds_ptr + 2 * s), tl.load(bounds_ptr + 2 * s + 1)
+        threshold = kth_rank(keys, ranks, lowest, highest, k, k, candidates_ptr, number, row_ptr, N)
+        earlier = count_earlier(ranks, threshold, begin)
+        for first in range(LIST, number, LIST):
+            column = load_columns(candidates_ptr, first + tl.arange(0, LIST), number)
+            earlier += count_earlier(load_ranks(row_ptr, column, NO_COLUMN), threshold, begin)
+
+        chunk_ptrs = chunks_ptr + (s * num_chunks + chunk) * 2
+        start = tl.load(chunk_ptrs, mask=chunk * CHUNK < length, other=0)[:, None]
+        end = tl.load(chunk_ptrs + 1, mask=chunk * CHUNK < length, other=0)[:, None]
+        write_selected(row_ptr, candidates_ptr, start, end, threshold, out_ptr + earlier)
+    first_slot = tl.minimum(length, k) + tl.program_id(0) % num_programs * 256
+    for first in range(first_slot, k, num_programs * 256):
+        slot = first + tl.arange(0, 256)
+        tl.store(out_ptr + slot, -1, mask=slot < k)
+
+
+@triton.jit
+def write_selected(row_ptr, columns_ptr, start, end, threshold, out_ptr):
+    """Writes the columns whose rank reaches the threshold, of entries [start, end) of each chunk.
+
+    start, end: [CHUNKS, 1].
     """
-    threshold = EMPTY_KEY
-    num_valid = tl.sum((keys > threshold).to(tl.int32))
-    count = num_valid
-    bit = 31
-    while (bit >= LOWEST_BIT) & (count > k):
-        higher = threshold ^ (1 << bit)
-        num_higher = tl.sum((keys >= higher).to(tl.int32))
+    CHUNKS: tl.constexpr = start.shape[0]
+    steps = tl.cdiv(tl.max(end - start), 256)
+    counts = tl.zeros((CHUNKS, 1), tl.int32)
+    for step in range(0, steps):
+        column, selected = select_columns(row_ptr, columns_ptr, start + step * 256, end, threshold)
+        counts += tl.sum(selected.to(tl.int32), 1, keep_dims=True)
+    written = tl.cumsum(counts, 0) - counts
+    for step in range(0, steps):
+        column, selected = select_columns(row_ptr, columns_ptr, start + step * 256, end, threshold)
+        count = selected.to(tl.int32)
+        tl.store(out_ptr + written + tl.cumsum(count, 1) - 1, column, mask=selected)
+        written += tl.sum(count, 1, keep_dims=True)
+
+
+@triton.jit
+def select_columns(row_ptr, columns_ptr, start, end, threshold):
+    """256 columns of each chunk, and whether their ranks reach the threshold: [CHUNKS, 256]."""
+    column = load_columns(columns_ptr, start + tl.arange(0, 256)[None, :], end)
+    return column, load_ranks(row_ptr, column, NO_COLUMN) >= threshold
+
+
+@triton.jit
+def kth_key(
+    keys,  # int32 [SIZE], NO_KEY where there is none
+    lowest,  # at most the least key
+    highest,  # the largest key
+    k,
+    most,  # at least k
+    columns_ptr,  # further keys are those of the columns from entry SIZE on; or None
+    number,  # of keys
+    row_ptr,
+):
+    """A threshold that at least k and at most `most` keys reach, if ties permit, and their number.
+
+    It is `lowest` if there are fewer than k. Distances from `lowest` have few bits, so the search
+    starts at the highest of these.
+    """
+    threshold, reached = lowest.to(tl.int64), number
+    # The exponent of a float32, which rounding may increase by one.
+    spread = (highest.to(tl.int64) - threshold).to(tl.float32)
+    bit = (spread.to(tl.int32, bitcast=True) >> 23) - 127
+    while (reached > most) & (bit >= 0):
+        higher = threshold + (tl.full((), 1, tl.int64) << bit)
+        num_higher = tl.sum((keys >= higher.to(tl.int32)).to(tl.int32))
+        if columns_ptr is not None:
+            rank = as_ranks(higher, 2**30 - 1)
+            num_higher += count_further(columns_ptr, keys.shape[0], number, row_ptr, rank)
+        if (higher <= highest) & (num_higher >= k):
+            threshold = higher
+            reached = num_higher
+        bit -= 1
+    return threshold.to(tl.int32), reached
+
+
+@triton.jit
+def kth_rank(keys, ranks, lowest, highest, k, most, columns_ptr, number, row_ptr, N):
+    """A threshold that at least k and at most `most` ranks reach; all, if there are fewer than k.
+
+    Parameters as in `kth_key`; ranks: those of `keys`.
+    """
+    key, reached = kth_key(keys, lowest, highest, k, most, columns_ptr, number, row_ptr)
+    threshold = as_ranks(key, N - 1)
+    bit = (N.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    while (reached > most) & (bit >= 0):
+        higher = threshold + (1 << bit)
+        num_higher = tl.sum((ranks >= higher).to(tl.int32))
+        if columns_ptr is not None:
+            num_higher += count_further(columns_ptr, keys.shape[0], number, row_ptr, higher)
         if num_higher >= k:
             threshold = higher
-            count = num_higher
+            reached = num_higher
         bit -= 1
-    return threshold, num_valid
+    return threshold
 
 
 @triton.jit
-def load_keys(
-    row_ptr,  # fp32 or bf16 values, or int32 keys
-    column,  # [COLUMNS]
-    length,  # columns from here on have EMPTY_KEY
-):
-    """The keys of a row's values."""
+def count_further(columns_ptr, SIZE: tl.constexpr, number, row_ptr, threshold):
+    """How many ranks of the columns from entry SIZE on reach the threshold."""
+    count = 0
+    for first in range(SIZE, number, SIZE):
+        column = load_columns(columns_ptr, first + tl.arange(0, SIZE), number)
+        count += tl.sum((load_ranks(row_ptr, column, NO_COLUMN) >= threshold).to(tl.int32))
+    return count
+
+
+@triton.jit
+def count_earlier(ranks, threshold, begin):
+    """How many ranks of columns before `begin` reach the threshold."""
+    is_earlier = (ranks & (2**30 - 1)) >= 2**30 - begin
+    return tl.sum(((ranks >= threshold) & is_earlier).to(tl.int32))
+
+
+@triton.jit
+def lowest_key(keys):
+    """The lowest key, without NO_KEY."""
+    return tl.min(tl.where(keys > NO_KEY, keys, 2**31 - 1))
+
+
+@triton.jit
+def row_length(lengths_ptr, s, N):
+    """The length of row s, in [0, N]."""
+    length = N
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + s), 0), N)
+    return length
+
+
+@triton.jit
+def load_columns(columns_ptr, entry, end):
+    """Entries of a list; NO_COLUMN from entry `end` on."""
+    return tl.load(columns_ptr + entry, mask=entry < end, other=NO_COLUMN)
+
+
+@triton.jit
+def load_ranks(row_ptr, column, length):
+    """The int64 ranks of a row's values; NO_RANK from column `length` on."""
+    return tl.where(column < length, as_ranks(load_keys(row_ptr, column, length), column), NO_RANK)
+
+
+@triton.jit
+def as_ranks(key, column):
+    """int64 ranks of values: the key above 30 bits in which lower columns are larger."""
+    return key.to(tl.int64) * 2**30 + (2**30 - 1 - column)
+
+
+@triton.jit
+def load_keys(row_ptr, column, length):
+    """int32 keys in the order of a row's values (16 bits for bf16); NO_KEY from `length` on."""
     mask = column < length
-    if row_ptr.dtype.element_ty == tl.int32:
-        key = tl.load(row_ptr + column, mask=mask, other=EMPTY_KEY)
-    else:
-        key = order_preserving_key(tl.load(row_ptr + column, mask=mask, other=0.0))
-        key = tl.where(mask, key, EMPTY_KEY)
-    return key
-
-
-@triton.jit
-def order_preserving_key(x):
-    """int32 keys in the order of the values; the lower 16 bits are 0 for bf16."""
-    bits = tl.where(x == x, x.to(tl.float32), float("-inf")).to(tl.int32, bitcast=True)
-    bits = tl.where(bits == -0x80000000, 0, bits)  # -0 is 0
+    x = tl.load(row_ptr + column, mask=mask, other=0.0)
+    x = tl.maximum(x.to(tl.float32), float("-inf")) + 0.0  # NaN is -inf, -0 is 0
+    bits = x.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    if x.dtype == tl.bfloat16:
-        key = key & -0x10000
-    return key
+    if row_ptr.dtype.element_ty == tl.bfloat16:
+        key = key >> 16
+    return tl.where(mask, key, NO_KEY)
 
 
 @topk_indices.op.register_debug_check

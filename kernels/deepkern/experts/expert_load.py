@@ -2,7 +2,7 @@
 
     load[e] = #{(t, j): topk_idx[t, j] = e}
 
-Parallelization: the first two launches of dispatch (`rows.py`): one program per histogram of 256
+Parallelization: the first two launches of dispatch (`rows.py`): one program per histogram of 128
 assignments, then one per 16 experts for the sums over histograms. No atomics.
 
 Limit: launch latency. 4 or 8 bytes are read per assignment.

@@ -6,11 +6,11 @@
 This is a stable counting sort by expert: rows of one expert are in the order of (token, slot).
 
 Parallelization: three launches, none of which waits for the host. In
-`expert_dispatch_count_kernel` one program counts a chunk of 256 assignments by expert. In
+`expert_dispatch_count_kernel` one program counts a chunk of 128 assignments by expert. In
 `expert_dispatch_scan_kernel` one program turns the counts of 16 experts into prefix sums over the
 chunks. In `expert_dispatch_place_kernel` one program adds the rank within its chunk, which gives
-the rows, and finds the expert of 256 rows. Ranks are counted and not drawn from atomics, so the
-order is the same in every run.
+the rows of its assignments. Ranks are counted and not drawn from atomics, so the order is the same
+in every run.
 
 Limit: launch latency. 4 or 8 bytes are read per assignment.
 
@@ -30,8 +30,8 @@ from ..arithmetic import cdiv, next_power_of_2
 TOKENS = 4
 BLOCK_K = 1024
 ZERO_ROWS = 64  # rows that one program clears
-CHUNK = 256  # assignments (and rows) per program
-EXPERTS = 16  # experts per step of a program
+CHUNK = 128  # assignments per program
+EXPERTS = 16  # experts per program of the prefix sums
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -84,25 +84,31 @@ def place_rows(
     if topk_idx.numel() == 0:
         tokens_per_expert.zero_()
         return
-    counts = count_assignments(topk_idx, tokens_per_expert)
+    counts = count_assignments(topk_idx, tokens_per_expert, group_index)
     idx = _kernel_arguments(topk_idx, tokens_per_expert)
-    expert_dispatch_place_kernel[(cdiv(max(rows, topk_idx.numel()), CHUNK),)](
+    BINS = min(next_power_of_2(len(tokens_per_expert)), 1024)
+    expert_dispatch_place_kernel[(len(counts),)](
         *idx, counts, tokens_per_expert, group_index, handle, group_bounds, rows, alignment,
-        CHUNK=CHUNK, EXPERTS=EXPERTS, num_warps=8,
+        CHUNK=CHUNK, BINS=BINS, num_warps=4,
     )  # fmt: skip
 
 
-def count_assignments(topk_idx: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Writes the number of assignments to each expert, int32 [E].
+def count_assignments(
+    topk_idx: Tensor, tokens_per_expert: Tensor, group_index: Tensor | None = None
+) -> Tensor:
+    """Writes the number of assignments to each expert, int32 [E], and -1 to all of `group_index`.
 
     Returns int32 [chunks, E]: the assignments to each expert in all earlier chunks.
     """
     E, chunks = len(tokens_per_expert), cdiv(topk_idx.numel(), CHUNK)
     idx = _kernel_arguments(topk_idx, tokens_per_expert)
     counts = topk_idx.new_empty((chunks, E), dtype=torch.int32)
-    expert_dispatch_count_kernel[(chunks,)](*idx, counts, CHUNK=CHUNK, BINS=next_power_of_2(E))
+    rows = 0 if group_index is None else len(group_index)
+    expert_dispatch_count_kernel[(max(chunks, cdiv(rows, CHUNK)),)](
+        *idx, counts, group_index, rows, CHUNK=CHUNK, BINS=next_power_of_2(E), num_warps=4
+    )
     expert_dispatch_scan_kernel[(cdiv(E, EXPERTS),)](
-        counts, tokens_per_expert, chunks, E, CHUNKS=64, EXPERTS=EXPERTS
+        counts, tokens_per_expert, chunks, E, CHUNKS=64 if chunks <= 64 else 128, EXPERTS=EXPERTS
     )
     return counts
 
@@ -122,22 +128,28 @@ def load_expert(idx_ptr, i, count, topk, idx_stride, E):
     return tl.where((expert >= 0) & (expert < E), expert, -1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "rows"])
 def expert_dispatch_count_kernel(
     idx_ptr,  # int64 or int32 [T, topk]
     count,  # T * topk
     topk,
     idx_stride,  # elements between rows of idx
     E,  # experts
-    counts_ptr,  # int32 [chunks, E]: the assignments of each chunk to each expert
-    CHUNK: tl.constexpr,
+    counts_ptr,  # int32 [chunks, E], written: the assignments of each chunk to each expert
+    group_index_ptr,  # int32 [rows], written: -1; or None
+    rows,
+    CHUNK: tl.constexpr,  # assignments per program, and rows
     BINS: tl.constexpr,  # E, rounded up to a power of two
 ):
     chunk = tl.program_id(0)
-    expert = load_expert(idx_ptr, chunk * CHUNK + tl.arange(0, CHUNK), count, topk, idx_stride, E)
-    counts = tl.histogram(expert, BINS, mask=expert >= 0)
-    bin = tl.arange(0, BINS)
-    tl.store(counts_ptr + chunk.to(tl.int64) * E + bin, counts, mask=bin < E)
+    i = chunk * CHUNK + tl.arange(0, CHUNK)  # the assignments, and also the rows, of this program
+    if group_index_ptr is not None:
+        tl.store(group_index_ptr + i, -1, mask=i < rows)
+    if chunk * CHUNK < count:
+        expert = load_expert(idx_ptr, i, count, topk, idx_stride, E)
+        counts = tl.histogram(expert, BINS, mask=expert >= 0)
+        bin = tl.arange(0, BINS)
+        tl.store(counts_ptr + chunk.to(tl.int64) * E + bin, counts, mask=bin < E)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -170,29 +182,30 @@ def expert_dispatch_place_kernel(
     E,  # experts
     earlier_ptr,  # int32 [chunks, E]: assignments to each expert in earlier chunks
     tokens_per_expert_ptr,  # int32 [E]
-    group_index_ptr,  # int32 [rows], written
+    group_index_ptr,  # int32 [rows], -1; written: the expert of each row with a token
     handle_ptr,  # int32 [T, topk], written
     group_bounds_ptr,  # int32 [2, E], written: rows - first row, last row + 1; or None
     rows,  # of the output of dispatch
     alignment,  # rows
-    CHUNK: tl.constexpr,  # assignments per program, and rows
-    EXPERTS: tl.constexpr,  # experts per step
+    CHUNK: tl.constexpr,  # assignments per program
+    BINS: tl.constexpr,  # experts per step
 ):
     chunk = tl.program_id(0)
     position = tl.arange(0, CHUNK)
-    i = chunk * CHUNK + position  # the assignments, and also the rows, of this program
+    i = chunk * CHUNK + position
     expert_of_i = load_expert(idx_ptr, i, count, topk, idx_stride, E)
 
-    # Tiles are [EXPERTS, CHUNK]: a thread holds whole columns and sums them without the others.
-    # start: the first row of the assignment's expert. group: the expert that owns row i.
-    start = tl.zeros((CHUNK,), tl.int32)
-    group = tl.full((CHUNK,), -1, tl.int32)
+    start = tl.zeros((CHUNK,), tl.int32)  # the first row of the assignment's expert
     first_row = 0
-    for first in range(0, E, EXPERTS):
-        expert = first + tl.arange(0, EXPERTS)
+    for first in range(0, E, BINS):
+        expert = first + tl.arange(0, BINS)
         tokens = tl.load(tokens_per_expert_ptr + expert, mask=expert < E, other=0)
         padded = tl.cdiv(tokens, alignment) * alignment
-        starts = first_row + tl.cumsum(padded, 0) - padded  # [EXPERTS]
+        starts = first_row + tl.cumsum(padded, 0) - padded  # [BINS]
+        first_row += tl.sum(padded, 0)
+        bin = expert_of_i - first
+        in_step = (bin >= 0) & (bin < BINS)
+        start = tl.where(in_step, tl.gather(starts, tl.where(in_step, bin, 0), 0), start)
         if group_bounds_ptr is not None:
             mask = (chunk == 0) & (expert < E)
             has_tokens = tokens > 0
@@ -200,21 +213,15 @@ def expert_dispatch_place_kernel(
             tl.store(group_bounds_ptr + expert, from_end, mask=mask)
             end = tl.where(has_tokens, starts + tokens, 0)
             tl.store(group_bounds_ptr + E + expert, end, mask=mask)
-        first_row += tl.sum(padded, 0)
-        start += tl.sum(tl.where(expert[:, None] == expert_of_i[None, :], starts[:, None], 0), 0)
-        owns = (i[None, :] >= starts[:, None]) & (i[None, :] < (starts + tokens)[:, None])
-        group = tl.maximum(group, tl.max(tl.where(owns, expert[:, None], -1), 0))
 
     # rank: earlier assignments to the same expert, in earlier chunks and then in this one.
     mask = expert_of_i >= 0
     rank = tl.load(earlier_ptr + chunk.to(tl.int64) * E + expert_of_i, mask=mask, other=0)
-    for first in range(0, CHUNK, EXPERTS):
-        other = first + tl.arange(0, EXPERTS)
-        expert_of_other = load_expert(idx_ptr, chunk * CHUNK + other, count, topk, idx_stride, E)
-        same_expert = expert_of_other[:, None] == expert_of_i[None, :]
-        is_earlier = other[:, None] < position[None, :]
-        rank += tl.sum((same_expert & is_earlier).to(tl.int32), 0)
+    same_expert = expert_of_i[:, None] == expert_of_i[None, :]
+    is_earlier = position[:, None] < position[None, :]
+    rank += tl.sum((same_expert & is_earlier).to(tl.int32), 0)
 
-    row = tl.where(expert_of_i >= 0, start + rank, -1)
-    tl.store(handle_ptr + i, tl.where(row < rows, row, -1), mask=i < count)
-    tl.store(group_index_ptr + i, group, mask=i < rows)
+    row = tl.where(mask, start + rank, -1)
+    row = tl.where(row < rows, row, -1)
+    tl.store(handle_ptr + i, row, mask=i < count)
+    tl.store(group_index_ptr + row, expert_of_i, mask=row >= 0)

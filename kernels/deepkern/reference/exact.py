@@ -1,6 +1,7 @@
-"""The arithmetic of the kernels (deepkern/arithmetic.py) in plain PyTorch, operation for operation.
+"""The arithmetic of the kernels (deepkern/arithmetic.py) in plain PyTorch, with the same bits.
 
-Each step is rounded to float32. torch.exp, torch.rsqrt and torch.sum are not used, because their
+Each step is rounded to float32, in the same order; only the factor 2^n of exp is split otherwise,
+which is exact. torch.exp, torch.rsqrt and torch.sum are not used, because their
 last place differs between machines.
 """
 

@@ -58,6 +58,7 @@ GEMM_TILES = {
 # (architecture, variant, rows of b per scale) -> tiles that spill with some version of Triton.
 SPILLING_TILES = {
     ("sm_80", "m_grouped", 1): ((64, 64), (64, 128)),
+    ("sm_90", "m_grouped", 1): ((128, 128),),  # 255 registers with 3.7.1
     ("sm_90", "k_grouped", 1): ((32, 128),),
     ("sm_100", "m_grouped", 1): ((64, 64), (64, 128), (128, 64)),
     ("sm_100", "k_grouped", 1): ((16, 64), (32, 128), (64, 32), (64, 128)),
@@ -128,8 +129,10 @@ def supported_tiles(arch: Arch, b_rows: int) -> tuple[GemmTile, ...]:
     if arch.name not in GEMM_TILES:
         raise LookupError(f"no GEMM tiles are listed for {arch.name}")
     tiles = (_with_stages(arch, GemmTile(*t[:3], 1, *t[3:])) for t in GEMM_TILES[arch.name])
-    # Per-row B scales need one register per column; 128x128 spills with them.
-    return tuple(t for t in tiles if b_rows > 1 or t.BLOCK_M * t.BLOCK_N < 128 * 128)
+    # Per-row B scales need one register per column; 128x128 spills with them, except on sm_90.
+    if b_rows > 1 or arch.name == "sm_90":
+        return tuple(tiles)
+    return tuple(t for t in tiles if t.BLOCK_M * t.BLOCK_N < 128 * 128)
 
 
 def _with_stages(arch: Arch, tile: GemmTile) -> GemmTile:

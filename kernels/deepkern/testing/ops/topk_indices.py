@@ -36,6 +36,7 @@ SIZES = Sizes(
     small=[
         {"S": 3, "N": 50, "k": 8, "ragged": True},
         {"S": 2, "N": 3000, "k": 700, "dtype": BF16},
+        {"S": 3, "N": 9000, "k": 100, "dtype": BF16, "ragged": True},
         {"S": 1, "N": 40000, "k": 2048, "ragged": True},
         {"S": 2, "N": 5, "k": 9},
         {"S": 0, "N": 5, "k": 2},
@@ -46,6 +47,8 @@ SIZES = Sizes(
     gpu=[{"S": S, "N": N, "k": 2048} for S in (1, 64, 4096) for N in (32768, 131072)],
     inspect=[
         {"S": 64, "N": 32768, "k": 2048},
+        {"S": 64, "N": 131072, "k": 4096, "ragged": True},
+        {"S": 64, "N": 32768, "k": 64, "dtype": BF16},
         {"S": 64, "N": 4096, "k": 512, "dtype": BF16},
         {"S": 64, "N": 1024, "k": 64, "ragged": True},
     ],
