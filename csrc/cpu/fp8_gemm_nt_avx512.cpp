@@ -10,7 +10,7 @@
 //
 // Limit: up to 4 rows, reading B; more rows, vdpbf16ps.
 //
-// Both forms add in one order, so the bits of a row do not depend on the number of rows. The pairs
+// Both kernels add in one order, so the bits of a row do not depend on the number of rows. The pairs
 // of a block are numbered as widen() stores them, 4 registers of 16. The pairs of lane i of these
 // registers are added in turn. The sums of lanes 4 q to 4 q + 3 are added in turn, then those of
 // q = 0 to 3. One fused multiply-add by a_scale * b_scale adds the block to the earlier ones.
