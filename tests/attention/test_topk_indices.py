@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import deepkern
+from deepkern.attention.topk_indices import topk_indices_maxima_kernel
 from deepkern.runtime import native
 from deepkern.testing import compare, ops
 
@@ -88,6 +89,29 @@ def test_ties_at_the_edges_of_chunks(backend, device):
         assert check(logits, 9).tolist() == [[0, 1, *edges[1:].tolist()]]  # and the first -1
 
 
+def group_of(column: torch.Tensor) -> torch.Tensor:
+    """The kernel's group of a column: of 1024, in another place of each 1024 columns."""
+    return (column - column // 1024 * 256) % 1024
+
+
+def test_maxima_of_groups(generator):
+    """A row with period 1024: the largest values are in all groups, not in a few."""
+    N, device = 9 * 1024 + 300, generator.device
+    logits = torch.randn(1024, generator=generator, device=device).repeat(10)[None, :N]
+    maxima = torch.empty(1, 1024, dtype=torch.int64, device=device)
+    num_candidates = torch.ones(1, dtype=torch.int32, device=device)
+    topk_indices_maxima_kernel[(4,)](
+        logits, None, N, N, maxima, num_candidates, GROUPS=1024, GROUPS_PER_PROGRAM=256
+    )
+    group = group_of(torch.arange(N, device=device))
+    want = torch.full((1024,), -math.inf, device=device).scatter_reduce(0, group, logits[0], "amax")
+    column = 2**30 - 1 - maxima[0] % 2**30
+    assert torch.equal(group_of(column), torch.arange(1024, device=device))
+    assert torch.equal(logits[0, column], want)
+    assert (want[:256] == want.view(4, 256)).all()
+    assert num_candidates.item() == 0
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_list_longer_than_the_registers(backend, ties, generator):
     """The kernel's worst case: the values of k of its 1024 groups are above the bound of the list.
@@ -96,10 +120,11 @@ def test_list_longer_than_the_registers(backend, ties, generator):
     """
     N, k, device = 20000, 500, generator.device
     logits = torch.randn(2, N, generator=generator, device=device) - 100
-    strong = torch.arange(N, device=device) % 1024 < k
+    group = group_of(torch.arange(N, device=device))
+    strong = group < k
     values = torch.rand(2, N, generator=generator, device=device) + 1.0
     logits[:, strong] = (values.mul(3).round() if ties else values)[:, strong]
-    logits[:, 7::1024] = 1.0
+    logits[:, group == 7] = 1.0
     logits[1, :1024][strong[:1024]] = 5.0
     check(logits, k)
     check(logits, k, torch.tensor([19000, 9000], dtype=torch.int32, device=device))

@@ -16,9 +16,11 @@ def hostile(generator: torch.Generator, N: int, k: int) -> torch.Tensor:
     logits = torch.randn(4, N, generator=generator)
     logits[0] = 0.0
     logits[0, 4090:4100], logits[0, ::3] = 1.0, -0.0
-    strong = torch.arange(N) % 1024 < k
+    column = torch.arange(N)
+    group = (column - column // 1024 * 256) % 1024
+    strong = group < k
     logits[1, strong] = logits[1, strong].abs() + 10
-    logits[1, 3::1024] = 10.0
+    logits[1, group == 3] = 10.0
     logits[2, ::5], logits[2, 1::7], logits[2, 2::999] = torch.nan, -torch.inf, torch.inf
     return logits
 

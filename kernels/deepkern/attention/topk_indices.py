@@ -9,17 +9,19 @@ larger keys are selected, and of the equal ones the first.
 Parallelization: one program per row of at most 4096 values. Longer rows take three launches:
 
 1. `topk_indices_maxima_kernel`, one program per 256 groups of columns: the maximum of each group.
-   Group j is columns j, j + GROUPS, ..., and there are at least 2k groups. So at least k values of
-   the row reach the k-th largest maximum.
-2. `topk_indices_candidates_kernel`, one program per 1 to 4 chunks of 4096 values: finds that bound
-   in the maxima and appends the indices that reach it to the row's list, about 1.5k indices.
+   There are at least 2k groups. Group j has column r * GROUPS + (j + 256 r) % GROUPS for every r:
+   without 256 r, each group of a row with period GROUPS would have equal values only.
+2. `topk_indices_candidates_kernel`, one program per 1 to 4 chunks of 4096 values: finds a bound
+   that k to k + k/8 maxima reach, and so at least k values (or all, if there are fewer). Appends
+   the indices that reach it to the row's list: about 1.5k of values in random order.
 3. `topk_indices_select_kernel`, one program per 4 chunks: finds the threshold in the list, counts
    the selected indices of earlier chunks there, and writes those of its own chunks.
 
 In these a key and its index are one int64 rank, the lower index first, so that ties do not lengthen
 the list. An atomic counter orders the chunks of the list; the result does not depend on it.
 
-Limit: counting, 3 instructions per key and bit, of the row or of its maxima and its list.
+Limit: counting, 3 instructions per key and bit, of the row, or of its maxima and its list in each
+program.
 
 Source: radix selection with digits of one bit; maxima of groups as in Dr. Top-k (Gaihre et al.,
 SC 2021).
@@ -40,10 +42,10 @@ MAX_K = 4096
 MAX_N = 2**30
 TILES = (1024, 4096)  # values per program, or chunk: the first that holds the row, else the last
 PART = 2048  # values per prefix sum of a row of one program
-BLOCK = 256  # groups per program
-CHUNKS = 4  # chunks per program that selects
+GROUPS_PER_PROGRAM = 256
+CHUNKS_PER_PROGRAM = 4  # that selects; at most, in the launch before
 NO_KEY = tl.constexpr(-(2**31))  # less than the key of every value
-NO_RANK = tl.constexpr(-(2**61))  # of NO_KEY
+NO_RANK = tl.constexpr(-(2**61))  # at most the rank of any column with NO_KEY
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
@@ -101,25 +103,28 @@ def _select_from_long_rows(rows: tuple, out: Tensor, CHUNK: int) -> None:
     """Writes the indices of rows of more than CHUNK values; `rows` as in the launcher."""
     (S, k), N = out.shape, rows[2]
     GROUPS, num_chunks = max(next_power_of_2(2 * k), 1024), cdiv(N, CHUNK)
-    most = k + k // 8  # groups with candidates; k of them take twice as many steps to find
-    capacity = min(most * cdiv(N, GROUPS), N)
+    # Maxima that may reach the bound; exactly k would take twice as many steps.
+    max_reached = k + k // 8
+    capacity = min(max_reached * cdiv(N, GROUPS), N)  # a group has one value per GROUPS columns
     maxima = torch.empty((S, GROUPS), dtype=torch.int64, device=out.device)
     bounds, chunks = out.new_empty((S, 2)), out.new_empty((S, num_chunks, 2))
     candidates, num_candidates = out.new_empty((S, capacity)), out.new_empty(S)
-    topk_indices_maxima_kernel[(S * (GROUPS // BLOCK),)](
-        *rows, maxima, num_candidates, GROUPS=GROUPS, BLOCK=BLOCK, num_warps=2
-    )
+    topk_indices_maxima_kernel[(S * (GROUPS // GROUPS_PER_PROGRAM),)](
+        *rows, maxima, num_candidates, GROUPS=GROUPS, GROUPS_PER_PROGRAM=GROUPS_PER_PROGRAM,
+        num_warps=2,
+    )  # fmt: skip
     found = (bounds, candidates, num_candidates, chunks)
     # More chunks per program of a long row: each program searches all maxima.
-    chunks_per_program = min(max(num_chunks // 16, 1), 4)
+    chunks_per_program = min(max(num_chunks // 16, 1), CHUNKS_PER_PROGRAM)
     topk_indices_candidates_kernel[(S * cdiv(num_chunks, chunks_per_program),)](
-        *rows, maxima, *found, k, most, num_chunks, chunks_per_program, capacity,
+        *rows, maxima, *found, k, max_reached, num_chunks, chunks_per_program, capacity,
         GROUPS=GROUPS, CHUNK=CHUNK, num_warps=max(GROUPS // 1024, 4),
     )  # fmt: skip
-    num_programs = cdiv(num_chunks, CHUNKS)
+    num_programs = cdiv(num_chunks, CHUNKS_PER_PROGRAM)
     topk_indices_select_kernel[(S * num_programs,)](
         *rows, *found, out, k, num_chunks, num_programs, capacity,
-        LIST=GROUPS, CHUNK=CHUNK, CHUNKS=CHUNKS, num_warps=max(GROUPS // 512, 8),
+        LIST=GROUPS, CHUNK=CHUNK, CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM,
+        num_warps=max(GROUPS // 512, 8),
     )  # fmt: skip
 
 
@@ -148,7 +153,7 @@ def topk_indices_kernel(
         column = first + tl.arange(0, PART)
         key = load_keys(row_ptr, column, length)
         larger = key > threshold
-        equal = (key == threshold) & (column < length)
+        equal = key == threshold
         # One prefix sum counts both, in 16 bits each: each is at most PART.
         sums = tl.cumsum(tl.where(equal, 0x10000, larger.to(tl.int32)), 0)
         equal_rank = equal_before + (sums >> 16)
@@ -170,20 +175,24 @@ def topk_indices_maxima_kernel(
     maxima_ptr,  # int64 [S, GROUPS], written
     num_candidates_ptr,  # int32 [S], written: 0
     GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,  # groups per program
+    GROUPS_PER_PROGRAM: tl.constexpr,
 ):
-    s = (tl.program_id(0) // (GROUPS // BLOCK)).to(tl.int64)
-    group = tl.program_id(0) % (GROUPS // BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    num_programs: tl.constexpr = GROUPS // GROUPS_PER_PROGRAM
+    s = (tl.program_id(0) // num_programs).to(tl.int64)
+    program, lane = tl.program_id(0) % num_programs, tl.arange(0, GROUPS_PER_PROGRAM)
     row_ptr, length = logits_ptr + s * row_stride, row_length(lengths_ptr, s, N)
-    maxima = tl.full((BLOCK,), NO_RANK, tl.int64)
+    maxima = tl.full((GROUPS_PER_PROGRAM,), NO_RANK, tl.int64)
     for first in range(0, length, 8 * GROUPS):
         for i in tl.static_range(8):  # so that eight loads are in flight
-            maxima = tl.maximum(maxima, load_ranks(row_ptr, first + i * GROUPS + group, length))
-    tl.store(maxima_ptr + s * GROUPS + group, maxima)
-    tl.store(num_candidates_ptr + s, 0, mask=tl.program_id(0) % (GROUPS // BLOCK) == 0)
+            # The same 256 groups have another place in each GROUPS columns.
+            place = (program + first // GROUPS + i) % num_programs
+            column = first + i * GROUPS + place * GROUPS_PER_PROGRAM + lane
+            maxima = tl.maximum(maxima, load_ranks(row_ptr, column, length))
+    tl.store(maxima_ptr + s * GROUPS + program * GROUPS_PER_PROGRAM + lane, maxima)
+    tl.store(num_candidates_ptr + s, 0, mask=program == 0)
 
 
-@triton.jit(do_not_specialize=["k", "most", "num_chunks", "chunks_per_program", "capacity"])
+@triton.jit(do_not_specialize=["k", "max_reached", "num_chunks", "chunks_per_program", "capacity"])
 def topk_indices_candidates_kernel(
     logits_ptr,  # fp32 or bf16 [S, N]
     lengths_ptr,  # int32 [S], or None
@@ -195,7 +204,7 @@ def topk_indices_candidates_kernel(
     num_candidates_ptr,  # int32 [S], 0, written
     chunks_ptr,  # int32 [S, num_chunks, 2], written: each chunk's entries of the list, [start, end)
     k,
-    most,  # maxima that may reach the bound
+    max_reached,  # maxima that may reach the bound
     num_chunks,  # ceil(N / CHUNK)
     chunks_per_program,
     capacity,
@@ -210,20 +219,20 @@ def topk_indices_candidates_kernel(
         maxima = tl.load(maxima_ptr + s * GROUPS + tl.arange(0, GROUPS))
         keys = (maxima >> 30).to(tl.int32)
         lowest, highest = lowest_key(keys), tl.max(keys)
-        bound = kth_rank(keys, maxima, lowest, highest, k, most, None, GROUPS, row_ptr, N)
+        bound = kth_rank(keys, maxima, lowest, highest, k, max_reached, None, GROUPS, row_ptr, N)
         tl.store(bounds_ptr + 2 * s, (bound >> 30).to(tl.int32), mask=first == 0)
         tl.store(bounds_ptr + 2 * s + 1, highest, mask=first == 0)
         for chunk in range(first, tl.minimum(first + chunks_per_program, tl.cdiv(length, CHUNK))):
             column = chunk * CHUNK + tl.arange(0, CHUNK)
             reaches = load_ranks(row_ptr, column, length) >= bound
             count = reaches.to(tl.int32)
-            number = tl.sum(count)
-            start = tl.atomic_add(num_candidates_ptr + s, number, sem="relaxed")
+            num_found = tl.sum(count)
+            start = tl.atomic_add(num_candidates_ptr + s, num_found, sem="relaxed")
             entry = s * capacity + start + tl.cumsum(count, 0) - 1
             tl.store(candidates_ptr + entry, column, mask=reaches)
             chunk_ptr = chunks_ptr + (s * num_chunks + chunk) * 2
             tl.store(chunk_ptr, start)
-            tl.store(chunk_ptr + 1, start + number)
+            tl.store(chunk_ptr + 1, start + num_found)
 
 
 @triton.jit(do_not_specialize=["k", "num_chunks", "num_programs", "capacity"])
@@ -243,24 +252,26 @@ def topk_indices_select_kernel(
     capacity,
     LIST: tl.constexpr,  # candidates in registers
     CHUNK: tl.constexpr,  # values per chunk
-    CHUNKS: tl.constexpr,  # chunks per program
+    CHUNKS_PER_PROGRAM: tl.constexpr,
 ):
     s = (tl.program_id(0) // num_programs).to(tl.int64)
-    chunk = tl.program_id(0) % num_programs * CHUNKS + tl.arange(0, CHUNKS)
-    begin = tl.program_id(0) % num_programs * (CHUNKS * CHUNK)
+    chunk = tl.program_id(0) % num_programs * CHUNKS_PER_PROGRAM + tl.arange(0, CHUNKS_PER_PROGRAM)
+    begin = tl.program_id(0) % num_programs * (CHUNKS_PER_PROGRAM * CHUNK)
     row_ptr, length = logits_ptr + s * row_stride, row_length(lengths_ptr, s, N)
     out_ptr += s * k
     if begin < length:
         candidates_ptr += s * capacity
-        number = tl.load(num_candidates_ptr + s)
-        column = load_columns(candidates_ptr, tl.arange(0, LIST), number)
+        num_keys = tl.load(num_candidates_ptr + s)
+        column = load_columns(candidates_ptr, tl.arange(0, LIST), num_keys)
         keys = load_keys(row_ptr, column, NO_COLUMN)
         ranks = as_ranks(keys, column)
         lowest, highest = tl.load(bounds_ptr + 2 * s), tl.load(bounds_ptr + 2 * s + 1)
-        threshold = kth_rank(keys, ranks, lowest, highest, k, k, candidates_ptr, number, row_ptr, N)
+        threshold = kth_rank(
+            keys, ranks, lowest, highest, k, k, candidates_ptr, num_keys, row_ptr, N
+        )
         earlier = count_earlier(ranks, threshold, begin)
-        for first in range(LIST, number, LIST):
-            column = load_columns(candidates_ptr, first + tl.arange(0, LIST), number)
+        for first in range(LIST, num_keys, LIST):
+            column = load_columns(candidates_ptr, first + tl.arange(0, LIST), num_keys)
             earlier += count_earlier(load_ranks(row_ptr, column, NO_COLUMN), threshold, begin)
 
         chunk_ptrs = chunks_ptr + (s * num_chunks + chunk) * 2
@@ -306,26 +317,27 @@ def kth_key(
     lowest,  # at most the least key
     highest,  # the largest key
     k,
-    most,  # at least k
+    max_reached,  # at least k
     columns_ptr,  # further keys are those of the columns from entry SIZE on; or None
-    number,  # of keys
-    row_ptr,
+    num_keys,  # with the further ones; those with NO_KEY may be counted too
+    row_ptr,  # the row that the columns index
 ):
-    """A threshold that at least k and at most `most` keys reach, if ties permit, and their number.
+    """A threshold that at least k and at most `max_reached` keys reach, if ties permit.
 
-    It is `lowest` if there are fewer than k. Distances from `lowest` have few bits, so the search
-    starts at the highest of these.
+    Also an upper bound of their number: `num_keys` if the threshold is `lowest`, as it is if there
+    are fewer than k keys. Distances from `lowest` have few bits, so the search starts at the
+    highest of these.
     """
-    threshold, reached = lowest.to(tl.int64), number
+    threshold, reached = lowest.to(tl.int64), num_keys
     # The exponent of a float32, which rounding may increase by one.
     spread = (highest.to(tl.int64) - threshold).to(tl.float32)
     bit = (spread.to(tl.int32, bitcast=True) >> 23) - 127
-    while (reached > most) & (bit >= 0):
+    while (reached > max_reached) & (bit >= 0):
         higher = threshold + (tl.full((), 1, tl.int64) << bit)
         num_higher = tl.sum((keys >= higher.to(tl.int32)).to(tl.int32))
         if columns_ptr is not None:
             rank = as_ranks(higher, 2**30 - 1)
-            num_higher += count_further(columns_ptr, keys.shape[0], number, row_ptr, rank)
+            num_higher += count_further(columns_ptr, keys.shape[0], num_keys, row_ptr, rank)
         if (higher <= highest) & (num_higher >= k):
             threshold = higher
             reached = num_higher
@@ -334,19 +346,19 @@ def kth_key(
 
 
 @triton.jit
-def kth_rank(keys, ranks, lowest, highest, k, most, columns_ptr, number, row_ptr, N):
-    """A threshold that at least k and at most `most` ranks reach; all, if there are fewer than k.
+def kth_rank(keys, ranks, lowest, highest, k, max_reached, columns_ptr, num_keys, row_ptr, N):
+    """A threshold that at least k and at most `max_reached` ranks reach; all, if there are fewer.
 
-    Parameters as in `kth_key`; ranks: those of `keys`.
+    Parameters as in `kth_key`; ranks: those of `keys`; N: more than any column.
     """
-    key, reached = kth_key(keys, lowest, highest, k, most, columns_ptr, number, row_ptr)
+    key, reached = kth_key(keys, lowest, highest, k, max_reached, columns_ptr, num_keys, row_ptr)
     threshold = as_ranks(key, N - 1)
     bit = (N.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-    while (reached > most) & (bit >= 0):
+    while (reached > max_reached) & (bit >= 0):
         higher = threshold + (1 << bit)
         num_higher = tl.sum((ranks >= higher).to(tl.int32))
         if columns_ptr is not None:
-            num_higher += count_further(columns_ptr, keys.shape[0], number, row_ptr, higher)
+            num_higher += count_further(columns_ptr, keys.shape[0], num_keys, row_ptr, higher)
         if num_higher >= k:
             threshold = higher
             reached = num_higher
@@ -355,11 +367,11 @@ def kth_rank(keys, ranks, lowest, highest, k, most, columns_ptr, number, row_ptr
 
 
 @triton.jit
-def count_further(columns_ptr, SIZE: tl.constexpr, number, row_ptr, threshold):
+def count_further(columns_ptr, SIZE: tl.constexpr, num_keys, row_ptr, threshold):
     """How many ranks of the columns from entry SIZE on reach the threshold."""
     count = 0
-    for first in range(SIZE, number, SIZE):
-        column = load_columns(columns_ptr, first + tl.arange(0, SIZE), number)
+    for first in range(SIZE, num_keys, SIZE):
+        column = load_columns(columns_ptr, first + tl.arange(0, SIZE), num_keys)
         count += tl.sum((load_ranks(row_ptr, column, NO_COLUMN) >= threshold).to(tl.int32))
     return count
 
