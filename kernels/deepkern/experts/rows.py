@@ -96,7 +96,9 @@ def place_rows(
 def count_assignments(
     topk_idx: Tensor, tokens_per_expert: Tensor, group_index: Tensor | None = None
 ) -> Tensor:
-    """Writes the number of assignments to each expert, int32 [E], and -1 to all of `group_index`.
+    """Writes the number of assignments to each expert, int32 [E].
+
+    Also writes -1 to all of `group_index`, if given.
 
     Returns int32 [chunks, E]: the assignments to each expert in all earlier chunks.
     """
@@ -107,6 +109,7 @@ def count_assignments(
     expert_dispatch_count_kernel[(max(chunks, cdiv(rows, CHUNK)),)](
         *idx, counts, group_index, rows, CHUNK=CHUNK, BINS=next_power_of_2(E), num_warps=4
     )
+    # Up to 64 chunks take one step; more take half as many steps of 128.
     expert_dispatch_scan_kernel[(cdiv(E, EXPERTS),)](
         counts, tokens_per_expert, chunks, E, CHUNKS=64 if chunks <= 64 else 128, EXPERTS=EXPERTS
     )

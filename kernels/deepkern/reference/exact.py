@@ -1,8 +1,8 @@
 """The arithmetic of the kernels (deepkern/arithmetic.py) in plain PyTorch, with the same bits.
 
-Each step is rounded to float32, in the same order; only the factor 2^n of exp is split otherwise,
-which is exact. torch.exp, torch.rsqrt and torch.sum are not used, because their
-last place differs between machines.
+Each step is rounded to float32, in the same order. exp splits the factor 2^n differently; both
+splits round once. torch.exp, torch.rsqrt and torch.sum are not used, because their last place
+differs between machines.
 """
 
 from __future__ import annotations

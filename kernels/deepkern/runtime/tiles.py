@@ -55,10 +55,11 @@ GEMM_TILES = {
     "gfx942": _WARP_TILES,
     "gfx950": _WARP_TILES[:1] + _WARP_TILES[2:],
 }
-# (architecture, variant, rows of b per scale) -> tiles that spill with some version of Triton.
+# (architecture, variant, rows of b per scale) -> tiles that spill with some version of Triton or
+# are at the register limit.
 SPILLING_TILES = {
     ("sm_80", "m_grouped", 1): ((64, 64), (64, 128)),
-    ("sm_90", "m_grouped", 1): ((128, 128),),  # 255 registers with 3.7.1
+    ("sm_90", "m_grouped", 1): ((128, 128),),  # at the register limit with Triton 3.7.1
     ("sm_90", "k_grouped", 1): ((32, 128),),
     ("sm_100", "m_grouped", 1): ((64, 64), (64, 128), (128, 64)),
     ("sm_100", "k_grouped", 1): ((16, 64), (32, 128), (64, 32), (64, 128)),
@@ -129,7 +130,8 @@ def supported_tiles(arch: Arch, b_rows: int) -> tuple[GemmTile, ...]:
     if arch.name not in GEMM_TILES:
         raise LookupError(f"no GEMM tiles are listed for {arch.name}")
     tiles = (_with_stages(arch, GemmTile(*t[:3], 1, *t[3:])) for t in GEMM_TILES[arch.name])
-    # Per-row B scales need one register per column; 128x128 spills with them, except on sm_90.
+    # Per-row B scales need one register per column; 128x128 spills with them, except on sm_90
+    # (`block_scales_product` loads them at once there).
     if b_rows > 1 or arch.name == "sm_90":
         return tuple(tiles)
     return tuple(t for t in tiles if t.BLOCK_M * t.BLOCK_N < 128 * 128)
