@@ -116,7 +116,8 @@ def test_maxima_of_groups(generator):
 def test_list_longer_than_the_registers(backend, ties, generator):
     """The kernel's worst case: the values of k of its 1024 groups are above the bound of the list.
 
-    One of these groups has the largest values at its start; so the bound is at most 1.
+    In row 0 one of these groups has only 1, so the bound is at most 1. In row 1 they start with the
+    largest values.
     """
     N, k, device = 20000, 500, generator.device
     logits = torch.randn(2, N, generator=generator, device=device) - 100
