@@ -51,25 +51,27 @@ class Listing:
         lines = folded(widths, options.max_width)
         if self.title:
             yield from wrapped(self.title, "", options.max_width, "italic")
-        yield from self.line(self.names, widths, lines)
+        yield from self.line(self.names, widths, lines, console, options.max_width)
         heading = ""
         for row in self.rows:
             if row.heading != heading:
                 yield from wrapped(row.heading, "", options.max_width, "bold")
                 heading = row.heading
-            yield from self.line(row.cells, widths, lines)
+            yield from self.line(row.cells, widths, lines, console, options.max_width)
             yield from wrapped(row.note, INDENT, options.max_width, row.style)
 
     def line(
-        self, cells: Sequence[Text], widths: Sequence[int], lines: Iterable[Sequence[int]]
-    ) -> Iterator[Text]:
-        """A row as one line of text, or as several."""
+        self, cells: Sequence[Text], widths: Sequence[int], lines: Iterable[Sequence[int]],
+        console: Console, room: int,
+    ) -> Iterator[Text]:  # fmt: skip
+        """A row as one line of text, or as several. A cell longer than a line is wrapped."""
         for number, columns in enumerate(lines):
             parts = [padded(cells[i], widths[i], self.numeric[i]) for i in columns]
             text = Text(INDENT if number else "").append_text(Text(GAP).join(parts))
             text.rstrip()
-            if text.plain:
-                yield text
+            for part in text.wrap(console, room) if text.plain else ():
+                part.rstrip()
+                yield part
 
 
 def folded(widths: Sequence[int], room: int) -> list[list[int]]:

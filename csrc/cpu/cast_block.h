@@ -54,8 +54,8 @@ DEEPKERN_INLINE Ints e4m3_codes_in_range(Floats x) {
   return (units + (power >> 20) - (121 << 3)) | (bits >> 24 & 0x80);
 }
 
-// q[i] = e4m3(x[offset + i] * inverse) for 128 elements; |x| * inverse is at most 448, or inverse is
-// NaN.
+// q[i] = e4m3(x[offset + i] * inverse) for 128 elements; |x| * inverse is at most 448, or inverse
+// is NaN.
 template <Real type>
 DEEPKERN_INLINE void encode_block(const void* x, int64_t offset, float inverse, uint8_t* q) {
   if (inverse != inverse) {
@@ -81,12 +81,12 @@ DEEPKERN_INLINE void load_block(const void* x, int64_t offset, int64_t count, fl
   for (int64_t i = 0; i < 128; ++i) out[i] = i < count ? deepkern::load<type>(x, offset + i) : 0.0f;
 }
 
-// Elements that cast_values() takes at a time. The codes of a block wait for its scale, and the scale
-// for all values of the block and two divisions; with several blocks the CPU has other work.
+// Elements that cast_values() takes at a time. Encoding a block waits for its scale, and the scale
+// for all values and two divisions; 8 independent blocks hide that latency.
 constexpr int64_t CAST_VALUES = 8 * 128;
 
 // Casts count <= CAST_VALUES elements at x[offset]; writes q[count] and the scale of block i to
-// scale[i * scale_stride].
+// scale[i * scale_stride]. x is not read past count.
 template <Real type>
 DEEPKERN_INLINE void cast_values(const void* x, int64_t offset, int64_t count, uint8_t* q,
                                  float* scale, int64_t scale_stride, bool ue8m0) {

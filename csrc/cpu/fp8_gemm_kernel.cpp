@@ -390,11 +390,8 @@ void multiply_many_rows(const Strip& s) {
           case 5:
             multiply_panel<5>(a, b, a_scale, b_scale, sums);
             break;
-          case 4:
-            multiply_panel<4>(a, b, a_scale, b_scale, sums);
-            break;
           default:
-            multiply_panel<3>(a, b, a_scale, b_scale, sums);
+            multiply_panel<4>(a, b, a_scale, b_scale, sums);
             break;
         }
       }

@@ -8,8 +8,8 @@
 //
 // Limit: small M is bandwidth-bound on B, one byte per weight. Large M is bound by multiplication.
 //
-// The bits of a row of D depend neither on M, on the other rows, nor on the number of threads. They
-// depend on the instruction set, which adds in its own order.
+// The bits of a row of D depend neither on M, on the other rows, nor on the number of threads,
+// except for the sign of a NaN. They depend on the instruction set, which adds in its own order.
 #include "fp8_gemm_nt.h"
 
 #include <vector>

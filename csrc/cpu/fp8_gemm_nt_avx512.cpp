@@ -1,19 +1,21 @@
 // The kernel of fp8_gemm_nt for AVX-512 with VBMI and BF16.
 //
 // Widening: two look-ups in tables of 128 bytes turn a code into a bfloat16, which represents every
-// e4m3 value exactly: five instructions for 64 codes, NaN and subnormals included. vdpbf16ps adds 32
-// products to the 16 lanes of a register, two per lane.
+// e4m3 value exactly: five instructions for 64 codes, NaN and subnormals included. vdpbf16ps adds
+// 32 products to the 16 lanes of a register, two per lane.
 //
-// Parallelization: within a thread. Up to 4 rows of A: the lanes are pairs of values of K, each code
-// of B is widened in registers, and a block ends in horizontal sums. More rows: a block of a strip of
-// B is widened and transposed into a panel in the L1 cache, and the lanes are columns.
+// Parallelization: within a thread; fp8_gemm_products.cpp has the threads. Up to 4 rows of A: the
+// lanes are pairs of values of K, each code of B is widened in registers, and a block ends in
+// horizontal sums. More rows: a block of a strip of B is widened and transposed into a panel in the
+// L1 cache, and the lanes are columns.
 //
-// Limit: up to 4 rows, reading B; more rows, vdpbf16ps.
+// Limit: up to 4 rows, reading B; a few more, widening the panel as well; many, vdpbf16ps.
 //
-// Both kernels add in one order, so the bits of a row do not depend on the number of rows. The pairs
-// of a block are numbered as widen() stores them, 4 registers of 16. The pairs of lane i of these
-// registers are added in turn. The sums of lanes 4 q to 4 q + 3 are added in turn, then those of
-// q = 0 to 3. One fused multiply-add by a_scale * b_scale adds the block to the earlier ones.
+// Both kernels add in one order, so the bits of a row do not depend on the number of rows, except
+// for the sign of a NaN. The pairs of a block are numbered as widen() stores them, 4 registers of
+// 16. The pairs of lane i of these registers are added in turn. The sums of lanes 4 q to 4 q + 3
+// are added in turn, then those of q = 0 to 3. One fused multiply-add by a_scale * b_scale adds the
+// block to the earlier ones.
 #include "fp8_gemm_nt.h"
 
 #if defined(__x86_64__)
@@ -27,7 +29,8 @@
 #include <array>
 #include <cstring>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,fma")))
+#define TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,fma")))
 #define TARGET_INLINE TARGET inline __attribute__((always_inline))
 
 namespace deepkern {
@@ -173,7 +176,7 @@ TARGET_INLINE __m512 tile_scale(const float* a_scale, const float* b_scale) {
 template <int ROWS>
 TARGET void multiply_few_rows(const Strip& s) {
   constexpr int COLUMNS = LANES / ROWS;
-  constexpr int64_t DISTANCE = ROWS == 2 ? 1024 : 1536;
+  constexpr int64_t DISTANCE = ROWS == 2 ? 1024 : 1536;  // bytes, the fastest of those measured
   const Tables tables = load_tables();
   const auto* a = static_cast<const uint16_t*>(s.a);
   PaddedBlock padded;
@@ -182,10 +185,10 @@ TARGET void multiply_few_rows(const Strip& s) {
     for (int64_t j = 0; j * kBlock < s.K; ++j) {
       const uint8_t* const* b = s.b + n;
       int64_t k = j * kBlock;
-      const int64_t prefetch = prefetch_distance(s, k, COLUMNS, DISTANCE);
+      int64_t prefetch = prefetch_distance(s, k, COLUMNS, DISTANCE);
       if (k + kBlock > s.K) {
         b = padded.copy(b, COLUMNS, k, s.K);
-        k = 0;
+        k = prefetch = 0;
       }
       const __m512 block = multiply_codes<ROWS>(tables, a + j * ROWS * kBlock, b, k, prefetch);
       const __m512 scale =
@@ -259,7 +262,8 @@ TARGET_INLINE void add(Sums<ROWS>& x, const Sums<ROWS>& y) {
   }
 }
 
-// The pairs of one lane, in turn: those 0, 4, 32 and 36 behind `panel`.
+// Adds the four pairs of one lane in turn: pairs 0, 4, 32 and 36 of `panel`. widen() stores one in
+// each register of A.
 template <int ROWS>
 TARGET_INLINE Sums<ROWS> multiply_lane(const uint16_t* a, const uint16_t* panel) {
   Sums<ROWS> sum;
@@ -323,7 +327,8 @@ TARGET void multiply_panel(const uint16_t* a,      // [ROWS, 128]
 }
 
 TARGET void multiply_many_rows(const Strip& s) {
-  constexpr int64_t DISTANCE = 256, LINES = STRIP_COLUMNS * kBlock / 64;
+  constexpr int64_t DISTANCE = 256;  // bytes, the fastest of those measured
+  constexpr int64_t LINES = STRIP_COLUMNS * kBlock / 64;
   alignas(64) uint16_t panel[STRIP_COLUMNS * kBlock];
   const Tables tables = load_tables();
   PaddedBlock padded;
@@ -338,6 +343,7 @@ TARGET void multiply_many_rows(const Strip& s) {
       widen_panel(tables, s.b, k, panel);
     }
     for (int64_t t = 0; t < tiles; ++t) {
+      // A share of the lines per tile, so that few loads wait for memory at a time.
       for (int64_t i = LINES * t / tiles; i < LINES * (t + 1) / tiles; ++i) {
         _mm_prefetch(s.b[i / 2] + prefetch + i % 2 * 64, _MM_HINT_T1);
       }

@@ -144,7 +144,8 @@ void store_token(const LatentCache& cache, const float* latent, const float* rop
     float scale[CAST_VALUES / 128];
     cast_values<Real::fp32>(latent, i, count, reinterpret_cast<uint8_t*>(token + i), scale, 1,
                             false);
-    std::memcpy(token + cache.R + i / 32, scale, ceil_div(count, 128) * sizeof(float));
+    std::memcpy(token + cache.R + i / 128 * sizeof(float), scale,
+                ceil_div(count, 128) * sizeof(float));
   }
   store_values<Real::bf16>(token + cache.rope_offset(), rope, cache.D);
 }

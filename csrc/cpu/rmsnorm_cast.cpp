@@ -136,27 +136,33 @@ float sum_squares(const RmsnormCast& c, int64_t m) {
   return sum;
 }
 
+// Writes columns [start, end) of row m of normed, rounded to the dtype of x.
+template <Real type>
+DEEPKERN_INLINE void normalize(const RmsnormCast& c, int64_t m, int64_t start, int64_t end,
+                               Floats inverse) {
+  float h[128], weight[128];
+  for (int64_t k = start; k < end; k += 128) {
+    const int64_t count = std::min<int64_t>(128, end - k);
+    load_h<type>(c, m, k, count, true, h);
+    load_real_block(c.weight, c.weight_type, k, count, weight);
+    for (int i = 0; i < 128; i += LANES) {
+      const Floats scaled = load_vector<Floats>(h + i) * inverse;
+      store_vector(h + i, scaled * load_vector<Floats>(weight + i));
+    }
+    store_block<type>(c.normed, m * c.K + k, count, h);
+  }
+}
+
 template <Real type>
 void cast_rows_of(const RmsnormCast& c, int64_t first, int64_t last) {
-  float h[128], weight[128], normed[CAST_VALUES];
   for (int64_t m = first; m < last; ++m) {
     const float mean = sum_squares<type>(c, m) / static_cast<float>(c.K);
     const Floats inverse = broadcast(1.0f / std::sqrt(mean + c.eps));
-    for (int64_t k = 0; k < c.K; k += 128) {
-      const int64_t count = std::min<int64_t>(128, c.K - k), start = k / CAST_VALUES * CAST_VALUES;
-      float* values = normed + k - start;
-      load_h<type>(c, m, k, count, true, h);
-      load_real_block(c.weight, c.weight_type, k, count, weight);
-      for (int i = 0; i < 128; i += LANES) {
-        const Floats scaled = load_vector<Floats>(h + i) * inverse;
-        store_vector(values + i, scaled * load_vector<Floats>(weight + i));
-      }
-      store_block<type>(c.normed, m * c.K + k, count, values);
-      load_block<type>(c.normed, m * c.K + k, count, values);  // rounded to the dtype of x
-      const int64_t done = k + count;
-      if (done < c.K && done - start < CAST_VALUES) continue;
-      cast_values<Real::fp32>(normed, 0, done - start, c.q + m * c.K + start,
-                              c.scale.at(m, start / 128), c.scale.block, c.ue8m0);
+    for (int64_t k = 0; k < c.K; k += CAST_VALUES) {
+      const int64_t end = std::min(c.K, k + CAST_VALUES);
+      normalize<type>(c, m, k, end, inverse);
+      cast_values<type>(c.normed, m * c.K + k, end - k, c.q + m * c.K + k, c.scale.at(m, k / 128),
+                        c.scale.block, c.ue8m0);
     }
   }
 }

@@ -55,6 +55,13 @@ def test_a_narrow_table_has_further_lines():
     ]
 
 
+def test_a_cell_longer_than_a_line_is_wrapped():
+    view = Listing("")
+    view.add_columns("name", "size")
+    view.add_row("a", "M=1 N=2 skewed=True dtype=bf16")
+    assert shown(view, 20) == ["name", "    size", "a", "    M=1 N=2", "skewed=True", "dtype=bf16"]
+
+
 def speeds(found: list[dict]) -> list[Speed]:
     return [Speed(**{k: v for k, v in r.items() if k != "kind"}) for r in found
             if r["kind"] == "speed"]  # fmt: skip

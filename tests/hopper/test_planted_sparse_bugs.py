@@ -12,6 +12,7 @@ from .planted_search import ANY, WRONG, check_is_caught, find_error
 from .test_mla_decode import CACHES
 from .test_mla_sparse import operands, poisoned
 
+OP = "mla_sparse_decode"
 # Hook -> regular expression of the expected error, with a bf16 cache.
 BUGS = {
     # Indices.
@@ -75,9 +76,6 @@ def cases(generator, kind: dict) -> list[tuple]:
         args[5].copy_(lse.amin((0, 2)))
         found.append(args)
     return found
-
-
-OP = "mla_sparse_decode"
 
 
 @pytest.mark.proof

@@ -76,11 +76,13 @@ def mla_decode(
 
 
 def fp8_linear(x: Tensor, q: Tensor, scale: Tensor) -> Process | None:
-    """Started for x [M, K] in bf16 times q [N, K] in e4m3, with a scale per 128 x 128 block of q.
-    None without the library; its variant for AVX2 has no such kernel.
+    """The process that multiplies x [M, K] in bf16 by q [N, K] in e4m3, with a scale per block of
+    128 x 128, or None without the library. The library for AVX2 has no such kernel.
     """
     file = library()
-    return file and Process(file, "fp8_linear", {"x": x, "q": q, "scale": scale})
+    if file is None or file.name.startswith("_C_AVX2"):
+        return None
+    return Process(file, "fp8_linear", {"x": x, "q": q, "scale": scale})
 
 
 class Process:
