@@ -63,6 +63,7 @@ def test_everything_right(small_sizes, tmp_path):
     assert records[-1]["kind"] == "verdict" and records[-1]["disagreements"] == 0
 
 
+@pytest.mark.slow
 def test_plot_and_report_are_written(small_sizes, tmp_path):
     run(tmp_path)
     assert (tmp_path / "report.html").stat().st_size > 10_000
@@ -72,6 +73,7 @@ def test_plot_and_report_are_written(small_sizes, tmp_path):
     assert not list(tmp_path.glob(".*")), "a half-written file was left"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "torch", "cpu"])
 def test_a_wrong_backend_is_reported(backend, small_sizes, plant_wrong_scales, tmp_path):
     if not machine.served(deepkern.OPS[OP], backend):
@@ -91,6 +93,7 @@ def test_a_wrong_backend_is_reported(backend, small_sizes, plant_wrong_scales, t
             assert s["ok"] and s["least"] > 0
 
 
+@pytest.mark.slow
 def test_a_launcher_that_raises_is_reported(small_sizes, monkeypatch, tmp_path):
     def broken(*args):
         raise RuntimeError("no such kernel")
@@ -102,6 +105,7 @@ def test_a_launcher_that_raises_is_reported(small_sizes, monkeypatch, tmp_path):
     assert all(c["backend"] == "triton" and "no such kernel" in c["note"] for c in failed)
 
 
+@pytest.mark.slow
 def test_an_error_at_a_timed_size_only(small_sizes, plant_wrong_scales, tmp_path):
     (backend,) = timings.timed_backends(OP, machine.device())[:1]
     plant_wrong_scales(backend, lambda x: x.shape == (4, 256))

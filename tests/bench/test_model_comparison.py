@@ -70,6 +70,7 @@ def rows(records: list[dict]) -> list[dict]:
     return [r for r in records if r["kind"] == "cpu_model"]
 
 
+@pytest.mark.slow
 def test_deepkern_and_transformers(weights, tmp_path):
     pytest.importorskip("transformers")
     labels = ["deepkern fp8", "deepkern fp32", "transformers bf16"]
@@ -101,6 +102,7 @@ def perturbed(source: Path, folder: Path, name: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_wrong_provider_has_no_speed(weights, tmp_path):
     name = "model.layers.0.mlp.down_proj.weight"
     folder = perturbed(weights / "tiny" / "bf16", tmp_path / "wrong", name)

@@ -40,6 +40,7 @@ def test_ranks(world, backend):
     checks.assert_passed(ranks.run(world, checks.everything, backend, timeout=240), NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "timeout"),
     [("killed", 12.0), ("asleep", 2.0), ("combine", 2.0)],
@@ -58,6 +59,7 @@ def test_silent_rank(how, timeout):
         assert seconds < (8.0 if killed else timeout + 1.0)
 
 
+@pytest.mark.slow
 def test_rank_killed_between_headers_and_rows():
     outcomes = ranks.run(3, failures.killed_between_headers_and_rows, 12.0, timeout=60, may_die=[1])
     for message, seconds in (outcomes[0], outcomes[2]):
