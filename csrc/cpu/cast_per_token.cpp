@@ -1,8 +1,8 @@
 // scale[m, j] = max(|x[m, 128j : 128j+128]|, 1e-4) / 448        (rounded up to 2^n for ue8m0)
 // q[m, k]     = e4m3(x[m, k] * (1 / scale[m, k / 128]))
 //
-// Parallelization: threads take ranges of rows. The casts of up to 8 blocks of a
-// row overlap (cast_block.h).
+// Parallelization: threads take ranges of rows. The casts of up to 8 blocks of a row overlap
+// (cast_block.h).
 //
 // Limit: memory bandwidth.
 #ifndef DEEPKERN_ISA

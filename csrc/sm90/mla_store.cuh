@@ -91,7 +91,9 @@ SM90_DEVICE float max_logit(const MlaArguments& p, float row_max, float row_sum)
 template <bool FP8>
 SM90_DEVICE float row_lse_of(float row_max, float row_sum) {
   if (row_sum == 0.0f) return minus_infinity();
-  const float lse = row_max + log2_of(row_sum) - (FP8 ? P_RANGE : 0.0f);
+  // Scaled before the logarithm: subtracting P_RANGE after it would lose bits.
+  const float sum = FP8 ? row_sum * (1.0f / (1 << P_RANGE)) : row_sum;
+  const float lse = row_max + log2_of(sum);
   return lse + (row_sum - row_sum);
 }
 

@@ -72,9 +72,8 @@ def check(name: str, args, **how) -> None:
         for mine, other in zip(got, want, strict=True):
             torch.testing.assert_close(mine, other, rtol=2**-7, atol=1e-3)
         return
-    # log2f of CUDA and of the C library differ in the last place, so lse and splits do. The
-    # logarithm of a sum of 512 weights and more is 9 and more, with a last place of 9.5e-7.
-    torch.testing.assert_close(got[1], want[1], rtol=3e-7, atol=2e-6)
+    # log2f of CUDA and of the C library differ in the last place, so lse and splits do.
+    torch.testing.assert_close(got[1], want[1], rtol=3e-7, atol=3e-7)
     torch.testing.assert_close(got[0], want[0], rtol=2**-7, atol=1e-6, equal_nan=True)
 
 
